@@ -1,0 +1,3 @@
+"""WaveLiT-FM: model, training, evaluation."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Layers of WaveLiT. They import torch, ptwt and each other, nothing else."""
