@@ -1,0 +1,77 @@
+"""What a mini-Well system is: presets, parameter sets, and the arrays that one simulation returns."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class ParameterSet:
+    """One parameter set: its constant scalars under the Well's names and how many trajectories each split gets.
+
+    All trajectories of a set are simulated together, in the order train, valid, test, and written to one file a split.
+    """
+
+    label: str  # part of the file name, e.g. "Re_1000_Sc_0.5"
+    scalars: Mapping[str, float]  # the Well's constant scalars, in its order; may be empty
+    num_trajectories: Mapping[str, int]  # split -> count; a split with 0 gets no file
+    options: Mapping[str, float | str] = field(default_factory=dict)  # what the simulation needs and the file does not
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Resolution and length of the stored trajectories."""
+
+    grid: tuple[int, int]  # stored (X, Y)
+    num_frames: int
+    dt: float  # time between stored frames
+    parameter_sets: tuple[ParameterSet, ...]
+    options: Mapping[str, float] = field(default_factory=dict)  # solver settings of this resolution
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """One boundary group of the Well: `mask` is True where the condition holds, over the axes `dims`."""
+
+    name: str  # the Well's group name, e.g. "y_wall_dirichlet"
+    kind: str  # WALL, OPEN or PERIODIC
+    dims: tuple[str, ...]  # ("x",), ("y",) or ("x", "y")
+    mask: np.ndarray  # bool, one axis per dim
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Trajectories of one parameter set, float64: b trajectories, T frames, X x Y grid (axis 0 = x, axis 1 = y)."""
+
+    time: np.ndarray  # (T,)
+    x: np.ndarray  # (X,)
+    y: np.ndarray  # (Y,)
+    fields: Mapping[str, np.ndarray]  # the Well's names; (b, T, X, Y) + (2,) * tensor order
+    boundaries: tuple[Boundary, ...]
+    constant_fields: Mapping[str, np.ndarray] = field(default_factory=dict)  # (X, Y), or (b, X, Y) if it varies
+
+
+@dataclass(frozen=True)
+class System:
+    """A mini-Well system.
+
+    `simulate(preset, parameter_set, rngs)` returns a Simulation with one trajectory per generator in `rngs`; a
+    trajectory depends on its own generator only, so neither the preset's other sets nor the number of jobs change it.
+    """
+
+    name: str  # the Well's dataset name
+    tensor_orders: Mapping[str, int]  # state field -> tensor order, in the Well's order
+    presets: Mapping[str, Preset]  # "mini" and "tiny"
+    simulate: Callable[[Preset, ParameterSet, Sequence[np.random.Generator]], Simulation]
+    cost: float  # rough CPU seconds of the mini preset, to start the longest first
+
+
+def edge(name: str, kind: str, dim: str, size: int, *, lower: bool = True, upper: bool = True) -> Boundary:
+    """A boundary on the lower and/or upper end of one axis of `size` points."""
+    mask = np.zeros(size, dtype=bool)
+    mask[0] |= lower
+    mask[-1] |= upper
+    return Boundary(name, kind, (dim,), mask)
