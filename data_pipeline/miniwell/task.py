@@ -1,0 +1,101 @@
+"""One unit of work of the mini-Well: simulate a parameter set, write its files, return its train split's moments."""
+
+import importlib
+import os
+import signal
+import threading
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.miniwell.moments import Moments, field_moments
+from data_pipeline.miniwell.system import ParameterSet, System
+from data_pipeline.miniwell.well_file import file_name, split_rows, trajectory_arrays, write_well_file
+
+SYSTEMS: Mapping[str, str] = {  # the Well's dataset name -> module of this package
+    "acoustic_scattering_maze": "acoustic_maze",
+    "active_matter": "active_matter",
+    "gray_scott_reaction_diffusion": "gray_scott",
+    "helmholtz_staircase": "helmholtz",
+    "rayleigh_benard": "rayleigh_benard",
+    "shear_flow": "shear_flow",
+    "turbulent_radiative_layer_2D": "radiative_layer",
+    "viscoelastic_instability": "viscoelastic",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A parameter set of a dataset, by number, and the folder that gets its files; small enough to send to a worker."""
+
+    dataset: str
+    preset: str
+    set_index: int
+    seed: int
+    folder: Path  # <out>/<dataset>
+
+
+def load_system(dataset: str) -> System:
+    """The system behind one of the names in `SYSTEMS`; its module is imported only now."""
+    return importlib.import_module(f"data_pipeline.miniwell.{SYSTEMS[dataset]}").SYSTEM
+
+
+def total_trajectories(parameter_set: ParameterSet) -> int:
+    """Trajectories of a parameter set over all splits."""
+    return sum(parameter_set.num_trajectories.values())
+
+
+def trajectory_rng(seed: int, dataset: str, set_index: int, trajectory: int) -> np.random.Generator:
+    """The generator of one trajectory, a function of these four only."""
+    return np.random.default_rng([seed, zlib.crc32(dataset.encode()), set_index, trajectory])
+
+
+def run_task(task: Task) -> dict[str, Moments] | None:
+    """Simulate and write one parameter set; returns its train moments, or None if it has no train trajectory.
+
+    Raises UserError if a file cannot be written.
+    """
+    _keep_freed_memory()
+    system = load_system(task.dataset)
+    preset = system.presets[task.preset]
+    parameter_set = preset.parameter_sets[task.set_index]
+    rngs = [
+        trajectory_rng(task.seed, task.dataset, task.set_index, index)
+        for index in range(total_trajectories(parameter_set))
+    ]
+    simulation = system.simulate(preset, parameter_set, rngs)
+    moments = None
+    for split, rows in split_rows(parameter_set).items():
+        arrays = trajectory_arrays(system, simulation, rows)
+        path = task.folder / "data" / split / file_name(task.dataset, parameter_set)
+        write_well_file(path, system, parameter_set, simulation, arrays)
+        if split == "train":
+            moments = field_moments(arrays, system.tensor_orders)
+    return moments
+
+
+def _keep_freed_memory() -> None:
+    """Make glibc reuse freed arrays: by default it hands each back to the system, which doubles the cost of a run.
+
+    Freeing one large block raises the thresholds for mapping and trimming to its size and twice its size, if that is
+    at most 32 MiB (mallopt(3), M_MMAP_THRESHOLD). The block is never touched, and elsewhere this does nothing.
+    """
+    np.empty(30 * 2**20, dtype=np.uint8)
+
+
+def start_worker(lifeline: Connection) -> None:
+    """Start-up of a worker process: leave Ctrl-C to the parent, and end when the other end of `lifeline` is closed.
+
+    The parent closes it to stop work half way; if the parent is killed, the operating system does.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+
+
+def _end_with(lifeline: Connection) -> None:
+    lifeline.poll(None)
+    os._exit(1)

@@ -1,0 +1,100 @@
+"""Runs tasks in worker processes, with one progress bar in bytes for all of them."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from data_pipeline.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
+OnBytes = Callable[[int], None]
+_POLL_SECONDS = 0.2
+
+
+class Stopped(Exception):
+    """Another task failed or the user interrupted, so this one ends."""
+
+
+def run_tasks(
+    function: Callable[[T, OnBytes], R], tasks: Sequence[T], jobs: int, num_bytes: int, title: str
+) -> Generator[tuple[T, R]]:
+    """Yields (task, function(task, on_bytes)) as tasks end, in any order; `function` reports its work to on_bytes.
+
+    With one job or task everything runs in this process. The first error stops all tasks and is raised.
+    """
+    if not tasks:
+        return
+    jobs = min(jobs, len(tasks))
+    with tqdm(total=num_bytes, desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
+        if jobs <= 1:
+            yield from ((task, function(task, bar.update)) for task in tasks)
+        else:
+            yield from _run_in_workers(function, tasks, jobs, bar)
+
+
+def _run_in_workers(
+    function: Callable[[T, OnBytes], R], tasks: Sequence[T], jobs: int, bar: tqdm
+) -> Iterator[tuple[T, R]]:
+    context = get_context("spawn")  # the same on Linux and macOS, and safe when the caller has threads
+    counter, stop = context.Value("q", 0), context.Event()
+    with ProcessPoolExecutor(jobs, context, _start_worker, (counter, stop)) as pool:
+        try:
+            waiting: dict[Future[R], T] = {pool.submit(_run_task, function, task): task for task in tasks}
+            while waiting:
+                done, _ = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
+                bar.update(counter.value - bar.n)
+                for future in done:
+                    yield waiting.pop(future), future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was killed, most likely for want of memory; run the same command with fewer --jobs"
+            ) from error
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+_shared: tuple["Synchronized[int]", Event] | None = None  # of a worker process, set once when it starts
+
+
+def _start_worker(counter: "Synchronized[int]", stop: Event) -> None:
+    global _shared
+    _shared = (counter, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which sets `stop`
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for ever, or write while the next run does."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _run_task(function: Callable[[T, OnBytes], R], task: T) -> R:
+    return function(task, _count_bytes)
+
+
+def _count_bytes(num_bytes: int) -> None:
+    assert _shared is not None
+    counter, stop = _shared
+    if stop.is_set():
+        raise Stopped
+    with counter.get_lock():
+        counter.value += num_bytes
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
