@@ -1,0 +1,69 @@
+"""The `fm` command: train, evaluate, compare."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_pipeline.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (0 done, 2 the user's mistake, 130 interrupted)."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _train(options: argparse.Namespace) -> int:
+    from fm.recipe import main as train_recipe
+
+    return train_recipe(options.recipe, options.overrides)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from fm.runs import evaluate_run
+
+    evaluate_run(options.run, options.shards, options.out, options.protocol, options.split)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from fm.runs import compare_runs
+
+    print(compare_runs(options.before, options.after))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fm", description="Train and evaluate WaveLiT-FM.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    train = commands.add_parser("train", help="run a recipe, as `accelerate launch RECIPE` does, in this process")
+    train.add_argument("recipe", help="a recipe, such as recipes/quickstart.yaml")
+    train.add_argument("overrides", nargs="*", help="section.key=value")
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser("evaluate", help="score a run's averaged weights: one-step and rollout VRMSE")
+    evaluate.add_argument("run", type=Path, help="run directory, or one of its checkpoints")
+    evaluate.add_argument("--shards", type=Path, help="shards to score on (default: those of the run's recipe)")
+    evaluate.add_argument("--out", type=Path, help="folder of the report (default: RUN/report)")
+    evaluate.add_argument("--protocol", help="named protocol (default: the recipe's validation.protocol)")
+    evaluate.add_argument("--split", help="split to score (default: the protocol's, test)")
+    evaluate.set_defaults(command=_evaluate)
+
+    compare = commands.add_parser("compare", help="scores of two evaluated runs side by side")
+    compare.add_argument("before", type=Path, help="run directory")
+    compare.add_argument("after", type=Path, help="run directory")
+    compare.set_defaults(command=_compare)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

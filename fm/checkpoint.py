@@ -1,0 +1,249 @@
+"""Checkpoints: plain files, written whole or not at all, verified before they are used.
+
+    <run>/checkpoints/step_00001000/
+        model.json  model.safetensors  ema.safetensors  optimizer.safetensors
+        state.json  step, format version, recipe, registry, shard digests, size and SHA-256 of the other files
+
+No RNG state is stored: everything random in training is a function of (seed, step). Nothing is pickled. The files are
+the same whatever launched the run, since parameters and moments are stored by name.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as serialize_tensors
+
+from data_pipeline.errors import UserError
+from fm.model import WaveLiTFM
+
+FORMAT_VERSION = 1
+_STEP = re.compile(r"step_(\d{8,})")
+
+
+def step_directory(root: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` optimiser steps, under a run's checkpoints folder `root`."""
+    return root / f"step_{step:08d}"
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    model: WaveLiTFM,
+    ema: WaveLiTFM,
+    optimizer: torch.optim.Optimizer,
+    facts: Mapping[str, Any],
+) -> Path:
+    """Write the state after `step` optimiser steps and return its folder.
+
+    `facts` (JSON types) are stored in state.json. The files go to a temporary sibling, are synced, and the folder is
+    renamed, so a crash at any moment leaves either the whole checkpoint or none. Raises UserError when the disk is
+    full or not writable; the temporary files are removed and earlier checkpoints are untouched.
+    """
+    final = step_directory(root, step)
+    temporary = root / f".writing_{final.name}"
+    files = {
+        "model.json": json.dumps(model.description(), indent=1).encode(),
+        "model.safetensors": serialize_tensors(_contiguous(model.state_dict())),
+        "ema.safetensors": serialize_tensors(_contiguous(ema.state_dict())),
+        "optimizer.safetensors": serialize_tensors(_optimizer_tensors(model, optimizer)),
+    }
+    digests = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    state = {"format_version": FORMAT_VERSION, "step": step, **facts, "files": digests}
+    files["state.json"] = json.dumps(state, indent=1).encode()
+    try:
+        for leftover in root.glob(".writing_*"):
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+        for name, data in files.items():
+            _write_synced(temporary / name, data)
+        _sync_directory(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync_directory(root)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"could not save the checkpoint {final}: {error.strerror}.\n"
+            f"Earlier checkpoints in {root} are untouched. Free some space or make the folder writable, then start the "
+            "same command again: it continues from the newest whole checkpoint."
+        ) from error
+    return final
+
+
+def prune_checkpoints(root: Path, keep: int, keep_every: int | None) -> None:
+    """Delete all but the `keep` newest checkpoints and those at multiples of `keep_every`."""
+    for path in _by_step(root)[keep:]:
+        if not (keep_every and _step_of(path) % keep_every == 0):
+            shutil.rmtree(path)
+
+
+def newest_checkpoint(root: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint under `root`, or None.
+
+    Found by scanning and verified against the sizes and digests in state.json; a damaged one is reported and the one
+    before it is tried. If none of those present is whole: UserError.
+    """
+    found = _by_step(root)
+    for path in found:
+        try:
+            verify_checkpoint(path)
+        except UserError as error:
+            report(f"skipping a damaged checkpoint: {error}")
+        else:
+            return path
+    if found:
+        raise UserError(
+            f"none of the {len(found)} checkpoints in {root} is whole (see above). Restore one from a copy, or start "
+            "afresh in another folder with run.dir=... (checkpoint.resume=never starts over in this one)."
+        )
+    return None
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Compare each file with its size and SHA-256 in state.json. Returns the state; UserError if anything differs."""
+    state = read_state(path)
+    for name, expected in state["files"].items():
+        file = path / Path(name).name
+        if not file.is_file() or file.stat().st_size != expected["bytes"]:
+            size = f"{file.stat().st_size} bytes" if file.is_file() else "no such file"
+            raise UserError(f"{file}: expected {expected['bytes']} bytes, found {size}")
+        if hashlib.sha256(file.read_bytes()).hexdigest() != expected["sha256"]:
+            raise UserError(f"{file}: its bytes differ from the SHA-256 in state.json")
+    return state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint; UserError if it is missing, not JSON, or of another format version."""
+    file = path / "state.json"
+    try:
+        state = json.loads(file.read_text())
+        version, files = state["format_version"], state["files"]
+        sizes_known = all(isinstance(f["bytes"], int) and isinstance(f["sha256"], str) for f in files.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: not a checkpoint's state.json ({type(error).__name__}: {error})") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{file}: checkpoint format {version}, this version of the project reads format {FORMAT_VERSION}; "
+            "use the version that wrote it, or see CHANGELOG.md"
+        )
+    if not sizes_known or "model.safetensors" not in files:
+        raise UserError(f"{file}: the list of files is incomplete")
+    return state
+
+
+def load_checkpoint(path: Path, model: WaveLiTFM, ema: WaveLiTFM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Fill model, averaged model and optimiser from a verified checkpoint; returns what state.json holds.
+
+    Raises UserError if the architecture, the datasets or their statistics are not those of `model`.
+    """
+    state = read_state(path)
+    _require_same(path, json.loads((path / "model.json").read_text()), model.description())
+    for target, name in ((model, "model.safetensors"), (ema, "ema.safetensors")):
+        target.load_state_dict(_read_tensors(path / name))
+    _load_optimizer(model, optimizer, _read_tensors(path / "optimizer.safetensors"))
+    return state
+
+
+def load_pretrained(path: Path) -> WaveLiTFM:
+    """The averaged model of a run directory's newest whole checkpoint, or of a checkpoint directory, on the CPU.
+
+    UserError where there is none or its files do not fit together.
+    """
+    checkpoint = find_checkpoint(path)
+    try:
+        return WaveLiTFM.from_pretrained(checkpoint)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{checkpoint}: cannot be loaded as a model: {error}") from error
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint meant by a run directory (its newest whole one) or a checkpoint directory. UserError if none."""
+    if (path / "model.json").is_file():
+        return path
+    newest = newest_checkpoint(path / "checkpoints", print)
+    if newest is None:
+        raise UserError(
+            f"no checkpoint found: looked for {path / 'model.json'} and {path / 'checkpoints' / 'step_*'}.\n"
+            "Expected a run directory (such as runs/quickstart) or one of its checkpoints."
+        )
+    return newest
+
+
+def _by_step(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    return sorted((p for p in root.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()), key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _optimizer_tensors(model: WaveLiTFM, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Moments as "<parameter>/<moment>"; a parameter that never had a gradient has none."""
+    names = [name for name, _ in model.named_parameters()]
+    state = optimizer.state_dict()["state"]
+    return _contiguous({f"{names[i]}/{key}": value for i, moments in state.items() for key, value in moments.items()})
+
+
+def _load_optimizer(model: WaveLiTFM, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    index = {name: i for i, (name, _) in enumerate(model.named_parameters())}
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, moment = key.rpartition("/")
+        state.setdefault(index[name], {})[moment] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_tensors(file.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read as safetensors ({error})") from error
+
+
+def _require_same(path: Path, saved: Any, wanted: Any, key: str = "") -> None:
+    """UserError at the first place where two nested descriptions differ."""
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        for name in sorted(saved.keys() | wanted.keys()):
+            _require_same(path, saved.get(name), wanted.get(name), f"{key}.{name}" if key else name)
+    elif saved != wanted:
+        raise UserError(
+            f"the checkpoint {path} does not fit this run: {key} is {_brief(saved)} there and {_brief(wanted)} here.\n"
+            "Resume with the recipe, registry and shards that it was trained with, start afresh in another folder with "
+            "run.dir=..., or finetune from it (finetune.pretrained)."
+        )
+
+
+def _brief(value: Any) -> str:
+    text = "absent" if value is None else json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _write_synced(file: Path, data: bytes) -> None:
+    with file.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,37 @@
+"""The training loss: mean squared error plus the mean absolute error of each wavelet subband (WaveLiT, section 3)."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fm.nn.dwt import analysis
+
+
+class LossTerms(NamedTuple):
+    """Scalars: `total` carries the gradient, the parts are detached for logging."""
+
+    total: Tensor
+    mse: Tensor
+    wavelet_l1: Tensor
+
+
+def wavelit_loss(
+    prediction: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    mse_weight: float = 1.0,
+    wavelet_weight: float = 1.0,
+    wavelet: str = "bior2.2",
+) -> LossTerms:
+    """mse_weight * mean e^2 + wavelet_weight * sum over subbands of mean |DWT(e)|, e = (prediction - target) * scale.
+
+    prediction and target (B, C, H, W) normalised, scale (C, 1, 1) from `WaveLiTFM.residual_scale`; float32 whatever the
+    autocast state. ValueError if the shapes differ: broadcasting would hide a mistake.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must have one shape")
+    error = (prediction.float() - target.float()) * scale
+    coefficients = analysis(error, wavelet)  # (B, C, 4, h, w)
+    mse = error.square().mean()
+    wavelet_l1 = coefficients.abs().mean() * coefficients.shape[-3]
+    return LossTerms(mse_weight * mse + wavelet_weight * wavelet_l1, mse.detach(), wavelet_l1.detach())

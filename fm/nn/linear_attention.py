@@ -1,0 +1,105 @@
+"""Linear attention with a ridge-corrected state (WaveLiT, section 3).
+
+With phi = elu + 1 and the rotations R of 2D RoPE, q = R phi(W_q z), k = R phi(W_k z), v = z, per head of width m over N
+tokens:
+    S = K^T V / N,   G = K^T K / N,   state = (G + lambda I)^-1 S,   o_n = q_n state.
+The state is the ridge regression of the values on the keys; without the inverse it is plain linear attention with no
+softmax denominator. lambda > 0 is learned per head. Everything after the linear map is float32 under autocast.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fm.nn.linear import Linear
+from fm.nn.rope import rotate
+
+RIDGE_MODES = ("ridge", "none", "least_squares")
+LAMBDA_INIT = 0.1
+JITTER = 1e-6  # of the mean of G's diagonal: keeps Cholesky alive in float32 where lambda is far below the keys' scale
+
+
+def feature_map(x: Tensor) -> Tensor:
+    """phi(x) = elu(x) + 1 > 0."""
+    return F.elu(x) + 1
+
+
+class _RidgeSolve(torch.autograd.Function):
+    """X = (G + shift I)^-1 S through one Cholesky factor, which backward uses again.
+
+    With Y = A^-1 dX: dS = Y, dG = -Y X^T, dshift = trace(dG). Autograd's own way back through a Cholesky factorisation
+    takes several triangular solves and twice the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gram: Tensor, s: Tensor, shift: Tensor) -> Tensor:
+        matrix = gram.clone()
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+        diagonal.add_(shift[:, None] + JITTER * diagonal.mean(-1, keepdim=True))
+        factor, _ = torch.linalg.cholesky_ex(matrix)  # _ex: no device synchronisation; failure shows as NaN in the loss
+        inverse = torch.cholesky_inverse(factor)
+        solution = inverse @ s
+        ctx.save_for_backward(inverse, solution)
+        return solution
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inverse, solution = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_s = inverse @ grad
+            grad_gram = -grad_s @ solution.transpose(-2, -1)
+        grad_shift = grad_gram.diagonal(dim1=-2, dim2=-1).sum((0, -1))
+        return grad_gram, grad_s, grad_shift
+
+
+def ridge_solve(gram: Tensor, s: Tensor, shift: Tensor) -> Tensor:
+    """(G + shift I)^-1 S for symmetric positive semi-definite G (B, A, m, m), S (B, A, m, e) and shift (A,) >= 0.
+
+    G's own scale times 1e-6 is added to the shift. First derivatives only.
+    """
+    return _RidgeSolve.apply(gram, s, shift)
+
+
+def attention_state(k: Tensor, v: Tensor, ridge_lambda: Tensor | None) -> Tensor:
+    """State (B, A, m, e) of keys (B, A, N, m) and values (B, A, N, e): S if lambda is None, else with lambda (A,)."""
+    num_tokens = k.shape[-2]
+    s = k.transpose(-2, -1) @ v / num_tokens
+    if ridge_lambda is None:
+        return s
+    return ridge_solve(k.transpose(-2, -1) @ k / num_tokens, s, ridge_lambda)
+
+
+class LinearAttention(nn.Module):
+    """q, k from the tokens by one linear map, values are the tokens themselves; A heads of width m = D/A."""
+
+    def __init__(self, width: int, heads: int, ridge: str = "ridge") -> None:
+        super().__init__()
+        if ridge not in RIDGE_MODES:
+            raise ValueError(f"unknown ridge mode {ridge!r}: choose one of {', '.join(RIDGE_MODES)}")
+        self.heads = heads
+        self.ridge = ridge
+        self.query_key = Linear(width, 2 * width)
+        if ridge == "ridge":
+            self.log_lambda = nn.Parameter(torch.zeros(heads))  # of lambda / LAMBDA_INIT
+
+    def ridge_lambda(self) -> Tensor | None:
+        """lambda (A,): learned, 0 for least squares, None for plain linear attention."""
+        if self.ridge == "none":
+            return None
+        if self.ridge == "least_squares":
+            return self.query_key.weight.new_zeros(self.heads, dtype=torch.float32)
+        return LAMBDA_INIT * self.log_lambda.float().exp()
+
+    def forward(self, z: Tensor, rope: Tensor) -> Tensor:
+        """Tokens (B, N, D) and the grid's table (N, m/2, 2) to (B, N, D), before kernel gate and LePE."""
+        qk = self.query_key(z)
+        with torch.autocast(z.device.type, enabled=False):
+            qk = rotate(feature_map(qk.float()).unflatten(-1, (2 * self.heads, -1)), rope)  # (B, N, 2A, m)
+            q, k = qk.unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4).contiguous()  # (B, A, N, m) each
+            v = z.float().unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, A, N, m)
+            o = q @ attention_state(k, v, self.ridge_lambda())
+            return o.transpose(1, 2).flatten(-2).to(z.dtype)

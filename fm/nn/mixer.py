@@ -1,0 +1,134 @@
+"""The block of WaveLiT: Mamba-inspired linear attention (MILA, Han et al. 2024) with a ridge state and a kernel gate.
+
+    x = x + CPE(x)
+    u = LayerNorm(x);  z = SiLU(DWConv(W_in u));  o = Attention(z) * sigmoid(W_g u) + LePE(z)
+    x = x + W_out(o * SiLU(W_act u))
+    x = x + CPE2(x);   x = x + MLP(LayerNorm(x))
+
+CPE, CPE2, DWConv and LePE are 3x3 depthwise convolutions. Tokens stay (B, h, w, D) throughout, which is the memory of a
+channels-last image: the layout in which oneDNN's depthwise kernels are fastest forward and backward.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fm.nn.dwt import NOT_PERIODIC, Periodic
+from fm.nn.linear import Linear
+from fm.nn.linear_attention import LinearAttention
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """What one block is made of; the switches are the ablations of the paper's Tables 13 and 14."""
+
+    width: int
+    heads: int
+    mlp_ratio: float = 4.0
+    ridge: str = "ridge"
+    kernel_gate: bool = True
+    lepe: bool = True
+    cpe: bool = True
+    mila: bool = True
+
+
+class _Wrap(torch.autograd.Function):
+    """One ring of periodic points around the periodic axes; plain indexing would cost full-size copies in backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, along_x: bool, along_y: bool) -> Tensor:
+        ctx.axes = (along_x, along_y)
+        b, h, w, d = x.shape
+        i, j = int(along_x), int(along_y)
+        out = x.new_empty(b, h + 2 * i, w + 2 * j, d)
+        out[:, i : h + i, j : w + j] = x
+        if along_x:
+            out[:, 0, j : w + j] = x[:, -1]
+            out[:, -1, j : w + j] = x[:, 0]
+        if along_y:
+            out[:, :, 0] = out[:, :, -2]
+            out[:, :, -1] = out[:, :, 1]
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        along_x, along_y = ctx.axes
+        i, j = int(along_x), int(along_y)
+        h, w = grad.shape[1] - 2 * i, grad.shape[2] - 2 * j
+        inner = grad[:, i : h + i, j : w + j].clone()
+        if along_y:
+            inner[:, :, -1] += grad[:, i : h + i, 0]
+            inner[:, :, 0] += grad[:, i : h + i, -1]
+        for target, source in ((-1, 0), (0, -1)) if along_x else ():
+            row = grad[:, source]  # (B, w or w + 2, D)
+            inner[:, target] += row[:, j : w + j]
+            if along_y:
+                inner[:, target, -1] += row[:, 0]
+                inner[:, target, 0] += row[:, -1]
+        return inner, None, None
+
+
+class DepthwiseConv(nn.Module):
+    """3x3 depthwise convolution of tokens (B, h, w, D), circular on periodic axes and zero-padded on the others."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, 1, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, periodic: Periodic = NOT_PERIODIC) -> Tensor:
+        if any(periodic):
+            x = _Wrap.apply(x, *periodic)
+        padding = (int(not periodic[0]), int(not periodic[1]))
+        image = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, padding=padding, groups=self.weight.shape[0])
+        return image.permute(0, 2, 3, 1)
+
+
+class Block(nn.Module):
+    """One block; weights do not depend on the grid, so the pyramid applies it at every level."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.config = config
+        d, hidden = config.width, round(config.width * config.mlp_ratio)
+        self.norm = nn.LayerNorm(d)
+        self.input = Linear(d, d)
+        self.attention = LinearAttention(d, config.heads, config.ridge)
+        self.output = Linear(d, d)
+        self.mlp_norm = nn.LayerNorm(d)
+        self.expand = Linear(d, hidden)
+        self.contract = Linear(hidden, d)
+        if config.cpe:
+            self.cpe = DepthwiseConv(d)
+            self.cpe2 = DepthwiseConv(d)
+        if config.mila:
+            self.conv = DepthwiseConv(d)
+            self.activation = Linear(d, d)
+        if config.kernel_gate:
+            self.gate = Linear(d, d)
+        if config.lepe:
+            self.lepe = DepthwiseConv(d)
+
+    def forward(self, x: Tensor, rope: Tensor, periodic: Periodic = NOT_PERIODIC) -> Tensor:
+        """Tokens (B, h, w, D) to the same; `rope` is the table of this grid, (h*w, m/2, 2)."""
+        if self.config.cpe:
+            x = x + self.cpe(x, periodic)
+        x = x + self._mix(self.norm(x), rope, periodic)
+        if self.config.cpe:
+            x = x + self.cpe2(x, periodic)
+        return x + self.contract(F.gelu(self.expand(self.mlp_norm(x))))
+
+    def _mix(self, u: Tensor, rope: Tensor, periodic: Periodic) -> Tensor:
+        z = self.input(u)
+        if self.config.mila:
+            z = F.silu(self.conv(z, periodic))
+        o = self.attention(z.flatten(1, 2), rope).view_as(z)
+        if self.config.kernel_gate:
+            o = o * torch.sigmoid(self.gate(u))
+        if self.config.lepe:
+            o = o + self.lepe(z, periodic)
+        if self.config.mila:
+            o = o * F.silu(self.activation(u))
+        return self.output(o)

@@ -1,0 +1,170 @@
+"""The record of a run: recipe.yaml, log.jsonl, TensorBoard, the console. Main process only; silent on the others."""
+
+import resource
+import sys
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from data_pipeline.schedule import Schedule
+from fm.model import WaveLiTFM
+from fm.settings import Recipe, dump_recipe
+from fm.tracking import Dashboard, StepLog, progress_bar
+from fm.validation import ValidationResult, protocol_windows
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimiser step did, over all processes. A step may hold several draws (train.accumulate)."""
+
+    step: int  # optimiser steps done, this one included
+    datasets: tuple[str, ...]  # one per draw
+    grids: tuple[tuple[int, int], ...]  # (H, W), one per draw
+    windows: str  # digest of the global batches' window ids
+    losses: tuple[float, ...]  # one per draw
+    mse: float
+    wavelet_l1: float
+    grad_norm: float  # before clipping
+    lr: float
+    samples: int  # windows
+    model_calls: int  # forward passes of the unroll
+    data_seconds: float
+    seconds: float
+    moved: bool  # False where a non-finite step was skipped
+    stop: bool  # a process was asked to stop
+
+    @property
+    def loss(self) -> float:
+        return sum(self.losses) / len(self.losses)
+
+    @property
+    def tokens(self) -> int:
+        """Token updates: windows x model calls x H W / 4."""
+        per_draw = self.samples // len(self.grids) * self.model_calls
+        return sum(per_draw * h * w // 4 for h, w in self.grids)
+
+
+class RunRecord(AbstractContextManager):
+    """Receives what the trainer does. Opened once the step to continue from is known."""
+
+    def __init__(self, recipe: Recipe, schedule: Schedule, model: WaveLiTFM, step: int, *, active: bool) -> None:
+        self.recipe, self.schedule, self.model, self.active = recipe, schedule, model, active
+        self._flops: dict[str, float] = {}  # dataset -> training FLOPs of one model call on one window
+        self._since: list[StepResult] = []  # steps since the last scalars
+        self._time = time.perf_counter()
+        if not active:
+            return
+        directory = recipe.run.directory
+        directory.mkdir(parents=True, exist_ok=True)
+        text = dump_recipe(replace(recipe, model=model.config))
+        (directory / "recipe.yaml").write_text(text)
+        self._log = StepLog(directory / "log.jsonl", step)
+        windows = protocol_windows(recipe.validation.protocol)
+        self._board = Dashboard(directory / "tensorboard", schedule.shares, windows, step)
+        self._board.text("recipe", f"```yaml\n{text}```", step)
+        if step:
+            self._board.text("events", f"continued from step {step}", step)
+        self._bar = progress_bar(recipe.train.steps, step, recipe.run.name, shown=recipe.tracking.progress)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.active:
+            self._bar.close()
+            self._log.close()
+            self._board.close()
+
+    def say(self, message: str) -> None:
+        """Print a line above the progress bar."""
+        if self.active:
+            self._bar.write(message, file=sys.stderr)
+
+    def step(self, result: StepResult) -> None:
+        """Log one optimiser step: every one in log.jsonl, TensorBoard scalars every tracking.every."""
+        if not self.active:
+            return
+        dataset = "+".join(result.datasets)
+        entry = {"step": result.step, "dataset": dataset, "windows": result.windows}
+        self._log.write({**entry, "loss": result.loss, "lr": result.lr})
+        if not result.moved:
+            self._board.text("events", f"non-finite step skipped ({dataset})", result.step)
+        for name, loss in zip(result.datasets, result.losses, strict=True):
+            self._board.scalars({f"train_loss/{name}": loss}, result.step)
+        self._since.append(result)
+        self._bar.update()
+        if result.step % self.recipe.tracking.every == 0 or result.step == self.recipe.train.steps:
+            self._scalars(result)
+
+    def validation(self, result: ValidationResult, step: int) -> None:
+        """Log the scores and pictures of a validation after `step` steps."""
+        if not self.active:
+            return
+        self._board.scalars(result.scalars(), step)
+        for dataset, frames in result.frames.items():
+            self._board.fields(dataset, frames.truth, frames.prediction, step)
+            self._board.spectrum(dataset, frames.truth, frames.prediction, step)
+        ratio = result.mean_ratio
+        self.say(
+            f"step {step}: valid one-step VRMSE / persistence, geometric mean {ratio:.3f}"
+            if ratio
+            else f"step {step}: validated"
+        )
+        self._time = time.perf_counter()
+
+    def _scalars(self, last: StepResult) -> None:
+        """Means over the steps since the last call, throughput by the clock."""
+        now = time.perf_counter()
+        elapsed, self._time = now - self._time, now
+        steps, self._since = self._since, []
+        draws = last.step * self.recipe.train.accumulate
+        counts, passes = self.schedule.counts(draws), self.schedule.passes(draws)
+        samples = sum(s.samples for s in steps)
+        values = {
+            "train/loss": sum(s.loss for s in steps) / len(steps),
+            "train/mse": sum(s.mse for s in steps) / len(steps),
+            "train/wavelet_l1": sum(s.wavelet_l1 for s in steps) / len(steps),
+            "train/grad_norm": sum(s.grad_norm for s in steps) / len(steps),
+            "train/lr": last.lr,
+            "throughput/samples_per_s": samples / elapsed,
+            "throughput/tokens_per_s": sum(s.tokens for s in steps) / elapsed,
+            "throughput/tflops": sum(self._step_flops(s) for s in steps) / elapsed / 1e12,
+            "throughput/data_wait_fraction": sum(s.data_seconds for s in steps) / elapsed,
+            "throughput/peak_memory_gb": _peak_memory_bytes() / 1e9,
+        }
+        for name, share in self.schedule.shares.items():
+            values[f"sampling/target_share/{name}"] = share
+            values[f"sampling/drawn_share/{name}"] = counts[name] / draws
+            values[f"sampling/passes/{name}"] = passes[name]
+        self._board.scalars(values, last.step)
+        self._bar.set_postfix_str(f"loss {values['train/loss']:.3f}, {samples / elapsed:.1f} samples/s")
+
+    def _step_flops(self, step: StepResult) -> float:
+        windows = step.samples // len(step.datasets)
+        return sum(
+            windows * step.model_calls * self._call_flops(name, grid)
+            for name, grid in zip(step.datasets, step.grids, strict=True)
+        )
+
+    def _call_flops(self, dataset: str, grid: tuple[int, int]) -> float:
+        """Forward and backward FLOPs of one window: three times the counted forward pass (matrix and convolution)."""
+        if dataset not in self._flops:
+            spec = self.model.specs[dataset]
+            device = next(self.model.parameters()).device
+            state = torch.zeros(1, len(spec.state_channels), *grid, device=device)
+            constants = torch.zeros(1, len(spec.constant_channels), *grid, device=device)
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                self.model(state, constants, dataset)
+            self._flops[dataset] = 3.0 * counter.get_total_flops()
+        return self._flops[dataset]
+
+
+def _peak_memory_bytes() -> float:
+    """Peak of the GPU's allocator, or of this process on a CPU."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

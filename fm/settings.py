@@ -1,0 +1,216 @@
+"""Everything a recipe can say: one dataclass a section, nested in `Recipe`.
+
+Each field's comment is its documentation; checks that span fields live in `__post_init__` and raise ValueError, which
+the recipe loader turns into a message with the key's path.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter
+
+from fm.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Name, place and seed of a run."""
+
+    name: str  # also the default folder: runs/<name>
+    dir: str | None = None  # run directory; null means runs/<name>
+    seed: int = 0  # initialisation, sampling and teacher-forcing coins are functions of it
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.dir) if self.dir else Path("runs") / self.name
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which shards are read, and how."""
+
+    shards: str  # folder with <dataset>/<split>/manifest.json
+    datasets: list[str] | None = None  # official names; null means every dataset in the folder
+    workers: int = 0  # DataLoader processes per rank; the order of batches does not depend on it
+    verify: bool = False  # compare each frame read with its checksum
+
+    def __post_init__(self) -> None:
+        _at_least("workers", self.workers, 0)
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How a step's dataset and windows are drawn (paper section 3.5, Tables 8 and 10)."""
+
+    scheme: Literal["sqrt", "uniform", "proportional", "temperature", "weights"] = "sqrt"
+    temperature: float = 0.2  # tau of softmax(share / tau), for scheme: temperature
+    weights: dict[str, float] | None = None  # dataset -> weight, for scheme: weights
+    shuffle: Literal["global", "blocks"] = "global"  # blocks: shards permuted, windows within blocks of shards
+    shards_per_block: int = 4  # for shuffle: blocks
+
+    def __post_init__(self) -> None:
+        _at_least("shards_per_block", self.shards_per_block, 1)
+        if self.temperature <= 0:
+            raise ValueError(f"temperature: expected a number above 0, got {self.temperature}")
+        if (self.scheme == "weights") != (self.weights is not None):
+            raise ValueError("weights: give dataset weights with scheme: weights, and only then")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Length, batch and optimiser of a run (paper section 4: AdamW, warm-up, exponential decay, clip, EMA)."""
+
+    steps: int  # optimiser steps of the whole run; schedules see this number
+    batch: int = 4  # windows per draw over all processes together
+    accumulate: int = 1  # draws per optimiser step
+    learning_rate: float = 1e-3  # peak
+    warmup_steps: int = 5000  # linear from 0 to the peak
+    schedule: Literal["exponential", "cosine"] = "exponential"  # after the warm-up
+    decay: float = 0.99  # exponential: factor every decay_every steps, applied continuously
+    decay_every: int = 2000  # optimiser steps
+    weight_decay: float = 1e-5  # decoupled
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's
+    clip: float = 1.0  # global gradient norm
+    ema: float = 0.999  # decay of the averaged weights; ramps up as (1 + step) / (10 + step)
+    precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else float32
+    nonfinite: Literal["stop", "skip"] = "stop"  # what a non-finite loss or gradient does
+    max_skips: int = 10  # skipped steps tolerated in a run, for nonfinite: skip
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "decay_every"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "max_skips"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("learning_rate", "clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay: expected a factor in (0, 1], got {self.decay}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema}")
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Weights of the two terms (paper section 3.6)."""
+
+    mse: float = 1.0  # mean squared error of the fields
+    wavelet_l1: float = 1.0  # sum over subbands of the mean absolute coefficient error
+
+    def __post_init__(self) -> None:
+        if self.mse < 0 or self.wavelet_l1 < 0 or self.mse + self.wavelet_l1 == 0:
+            raise ValueError(f"expected weights of at least 0, not both 0, got {self.mse} and {self.wavelet_l1}")
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Rollout finetuning from a pretrained checkpoint (paper Appendix G)."""
+
+    pretrained: str  # run or checkpoint directory; its EMA weights and architecture are the start
+    objective: Literal["scheduled_sampling"] = "scheduled_sampling"
+    unroll_steps: int = 4  # K: model steps per window
+    forcing_start: float = 1.0  # probability of feeding the truth at the first training step
+    forcing_end: float = 0.0  # and at the last; linear in between
+
+    def __post_init__(self) -> None:
+        _at_least("unroll_steps", self.unroll_steps, 1)
+        for name in ("forcing_start", "forcing_end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a probability, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """When checkpoints are written and which are kept."""
+
+    every: int = 5000  # optimiser steps; the last step is always saved
+    keep: int = 3  # newest checkpoints kept
+    keep_every: int | None = None  # also keep those at multiples of this step
+    resume: Literal["auto", "never"] = "auto"  # auto: continue from the newest whole checkpoint
+
+    def __post_init__(self) -> None:
+        _at_least("every", self.every, 1)
+        _at_least("keep", self.keep, 1)
+        if self.keep_every is not None:
+            _at_least("keep_every", self.keep_every, 1)
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """Scores on the valid split during training, from the EMA weights."""
+
+    every: int = 5000  # optimiser steps; 0 means never
+    windows: int = 64  # one-step windows per dataset, evenly spaced over the split
+    rollouts: int = 1  # trajectories per dataset; 0 means none
+    protocol: str = "wavelit"  # named protocol: its windows are the rollout_vrmse tags, and evaluation's default
+
+    def __post_init__(self) -> None:
+        for name in ("every", "rollouts"):
+            _at_least(name, getattr(self, name), 0)
+        _at_least("windows", self.windows, 1)
+
+
+@dataclass(frozen=True)
+class TrackingSettings:
+    """TensorBoard and the console."""
+
+    every: int = 10  # optimiser steps between TensorBoard scalars (log.jsonl has every step)
+    progress: bool = True  # progress bar on the main process
+
+    def __post_init__(self) -> None:
+        _at_least("every", self.every, 1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, resolved."""
+
+    run: RunSettings
+    data: DataSettings
+    train: TrainSettings
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    model: ModelConfig | None = None  # null: the defaults, or when finetuning the pretrained architecture
+    loss: LossSettings = field(default_factory=LossSettings)
+    finetune: FinetuneSettings | None = None
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+
+    @property
+    def window_length(self) -> int:
+        """Frames a training window holds: the input and one target per model step."""
+        return 1 + (self.finetune.unroll_steps if self.finetune else 1)
+
+
+FIRST_LINE = 'launch: 0; from fm.recipe import run; run(__file__); r"""'
+LAST_LINE = '# """'
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested dicts of plain JSON types."""
+    return TypeAdapter(Recipe).dump_python(recipe, mode="json")
+
+
+def changed_settings(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lines "key: old -> new" for the settings in which two resolved recipes differ."""
+    lines = []
+    for key in after:
+        old, new = before.get(key), after[key]
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += changed_settings(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {old} -> {new}")
+    return lines
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as text that is again a runnable recipe (see fm/recipe.py)."""
+    body = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, default_flow_style=None, width=100)
+    return f"{FIRST_LINE}\n{body}{LAST_LINE}\n"
+
+
+def _at_least(name: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ValueError(f"{name}: expected a whole number of at least {minimum}, got {value}")

@@ -1,0 +1,247 @@
+"""The training loop: load; while step < steps: train_step, save, validate.
+
+Pretraining and rollout finetuning differ by recipe, not by code. Which windows, teacher-forcing coins and learning
+rate a step gets is a function of (recipe, step), so continuing a run is arithmetic.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_pipeline.batch import Batch
+from data_pipeline.errors import UserError
+from data_pipeline.loader import make_loader, open_readers, read_batches, sources
+from data_pipeline.reader import ShardReader
+from data_pipeline.registry import load_registry
+from data_pipeline.schedule import Schedule
+from fm.checkpoint import load_checkpoint, load_pretrained, newest_checkpoint, prune_checkpoints, save_checkpoint
+from fm.ema import EMA
+from fm.model import ModelConfig, WaveLiTFM
+from fm.optim import learning_rate, make_optimizer, set_learning_rate
+from fm.record import RunRecord, StepResult
+from fm.runtime import EXIT_DONE, EXIT_INTERRUPTED, StopSignal, make_accelerator
+from fm.settings import Recipe, changed_settings, recipe_to_dict
+from fm.specs import dataset_specs
+from fm.unroll import Unroll, forcing_coins, forcing_prob
+from fm.validation import validate
+
+
+def train(recipe: Recipe) -> int:
+    """Run a recipe to its end, or to the first Ctrl-C. Returns the exit code; UserError for what the user can mend."""
+    with StopSignal().listen() as stop:
+        trainer = Trainer(recipe)
+        with trainer.record:
+            return trainer.train(stop)
+
+
+class Trainer:
+    """A run: its data, model, optimiser, averaged weights, step, and the record of what happened."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.accelerator = make_accelerator(recipe.train.precision)
+        self.directory = recipe.run.directory
+        self.registry = load_registry()
+        self.checkpoints = self.directory / "checkpoints"
+        self.readers = self._open("train")
+        self.valid_readers = self._open("valid") if recipe.validation.every else {}
+        self.schedule = Schedule(
+            sources(self.readers, recipe.window_length),
+            batch=recipe.train.batch,
+            seed=recipe.run.seed,
+            scheme=recipe.sampling.scheme,
+            temperature=recipe.sampling.temperature,
+            weights=recipe.sampling.weights,
+            shuffle=recipe.sampling.shuffle,
+            shards_per_block=recipe.sampling.shards_per_block,
+        )
+        self.model = self._build_model().to(self.accelerator.device)
+        self.ema = EMA(self.model, recipe.train.ema)
+        optimizer = make_optimizer(self.model, recipe.train)
+        self.step = self._resume(optimizer)  # optimiser steps done
+        self.objective, self.optimizer = self.accelerator.prepare(Unroll(self.model, recipe.loss), optimizer)
+        self.skipped = 0
+        self.record = RunRecord(recipe, self.schedule, self.model, self.step, active=self.accelerator.is_main_process)
+
+    def train(self, stop: StopSignal) -> int:
+        """Step to the end of the run; returns the exit code."""
+        settings = self.recipe.train
+        if self.step >= settings.steps:
+            self.record.say(f"{self.directory} is finished at step {self.step}; nothing to train.")
+            return EXIT_DONE
+        batches = read_batches(self._loader())
+        while self.step < settings.steps:
+            result = self.train_step(batches, stop)
+            self.record.step(result)
+            last = self.step == settings.steps
+            if last or result.stop or self.step % self.recipe.checkpoint.every == 0:
+                self.save()
+            if result.stop and not last:
+                self.record.say(f"interrupted: saved step {self.step}; the same command continues from here.")
+                return EXIT_INTERRUPTED
+            every = self.recipe.validation.every
+            if every and (last or self.step % every == 0):
+                self.validate()
+        return EXIT_DONE
+
+    def train_step(self, batches: Iterator[Batch], stop: StopSignal) -> StepResult:
+        """Fetch, forward, backward, clip, check on all processes that everything is finite, move."""
+        settings, started = self.recipe.train, time.perf_counter()
+        torch.manual_seed(self.recipe.run.seed * 1_000_003 + self.step)  # so that any random layer resumes exactly
+        lr = learning_rate(self.step, settings)
+        set_learning_rate(self.optimizer, lr)
+        drawn, losses, waited = [], [], 0.0
+        for micro in range(settings.accumulate):
+            fetch = time.perf_counter()
+            batch = next(batches).to(self.accelerator.device, non_blocking=True)
+            waited += time.perf_counter() - fetch
+            terms = self._forward_backward(batch, last=micro == settings.accumulate - 1)
+            drawn.append(self.schedule.draw(batch.draw))
+            losses.append(torch.stack([terms["loss"].detach(), terms["mse"], terms["wavelet_l1"]]))
+        norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), settings.clip)
+        every_rank, stopped = self._agree(torch.stack(losses), norm, stop.received)
+        finite = bool(torch.isfinite(every_rank).all())
+        if finite:
+            self.optimizer.step()
+            self.ema.update(self.model, self.step)
+        else:
+            self._refuse([draw.dataset for draw in drawn], every_rank)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        mean = every_rank[:, :-1].mean(dim=0).view(-1, 3)  # (accumulations, 3)
+        return StepResult(
+            step=self.step,
+            datasets=tuple(draw.dataset for draw in drawn),
+            grids=tuple(self.readers[draw.dataset].manifest.grid for draw in drawn),
+            windows=hashlib.sha256("".join(draw.digest() for draw in drawn).encode()).hexdigest()[:16],
+            losses=tuple(mean[:, 0].tolist()),
+            mse=float(mean[:, 1].mean()),
+            wavelet_l1=float(mean[:, 2].mean()),
+            grad_norm=float(every_rank[:, -1].max()),
+            lr=lr,
+            samples=settings.batch * settings.accumulate,
+            model_calls=self.recipe.window_length - 1,
+            data_seconds=waited,
+            seconds=time.perf_counter() - started,
+            moved=finite,
+            stop=stopped,
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint from the main process; all processes meet here."""
+        if self.accelerator.is_main_process:
+            facts = {
+                "recipe": recipe_to_dict(self.recipe),
+                "registry": self.registry.snapshot(),
+                "shards": self._shard_digests(),
+            }
+            optimizer = self.optimizer.optimizer
+            save_checkpoint(self.checkpoints, self.step, self.model, self.ema.model, optimizer, facts)
+            prune_checkpoints(self.checkpoints, self.recipe.checkpoint.keep, self.recipe.checkpoint.keep_every)
+        self.accelerator.wait_for_everyone()
+
+    def validate(self) -> None:
+        """Score the averaged weights on the valid split, on the main process; all processes meet here."""
+        if self.accelerator.is_main_process:
+            result = validate(self.ema.model, self.valid_readers, self.recipe.validation, self.accelerator.device)
+            self.record.validation(result, self.step)
+        self.accelerator.wait_for_everyone()
+
+    def _open(self, split: str) -> dict[str, ShardReader]:
+        data = self.recipe.data
+        return open_readers(Path(data.shards), data.datasets, split, verify=data.verify)
+
+    def _build_model(self) -> WaveLiTFM:
+        finetune, config = self.recipe.finetune, self.recipe.model
+        specs = dataset_specs(self.readers, self.registry)
+        if finetune is None:
+            return WaveLiTFM(config or ModelConfig(), specs)
+        pretrained = load_pretrained(Path(finetune.pretrained))
+        if config is not None and config != pretrained.config:
+            raise UserError(
+                f"model: the recipe's architecture is not that of {finetune.pretrained}.\n"
+                f"Recipe: {config}\nPretrained: {pretrained.config}\nLeave the section out to take the pretrained one."
+            )
+        return pretrained.adapted_to(specs)
+
+    def _resume(self, optimizer: torch.optim.Optimizer) -> int:
+        if self.recipe.checkpoint.resume == "never":
+            return 0
+        say = print if self.accelerator.is_main_process else (lambda _: None)
+        found = newest_checkpoint(self.checkpoints, say)
+        if found is None:
+            return 0
+        state = load_checkpoint(found, self.model, self.ema.model, optimizer)
+        digests = self._shard_digests()
+        if state["shards"] != digests:
+            changed = sorted(name for name in digests if state["shards"].get(name) != digests[name])
+            raise UserError(
+                f"{found}: trained on other shards of {', '.join(changed)} than those in {self.recipe.data.shards}; "
+                "the run would not see the same windows. Put the shards back, or start afresh with run.dir=... "
+                "(finetune.pretrained takes the weights along)."
+            )
+        say(f"continuing {self.directory} from step {state['step']}")
+        for line in changed_settings(state["recipe"], recipe_to_dict(self.recipe)):
+            say(f"  changed since: {line}")
+        return int(state["step"])
+
+    def _shard_digests(self) -> dict[str, str]:
+        return {name: reader.manifest.digest for name, reader in self.readers.items()}
+
+    def _loader(self) -> torch.utils.data.DataLoader:
+        accumulate = self.recipe.train.accumulate
+        return make_loader(
+            self.readers,
+            self.schedule,
+            length=self.recipe.window_length,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            start=self.step * accumulate,
+            stop=self.recipe.train.steps * accumulate,
+            workers=self.recipe.data.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def _forward_backward(self, batch: Batch, last: bool) -> dict[str, torch.Tensor]:
+        """Loss and gradients of one draw; processes exchange gradients at the last draw of a step."""
+        forced = torch.from_numpy(self._forced(batch.draw)).to(batch.fields.device)
+        if last:
+            terms = self.objective(batch.fields, batch.constants, forced, batch.dataset)
+            self.accelerator.backward(terms["loss"] / self.recipe.train.accumulate)
+        else:
+            with self.accelerator.no_sync(self.objective):
+                terms = self.objective(batch.fields, batch.constants, forced, batch.dataset)
+                self.accelerator.backward(terms["loss"] / self.recipe.train.accumulate)
+        return terms
+
+    def _forced(self, draw: int) -> np.ndarray:
+        """This process's rows of the draw's teacher-forcing coins."""
+        train, finetune = self.recipe.train, self.recipe.finetune
+        prob = forcing_prob(self.step, train.steps, finetune) if finetune else 1.0
+        coins = forcing_coins(self.recipe.run.seed, draw, train.batch, self.recipe.window_length - 1, prob)
+        return np.array_split(coins, self.accelerator.num_processes)[self.accelerator.process_index]
+
+    def _agree(self, losses: torch.Tensor, norm: torch.Tensor, stop: bool) -> tuple[torch.Tensor, bool]:
+        """Losses (accumulations x 3) and gradient norm of every process, (processes, n); whether any was stopped."""
+        mine = torch.cat([losses.flatten().float(), norm.reshape(1).float(), losses.new_tensor([float(stop)])])
+        everyone = self.accelerator.gather(mine[None]).cpu()
+        return everyone[:, :-1], bool(everyone[:, -1].any())
+
+    def _refuse(self, datasets: list[str], every_rank: torch.Tensor) -> None:
+        """A step with a non-finite loss or gradient: skip it, or stop the run before the optimiser moves."""
+        ranks = (~torch.isfinite(every_rank).all(dim=1)).nonzero().flatten().tolist()
+        what = f"step {self.step + 1}: non-finite loss or gradient on {', '.join(datasets)} (processes {ranks})"
+        settings = self.recipe.train
+        self.skipped += 1
+        if settings.nonfinite == "skip" and self.skipped <= settings.max_skips:
+            self.record.say(f"{what}: step skipped, {self.skipped} of at most {settings.max_skips}")
+            return
+        raise UserError(
+            f"{what}. The optimiser did not move; the newest checkpoint in {self.checkpoints} is from before it.\n"
+            "Lower train.learning_rate or train.clip, look at the data with `data-pipeline inspect`, or let the run "
+            "pass over such steps with train.nonfinite=skip."
+        )

@@ -1,0 +1,79 @@
+"""Scores on the valid split while training: a few windows and rollouts per dataset, by evaluation's own code."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.reader import ShardReader
+from fm.evaluate import Recorder, shown_channel
+from fm.measure import one_step_errors, rollout_errors, rollout_steps
+from fm.model import WaveLiTFM
+from fm.protocol import Protocol, get_protocol
+from fm.scoring import DatasetErrors, ErrorFile, score
+from fm.settings import ValidationSettings
+
+
+@dataclass(frozen=True)
+class Frames:
+    """One channel a third of the way into a rollout, physical units: truth and prediction (H, W)."""
+
+    truth: np.ndarray
+    prediction: np.ndarray
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """Scores as `fm.scoring.score` gives them, and one picture per dataset."""
+
+    scores: Mapping[str, Any]
+    frames: Mapping[str, Frames]
+
+    @property
+    def mean_ratio(self) -> float | None:
+        """Geometric mean over datasets of one-step VRMSE over persistence; None where a prediction was not finite."""
+        return self.scores["geometric_mean_ratio_to_persistence"]
+
+    def scalars(self) -> dict[str, float]:
+        """TensorBoard tags and values; NaN where there is no finite score."""
+        lead = self.scores["protocol"]["trajectories"]
+        values: dict[str, float | None] = {}
+        for name, part in self.scores["datasets"].items():
+            values[f"valid_vrmse/{name}"] = part["one_step"][lead]
+            for channel, cell in part["one_step"]["per_channel"].items():
+                values[f"valid_vrmse_field/{name}/{channel}"] = cell[lead]
+            for window, cell in part["windows"].items():
+                if cell is not None:
+                    values[f"rollout_vrmse/{name}/{window}"] = cell[lead]
+        return {tag: float("nan") if value is None else value for tag, value in values.items()}
+
+
+def protocol_windows(name: str) -> list[str]:
+    """Names of the rollout windows of a named protocol. UserError for an unknown protocol."""
+    return list(get_protocol(name).windows)
+
+
+def validate(
+    model: WaveLiTFM, readers: Mapping[str, ShardReader], settings: ValidationSettings, device: torch.device
+) -> ValidationResult:
+    """Score `settings.windows` windows, evenly spaced, and `settings.rollouts` rollouts of each dataset."""
+    protocol = replace(get_protocol(settings.protocol), split="valid")
+    datasets, frames = {}, {}
+    for name, reader in sorted(readers.items()):
+        trajectories = list(range(min(settings.rollouts, reader.num_trajectories)))
+        recorder = _recorder(reader, protocol)
+        windows = np.linspace(0, len(reader.index(2)) - 1, settings.windows).round().astype(np.int64)
+        one_step = one_step_errors(model, reader, np.unique(windows), device)
+        rollouts = rollout_errors(model, reader, trajectories, protocol, device, watch=recorder)
+        channels, digest = reader.manifest.state_channels, reader.manifest.digest
+        datasets[name] = DatasetErrors(channels, np.array(trajectories, np.int64), one_step, rollouts, digest)
+        if recorder.fields:
+            frames[name] = Frames(*recorder.fields[0])
+    return ValidationResult(score(ErrorFile(protocol, datasets)), frames)
+
+
+def _recorder(reader: ShardReader, protocol: Protocol) -> Recorder:
+    step = max(1, rollout_steps(reader, 0, protocol) // 3)
+    return Recorder(0, shown_channel(reader.manifest), (step,))

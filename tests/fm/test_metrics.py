@@ -1,0 +1,60 @@
+"""VRMSE against the_well's own."""
+
+import numpy as np
+import pytest
+import torch
+from the_well.benchmark.metrics import VRMSE
+from the_well.data.datasets import WellMetadata
+
+from fm.metrics import squared_error_and_variance, vrmse
+
+
+def the_wells_vrmse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """the_well computes on channels-last fields (B, T, H, W, C)."""
+    metadata = WellMetadata(
+        dataset_name="x",
+        n_spatial_dims=2,
+        spatial_resolution=tuple(target.shape[-2:]),
+        scalar_names=[],
+        constant_scalar_names=[],
+        field_names={0: ["a", "b", "c"], 1: [], 2: []},
+        constant_field_names={0: [], 1: [], 2: []},
+        boundary_condition_types=["PERIODIC"],
+        n_files=1,
+        n_trajectories_per_file=[1],
+        n_steps_per_trajectory=[1],
+    )
+    return VRMSE.eval(prediction.movedim(2, -1), target.movedim(2, -1), metadata)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_equals_the_wells(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = scale * torch.randn(2, 4, 5, 3, 32, 48, generator=generator) + scale
+    ours, theirs = vrmse(prediction, target), the_wells_vrmse(prediction, target)
+    assert ours.shape == (4, 5, 3)
+    np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-6)
+
+
+def test_the_mean_field_scores_about_one_and_a_perfect_one_zero() -> None:
+    target = torch.randn(6, 64, 64, generator=torch.Generator().manual_seed(0))
+    mean = target.mean((-2, -1), keepdim=True).expand_as(target)
+    assert vrmse(mean, target).numpy() == pytest.approx(1.0, abs=1e-3)
+    assert vrmse(target, target).max() == 0
+
+
+def test_eps_is_that_of_a_constant_target() -> None:
+    target = torch.zeros(1, 16, 16)
+    assert vrmse(target + 1e-3, target).item() == pytest.approx(1e-3 / 1e-7**0.5, rel=1e-5)
+    assert vrmse(target + 1e-3, target, eps=1e-5).item() == pytest.approx(1e-3 / 1e-5**0.5, rel=1e-5)
+
+
+def test_error_and_variance_are_numpys_in_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = torch.randn(2, 3, 16, 20, generator=generator) + 1e4  # float32 sums would lose digits
+    error, variance = squared_error_and_variance(prediction, target)
+    a, b = prediction.double().numpy(), target.double().numpy()
+    np.testing.assert_allclose(error.numpy(), ((a - b) ** 2).mean((-2, -1)), rtol=1e-12)
+    np.testing.assert_allclose(variance.numpy(), b.reshape(3, -1).var(-1, ddof=1), rtol=1e-9)
+    with pytest.raises(ValueError, match="must have one shape"):
+        vrmse(prediction, target[:1])

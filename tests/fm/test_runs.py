@@ -1,0 +1,122 @@
+"""`fm evaluate` and `fm compare` on real runs, as a user types them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.errors import UserError
+from fm.checkpoint import find_checkpoint, load_pretrained
+from fm.recipe import resolve
+from fm.runs import compare_runs, evaluate_run
+from fm.trainer import train
+
+DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run of two steps. Its report folder is the tests'; the rest is read only."""
+    directory = tmp_path_factory.mktemp("runs") / "two_steps"
+    recipe = {
+        "run": {"name": "two_steps", "dir": str(directory)},
+        "data": {"shards": str(tiny_shards), "datasets": DATASETS},
+        "model": {"width": 16, "depth": 1, "heads": 2},
+        "train": {"steps": 2, "warmup_steps": 0},
+        "checkpoint": {"every": 1},
+        "validation": {"every": 0, "protocol": "thirds"},
+        "tracking": {"progress": False},
+    }
+    assert train(resolve(recipe, "the test")) == 0
+    return directory
+
+
+def fm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fm", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_evaluate_writes_the_report_and_does_not_make_it_twice(run: Path) -> None:
+    done = fm("evaluate", str(run))
+    assert done.returncode == 0, done.stderr
+    assert "helmholtz_staircase" in done.stdout
+    assert "protocol thirds" in done.stdout
+    scores = json.loads((run / "report" / "scores.json").read_text())
+    for name in DATASETS:
+        for cell in (scores["datasets"][name]["one_step"], *scores["datasets"][name]["windows"].values()):
+            assert {"median", "persistence", "mean_field"} <= set(cell)
+    assert scores["protocol"]["name"] == "thirds"
+    with np.load(run / "report" / "errors.npz", allow_pickle=False) as errors:
+        assert any(name.startswith("helmholtz_staircase/rollout/") for name in errors)
+    assert {f"{name}.png" for name in (*DATASETS, "growth")} <= {p.name for p in (run / "report/pictures").iterdir()}
+    written = (run / "report" / "scores.json").stat().st_mtime_ns
+    again = fm("evaluate", str(run))
+    assert again.returncode == 0
+    assert "already holds the scores of step_00000002" in again.stdout
+    assert (run / "report" / "scores.json").stat().st_mtime_ns == written
+
+
+def test_another_checkpoint_protocol_or_folder_is_evaluated_anew(run: Path, tmp_path: Path) -> None:
+    evaluate_run(run / "checkpoints" / "step_00000001", out=tmp_path / "first", protocol="wavelit")
+    scores = json.loads((tmp_path / "first" / "scores.json").read_text())
+    assert scores["protocol"]["name"] == "wavelit"
+    assert scores["origin"]["step"] == 1
+    assert scores["datasets"][DATASETS[0]]["windows"] == {"1:20": None, "21:60": None}  # 8 steps do not cover them
+
+
+def test_compare_puts_two_runs_side_by_side(run: Path) -> None:
+    evaluate_run(run)
+    table = compare_runs(run, run)
+    assert all(name in table for name in DATASETS)
+    assert fm("compare", str(run), str(run)).stdout.strip() == table.strip()
+
+
+def test_weights_load_on_a_machine_without_shards(run: Path) -> None:
+    model = load_pretrained(run)
+    assert sorted(model.specs) == DATASETS
+    assert find_checkpoint(run).name == "step_00000002"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("evaluate", "nowhere"), "no checkpoint found: looked for nowhere/model.json"),
+        (("compare", "nowhere", "nowhere"), "no scores at nowhere/report/scores.json"),
+        (("train", "nowhere.yaml"), "cannot read the recipe nowhere.yaml"),
+    ],
+)
+def test_what_is_not_there_is_said_without_a_traceback(arguments: tuple[str, ...], message: str) -> None:
+    done = fm(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_protocol_and_missing_shards_are_explained(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected one of wavelit"):
+        evaluate_run(run, protocol="mine")
+    with pytest.raises(UserError, match="no test shards under"):
+        evaluate_run(run, shards=tmp_path)
+
+
+def test_a_report_that_is_not_one_is_named(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "scores.json").write_text("{}")
+    with pytest.raises(UserError, match=r"not a report.s scores\.json"):
+        compare_runs(tmp_path, run)
+
+
+def test_a_checkpoint_whose_files_do_not_fit_is_refused(run: Path, tmp_path: Path) -> None:
+    checkpoint = find_checkpoint(run)
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    description = json.loads((tmp_path / "model.json").read_text())
+    description["config"]["width"] = 32
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match="cannot be loaded as a model"):
+        load_pretrained(tmp_path)

@@ -1,0 +1,289 @@
+"""Whole runs on real shards: learning, exact resume, interruption, bad input, two processes, finetuning, the record."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data_pipeline.errors import UserError
+from fm.recipe import resolve
+from fm.settings import FinetuneSettings, Recipe, dump_recipe
+from fm.trainer import train
+from fm.unroll import forcing_coins, forcing_prob
+
+DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]
+
+
+def small(shards: Path, directory: Path, **sections: dict[str, Any]) -> Recipe:
+    """A run of seconds; keyword sections are merged into it."""
+    document: dict[str, Any] = {
+        "run": {"name": "small", "dir": str(directory)},
+        "data": {"shards": str(shards), "datasets": DATASETS},
+        "model": {"width": 16, "depth": 1, "heads": 2, "wavelet": "haar"},
+        "train": {"steps": 8, "batch": 4, "learning_rate": 3e-3, "warmup_steps": 2, "decay": 0.5, "decay_every": 100},
+        "checkpoint": {"every": 3},
+        "validation": {"every": 0, "protocol": "thirds"},
+        "tracking": {"every": 2, "progress": False},
+    }
+    for name, section in sections.items():
+        document[name] = {**(document.get(name) or {}), **section}
+    if "finetune" in sections:
+        document["model"] = None
+    return resolve(document, "the test")
+
+
+def log(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+def start(recipe: Recipe, *launcher: str, **options: Any) -> subprocess.Popen[str]:
+    """Run the recipe as a user does, in its own process."""
+    file = recipe.run.directory.with_suffix(".yaml")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(dump_recipe(recipe))
+    command = [*(launcher or (sys.executable,)), str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out + err
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+
+
+def last_weights(directory: Path) -> dict[str, bytes]:
+    newest = max((directory / "checkpoints").glob("step_*"))
+    return {
+        name: (newest / name).read_bytes() for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+    }
+
+
+def test_a_run_lowers_the_loss_and_leaves_what_scripts_rely_on(tiny_shards: Path, tmp_path: Path) -> None:
+    recipe = small(tiny_shards, tmp_path / "run", train={"steps": 60}, checkpoint={"every": 20})
+    assert train(recipe) == 0
+    lines = log(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    assert set(lines[0]) == {"step", "dataset", "windows", "loss", "lr"}
+    losses = [line["loss"] for line in lines if line["dataset"] == "helmholtz_staircase"]
+    assert sum(losses[-8:]) < 0.5 * sum(losses[:8])  # one step is the same rotation everywhere: soon learnt
+    assert (tmp_path / "run" / "checkpoints" / "step_00000060" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "recipe.yaml").is_file()
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        f"step_{step:08d}" for step in (20, 40, 60)
+    ]
+
+
+def test_killed_runs_continue_bit_for_bit(tiny_shards: Path, tmp_path: Path) -> None:
+    """kill -9 in the middle of steps and in the middle of saves; the end equals the undisturbed run's."""
+    options = {"train": {"steps": 24, "accumulate": 2}, "checkpoint": {"every": 2}, "model": {"width": 64, "depth": 2}}
+    recipe = small(tiny_shards, tmp_path / "killed", **options)
+    torn_saves = 0
+    for kill in range(4):
+        process = start(recipe)
+        lines = len(log(tmp_path / "killed")) if kill else 0
+        if kill % 2:
+            wait_for(
+                lambda lines=lines: len((tmp_path / "killed/log.jsonl").read_text().splitlines()) > lines + 2, process
+            )
+        else:
+            wait_for(lambda: list((tmp_path / "killed").glob("checkpoints/.writing_*")), process)
+        process.kill()
+        process.communicate()
+        torn_saves += len(list((tmp_path / "killed").glob("checkpoints/.writing_*")))
+    code, output = finish(start(recipe))
+    assert code == 0, output
+    assert "continuing" in output
+    assert torn_saves > 0
+    undisturbed = small(tiny_shards, tmp_path / "undisturbed", **options)
+    assert finish(start(undisturbed))[0] == 0
+    assert log(tmp_path / "killed") == log(tmp_path / "undisturbed")
+    assert last_weights(tmp_path / "killed") == last_weights(tmp_path / "undisturbed")
+    assert not list((tmp_path / "killed").glob("checkpoints/.writing_*"))
+
+
+def test_ctrl_c_saves_exits_130_and_the_same_command_continues(tiny_shards: Path, tmp_path: Path) -> None:
+    recipe = small(tiny_shards, tmp_path / "run", train={"steps": 40}, checkpoint={"every": 1000})
+    process = start(recipe)
+    wait_for(lambda: (tmp_path / "run/log.jsonl").is_file() and len(log(tmp_path / "run")) >= 3, process)
+    process.send_signal(signal.SIGINT)
+    code, output = finish(process)
+    assert code == 130, output
+    assert "Traceback" not in output
+    done = len(log(tmp_path / "run"))
+    assert f"interrupted: saved step {done}" in output
+    assert (tmp_path / f"run/checkpoints/step_{done:08d}").is_dir()
+    assert train(recipe) == 0
+    assert [line["step"] for line in log(tmp_path / "run")] == list(range(1, 41))
+    assert train(recipe) == 0  # finished: nothing to do
+    assert len(log(tmp_path / "run")) == 40
+
+
+def test_two_processes_see_the_batches_and_the_losses_of_one(tiny_shards: Path, tmp_path: Path) -> None:
+    one = small(tiny_shards, tmp_path / "one")
+    two = small(tiny_shards, tmp_path / "two")
+    assert train(one) == 0
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        code, output = finish(start(two, *launcher))
+    assert code == 0, output
+    alone, together = log(tmp_path / "one"), log(tmp_path / "two")
+    assert [line["windows"] for line in alone] == [line["windows"] for line in together]
+    assert [line["loss"] for line in together] == pytest.approx([line["loss"] for line in alone], rel=1e-4)
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
+    tiny_shards: Path, tmp_path: Path, capsys: Any
+) -> None:
+    recipe = small(tiny_shards, tmp_path / "run")
+    assert train(recipe) == 0
+    root = tmp_path / "run" / "checkpoints"
+    weights = root / "step_00000008" / "ema.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    capsys.readouterr()
+    assert train(recipe) == 0
+    out = capsys.readouterr().out
+    assert "step_00000008/ema.safetensors: its bytes differ from the SHA-256" in out
+    assert "from step 6" in out
+    for file in root.glob("*/model.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="none of the 3 checkpoints in"):
+        train(recipe)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"width": 32}}, "config.width is 16 there and 32 here"),
+        ({"data": {"datasets": ["shear_flow"]}}, "does not fit this run: datasets"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(
+    tiny_shards: Path, tmp_path: Path, sections: dict[str, Any], message: str
+) -> None:
+    assert train(small(tiny_shards, tmp_path / "run", train={"steps": 1})) == 0
+    with pytest.raises(UserError, match=message):
+        train(small(tiny_shards, tmp_path / "run", **sections))
+
+
+def test_a_full_disk_during_a_save_keeps_the_checkpoints_before_it(tiny_shards: Path, tmp_path: Path) -> None:
+    assert train(small(tiny_shards, tmp_path / "run", train={"steps": 3})) == 0
+    limit = (tmp_path / "run/checkpoints/step_00000003/optimizer.safetensors").stat().st_size - 1
+    full = start(
+        small(tiny_shards, tmp_path / "run"),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    code, output = finish(full)
+    assert code == 2, output
+    assert "Traceback" not in output
+    assert "could not save the checkpoint" in output
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000003"]
+    assert train(small(tiny_shards, tmp_path / "run")) == 0
+
+
+def test_a_non_finite_step_stops_the_run_or_is_skipped(tiny_shards: Path, tmp_path: Path) -> None:
+    hot = {"learning_rate": 1e30, "clip": 1e30, "warmup_steps": 0}
+    with pytest.raises(UserError, match=r"step \d+: non-finite loss or gradient on (acoustic|helmholtz)"):
+        train(small(tiny_shards, tmp_path / "stop", train=hot))
+    assert not (tmp_path / "stop" / "checkpoints").exists()
+    with pytest.raises(UserError, match="processes"):
+        train(small(tiny_shards, tmp_path / "skip", train={**hot, "nonfinite": "skip", "max_skips": 2}))
+    assert len(log(tmp_path / "skip")) == len(log(tmp_path / "stop")) + 2
+    assert log(tmp_path / "skip")[-1]["loss"] is None
+
+
+def test_teacher_forcing_falls_linearly_and_its_coins_depend_on_nothing_else() -> None:
+    settings = FinetuneSettings(pretrained="x")
+    assert [forcing_prob(step, 5, settings) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    coins = forcing_coins(0, 7, 1000, 4, 0.3)
+    assert coins[:, 0].all()
+    assert coins[:, 1:].mean() == pytest.approx(0.3, abs=0.03)
+    assert (coins == forcing_coins(0, 7, 1000, 4, 0.3)).all()
+    assert (coins != forcing_coins(0, 8, 1000, 4, 0.3)).any()
+    assert forcing_coins(0, 7, 8, 3, 1.0).all()
+    assert not forcing_coins(0, 7, 8, 3, 0.0)[:, 1:].any()
+
+
+def test_finetuning_starts_from_the_averaged_weights_and_moves_them(tiny_shards: Path, tmp_path: Path) -> None:
+    assert train(small(tiny_shards, tmp_path / "pre")) == 0
+    finetune = {"pretrained": str(tmp_path / "pre"), "unroll_steps": 3}
+    still = small(tiny_shards, tmp_path / "still", finetune=finetune, train={"steps": 1, "learning_rate": 1e-30})
+    assert train(still) == 0
+    before = load_file(tmp_path / "pre/checkpoints/step_00000008/ema.safetensors")
+    after = load_file(tmp_path / "still/checkpoints/step_00000001/model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert train(small(tiny_shards, tmp_path / "ft", finetune=finetune, train={"steps": 4})) == 0
+    moved = load_file(tmp_path / "ft/checkpoints/step_00000004/model.safetensors")
+    assert any(not torch.equal(before[name], moved[name]) for name in before)
+    with pytest.raises(UserError, match="no checkpoint found"):
+        train(small(tiny_shards, tmp_path / "no", finetune={"pretrained": str(tmp_path / "absent")}))
+
+
+def test_an_altered_byte_is_found_at_the_read_when_asked_for(tiny_shards: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "shards"
+    subprocess.run(["cp", "-r", str(tiny_shards), str(copy)], check=True)
+    for shard in copy.glob(f"{DATASETS[0]}/train/*.tar"):
+        content = bytearray(shard.read_bytes())
+        for place in range(4096, len(content), 4096):
+            content[place] ^= 1
+        shard.write_bytes(content)
+    recipe = small(copy, tmp_path / "run", data={"datasets": DATASETS[:1], "verify": True, "workers": 1})
+    code, output = finish(start(recipe))
+    assert code == 2, output
+    assert "damaged" in output
+    assert "Traceback" not in output
+
+
+def test_tensorboard_has_the_documented_tags_and_resuming_continues_the_curves(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    validation = {"every": 4, "windows": 3, "rollouts": 1}
+    assert train(small(tiny_shards, tmp_path / "run", train={"steps": 4}, validation=validation)) == 0
+    assert train(small(tiny_shards, tmp_path / "run", train={"steps": 8}, validation=validation)) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8]
+    tags = set(events.Tags()["scalars"])
+    expected = {f"train/{name}" for name in ("loss", "mse", "wavelet_l1", "grad_norm", "lr")}
+    expected |= {
+        f"throughput/{name}"
+        for name in ("samples_per_s", "tokens_per_s", "tflops", "data_wait_fraction", "peak_memory_gb")
+    }
+    for name in DATASETS:
+        expected |= {f"sampling/{kind}/{name}" for kind in ("drawn_share", "target_share", "passes")}
+        expected |= {f"train_loss/{name}", f"valid_vrmse/{name}", f"rollout_vrmse/{name}/last_third"}
+    expected |= {f"valid_vrmse_field/{DATASETS[1]}/pressure_{part}" for part in ("re", "im")}
+    assert expected <= tags
+    images = set(events.Tags()["images"])
+    assert {f"{name}/{kind}" for name in DATASETS for kind in ("truth", "prediction", "error", "spectrum")} <= images
+    assert events.Scalars("throughput/tflops")[-1].value > 0
+    assert {"recipe/text_summary", "events/text_summary"} <= set(events.Tags()["tensors"])
