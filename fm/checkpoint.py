@@ -23,6 +23,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as serialize_tensors
 
 from data_pipeline.errors import UserError
+from data_pipeline.files import sync_directory
 from fm.model import WaveLiTFM
 
 FORMAT_VERSION = 1
@@ -65,11 +66,11 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         for name, data in files.items():
             _write_synced(temporary / name, data)
-        _sync_directory(temporary)
+        sync_directory(temporary)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        _sync_directory(root)
+        sync_directory(root)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -239,11 +240,3 @@ def _write_synced(file: Path, data: bytes) -> None:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

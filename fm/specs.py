@@ -1,12 +1,18 @@
 """From the manifests of the shards to what the model must know of each dataset."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from data_pipeline.errors import UserError
 from data_pipeline.reader import ShardReader
 from data_pipeline.registry import Registry
 from data_pipeline.shards import Manifest
 from fm.model import MIN_GRID, DatasetSpec
+
+
+def check_names(names: Sequence[str] | None, registry: Registry) -> None:
+    """UserError, with the nearest valid name, where a dataset has no card. None means whatever the shards hold."""
+    for name in names or ():
+        registry.card(name)
 
 
 def dataset_specs(readers: Mapping[str, ShardReader], registry: Registry) -> list[DatasetSpec]:

@@ -118,7 +118,8 @@ def _layout(datasets: list[str], windows: list[str]) -> dict[str, Any]:
             "loss": ["Multiline", ["train/loss", "train/mse", "train/wavelet_l1"]],
             "training loss per dataset": lines("train_loss/{}"),
             "one-step VRMSE (valid)": lines("valid_vrmse/{}$"),
-            "learning rate and gradient norm": ["Multiline", ["train/lr", "train/grad_norm"]],
+            "gradient norm before clipping": ["Multiline", ["train/grad_norm"]],
+            "learning rate": ["Multiline", ["train/lr"]],
         },
         "rollout VRMSE (valid)": {window: lines("rollout_vrmse/{}/" + window) for window in windows},
         "speed": {

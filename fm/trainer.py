@@ -25,7 +25,7 @@ from fm.optim import learning_rate, make_optimizer, set_learning_rate
 from fm.record import RunRecord, StepResult
 from fm.runtime import EXIT_DONE, EXIT_INTERRUPTED, StopSignal, make_accelerator
 from fm.settings import Recipe, changed_settings, recipe_to_dict
-from fm.specs import dataset_specs
+from fm.specs import check_names, dataset_specs
 from fm.unroll import Unroll, forcing_coins, forcing_prob
 from fm.validation import validate
 
@@ -47,6 +47,7 @@ class Trainer:
         self.directory = recipe.run.directory
         self.registry = load_registry()
         self.checkpoints = self.directory / "checkpoints"
+        check_names(recipe.data.datasets, self.registry)
         self.readers = self._open("train")
         self.valid_readers = self._open("valid") if recipe.validation.every else {}
         self.schedule = Schedule(
