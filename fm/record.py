@@ -49,7 +49,7 @@ class StepResult:
 
 
 class RunRecord(AbstractContextManager):
-    """Receives what the trainer does. Opened once the step to continue from is known."""
+    """Receives what the trainer does, from the step at which the run starts or continues."""
 
     def __init__(self, recipe: Recipe, schedule: Schedule, model: WaveLiTFM, step: int, *, active: bool) -> None:
         self.recipe, self.schedule, self.model, self.active = recipe, schedule, model, active

@@ -34,8 +34,13 @@ def train(recipe: Recipe) -> int:
     """Run a recipe to its end, or to the first Ctrl-C. Returns the exit code; UserError for what the user can mend."""
     with StopSignal().listen() as stop:
         trainer = Trainer(recipe)
-        with trainer.record:
-            return trainer.train(stop)
+        if trainer.step >= recipe.train.steps:
+            trainer.accelerator.print(f"{trainer.directory} is finished at step {trainer.step}; nothing to train.")
+            return EXIT_DONE
+        with trainer.open_record() as record:
+            code = trainer.train(stop, record)
+        trainer.accelerator.end_training()
+        return code
 
 
 class Trainer:
@@ -66,30 +71,31 @@ class Trainer:
         self.step = self._resume(optimizer)  # optimiser steps done
         self.objective, self.optimizer = self.accelerator.prepare(Unroll(self.model, recipe.loss), optimizer)
         self.skipped = 0
-        self.record = RunRecord(recipe, self.schedule, self.model, self.step, active=self.accelerator.is_main_process)
 
-    def train(self, stop: StopSignal) -> int:
+    def open_record(self) -> RunRecord:
+        """The record of this run from the step it continues at; silent but on the main process."""
+        active = self.accelerator.is_main_process
+        return RunRecord(self.recipe, self.schedule, self.model, self.step, active=active)
+
+    def train(self, stop: StopSignal, record: RunRecord) -> int:
         """Step to the end of the run; returns the exit code."""
         settings = self.recipe.train
-        if self.step >= settings.steps:
-            self.record.say(f"{self.directory} is finished at step {self.step}; nothing to train.")
-            return EXIT_DONE
         batches = read_batches(self._loader())
         while self.step < settings.steps:
-            result = self.train_step(batches, stop)
-            self.record.step(result)
+            result = self.train_step(batches, stop, record)
+            record.step(result)
             last = self.step == settings.steps
             if last or result.stop or self.step % self.recipe.checkpoint.every == 0:
                 self.save()
             if result.stop and not last:
-                self.record.say(f"interrupted: saved step {self.step}; the same command continues from here.")
+                record.say(f"interrupted: saved step {self.step}; the same command continues from here.")
                 return EXIT_INTERRUPTED
             every = self.recipe.validation.every
             if every and (last or self.step % every == 0):
-                self.validate()
+                self.validate(record)
         return EXIT_DONE
 
-    def train_step(self, batches: Iterator[Batch], stop: StopSignal) -> StepResult:
+    def train_step(self, batches: Iterator[Batch], stop: StopSignal, record: RunRecord) -> StepResult:
         """Fetch, forward, backward, clip, check on all processes that everything is finite, move."""
         settings, started = self.recipe.train, time.perf_counter()
         torch.manual_seed(self.recipe.run.seed * 1_000_003 + self.step)  # so that any random layer resumes exactly
@@ -110,7 +116,7 @@ class Trainer:
             self.optimizer.step()
             self.ema.update(self.model, self.step)
         else:
-            self._refuse([draw.dataset for draw in drawn], every_rank)
+            record.say(self._refuse([draw.dataset for draw in drawn], every_rank))
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         mean = every_rank[:, :-1].mean(dim=0).view(-1, 3)  # (accumulations, 3)
@@ -145,11 +151,11 @@ class Trainer:
             prune_checkpoints(self.checkpoints, self.recipe.checkpoint.keep, self.recipe.checkpoint.keep_every)
         self.accelerator.wait_for_everyone()
 
-    def validate(self) -> None:
+    def validate(self, record: RunRecord) -> None:
         """Score the averaged weights on the valid split, on the main process; all processes meet here."""
         if self.accelerator.is_main_process:
             result = validate(self.ema.model, self.valid_readers, self.recipe.validation, self.accelerator.device)
-            self.record.validation(result, self.step)
+            record.validation(result, self.step)
         self.accelerator.wait_for_everyone()
 
     def _open(self, split: str) -> dict[str, ShardReader]:
@@ -185,7 +191,8 @@ class Trainer:
                 "the run would not see the same windows. Put the shards back, or start afresh with run.dir=... "
                 "(finetune.pretrained takes the weights along)."
             )
-        say(f"continuing {self.directory} from step {state['step']}")
+        if state["step"] < self.recipe.train.steps:
+            say(f"continuing {self.directory} from step {state['step']}")
         for line in changed_settings(state["recipe"], recipe_to_dict(self.recipe)):
             say(f"  changed since: {line}")
         return int(state["step"])
@@ -232,15 +239,14 @@ class Trainer:
         everyone = self.accelerator.gather(mine[None]).cpu()
         return everyone[:, :-1], bool(everyone[:, -1].any())
 
-    def _refuse(self, datasets: list[str], every_rank: torch.Tensor) -> None:
-        """A step with a non-finite loss or gradient: skip it, or stop the run before the optimiser moves."""
+    def _refuse(self, datasets: list[str], every_rank: torch.Tensor) -> str:
+        """A step with a non-finite loss or gradient: what to say of skipping it, or UserError to stop the run."""
         ranks = (~torch.isfinite(every_rank).all(dim=1)).nonzero().flatten().tolist()
         what = f"step {self.step + 1}: non-finite loss or gradient on {', '.join(datasets)} (processes {ranks})"
         settings = self.recipe.train
         self.skipped += 1
         if settings.nonfinite == "skip" and self.skipped <= settings.max_skips:
-            self.record.say(f"{what}: step skipped, {self.skipped} of at most {settings.max_skips}")
-            return
+            return f"{what}: step skipped, {self.skipped} of at most {settings.max_skips}"
         raise UserError(
             f"{what}. The optimiser did not move; the newest checkpoint in {self.checkpoints} is from before it.\n"
             "Lower train.learning_rate or train.clip, look at the data with `data-pipeline inspect`, or let the run "
