@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
@@ -47,21 +48,45 @@ def _run_in_workers(
 ) -> Iterator[tuple[T, R]]:
     context = get_context("spawn")  # the same on Linux and macOS, and safe when the caller has threads
     counter, stop = context.Value("q", 0), context.Event()
-    with ProcessPoolExecutor(jobs, context, _start_worker, (counter, stop)) as pool:
+    with (
+        _deferred_interrupt() as interrupted,
+        ProcessPoolExecutor(jobs, context, _start_worker, (counter, stop)) as pool,
+    ):
         try:
             waiting: dict[Future[R], T] = {pool.submit(_run_task, function, task): task for task in tasks}
             while waiting:
                 done, _ = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
                 bar.update(counter.value - bar.n)
                 for future in done:
                     yield waiting.pop(future), future.result()
         except BrokenProcessPool as error:
+            if interrupted.is_set():  # it also reached a worker that had not yet begun to ignore it
+                raise KeyboardInterrupt from error
             raise UserError(
                 "a worker process was killed, most likely for want of memory; run the same command with fewer --jobs"
             ) from error
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event within the block, and raises nothing.
+
+    Raised at any moment, it could be lost in a callback, or leave a lock that the workers share acquired for ever.
+    """
+    received = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    previous = signal.signal(signal.SIGINT, lambda signum, frame: received.set())
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 _shared: tuple["Synchronized[int]", Event] | None = None  # of a worker process, set once when it starts
