@@ -141,7 +141,7 @@ class CheckpointSettings:
 class ValidationSettings:
     """Scores on the valid split during training, from the EMA weights."""
 
-    every: int = 5000  # optimiser steps; 0 means never
+    every: int = 5000  # optimiser steps, and the last step of a run that is longer; 0 means never
     windows: int = 64  # one-step windows per dataset, evenly spaced over the split
     rollouts: int = 1  # trajectories per dataset; 0 means none
     protocol: str = "wavelit"  # named protocol: its windows are the rollout_vrmse tags, and evaluation's default

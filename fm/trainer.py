@@ -91,7 +91,7 @@ class Trainer:
                 record.say(f"interrupted: saved step {self.step}; the same command continues from here.")
                 return EXIT_INTERRUPTED
             every = self.recipe.validation.every
-            if every and (last or self.step % every == 0):
+            if every and (self.step % every == 0 or (last and self.step > every)):
                 self.validate(record)
         return EXIT_DONE
 
