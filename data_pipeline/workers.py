@@ -7,7 +7,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from typing import TypeVar
@@ -48,9 +49,10 @@ def _run_in_workers(
 ) -> Iterator[tuple[T, R]]:
     context = get_context("spawn")  # the same on Linux and macOS, and safe when the caller has threads
     counter, stop = context.Value("q", 0), context.Event()
+    lifeline, end = context.Pipe(duplex=False)
     with (
         _deferred_interrupt() as interrupted,
-        ProcessPoolExecutor(jobs, context, _start_worker, (counter, stop)) as pool,
+        ProcessPoolExecutor(jobs, context, _start_worker, (counter, stop, lifeline)) as pool,
     ):
         try:
             waiting: dict[Future[R], T] = {pool.submit(_run_task, function, task): task for task in tasks}
@@ -62,6 +64,7 @@ def _run_in_workers(
                 for future in done:
                     yield waiting.pop(future), future.result()
         except BrokenProcessPool as error:
+            end.close()  # the executor forgets a worker that was starting when another was killed: end it
             if interrupted.is_set():  # it also reached a worker that had not yet begun to ignore it
                 raise KeyboardInterrupt from error
             raise UserError(
@@ -70,6 +73,8 @@ def _run_in_workers(
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
+            end.close()
+            lifeline.close()
 
 
 @contextmanager
@@ -92,19 +97,20 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
 _shared: tuple["Synchronized[int]", Event] | None = None  # of a worker process, set once when it starts
 
 
-def _start_worker(counter: "Synchronized[int]", stop: Event) -> None:
+def _start_worker(counter: "Synchronized[int]", stop: Event, lifeline: Connection) -> None:
     global _shared
     _shared = (counter, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which sets `stop`
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for ever, or write while the next run does."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _end_with(lifeline: Connection) -> None:
+    """A worker whose parent was killed would wait for ever, or write while the next run does.
+
+    The parent holds the other end of `lifeline`; if it is killed, the operating system closes it.
+    """
+    lifeline.poll(None)
+    os._exit(1)
 
 
 def _run_task(function: Callable[[T, OnBytes], R], task: T) -> R:

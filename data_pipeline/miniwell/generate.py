@@ -157,6 +157,7 @@ def _in_workers(tasks: Sequence[Task], jobs: int) -> Generator[Outcome, None, No
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
+            writer.close()  # the executor forgets a worker that was starting when another was killed: end it
             raise UserError(
                 "a worker process was killed, most likely for want of memory: run the same command with fewer --jobs"
             ) from error

@@ -354,8 +354,9 @@ def test_a_disk_that_fills_up_is_reported_and_leaves_no_half_file(tmp_path: Path
 
 def test_a_killed_worker_is_reported(tmp_path: Path) -> None:
     def kill_the_first_worker() -> None:
-        while not multiprocessing.active_children():
+        while len(multiprocessing.active_children()) < 2:
             time.sleep(0.01)
+        time.sleep(0.1)  # past the executor's own start, importing what the task needs
         multiprocessing.active_children()[0].kill()
 
     killer = threading.Thread(target=kill_the_first_worker)
