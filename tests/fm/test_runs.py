@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import fm as fm_package
 from data_pipeline.errors import UserError
 from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.recipe import resolve
@@ -79,6 +81,8 @@ def test_compare_puts_two_runs_side_by_side(run: Path) -> None:
 def test_weights_load_on_a_machine_without_shards(run: Path) -> None:
     model = load_pretrained(run)
     assert sorted(model.specs) == DATASETS
+    public = fm_package.WaveLiTFM.from_pretrained(find_checkpoint(run))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), public.parameters(), strict=True))
     assert find_checkpoint(run).name == "step_00000002"
 
 
