@@ -9,6 +9,7 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_file
+from data_pipeline.findings import Finding, frame_ranges
 from data_pipeline.manifest import Shard, Trajectory
 from data_pipeline.plan import Plan
 from data_pipeline.records import canonical, decode, encode, load_json
@@ -26,6 +27,7 @@ class Part:
     plan: str
     shard: Shard
     trajectories: tuple[Trajectory, ...]
+    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,17 @@ def write_shard(task: ShardTask, on_bytes: OnBytes) -> Part:
     plan, name = task.plan, shard_name(task.shard)
     first, stop = plan.shards[task.shard]
     records: list[Trajectory] = []
+    findings: list[Finding] = []
     with atomic_file(plan.folder / name) as output:
         writer = ShardWriter(output)
         for source, numbers in groupby(range(first, stop), key=lambda number: plan.trajectories[number].source):
             with WellFile(plan.files[source], plan.card) as file:
                 for number in numbers:
-                    records.append(_write_trajectory(plan, task.shard, number, file, writer, on_bytes))
+                    record, found = _write_trajectory(plan, task.shard, number, file, writer, on_bytes)
+                    records.append(record)
+                    findings += found
         shard = writer.finish(name)
-    part = Part(plan.digest, shard, tuple(records))
+    part = Part(plan.digest, shard, tuple(records), tuple(findings))
     with atomic_file(_part_path(plan, task.shard), durable=False) as output:
         output.write(canonical(encode(part)))
     return part
@@ -71,19 +76,20 @@ def write_shard(task: ShardTask, on_bytes: OnBytes) -> Part:
 
 def _write_trajectory(
     plan: Plan, shard: int, number: int, file: WellFile, writer: ShardWriter, on_bytes: OnBytes
-) -> Trajectory:
-    """Copies one trajectory chunk by chunk, refusing NaN and Inf and counting frames equal to the one before."""
+) -> tuple[Trajectory, list[Finding]]:
+    """Copies one trajectory chunk by chunk, refusing NaN and Inf and noting frames equal to the one before."""
     planned = plan.trajectories[number]
     constants = file.constants(planned.source_index) if plan.card.constant_channels else None
     if constants is not None:
         file.check_finite(constants, planned.source_index, None)
-    offsets, crcs, duplicates = [], [], 0
+    offsets, crcs = [], []
+    duplicates: list[int] = []
     constants_offset: int | None = None
     last: np.ndarray | None = None
     for first in range(0, planned.frames, plan.frames_per_chunk):
         frames = file.read(planned.source_index, first, min(first + plan.frames_per_chunk, planned.frames))
         file.check_finite(frames, planned.source_index, first)
-        duplicates += _count_duplicates(frames, last)
+        duplicates += [first + place for place in _duplicates(frames, last)]
         last = frames[-1]
         meta = _meta(plan, number, file, first, len(frames))
         offset, at = writer.add(sample_key(number, first), frames, constants if first == 0 else None, meta)
@@ -91,7 +97,7 @@ def _write_trajectory(
         offsets.append(offset)
         crcs.append(frame_crcs(frames))
         on_bytes(frames.nbytes)
-    return Trajectory(
+    record = Trajectory(
         source=planned.source,
         source_index=planned.source_index,
         frames=planned.frames,
@@ -102,14 +108,20 @@ def _write_trajectory(
         crc32="".join(crcs),
         constants_offset=constants_offset,
         constants_crc32="" if constants is None else frame_crcs(constants[None]),
-        duplicate_frames=duplicates,
+        segments=((0, planned.frames),),
     )
+    if not duplicates:
+        return record, []
+    detail = f"{len(duplicates)} of {planned.frames} frames equal the frame before"
+    name = plan.sources[planned.source].name
+    ranges = frame_ranges(duplicates)
+    return record, [Finding("duplicates", "warning", name, planned.source_index, None, ranges, detail)]
 
 
-def _count_duplicates(frames: np.ndarray, last: np.ndarray | None) -> int:
-    """How many of `frames` (T, C, H, W) equal the frame before; `last` (C, H, W) is the one before the first."""
-    before = [last, *frames[:-1]]
-    return sum(one is not None and np.array_equal(one, other) for one, other in zip(before, frames, strict=True))
+def _duplicates(frames: np.ndarray, last: np.ndarray | None) -> list[int]:
+    """Which of `frames` (T, C, H, W) equal the frame before; `last` (C, H, W) is the one before the first."""
+    pairs = enumerate(zip([last, *frames[:-1]], frames, strict=True))
+    return [place for place, (before, frame) in pairs if before is not None and np.array_equal(before, frame)]
 
 
 def _meta(plan: Plan, number: int, file: WellFile, first: int, num_frames: int) -> dict[str, Any]:

@@ -14,13 +14,15 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_file
+from data_pipeline.findings import KINDS, SEVERITIES, SKIPPABLE, Finding, Range
 from data_pipeline.records import canonical, decode, digest, encode, load_json, require
 from data_pipeline.registry import BOUNDARY_TYPES, Boundary
 from data_pipeline.stats import DELTA_STATISTICS, VALUE_STATISTICS
 
 FORMAT = "wavelit-shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+ITEM_BYTES = {"float32": 4, "float16": 2}  # types of stored state fields
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Trajectory:
     crc32: str  # eight hex digits per frame
     constants_offset: int | None
     constants_crc32: str
-    duplicate_frames: int  # frames equal to the one before
+    segments: tuple[Range, ...]  # frames [first, stop); a window lies inside one of them
 
 
 @dataclass(frozen=True)
@@ -73,18 +75,23 @@ class Manifest:
     boundary: Boundary
     dt: float  # of the first trajectory; each has its own
     frames_per_chunk: int
+    dtype: str  # of stored state fields, a key of ITEM_BYTES; constants are always float32
+    encoding: dict[str, tuple[float, float]]  # float16: state channel -> offset, scale; value = stored * scale + offset
     stats: dict[str, dict[str, float]]  # statistic -> channel -> value
     stats_source: str
     sources: tuple[SourceFile, ...]
     trajectories: tuple[Trajectory, ...]
     shards: tuple[Shard, ...]
-    audit: dict[str, int]
+    findings: tuple[Finding, ...]  # of the audit, see findings.py
+    skip: tuple[str, ...]  # kinds of findings whose windows are left out
     converter: str
     plan: str  # digest of the sources and settings that the shards were made from
 
     def __post_init__(self) -> None:
         _check_header(self)
+        _check_encoding(self)
         _check_stats(self)
+        _check_findings(self)
         _check_trajectories(self)
 
     @property
@@ -94,8 +101,8 @@ class Manifest:
 
     @property
     def frame_bytes(self) -> int:
-        """Bytes of one float32 frame."""
-        return 4 * math.prod(self.frame_shape)
+        """Bytes of one stored frame."""
+        return ITEM_BYTES[self.dtype] * math.prod(self.frame_shape)
 
     @property
     def constants_bytes(self) -> int:
@@ -109,7 +116,17 @@ class Manifest:
 
     def num_windows(self, length: int) -> int:
         """Windows of `length` frames at stride 1."""
-        return sum(max(0, trajectory.frames - length + 1) for trajectory in self.trajectories)
+        segments = (segment for trajectory in self.trajectories for segment in trajectory.segments)
+        return sum(max(0, stop - first - length + 1) for first, stop in segments)
+
+    def num_skipped_windows(self, length: int) -> int:
+        """Windows of `length` frames that `skip` leaves out."""
+        every = sum(max(0, trajectory.frames - length + 1) for trajectory in self.trajectories)
+        return every - self.num_windows(length)
+
+    def count_frames(self, kind: str) -> int:
+        """Frames that findings of one kind concern."""
+        return sum(finding.num_frames for finding in self.findings if finding.kind == kind)
 
     def chunk_frames(self, trajectory: int, chunk: int) -> int:
         """Number of frames in one chunk of a trajectory."""
@@ -167,6 +184,20 @@ def _check_header(manifest: Manifest) -> None:
     require(len(names) == len(manifest.shards), "shards: a name is listed twice")
 
 
+def _check_encoding(manifest: Manifest) -> None:
+    require(manifest.dtype in ITEM_BYTES, f"dtype: expected {' or '.join(ITEM_BYTES)}, got {manifest.dtype!r}")
+    encoded = manifest.state_channels if manifest.dtype == "float16" else ()
+    require(set(manifest.encoding) == set(encoded), f"encoding: expected {', '.join(encoded) or 'none'}")
+    require(all(scale > 0 for _, scale in manifest.encoding.values()), "encoding: expected scales above 0")
+
+
+def _check_findings(manifest: Manifest) -> None:
+    require(set(manifest.skip) <= set(SKIPPABLE), f"skip: expected {', '.join(SKIPPABLE)}, got {manifest.skip}")
+    for index, finding in enumerate(manifest.findings):
+        known = finding.kind in KINDS and finding.severity in SEVERITIES
+        require(known, f"findings[{index}]: no kind {finding.kind!r} of severity {finding.severity!r}")
+
+
 def _check_stats(manifest: Manifest) -> None:
     for statistic in VALUE_STATISTICS + DELTA_STATISTICS:
         channels = manifest.state_channels
@@ -182,10 +213,19 @@ def _check_trajectories(manifest: Manifest) -> None:
     for index, trajectory in enumerate(manifest.trajectories):
         where = f"trajectories[{index}]"
         require(trajectory.frames >= 1, f"{where}: frames: expected at least 1, got {trajectory.frames}")
+        _check_segments(trajectory, where)
         require(0 <= trajectory.source < len(manifest.sources), f"{where}: source: no such file")
         require(previous <= trajectory.shard < len(manifest.shards), f"{where}: shard: out of order or no such shard")
         _check_offsets(manifest, trajectory, where)
         previous = trajectory.shard
+
+
+def _check_segments(trajectory: Trajectory, where: str) -> None:
+    last = 0
+    for first, stop in trajectory.segments:
+        inside = last <= first < stop <= trajectory.frames
+        require(inside, f"{where}: segments: [{first}, {stop}) is out of order or not in {trajectory.frames} frames")
+        last = stop
 
 
 def _check_offsets(manifest: Manifest, trajectory: Trajectory, where: str) -> None:

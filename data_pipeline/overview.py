@@ -59,7 +59,7 @@ def _shares(manifests: Sequence[Manifest]) -> dict[str, float]:
     found = []
     for manifest in manifests:
         trajectories = manifest.trajectories
-        index = WindowIndex([one.frames for one in trajectories], 2, [one.shard for one in trajectories])
+        index = WindowIndex([one.segments for one in trajectories], 2, [one.shard for one in trajectories])
         if len(index):
             tokens = manifest.grid[0] * manifest.grid[1] // 4
             found.append(Source(manifest.dataset, len(index), tokens, index.shard_windows))
@@ -82,7 +82,7 @@ def _row(manifest: Manifest, shares: dict[str, float]) -> list[str]:
         f"{num_bytes / 1e6:.1f}",
         *("-".join(dict.fromkeys(sides)).lower() for sides in manifest.boundary),
         manifest.stats_source,
-        str(manifest.audit.get("duplicate_frames", 0)),
+        str(manifest.count_frames("duplicates")),
         f"{shares.get(manifest.dataset, 0):.3f}" if manifest.split == "train" else "",
     ]
 

@@ -66,13 +66,14 @@ class ShardReader:
         """All windows of `length` frames. Raises UserError if no trajectory is that long."""
         if length not in self._indices:
             trajectories = self.manifest.trajectories
-            frames, shards = [one.frames for one in trajectories], [one.shard for one in trajectories]
-            if not 1 <= length <= max(frames):
+            longest = max((b - a for one in trajectories for a, b in one.segments), default=0)
+            if not 1 <= length <= longest:
                 raise UserError(
                     f"{self.folder}: no window of {length} frames: the longest trajectory of {self.dataset} has "
-                    f"{max(frames)}; ask for shorter windows or leave the dataset out"
+                    f"{longest}; ask for shorter windows or leave the dataset out"
                 )
-            self._indices[length] = WindowIndex(frames, length, shards)
+            segments, shards = [one.segments for one in trajectories], [one.shard for one in trajectories]
+            self._indices[length] = WindowIndex(segments, length, shards)
         return self._indices[length]
 
     def batch(self, window_ids: np.ndarray, length: int, draw: int = -1) -> Batch:

@@ -119,7 +119,7 @@ def test_manifest_says_what_the_data_are(tiny_shards: Path) -> None:
     assert set(manifest.stats) == {"mean", "std", "rms", "mean_delta", "std_delta", "rms_delta"}
     assert set(manifest.trajectories[0].scalars) == {"Rayleigh", "Prandtl"}
     assert manifest.dt > 0
-    assert manifest.audit == {"duplicate_frames": 0}
+    assert manifest.findings == ()
     assert len(manifest.digest) == 64
 
 
@@ -140,7 +140,7 @@ def test_finished_work_is_left_alone_and_new_work_is_added(tiny_well: Path, tmp_
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_duplicate_frames_are_counted_across_chunks(tiny_well: Path, tmp_path: Path) -> None:
+def test_duplicate_frames_are_found_across_chunks(tiny_well: Path, tmp_path: Path) -> None:
     well = tmp_path / "well"
     shutil.copytree(tiny_well / "shear_flow", well / "shear_flow")
     with h5py.File(split_files(well / "shear_flow", "valid")[0], "r+") as file:
@@ -150,7 +150,10 @@ def test_duplicate_frames_are_counted_across_chunks(tiny_well: Path, tmp_path: P
         file["t0_fields/tracer"][0, 2] = file["t0_fields/tracer"][0, 1]  # one field alone is no duplicate
     build_shards(well, tmp_path / "shards", splits=["valid"], jobs=1, frames_per_chunk=4)
     manifest = Manifest.load(tmp_path / "shards" / "shear_flow" / "valid" / "manifest.json")
-    assert manifest.audit == {"duplicate_frames": 2}
+    assert [(one.kind, one.trajectory, one.frames) for one in manifest.findings] == [
+        ("duplicates", 0, ((4, 5), (7, 8)))
+    ]
+    assert manifest.count_frames("duplicates") == 2
 
 
 def test_stats_are_computed_when_the_well_has_none(tiny_well: Path, tmp_path: Path) -> None:

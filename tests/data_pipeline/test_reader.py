@@ -41,14 +41,20 @@ def rewrite(shards: Path, change) -> Path:
 
 
 @given(
-    frames=st.lists(st.integers(1, 12), min_size=1, max_size=8),
+    lengths=st.lists(st.lists(st.integers(1, 12), max_size=3), min_size=1, max_size=8),
     length=st.integers(1, 6),
     per_shard=st.integers(1, 3),
+    gap=st.integers(0, 2),
 )
-def test_index_lists_each_window_once(frames: list[int], length: int, per_shard: int) -> None:
-    shard_of = [trajectory // per_shard for trajectory in range(len(frames))]
-    index = WindowIndex(frames, length, shard_of)
-    expected = [(t, first) for t, count in enumerate(frames) for first in range(count - length + 1)]
+def test_index_lists_each_window_once(lengths: list[list[int]], length: int, per_shard: int, gap: int) -> None:
+    segments: list[list[tuple[int, int]]] = [[] for _ in lengths]
+    for bounds, counts in zip(segments, lengths, strict=True):
+        for count in counts:
+            first = bounds[-1][1] + gap if bounds else gap
+            bounds.append((first, first + count))
+    shard_of = [trajectory // per_shard for trajectory in range(len(lengths))]
+    index = WindowIndex(segments, length, shard_of)
+    expected = [(t, a) for t, bounds in enumerate(segments) for lo, hi in bounds for a in range(lo, hi - length + 1)]
     trajectories, firsts = index.locate(np.arange(len(index)))
     assert list(zip(trajectories.tolist(), firsts.tolist(), strict=True)) == expected
     in_shards = [sum(shard_of[t] == shard for t, _ in expected) for shard in range(max(shard_of) + 1)]
@@ -94,16 +100,17 @@ def test_short_trajectories_have_no_long_windows(spoilt: Path) -> None:
     def shorten(content: dict) -> None:
         trajectory = content["trajectories"][0]
         trajectory |= {"frames": 4, "offsets": trajectory["offsets"][:1], "crc32": trajectory["crc32"][:32]}
+        trajectory["segments"] = [[0, 4]]
         content["trajectories"] = [
             trajectory,
-            content["trajectories"][0] | {"frames": 3, "crc32": trajectory["crc32"][:24]},
+            trajectory | {"frames": 3, "crc32": trajectory["crc32"][:24], "segments": [[0, 1], [1, 3]]},
         ]
 
     rewrite(spoilt, shorten)
     reader = ShardReader(spoilt, MAZE, "test", verify=True)
     assert len(reader.index(4)) == 1
-    assert len(reader.index(2)) == 3 + 2
-    assert reader.batch(np.arange(5), 2).fields.shape[0] == 5
+    assert len(reader.index(2)) == 3 + 0 + 1
+    assert reader.batch(np.arange(4), 2).fields.shape[0] == 4
 
 
 def _sum_in_child(reader: ShardReader, queue: "multiprocessing.Queue[float]") -> None:
