@@ -268,7 +268,7 @@ def _set(*path_and_value):
         (_set("trajectories", 0, "constants_offset", 10**12), "constants_offset: not in the shard"),
         (_set("trajectories", []), "no trajectories"),
         (_set("surprise", 1), "unknown keys .'surprise'"),
-        (_set("version", 99), "expected format 'wavelit-shards' version 1, got 'wavelit-shards' version 99"),
+        (_set("version", 99), "expected format 'wavelit-shards' version 2, got 'wavelit-shards' version 99"),
         (lambda content: content.pop("stats"), "missing keys .'stats'"),
     ],
 )
