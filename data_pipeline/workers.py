@@ -1,9 +1,9 @@
-"""Runs tasks in worker processes, with one progress bar in bytes for all of them."""
+"""Runs tasks in worker processes, with one progress bar for all of them."""
 
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -28,24 +28,40 @@ class Stopped(Exception):
 
 
 def run_tasks(
-    function: Callable[[T, OnBytes], R], tasks: Sequence[T], jobs: int, num_bytes: int, title: str
+    function: Callable[[T, OnBytes], R],
+    tasks: Sequence[T],
+    jobs: int,
+    num_bytes: int,
+    title: str,
+    *,
+    unit: str = "B",
+    environment: Mapping[str, str] | None = None,
+    cut_short: bool = False,
 ) -> Generator[tuple[T, R]]:
     """Yields (task, function(task, on_bytes)) as tasks end, in any order; `function` reports its work to on_bytes.
 
-    With one job or task everything runs in this process. The first error stops all tasks and is raised.
+    The work is `num_bytes` in all; given another `unit`, it is that many of them, counted in place of bytes. With one
+    job or task everything runs in this process; workers get the variables of `environment` added to their own. The
+    first error, an interrupt, or closing the generator stops all tasks: each at its next report, or, with `cut_short`,
+    at once and half way. The error is raised.
     """
     if not tasks:
         return
     jobs = min(jobs, len(tasks))
-    with tqdm(total=num_bytes, desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
+    with tqdm(total=num_bytes, desc=title, unit=unit, unit_scale=unit == "B", unit_divisor=1024, disable=None) as bar:
         if jobs <= 1:
             yield from ((task, function(task, bar.update)) for task in tasks)
         else:
-            yield from _run_in_workers(function, tasks, jobs, bar)
+            yield from _run_in_workers(function, tasks, jobs, bar, environment or {}, cut_short)
 
 
 def _run_in_workers(
-    function: Callable[[T, OnBytes], R], tasks: Sequence[T], jobs: int, bar: tqdm
+    function: Callable[[T, OnBytes], R],
+    tasks: Sequence[T],
+    jobs: int,
+    bar: tqdm,
+    environment: Mapping[str, str],
+    cut_short: bool,
 ) -> Iterator[tuple[T, R]]:
     context = get_context("spawn")  # the same on Linux and macOS, and safe when the caller has threads
     counter, stop = context.Value("q", 0), context.Event()
@@ -55,7 +71,8 @@ def _run_in_workers(
         ProcessPoolExecutor(jobs, context, _start_worker, (counter, stop, lifeline)) as pool,
     ):
         try:
-            waiting: dict[Future[R], T] = {pool.submit(_run_task, function, task): task for task in tasks}
+            with _added_to_environment(environment):  # submitting starts the workers
+                waiting: dict[Future[R], T] = {pool.submit(_run_task, function, task): task for task in tasks}
             while waiting:
                 done, _ = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
                 if interrupted.is_set():
@@ -70,6 +87,10 @@ def _run_in_workers(
             raise UserError(
                 "a worker process was killed, most likely for want of memory; run the same command with fewer --jobs"
             ) from error
+        except BaseException:
+            if cut_short:
+                end.close()
+            raise
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -92,6 +113,20 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
         yield received
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def _added_to_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 _shared: tuple["Synchronized[int]", Event] | None = None  # of a worker process, set once when it starts

@@ -46,6 +46,8 @@ VIEWS: Mapping[str, View] = {
     "viscoelastic_instability": View("C", "C_xx", "inferno", (0, 0)),
     "acoustic_scattering_maze": View("pressure", "pressure", "twilight_shifted", signed=True, quantile=0.985),
     "helmholtz_staircase": View("pressure_re", "pressure_re", "twilight_shifted", signed=True),
+    "burgers": View("tracer", "tracer", "cividis"),
+    "euler_multi_quadrants_periodicBC": View("density", "density", "magma"),
 }
 
 
@@ -77,7 +79,7 @@ class Row:
 def contact_sheet(well: Path, file: Path) -> None:
     """Draw the datasets that `well` holds into the picture `file`, whose suffix names the format (.png, .svg, ...).
 
-    Raises UserError if `well` holds none of the eight datasets, the format is unknown, or the file cannot be written.
+    Raises UserError if `well` holds no dataset of the mini-Well, the format is unknown, or the file cannot be written.
     """
     # Here, because matplotlib takes longer to import than the tiny preset to simulate, and only this function needs it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

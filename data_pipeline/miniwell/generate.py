@@ -1,4 +1,4 @@
-"""The mini-Well: real simulations of the eight datasets at low resolution, in the Well's layout.
+"""The mini-Well: real simulations of the eight datasets, and of the extras, at low resolution, in the Well's layout.
 
 out/<dataset>/simulation.json                       preset, seed and settings behind the data
 out/<dataset>/data/{train,valid,test}/<file>.hdf5   one file per parameter set
@@ -7,13 +7,9 @@ out/<dataset>/stats.yaml                            moments of the train split, 
 
 import difflib
 import json
-import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +20,25 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import TEMPORARY_SUFFIX
 from data_pipeline.miniwell.contact_sheet import contact_sheet
 from data_pipeline.miniwell.moments import Moments, statistics
-from data_pipeline.miniwell.task import SYSTEMS, Task, load_system, run_task, start_worker, total_trajectories
+from data_pipeline.miniwell.task import EIGHT, EXTRAS, SYSTEMS, Task, load_system, run_task, total_trajectories
 from data_pipeline.miniwell.well_file import write_whole
+from data_pipeline.workers import available_cores, run_tasks
 
-__all__ = ["PRESETS", "SYSTEMS", "contact_sheet", "load_system", "simulate"]
+__all__ = ["EIGHT", "EXTRAS", "PRESETS", "SYSTEMS", "contact_sheet", "load_system", "simulate"]
 
 PRESETS = ("mini", "tiny")
 VERSION = 1  # raise it when the same preset and seed begin to give other arrays
 
-Outcome = tuple[Task, dict[str, Moments] | None]
+# BLAS reads these when it is loaded; one simulation each keeps the cores busy.
+_ONE_THREAD = dict.fromkeys(
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
+)
 
 
 def simulate(
     out: Path, preset: str, datasets: Sequence[str] | None = None, seed: int = 0, jobs: int | None = None
 ) -> None:
-    """Simulate datasets (None: all eight) into `out`; a dataset that is complete there is kept, and said to be.
+    """Simulate datasets into `out` (None: the eight, no extras); what is complete there is kept, and said to be.
 
     The arrays depend on preset and seed, not on `jobs` (processes; None: one per available core).
     Raises UserError for an unknown dataset or preset, a seed below 0, jobs below 1, data of another preset, seed or
@@ -61,15 +61,16 @@ def simulate(
         for leftover in (out / name).rglob(f"*{TEMPORARY_SUFFIX}"):  # of a run that was killed
             leftover.unlink()
         write_whole(out / name / "simulation.json", json.dumps(_marker(name, preset, seed), indent=1).encode())
-    _run(_tasks(out, pending, preset, seed), jobs or _available_cores())
+    _run(_tasks(out, pending, preset, seed), jobs or available_cores())
 
 
 def _checked_names(datasets: Sequence[str] | None) -> list[str]:
-    names = sorted(SYSTEMS) if datasets is None else list(dict.fromkeys(datasets))
+    names = sorted(EIGHT) if datasets is None else list(dict.fromkeys(datasets))
     for name in names:
         if name not in SYSTEMS:
             raise UserError(
-                f"expected datasets among {', '.join(SYSTEMS)}; got {name!r}{_nearest(name, list(SYSTEMS))}"
+                f"expected datasets among {', '.join(EIGHT)}, or the extras {', '.join(EXTRAS)}; "
+                f"got {name!r}{_nearest(name, list(SYSTEMS))}"
             )
     return names
 
@@ -130,70 +131,20 @@ def _run(tasks: Sequence[Task], jobs: int) -> None:
     """Run the tasks and finish each dataset as soon as its last one is done."""
     results: dict[Task, dict[str, Moments] | None] = {}
     waiting = {name: sum(task.dataset == name for task in tasks) for name in {task.dataset for task in tasks}}
-    run = _in_this_process if min(jobs, len(tasks)) <= 1 else _in_workers
-    bar = tqdm(total=len(tasks), desc="simulate", unit="set", disable=None)
-    with bar as progress, closing(run(tasks, jobs)) as done:
+    # A simulation says nothing until it is done, so one that is not wanted any more is cut short.
+    run = run_tasks(run_task, tasks, jobs, len(tasks), "simulate", unit="set", environment=_ONE_THREAD, cut_short=True)
+    with closing(run) as done:
         for task, moments in done:
             results[task] = moments
             waiting[task.dataset] -= 1
-            progress.update()
             if not waiting[task.dataset]:
-                _finish(task, results, progress.write)
+                _finish(task, results)
 
 
-def _in_this_process(tasks: Sequence[Task], jobs: int) -> Generator[Outcome, None, None]:
-    for task in tasks:
-        yield task, run_task(task)
-
-
-def _in_workers(tasks: Sequence[Task], jobs: int) -> Generator[Outcome, None, None]:
-    """Spawned, not forked: the same on Linux and macOS, and safe after torch or HDF5 have started threads."""
-    context = get_context("spawn")
-    reader, writer = context.Pipe(duplex=False)
-    with _one_thread_each():
-        executor = ProcessPoolExecutor(min(jobs, len(tasks)), context, initializer=start_worker, initargs=(reader,))
-        try:
-            futures = {executor.submit(run_task, task): task for task in tasks}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool as error:
-            writer.close()  # the executor forgets a worker that was starting when another was killed: end it
-            raise UserError(
-                "a worker process was killed, most likely for want of memory: run the same command with fewer --jobs"
-            ) from error
-        except BaseException:
-            writer.close()  # whatever the workers do is not wanted any more
-            raise
-        finally:
-            executor.shutdown(cancel_futures=True)
-            writer.close()
-            reader.close()
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """BLAS reads these variables when it is loaded, so the workers must start with them in their environment."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _finish(last: Task, results: Mapping[Task, dict[str, Moments] | None], say: Callable[[str], object]) -> None:
+def _finish(last: Task, results: Mapping[Task, dict[str, Moments] | None]) -> None:
     """Write stats.yaml, which makes the dataset of task `last` complete."""
     tasks = sorted((task for task in results if task.dataset == last.dataset), key=lambda task: task.set_index)
     moments = [found for task in tasks if (found := results[task]) is not None]
     write_whole(last.folder / "stats.yaml", yaml.safe_dump(statistics(moments)).encode())
     sizes = [path.stat().st_size for path in (last.folder / "data").rglob("*.hdf5")]
-    say(f"{last.dataset}: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB in {last.folder}")
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    tqdm.write(f"{last.dataset}: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB in {last.folder}")
