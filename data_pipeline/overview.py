@@ -1,58 +1,54 @@
-"""What a folder of shards holds, as a table."""
+"""What a folder of shards holds, as a table, and what the audit found in it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from data_pipeline.index import WindowIndex
-from data_pipeline.manifest import MANIFEST_NAME, Manifest
-from data_pipeline.schedule import Source, sampling_shares
-from data_pipeline.well import SPLITS
+from data_pipeline.remote import RemoteFolder, is_url
+from data_pipeline.shards.listing import count_severities, find_manifests, findings_table, table
+from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
+from data_pipeline.well.hdf5 import SPLITS
+from data_pipeline.windows.fetching import load_manifest
+from data_pipeline.windows.index import WindowIndex
+from data_pipeline.windows.schedule import Source, sampling_shares
 
 COLUMNS = (
     *("dataset", "split", "trajectories", "frames", "windows", "grid", "channels", "shards", "MB"),
-    *("boundary x", "boundary y", "stats", "duplicates", "share"),
+    *("boundary x", "boundary y", "stats", "stored", "findings", "skipped", "share"),
 )
-TEXT_COLUMNS = {"dataset", "split", "boundary x", "boundary y", "stats"}
+FEW = 4  # errors and warnings of a dataset that are shown unless all findings are asked for
 
 
-def find_manifests(
-    shards: Path, datasets: Sequence[str] | None = None, splits: Sequence[str] | None = None
-) -> dict[Path, Manifest]:
-    """Folder -> manifest of every dataset and split under `shards`, by name, splits in the order train, valid, test.
+def overview(shards: str | Path, known: Sequence[str], all_findings: bool = False) -> str:
+    """A line per dataset and split: counts, grid, channels (state+constant), bytes, boundaries, findings and share.
 
-    Raises UserError if there is none, if one that was asked for is missing, or if a manifest is damaged.
+    A window is a pair of neighbouring frames, `skipped` how many are left out; `findings` counts errors, warnings and
+    notes; a few errors and warnings follow the table, or all findings. The share is how often training on all of them
+    draws the dataset under the default scheme. `known` names the datasets that are looked for behind a URL, which may
+    not list what it has. Raises UserError as `find_manifests` does.
     """
-    if datasets is None:
-        datasets = sorted({path.parts[-3] for path in shards.glob(f"*/*/{MANIFEST_NAME}")})
-    folders = []
-    for dataset in datasets:
-        present = [split for split in SPLITS if (shards / dataset / split / MANIFEST_NAME).exists()]
-        missing = [split for split in splits or () if split not in present]
-        if missing or not present:
-            raise UserError(
-                f"{shards / dataset}: expected shards of {', '.join(missing) or 'any split'}, got "
-                f"{', '.join(present) or 'none'}; make them with `data-pipeline shard`"
-            )
-        folders += [shards / dataset / split for split in present if splits is None or split in splits]
-    if not folders:
-        raise UserError(
-            f"{shards}: expected <dataset>/<split>/{MANIFEST_NAME}, got none; make shards with `data-pipeline shard`"
-        )
-    return {folder: Manifest.load(folder / MANIFEST_NAME) for folder in folders}
-
-
-def overview(shards: Path) -> str:
-    """A line per dataset and split: counts, grid, channels (state+constant), bytes, boundaries and share.
-
-    A window is a pair of neighbouring frames; the share is how often training on all of them draws the
-    dataset under the default scheme. Raises UserError as `find_manifests` does.
-    """
-    manifests = list(find_manifests(shards).values())
+    found_there = _manifests_behind(str(shards), known) if is_url(shards) else find_manifests(Path(shards))
+    manifests = list(found_there.values())
     shares = _shares([manifest for manifest in manifests if manifest.split == "train"])
     rows = [_row(manifest, shares) for manifest in manifests]
     num_bytes = sum(shard.bytes for manifest in manifests for shard in manifest.shards)
-    return f"{_table(rows)}\n{len(rows)} datasets and splits, {num_bytes / 1e6:.1f} MB in {shards}"
+    found = [(one.dataset, one.split, finding) for one in manifests for finding in one.findings]
+    listed = findings_table(found, None if all_findings else FEW)
+    total = f"{len(rows)} datasets and splits, {num_bytes / 1e6:.1f} MB in {shards}"
+    return "\n".join([table(COLUMNS, rows), total, *([f"\n{listed}"] if listed else [])])
+
+
+def _manifests_behind(url: str, known: Sequence[str]) -> Mapping[RemoteFolder, Manifest]:
+    """As `find_manifests`, of the known datasets behind a URL."""
+    folders = [RemoteFolder(url) / name / split for name in sorted(known) for split in SPLITS]
+    found = {folder: folder.file(MANIFEST_NAME) for folder in folders}
+    manifests = {folder: load_manifest(file) for folder, file in found.items() if file.exists()}
+    if not manifests:
+        raise UserError(
+            f"{url}: expected <dataset>/<split>/{MANIFEST_NAME} of {', '.join(sorted(known))}, got none; upload shards "
+            "made with `data-pipeline shard`, or name your own cards with --registry"
+        )
+    return manifests
 
 
 def _shares(manifests: Sequence[Manifest]) -> dict[str, float]:
@@ -82,18 +78,8 @@ def _row(manifest: Manifest, shares: dict[str, float]) -> list[str]:
         f"{num_bytes / 1e6:.1f}",
         *("-".join(dict.fromkeys(sides)).lower() for sides in manifest.boundary),
         manifest.stats_source,
-        str(manifest.count_frames("duplicates")),
+        manifest.dtype,
+        count_severities(manifest.findings),
+        str(manifest.num_skipped_windows(2)),
         f"{shares.get(manifest.dataset, 0):.3f}" if manifest.split == "train" else "",
     ]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [COLUMNS, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if name in TEXT_COLUMNS else cell.rjust(width)
-            for name, cell, width in zip(COLUMNS, line, widths, strict=True)
-        ).rstrip()
-        for line in lines
-    )

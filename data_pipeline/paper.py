@@ -7,8 +7,8 @@ each dataset under four sampling schemes, and how far each scheme is from propor
 import math
 from collections.abc import Mapping, Sequence
 
-from data_pipeline.registry import Card, Registry
-from data_pipeline.schedule import Source, sampling_shares
+from data_pipeline.cards.registry import Card, Registry
+from data_pipeline.windows.schedule import Source, sampling_shares
 
 DATASETS = (  # the paper's eight, in the order of its tables; cards beyond them do not belong in these tables
     "active_matter",

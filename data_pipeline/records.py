@@ -4,14 +4,17 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
+import stat
 import sys
 import types
 import typing
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from data_pipeline.errors import UserError
+
+MAX_JSON_BYTES = 2**28  # a manifest of a million windows has 9 MB
 
 
 def require(condition: bool, message: str) -> None:
@@ -31,14 +34,24 @@ def digest(content: object) -> str:
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises UserError when the file cannot be read or holds something else."""
+    """Reads a JSON object. Raises UserError when the file cannot be read, is a link, or holds something else."""
     try:
-        content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        content = json.loads(_read_plain(path), parse_constant=_refuse_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, got {_brief(content)}")
     return content
+
+
+def _read_plain(path: Path) -> bytes:
+    """The content of a plain file. A link could lead anywhere; a pipe or a device has no end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_JSON_BYTES:
+            raise ValueError(f"expected a plain file of at most {MAX_JSON_BYTES} bytes")
+        return file.read(found.st_size)
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -55,38 +68,55 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:
-    """JSON values as the annotated type `kind`: dataclass, tuple, dict, `X | None`, int, float or str.
+    """JSON values as the annotated type `kind`: dataclass, tuple, dict, `X | None`, int, float, str or bool.
 
     Raises UserError naming the place when a type differs, a key is missing, or a key is unknown.
     """
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return _decode_dataclass(kind, value, where)
+    if kind is float:
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max:
+            return float(value)
+        raise UserError(f"{where}: expected a finite number, got {_brief(value)}")
+    if kind in (int, str, bool):
+        if type(value) is kind:
+            return value
+        raise UserError(f"{where}: expected {kind.__name__}, got {_brief(value)}")
+    origin, arguments = _parts(kind)
+    if origin is tuple:
+        return _decode_tuple(arguments, value, where)
     if origin is types.UnionType:
         return None if value is None else decode(arguments[0], value, where)
-    if origin is tuple:
-        require(isinstance(value, list), f"{where}: expected a list, got {_brief(value)}")
-        members = (arguments[0],) * len(value) if arguments[-1] is Ellipsis else arguments
-        require(len(value) == len(members), f"{where}: expected {len(members)} entries, got {len(value)}")
-        pairs = zip(members, value, strict=True)
-        return tuple(decode(member, item, f"{where}[{index}]") for index, (member, item) in enumerate(pairs))
     if origin is dict:
         require(isinstance(value, dict), f"{where}: expected a mapping, got {_brief(value)}")
         return {key: decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is float:
-        finite = type(value) in (int, float) and abs(value) <= sys.float_info.max
-        require(finite, f"{where}: expected a finite number, got {_brief(value)}")
-        return float(value)
-    require(type(value) is kind, f"{where}: expected {kind.__name__}, got {_brief(value)}")
-    return value
+    return _decode_dataclass(kind, value, where)
+
+
+def _decode_tuple(members: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise UserError(f"{where}: expected a list, got {_brief(value)}")
+    if members == (int, Ellipsis) and set(map(type, value)) <= {int}:  # byte offsets: most of a manifest
+        return tuple(value)
+    kinds = (members[0],) * len(value) if members[-1] is Ellipsis else members
+    if len(value) != len(kinds):
+        raise UserError(f"{where}: expected {len(kinds)} entries, got {len(value)}")
+    return tuple(
+        decode(kind, item, f"{where}[{index}]") for index, (kind, item) in enumerate(zip(kinds, value, strict=True))
+    )
 
 
 def _decode_dataclass(kind: type, value: Any, where: str) -> Any:
-    require(isinstance(value, Mapping), f"{where}: expected a mapping, got {_brief(value)}")
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a mapping, got {_brief(value)}")
     hints = _hints(kind)
-    missing, unknown = sorted(hints.keys() - value.keys()), sorted(value.keys() - hints.keys())
-    require(not missing and not unknown, f"{where}: missing keys {missing}, unknown keys {_brief(unknown)}")
+    if hints.keys() != value.keys():
+        missing, unknown = sorted(hints.keys() - value.keys()), sorted(value.keys() - hints.keys())
+        raise UserError(f"{where}: missing keys {missing}, unknown keys {_brief(unknown)}")
     return kind(**{name: decode(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+
+
+@functools.cache
+def _parts(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    return typing.get_origin(kind), typing.get_args(kind)
 
 
 @functools.cache

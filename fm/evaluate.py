@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_file
-from data_pipeline.manifest import Manifest
-from data_pipeline.reader import ShardReader
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.windows.reader import ShardReader
 from fm.curves import growth_figure
 from fm.measure import one_step_errors, rollout_errors, rollout_steps
 from fm.model import WaveLiTFM
@@ -21,6 +21,7 @@ from fm.pictures import Sample, overview, strip
 from fm.protocol import Protocol
 from fm.report import score_table
 from fm.scoring import DatasetErrors, ErrorFile, score
+from fm.specs import check_channels
 
 SHOWN_STEPS = 6
 DPI = 160
@@ -150,15 +151,7 @@ def _check(model: WaveLiTFM, readers: Mapping[str, ShardReader], protocol: Proto
                 "leave that one out"
             )
         spec = model.specs[name]
-        for role, ours, theirs in (
-            ("state", spec.state_channels, manifest.state_channels),
-            ("constant", spec.constant_channels, manifest.constant_channels),
-        ):
-            if tuple(ours) != tuple(theirs):
-                raise UserError(
-                    f"{reader.folder}: the model was trained on the {role} channels {', '.join(ours) or 'none'}, "
-                    f"these shards hold {', '.join(theirs) or 'none'}: make them again with `data-pipeline shard`"
-                )
+        check_channels(reader, spec.state_channels, spec.constant_channels, "the model was trained on")
 
 
 def _write_text(path: Path, text: str) -> None:

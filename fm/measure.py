@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.reader import ShardReader
+from data_pipeline.windows.reader import ShardReader
 from fm.metrics import squared_error_and_variance
 from fm.model import WaveLiTFM
 from fm.protocol import Protocol
@@ -36,7 +36,10 @@ def one_step_errors(
     """
     longest = max(reader.num_frames(index) for index in range(reader.num_trajectories))
     errors = Errors.empty(reader.num_trajectories, longest - 1, len(reader.manifest.state_channels))
-    for ids in np.array_split(windows, -(-len(windows) // batch_size)):
+    batches = np.array_split(windows, -(-len(windows) // batch_size))
+    for number, ids in enumerate(batches):
+        if number + 1 < len(batches):
+            reader.announce(batches[number + 1], 2)  # from a URL it comes while the model works
         batch = reader.batch(ids, 2).to(device)
         source, target = batch.fields[:, 0], batch.fields[:, 1]
         (prediction,) = rollout(model, reader.manifest.dataset, source, batch.constants, 1)

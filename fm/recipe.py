@@ -26,7 +26,7 @@ from fm.trainer import train
 def run(path: str) -> None:
     """Train the recipe at `path` with the overrides on the command line, and exit (0 done, 2 user error, 130 saved).
 
-    Returns at once in a process that multiprocessing started (a DataLoader worker that re-imports the main program).
+    Returns at once in a process that multiprocessing started, which imports the main program again.
     """
     if multiprocessing.parent_process() is None:
         sys.exit(main(path, sys.argv[1:]))
@@ -128,4 +128,4 @@ def _explain(error: Any) -> str:
         options = [part.strip(" '") for part in error["ctx"]["expected"].replace(" or ", ",").split(",")]
         matches = difflib.get_close_matches(value, options, n=1)
         near = f"; did you mean {matches[0]}?" if matches else ""
-    return f"{key}: {message}{shown}{near}"
+    return f"{key}: {message}{shown}{near}".removeprefix(": ")  # checks of the whole recipe have no key

@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -10,7 +11,7 @@ from types import TracebackType
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_pipeline.schedule import Schedule
+from data_pipeline.windows.schedule import Schedule
 from fm.model import WaveLiTFM
 from fm.settings import Recipe, dump_recipe
 from fm.tracking import Dashboard, StepLog, progress_bar
@@ -56,6 +57,7 @@ class RunRecord(AbstractContextManager):
         self._flops: dict[str, float] = {}  # dataset -> training FLOPs of one model call on one window
         self._since: list[StepResult] = []  # steps since the last scalars
         self._time = time.perf_counter()
+        self._repeated: set[str] = set()  # datasets that a warning was given for
         if not active:
             return
         directory = recipe.run.directory
@@ -69,6 +71,12 @@ class RunRecord(AbstractContextManager):
         if step:
             self._board.text("events", f"continued from step {step}", step)
         self._bar = progress_bar(recipe.train.steps, step, recipe.run.name, shown=recipe.tracking.progress)
+        self._warn_of_repeats(recipe.train.steps, step)
+        if recipe.sampling.scheme == "adaptive" and recipe.train.steps <= recipe.validation.every:
+            self.say(
+                f"sampling.scheme: adaptive changes nothing in {recipe.train.steps} steps, since the first validation "
+                f"is after {recipe.validation.every}; lower validation.every"
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -115,6 +123,32 @@ class RunRecord(AbstractContextManager):
         )
         self._time = time.perf_counter()
 
+    def shares(self, schedule: Schedule, unscored: Sequence[str], step: int) -> None:
+        """Log that `schedule` takes over after `step` steps; `unscored` datasets had no usable validation score."""
+        before, after, self.schedule = self.schedule.shares, schedule.shares, schedule
+        if not self.active:
+            return
+        changes = {name: f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in after}
+        largest = sorted(changes, key=lambda name: abs(after[name] - before[name]), reverse=True)[:3]
+        notes = [f"no finite score of {name}: its last one stands, or else the average" for name in unscored]
+        body = "\n".join(f"- {line}" for line in [*changes.values(), *notes])
+        self._board.text("events", f"sampling shares from here on\n\n{body}", step)
+        self.say(f"step {step}: sampling shares, largest changes: {', '.join(changes[name] for name in largest)}")
+        for note in notes:
+            self.say(f"step {step}: {note}")
+
+    def _warn_of_repeats(self, until: int, step: int) -> None:
+        """Warn once of each dataset that the first `until` steps pass over more often than sampling.max_passes."""
+        limit = self.recipe.sampling.max_passes
+        if limit is None:
+            return
+        passes = self.schedule.passes(until * self.recipe.train.accumulate)
+        for name in [name for name in passes if passes[name] > limit and name not in self._repeated]:
+            self._repeated.add(name)
+            warning = repeat_warning(name, passes[name], limit, until)
+            self._board.text("events", warning, step)
+            self.say(f"warning: {warning}")
+
     def _scalars(self, last: StepResult) -> None:
         """Means over the steps since the last call, throughput by the clock."""
         now = time.perf_counter()
@@ -140,6 +174,7 @@ class RunRecord(AbstractContextManager):
             values[f"sampling/drawn_share/{name}"] = counts[name] / draws
             values[f"sampling/passes/{name}"] = passes[name]
         self._board.scalars(values, last.step)
+        self._warn_of_repeats(last.step, last.step)
         self._bar.set_postfix_str(f"loss {values['train/loss']:.3f}, {samples / elapsed:.1f} samples/s")
 
     def _step_flops(self, step: StepResult) -> float:
@@ -160,6 +195,15 @@ class RunRecord(AbstractContextManager):
                 self.model(state, constants, dataset)
             self._flops[dataset] = 3.0 * counter.get_total_flops()
         return self._flops[dataset]
+
+
+def repeat_warning(dataset: str, passes: float, limit: float, steps: int) -> str:
+    """What to say of a dataset that `steps` steps pass over more often than `limit`."""
+    return (
+        f"{steps} steps pass {passes:.1f} times over {dataset}, more than sampling.max_passes={limit:g}; it may be "
+        "learnt by heart. Add trajectories, lower its share (sampling.scheme, sampling.weights) or train.steps, or "
+        "raise the limit (null: no limit)."
+    )
 
 
 def _peak_memory_bytes() -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from data_pipeline.errors import UserError
-from data_pipeline.loader import open_readers
+from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import find_checkpoint, load_pretrained, verify_checkpoint
 from fm.evaluate import evaluate_model
 from fm.protocol import get_protocol
@@ -19,7 +19,7 @@ from fm.report import compare_table, score_table
 
 def evaluate_run(
     run: Path,
-    shards: Path | None = None,
+    shards: str | Path | None = None,
     out: Path | None = None,
     protocol: str | None = None,
     split: str | None = None,
@@ -35,7 +35,8 @@ def evaluate_run(
     chosen = get_protocol(protocol or recipe.validation.protocol)
     chosen = replace(chosen, split=split or chosen.split)
     model = load_pretrained(checkpoint)
-    readers = open_readers(shards or Path(recipe.data.shards), sorted(model.specs), chosen.split)
+    stream = recipe.data.stream(recipe.sampling.shuffle, recipe.sampling.shards_per_block)
+    readers = open_readers(shards or recipe.data.shards, sorted(model.specs), chosen.split, stream=stream)
     out = out or (run if run != checkpoint else checkpoint.parent.parent) / "report"
     origin = {
         "checkpoint": str(checkpoint),

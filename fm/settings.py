@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter
 
+from data_pipeline.windows.streaming import StreamSettings
 from fm.model import ModelConfig
 
 
@@ -31,22 +32,41 @@ class RunSettings:
 class DataSettings:
     """Which shards are read, and how."""
 
-    shards: str  # folder with <dataset>/<split>/manifest.json
+    shards: str  # folder or URL (https://, s3://, gs://, hf://) with <dataset>/<split>/manifest.json
     datasets: list[str] | None = None  # official names; null means every dataset in the folder
-    workers: int = 0  # DataLoader processes per rank; the order of batches does not depend on it
+    registry: str | None = None  # folder of your own cards; null means WAVELIT_REGISTRY
+    workers: int = 1  # threads per rank that read batches ahead; batches and their order do not depend on it
     verify: bool = False  # compare each frame read with its checksum
+    cache: str | None = None  # folder for what a URL gave; null means $XDG_CACHE_HOME/wavelit, or ~/.cache/wavelit
+    cache_gb: float = 40.0  # limit of that folder; 0 keeps nothing there, for shuffle: global
+    prefetch: int = 64  # draws ahead of their use whose data are fetched from a URL, as far as there is room
 
     def __post_init__(self) -> None:
         _at_least("workers", self.workers, 0)
+        _at_least("prefetch", self.prefetch, 0)
+        if not 0 <= self.cache_gb < 1e9:
+            raise ValueError(f"cache_gb: expected gigabytes, at least 0, got {self.cache_gb}")
+
+    def stream(self, shuffle: str, shards_per_block: int) -> StreamSettings:
+        """How shards behind a URL are read under this shuffle."""
+        cache = None if self.cache is None else Path(self.cache)
+        return StreamSettings(shuffle, shards_per_block, cache, int(self.cache_gb * 1e9), self.prefetch)
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
     """How a step's dataset and windows are drawn (paper section 3.5, Tables 8 and 10)."""
 
-    scheme: Literal["sqrt", "uniform", "proportional", "temperature", "weights"] = "sqrt"
+    # adaptive: sqrt at first, then after each validation in proportion to sqrt share x score ** power, where the score
+    # is one-step validation VRMSE over persistence's
+    scheme: Literal["sqrt", "uniform", "proportional", "temperature", "weights", "adaptive"] = "sqrt"
     temperature: float = 0.2  # tau of softmax(share / tau), for scheme: temperature
     weights: dict[str, float] | None = None  # dataset -> weight, for scheme: weights
+    power: float = 1.0  # how strongly shares follow the scores, for scheme: adaptive; 0 is not at all
+    floor: float = 0.02  # least share of a dataset, for scheme: adaptive
+    # Passes over a dataset above which the run warns, null for never; the paper's 1M steps make 35, its most, over
+    # viscoelastic_instability.
+    max_passes: float | None = 40.0
     shuffle: Literal["global", "blocks"] = "global"  # blocks: shards permuted, windows within blocks of shards
     shards_per_block: int = 4  # for shuffle: blocks
 
@@ -54,6 +74,12 @@ class SamplingSettings:
         _at_least("shards_per_block", self.shards_per_block, 1)
         if self.temperature <= 0:
             raise ValueError(f"temperature: expected a number above 0, got {self.temperature}")
+        if not 0 <= self.power <= 10:
+            raise ValueError(f"power: expected a number from 0 to 10, got {self.power}")
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"floor: expected a share in [0, 1), got {self.floor}")
+        if self.max_passes is not None and not self.max_passes > 0:
+            raise ValueError(f"max_passes: expected a number above 0, or null, got {self.max_passes}")
         if (self.scheme == "weights") != (self.weights is not None):
             raise ValueError("weights: give dataset weights with scheme: weights, and only then")
 
@@ -177,6 +203,10 @@ class Recipe:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
+
+    def __post_init__(self) -> None:
+        if self.sampling.scheme == "adaptive" and self.validation.every == 0:
+            raise ValueError("sampling.scheme: adaptive follows the validation scores, expected validation.every > 0")
 
     @property
     def window_length(self) -> int:

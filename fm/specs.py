@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+from torch import nn
+
+from data_pipeline.cards.registry import Card, Registry
 from data_pipeline.errors import UserError
-from data_pipeline.reader import ShardReader
-from data_pipeline.registry import Registry
-from data_pipeline.shards import Manifest
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.windows.reader import ShardReader
 from fm.model import MIN_GRID, DatasetSpec
 
 
@@ -18,11 +20,14 @@ def check_names(names: Sequence[str] | None, registry: Registry) -> None:
 def dataset_specs(readers: Mapping[str, ShardReader], registry: Registry) -> list[DatasetSpec]:
     """One spec per dataset, sorted by name.
 
-    Raises UserError where the shards' channels are not those of the registry's card, or a grid is odd or too small.
+    Raises UserError where the shards' channels are not those of the registry's card, where a grid is odd or too small,
+    and for names that torch does not take.
     """
     for reader in readers.values():
-        _check_channels(reader.manifest, registry)
+        card = registry.card(reader.manifest.dataset)
+        check_channels(reader, card.state_channels, card.constant_channels, "the registry's card names")
         _check_grid(reader.manifest)
+        _check_free(card)
     return [
         DatasetSpec(
             name=name,
@@ -35,16 +40,17 @@ def dataset_specs(readers: Mapping[str, ShardReader], registry: Registry) -> lis
     ]
 
 
-def _check_channels(manifest: Manifest, registry: Registry) -> None:
-    card = registry.card(manifest.dataset)
+def check_channels(reader: ShardReader, state: Sequence[str], constant: Sequence[str], says: str) -> None:
+    """UserError unless the shards hold exactly these channels in this order; `says` tells whose channels they are."""
+    manifest = reader.manifest
     for role, found, expected in (
-        ("state", manifest.state_channels, card.state_channels),
-        ("constant", manifest.constant_channels, card.constant_channels),
+        ("state", manifest.state_channels, state),
+        ("constant", manifest.constant_channels, constant),
     ):
         if tuple(found) != tuple(expected):
             raise UserError(
-                f"{manifest.dataset}: the shards hold the {role} channels {', '.join(found) or 'none'}, the registry's "
-                f"card expects {', '.join(expected) or 'none'}. Make the shards again with `data-pipeline shard`."
+                f"{reader.folder}: the shards hold the {role} channels {', '.join(found) or 'none'}, but {says} the "
+                f"{role} channels {', '.join(expected) or 'none'}. Make the shards again with `data-pipeline shard`."
             )
 
 
@@ -54,3 +60,14 @@ def _check_grid(manifest: Manifest) -> None:
             f"{manifest.dataset}: the shards have a grid of {manifest.grid[0]} x {manifest.grid[1]}; the wavelet "
             f"tokens need an even number of at least {MIN_GRID} points along both axes."
         )
+
+
+def _check_free(card: Card) -> None:
+    """Parts of the model carry the names of datasets and channels, so these may not be what torch calls its methods."""
+    for what, names in (("dataset", (card.name,)), ("channel", card.state_channels + card.constant_channels)):
+        for name in names:
+            if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name == "training":
+                raise UserError(
+                    f"{card.name}: the {what} {name!r} has the name of a method of torch's modules. Rename it in the "
+                    "card and make the shards again with `data-pipeline shard`."
+                )

@@ -127,7 +127,8 @@ def _layout(datasets: list[str], windows: list[str]) -> dict[str, Any]:
             "share of time waiting for data": ["Multiline", ["throughput/data_wait_fraction"]],
         },
         "sampling": {
-            "share drawn": lines("sampling/drawn_share/{}"),
+            "share drawn so far": lines("sampling/drawn_share/{}"),
+            "target share": lines("sampling/target_share/{}"),
             "passes over the data": lines("sampling/passes/{}"),
         },
     }

@@ -1,7 +1,8 @@
 """The training loop: load; while step < steps: train_step, save, validate.
 
 Pretraining and rollout finetuning differ by recipe, not by code. Which windows, teacher-forcing coins and learning
-rate a step gets is a function of (recipe, step), so continuing a run is arithmetic.
+rate a step gets is a function of (recipe, step), so continuing a run is arithmetic. With adaptive sampling the windows
+depend on the history of shares too, which the checkpoints hold.
 """
 
 import hashlib
@@ -12,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipeline.batch import Batch
+from data_pipeline.cards.registry import load_registry
 from data_pipeline.errors import UserError
-from data_pipeline.loader import make_loader, open_readers, read_batches, sources
-from data_pipeline.reader import ShardReader
-from data_pipeline.registry import load_registry
-from data_pipeline.schedule import Schedule
+from data_pipeline.windows.batch import Batch
+from data_pipeline.windows.loader import open_readers, scheduled_batches, sources
+from data_pipeline.windows.reader import ShardReader
 from fm.checkpoint import load_checkpoint, load_pretrained, newest_checkpoint, prune_checkpoints, save_checkpoint
 from fm.ema import EMA
+from fm.mixing import Mixing
 from fm.model import ModelConfig, WaveLiTFM
 from fm.optim import learning_rate, make_optimizer, set_learning_rate
 from fm.record import RunRecord, StepResult
@@ -50,21 +51,12 @@ class Trainer:
         self.recipe = recipe
         self.accelerator = make_accelerator(recipe.train.precision)
         self.directory = recipe.run.directory
-        self.registry = load_registry()
+        self.registry = load_registry(recipe.data.registry)
         self.checkpoints = self.directory / "checkpoints"
         check_names(recipe.data.datasets, self.registry)
         self.readers = self._open("train")
         self.valid_readers = self._open("valid") if recipe.validation.every else {}
-        self.schedule = Schedule(
-            sources(self.readers, recipe.window_length),
-            batch=recipe.train.batch,
-            seed=recipe.run.seed,
-            scheme=recipe.sampling.scheme,
-            temperature=recipe.sampling.temperature,
-            weights=recipe.sampling.weights,
-            shuffle=recipe.sampling.shuffle,
-            shards_per_block=recipe.sampling.shards_per_block,
-        )
+        self.mixing = Mixing(recipe, sources(self.readers, recipe.window_length))
         self.model = self._build_model().to(self.accelerator.device)
         self.ema = EMA(self.model, recipe.train.ema)
         optimizer = make_optimizer(self.model, recipe.train)
@@ -75,12 +67,14 @@ class Trainer:
     def open_record(self) -> RunRecord:
         """The record of this run from the step it continues at; silent but on the main process."""
         active = self.accelerator.is_main_process
-        return RunRecord(self.recipe, self.schedule, self.model, self.step, active=active)
+        return RunRecord(self.recipe, self.mixing.schedule, self.model, self.step, active=active)
 
     def train(self, stop: StopSignal, record: RunRecord) -> int:
         """Step to the end of the run; returns the exit code."""
         settings = self.recipe.train
-        batches = read_batches(self._loader())
+        batches = self._batches()
+        if self.mixing.changes_at(self.step):  # the checkpoint was written before this step's validation
+            self.validate(record)
         while self.step < settings.steps:
             result = self.train_step(batches, stop, record)
             record.step(result)
@@ -107,7 +101,8 @@ class Trainer:
             batch = next(batches).to(self.accelerator.device, non_blocking=True)
             waited += time.perf_counter() - fetch
             terms = self._forward_backward(batch, last=micro == settings.accumulate - 1)
-            drawn.append(self.schedule.draw(batch.draw))
+            drawn.append(self.mixing.schedule.draw(batch.draw))
+            assert drawn[-1].dataset == batch.dataset  # else a loader read ahead with shares that have changed since
             losses.append(torch.stack([terms["loss"].detach(), terms["mse"], terms["wavelet_l1"]]))
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), settings.clip)
         every_rank, stopped = self._agree(torch.stack(losses), norm, stop.received)
@@ -145,6 +140,7 @@ class Trainer:
                 "recipe": recipe_to_dict(self.recipe),
                 "registry": self.registry.snapshot(),
                 "shards": self._shard_digests(),
+                "sampling": self.mixing.state(),
             }
             optimizer = self.optimizer.optimizer
             save_checkpoint(self.checkpoints, self.step, self.model, self.ema.model, optimizer, facts)
@@ -153,14 +149,20 @@ class Trainer:
 
     def validate(self, record: RunRecord) -> None:
         """Score the averaged weights on the valid split, on the main process; all processes meet here."""
+        ratios = None
         if self.accelerator.is_main_process:
             result = validate(self.ema.model, self.valid_readers, self.recipe.validation, self.accelerator.device)
             record.validation(result, self.step)
+            ratios = result.ratios()
+        if self.mixing.changes_at(self.step):
+            unscored = self.mixing.follow(ratios, self.step, self.accelerator)
+            record.shares(self.mixing.schedule, unscored, self.step)
         self.accelerator.wait_for_everyone()
 
     def _open(self, split: str) -> dict[str, ShardReader]:
         data = self.recipe.data
-        return open_readers(Path(data.shards), data.datasets, split, verify=data.verify)
+        stream = data.stream(self.recipe.sampling.shuffle, self.recipe.sampling.shards_per_block)
+        return open_readers(data.shards, data.datasets, split, data.verify, stream, known=tuple(self.registry.cards))
 
     def _build_model(self) -> WaveLiTFM:
         finetune, config = self.recipe.finetune, self.recipe.model
@@ -191,6 +193,8 @@ class Trainer:
                 "the run would not see the same windows. Put the shards back, or start afresh with run.dir=... "
                 "(finetune.pretrained takes the weights along)."
             )
+        if "sampling" in state:
+            self.mixing.restore(state["sampling"], state["step"])
         if state["step"] < self.recipe.train.steps:
             say(f"continuing {self.directory} from step {state['step']}")
         for line in changed_settings(state["recipe"], recipe_to_dict(self.recipe)):
@@ -200,19 +204,25 @@ class Trainer:
     def _shard_digests(self) -> dict[str, str]:
         return {name: reader.manifest.digest for name, reader in self.readers.items()}
 
-    def _loader(self) -> torch.utils.data.DataLoader:
+    def _batches(self) -> Iterator[Batch]:
+        """This process's batches from the current step to the last.
+
+        Batches are read ahead, so they are read up to where shares change; what follows is begun when its first batch
+        is asked for, which is after the validation.
+        """
         accumulate = self.recipe.train.accumulate
-        return make_loader(
-            self.readers,
-            self.schedule,
-            length=self.recipe.window_length,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-            start=self.step * accumulate,
-            stop=self.recipe.train.steps * accumulate,
-            workers=self.recipe.data.workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
+        while self.step < self.recipe.train.steps:
+            yield from scheduled_batches(
+                self.readers,
+                self.mixing.schedule,
+                length=self.recipe.window_length,
+                rank=self.accelerator.process_index,
+                world_size=self.accelerator.num_processes,
+                start=self.step * accumulate,
+                stop=self.mixing.known_until(self.step) * accumulate,
+                workers=self.recipe.data.workers,
+                pin_memory=self.accelerator.device.type == "cuda",
+            )
 
     def _forward_backward(self, batch: Batch, last: bool) -> dict[str, torch.Tensor]:
         """Loss and gradients of one draw; processes exchange gradients at the last draw of a step."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.reader import ShardReader
+from data_pipeline.windows.reader import ShardReader
 from fm.evaluate import Recorder, shown_channel
 from fm.measure import one_step_errors, rollout_errors, rollout_steps
 from fm.model import WaveLiTFM
@@ -35,6 +35,10 @@ class ValidationResult:
     def mean_ratio(self) -> float | None:
         """Geometric mean over datasets of one-step VRMSE over persistence; None where a prediction was not finite."""
         return self.scores["geometric_mean_ratio_to_persistence"]
+
+    def ratios(self) -> dict[str, float | None]:
+        """One-step VRMSE over persistence's by dataset; None where it is not finite."""
+        return {name: part["one_step"]["ratio_to_persistence"] for name, part in self.scores["datasets"].items()}
 
     def scalars(self) -> dict[str, float]:
         """TensorBoard tags and values; NaN where there is no finite score."""

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.build import build_shards
 from data_pipeline.miniwell.generate import simulate
+from data_pipeline.shards.build import build_shards
 
 
 @pytest.fixture(scope="session")

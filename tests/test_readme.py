@@ -13,7 +13,9 @@ TEXT = (ROOT / "README.md").read_text()
 
 
 def test_every_file_has_its_line() -> None:
-    files = [*ROOT.glob("data_pipeline/*.py"), *ROOT.glob("fm/*.py"), *ROOT.glob("fm/nn/*.py")]
+    named_together = ("miniwell", "commands")  # modules of one kind, a system or a command each
+    files = [file for package in ("data_pipeline", "fm") for file in (ROOT / package).rglob("*.py")]
+    files = [file for file in files if file.parent.name not in named_together]
     missing = [file.name for file in files if file.name != "__init__.py" and f"{file.name}`" not in TEXT]
     assert not missing
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.registry import load_registry
+from data_pipeline.cards.registry import load_registry
 
 COMMAND = str(Path(sys.executable).with_name("data-pipeline"))
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from data_pipeline.build import build_shards
 from data_pipeline.errors import UserError
-from data_pipeline.loader import open_readers
-from data_pipeline.reader import ShardReader
+from data_pipeline.shards.build import build_shards
+from data_pipeline.windows.loader import open_readers
+from data_pipeline.windows.reader import ShardReader
 from fm.evaluate import evaluate_model, shown_steps
 from fm.measure import one_step_errors, rollout_errors
 from fm.model import DatasetSpec, ModelConfig, WaveLiTFM

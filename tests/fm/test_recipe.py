@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_pipeline.cards.registry import load_registry
 from data_pipeline.errors import UserError
-from data_pipeline.registry import load_registry
 from fm.model import DatasetSpec, ModelConfig, WaveLiTFM
 from fm.recipe import load_recipe
 from fm.settings import dump_recipe

@@ -1,15 +1,18 @@
 """What is checked before the first step: dataset names, channels, grids."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
 import pytest
 
-from data_pipeline.build import build_shards
+from data_pipeline.cards.card import Field
+from data_pipeline.cards.registry import VARIABLE, load_registry
 from data_pipeline.errors import UserError
-from data_pipeline.loader import open_readers
-from data_pipeline.registry import load_registry
+from data_pipeline.shards.build import build_shards
+from data_pipeline.well.register import open_registry, register
+from data_pipeline.windows.loader import open_readers
 from fm.specs import check_names, dataset_specs
 
 NAME = "gray_scott_reaction_diffusion"
@@ -55,3 +58,29 @@ def test_an_unknown_dataset_gets_the_nearest_name() -> None:
     check_names([NAME], load_registry())
     with pytest.raises(UserError, match="shear_flow"):
         check_names(["shear_flwo"], load_registry())
+
+
+def test_shards_of_another_card_are_refused_with_both_lists(tiny_shards: Path) -> None:
+    readers = open_readers(tiny_shards, [NAME], "train")
+    packaged = load_registry()
+    fields = (Field("B", 0, "state", ("B",)), Field("A", 0, "state", ("A",)))
+    swapped = replace(packaged, cards={NAME: replace(packaged.card(NAME), fields=fields)})
+    with pytest.raises(
+        UserError, match=rf"{NAME}/train: the shards hold the state channels A, B, but .* channels B, A"
+    ):
+        dataset_specs(readers, swapped)
+
+
+@pytest.mark.parametrize("name", ["half", "values", "training"])
+def test_a_channel_named_as_a_method_of_torch_is_refused(tiny_well: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(tiny_well / NAME, tmp_path / "well" / "mine")
+    cards = tmp_path / "cards"
+    register(tmp_path / "well" / "mine", None, cards, open_registry(cards))
+    card = cards / "datasets" / "mine.yaml"
+    card.write_text(card.read_text().replace("A: [A]", f"A: [{name}]"))
+    (cards / "channels.yaml").write_text(f"{name}: {{description: a species, unit: none}}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, str(cards))
+        build_shards(tmp_path / "well", tmp_path / "shards", jobs=1)
+    with pytest.raises(UserError, match=f"mine: the channel '{name}' has the name of a method of torch"):
+        dataset_specs(open_readers(tmp_path / "shards", None, "train"), load_registry(cards))

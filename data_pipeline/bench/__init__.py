@@ -1,0 +1,1 @@
+"""How fast data are read, beside other ways to read them."""

@@ -1,0 +1,1 @@
+"""What datasets mean: cards, canonical channels."""

@@ -1,0 +1,1 @@
+"""HDF5 -> tar shards and their manifest; what is wrong with the data."""

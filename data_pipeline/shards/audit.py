@@ -1,0 +1,279 @@
+"""What is wrong with simulation data, seen from frames as they stream by.
+
+Nearly free beside a copy: each value is looked at twice, for the lowest and highest of each frame and channel, in which
+NaN and Inf show too; what needs arithmetic uses every 2nd, 4th or 8th point per axis, in float64. What that cannot
+settle (equal frames, equal channels, a variance near zero) is settled on all points.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import numpy as np
+
+from data_pipeline.shards.findings import Finding, Range, frame_ranges
+
+MIN_VARIANCE = 1e-6  # of a target over space, in squared physical units: ten times the eps of VRMSE (1e-7)
+STILL_CHANGE = 1e-3  # of a channel's std, the most that any value of a still frame moves from the frame before
+STILL_FRAMES = 10  # a stationary tail has at least this many
+MIN_POINTS = 32  # the subsample keeps this many points per axis, where there are as many
+MAX_STRIDE = 8
+
+_HUGE = float(np.finfo(np.float32).max)  # in place of infinity, which JSON has not
+
+Interval = tuple[float | None, float | None]  # lowest, highest good value
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What some trajectories hold, for the findings about a whole split.
+
+    Channels: state, then constant; the moments are those of the state channels, over the subsample.
+    """
+
+    lowest: tuple[float, ...]  # above `highest` where there was no finite frame
+    highest: tuple[float, ...]
+    equal: tuple[tuple[int, int], ...]  # pairs of channels that hold the same values wherever looked at
+    count: int  # frames
+    mean: tuple[float, ...]
+    variance: tuple[float, ...]
+    delta_count: int
+    delta_mean: tuple[float, ...]
+    delta_variance: tuple[float, ...]
+
+
+class TrajectoryAudit:
+    """Looks at the frames of one trajectory in their order.
+
+    state, constant: names of the channels. grid: (H, W). std: by channel, where known; the unit of `stationary`, else
+    the trajectory's own. ranges: channel -> lowest and highest good value.
+    """
+
+    def __init__(
+        self,
+        state: Sequence[str],
+        constant: Sequence[str],
+        grid: tuple[int, int],
+        std: Mapping[str, float] | None = None,
+        ranges: Mapping[str, Interval] | None = None,
+    ) -> None:
+        self.state, self.constant = tuple(state), tuple(constant)
+        self._std, self._ranges = std, ranges or {}
+        self._steps = tuple(slice(None, None, max(1, min(MAX_STRIDE, size // MIN_POINTS))) for size in grid)
+        self._num_points = grid[0] * grid[1]
+        self._low: list[np.ndarray] = []  # of each block, (T, C), as the following
+        self._high: list[np.ndarray] = []
+        self._flat: list[np.ndarray] = []  # variance below MIN_VARIANCE
+        self._change: list[np.ndarray] = []  # largest change of a point from the frame before
+        self._sums: list[np.ndarray] = []  # (2, T, C): of value - origin and its square, over the subsample
+        self._delta_sums: list[np.ndarray] = []  # (2, T, C): of the change and its square; frame 0 has none
+        self._origin = np.empty(0)  # (C, 1), keeps the sums of squares accurate
+        self._duplicates: list[int] = []
+        self._equal = list(combinations(range(len(self.state)), 2))
+        self._last: np.ndarray | None = None
+        self._last_points: np.ndarray | None = None  # (1, C, n)
+        self._constants = np.empty((len(self.constant), 1, 1), np.float32)
+        self.num_frames = 0
+
+    def add_constants(self, constants: np.ndarray) -> None:
+        """Looks at the constant fields (K, H, W) float32."""
+        self._constants = constants
+
+    def add(self, frames: np.ndarray) -> None:
+        """Looks at the next frames (T, C, H, W) float32, which must stay as they are until the next call ends."""
+        flat = frames.reshape(*frames.shape[:2], -1)
+        low, high = flat.min(axis=2), flat.max(axis=2)
+        self._look_for_duplicates(frames, low, high)
+        self._low.append(low)
+        self._high.append(high)
+        points = frames[:, :, self._steps[0], self._steps[1]].reshape(*frames.shape[:2], -1)
+        with np.errstate(invalid="ignore", over="ignore"):
+            variance = self._add_points(points.astype(np.float64))
+            self._flat.append(self._variance_is_tiny(frames, variance, points.shape[2], high.astype(np.float64) - low))
+        self._look_for_twins(frames, low, high)
+        self.num_frames += len(frames)
+        self._last = frames[-1]
+
+    def _add_points(self, points: np.ndarray) -> np.ndarray:
+        """Sums and changes of the subsample (T, C, n) float64, which is overwritten; returns its variances (T, C)."""
+        if not self.num_frames:
+            first = points[0].mean(axis=1, keepdims=True)
+            self._origin = np.where(np.isfinite(first), first, 0.0)
+        points -= self._origin
+        sums = np.stack([points.sum(axis=2), np.einsum("tcn,tcn->tc", points, points)])
+        self._sums.append(sums)
+        joined = points if self._last_points is None else np.concatenate([self._last_points, points])
+        change = np.diff(joined, axis=0)
+        self._delta_sums.append(np.stack([change.sum(axis=2), np.einsum("tcn,tcn->tc", change, change)]))
+        self._change.append(np.maximum(change.max(axis=2), -change.min(axis=2)))
+        self._last_points = points[-1:]
+        means = sums / points.shape[2]
+        return np.asarray(means[1] - means[0] ** 2)
+
+    def _variance_is_tiny(
+        self, frames: np.ndarray, variance: np.ndarray, num_sampled: int, span: np.ndarray
+    ) -> np.ndarray:
+        """Which frames and channels have a variance below MIN_VARIANCE over space, (T, C) bool.
+
+        The variance of the subsample is too high by at most the share of points it leaves out, and says where all
+        points must be asked. n values that span a range r have a variance of r^2 / 2n at least, and r^2 / 4 at most.
+        """
+        share = self._num_points / num_sampled
+        suspect = (variance < share * MIN_VARIANCE) & (span**2 < 2 * self._num_points * MIN_VARIANCE)
+        tiny = suspect & (span**2 < 4 * MIN_VARIANCE)
+        for place, channel in np.argwhere(suspect & ~tiny):
+            tiny[place, channel] = frames[place, channel].var(dtype=np.float64) < MIN_VARIANCE
+        return np.asarray(tiny)
+
+    def _look_for_duplicates(self, frames: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+        """Compares frames whose lowest and highest values are those of the frame before."""
+        extremes = np.concatenate([low, high], axis=1)
+        joined = list(frames)
+        if self._last is not None:
+            last = np.concatenate([self._low[-1][-1:], self._high[-1][-1:]], axis=1)
+            extremes = np.concatenate([last, extremes])
+            joined.insert(0, self._last)
+        for place in np.flatnonzero((extremes[1:] == extremes[:-1]).all(axis=1)).tolist():
+            if np.array_equal(joined[place], joined[place + 1]):
+                self._duplicates.append(self.num_frames + len(frames) - len(joined) + place + 1)
+
+    def _look_for_twins(self, frames: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+        self._equal = [
+            (a, b)
+            for a, b in self._equal
+            if np.array_equal(low[:, a], low[:, b], equal_nan=True)
+            and np.array_equal(high[:, a], high[:, b], equal_nan=True)
+            and all(np.array_equal(frame[a], frame[b], equal_nan=bool(np.isnan(low).any())) for frame in frames)
+        ]
+
+    @property
+    def finite(self) -> bool:
+        """Whether the frames added last hold neither NaN nor Inf."""
+        return bool(np.isfinite(self._low[-1]).all() and np.isfinite(self._high[-1]).all())
+
+    def findings(self, file: str, trajectory: int) -> list[Finding]:
+        """All findings about this trajectory, at most one for each kind and channel."""
+        low, high = np.concatenate(self._low), np.concatenate(self._high)
+        return [
+            replace(finding, file=file, trajectory=trajectory)
+            for found in (
+                self._nonfinite(low, high),
+                self._duplicate(),
+                self._stationary(low, high),
+                self._zero_variance(),
+                self._out_of_range(low, high),
+            )
+            for finding in found
+        ]
+
+    def _nonfinite(self, low: np.ndarray, high: np.ndarray) -> list[Finding]:
+        found = []
+        for number, name in enumerate(self.constant):
+            if not np.isfinite(self._constants[number]).all():
+                found.append(_finding("nonfinite", "error", name, ((0, len(low)),), "NaN or Inf in a constant field"))
+        bad = ~(np.isfinite(low) & np.isfinite(high))
+        for number, name in enumerate(self.state):
+            frames = np.flatnonzero(bad[:, number]).tolist()
+            if frames:
+                detail = f"{len(frames)} of {len(low)} frames hold NaN or Inf"
+                found.append(_finding("nonfinite", "error", name, frame_ranges(frames), detail))
+        return found
+
+    def _duplicate(self) -> list[Finding]:
+        if not self._duplicates:
+            return []
+        detail = f"{len(self._duplicates)} of {self.num_frames} frames equal the frame before"
+        return [_finding("duplicates", "warning", None, frame_ranges(self._duplicates), detail)]
+
+    def _stationary(self, low: np.ndarray, high: np.ndarray) -> list[Finding]:
+        """The longest tail in which no value moves; the subsample's largest change and the extremes of all points."""
+        whole = (np.isfinite(low) & np.isfinite(high)).all(axis=1)
+        _, _, variance = self._moments(self._sums, whole, self._origin)
+        std = np.sqrt(variance) if self._std is None else np.array([self._std[name] for name in self.state])
+        with np.errstate(invalid="ignore"):
+            edges = [np.abs(np.diff(one.astype(np.float64), axis=0)) for one in (low, high)]
+        change = np.maximum.reduce([np.concatenate(self._change), *edges])
+        moving = np.flatnonzero(~(change <= STILL_CHANGE * std).all(axis=1))
+        first = int(moving[-1]) + 2 if len(moving) else 1
+        count = len(low) - first
+        if count < STILL_FRAMES:
+            return []
+        detail = f"the last {count} of {len(low)} frames move by less than {STILL_CHANGE:g} std from one to the next"
+        return [_finding("stationary", "warning", None, ((first, len(low)),), detail)]
+
+    def _zero_variance(self) -> list[Finding]:
+        """Frame 0 is never the target of a one-step window, so that one alone is no more than a note."""
+        flat = np.concatenate(self._flat)
+        found = []
+        for number, name in enumerate(self.state):
+            frames = np.flatnonzero(flat[:, number]).tolist()
+            if frames:
+                severity = "note" if frames == [0] else "warning"
+                detail = f"spatial variance below {MIN_VARIANCE:g} in {len(frames)} of {len(flat)} frames"
+                found.append(_finding("zero_variance", severity, name, frame_ranges(frames), detail))
+        return found
+
+    def _out_of_range(self, low: np.ndarray, high: np.ndarray) -> list[Finding]:
+        found = []
+        for name, (lowest, highest) in self._ranges.items():
+            if name in self.state:
+                lows, highs = low[:, self.state.index(name)], high[:, self.state.index(name)]
+            elif name in self.constant:
+                values = self._constants[self.constant.index(name)]
+                lows, highs = values.min(keepdims=True)[0], values.max(keepdims=True)[0]
+            else:
+                continue
+            outside = (lows < (-np.inf if lowest is None else lowest)) | (
+                highs > (np.inf if highest is None else highest)
+            )
+            if outside.any():
+                bounds = (
+                    f"{'any' if lowest is None else f'{lowest:g}'} to {'any' if highest is None else f'{highest:g}'}"
+                )
+                detail = f"values from {np.nanmin(lows):g} to {np.nanmax(highs):g}, the card says {bounds}"
+                frames = frame_ranges(np.flatnonzero(outside).tolist()) if name in self.state else ()
+                found.append(_finding("out_of_range", "warning", name, frames, detail))
+        return found
+
+    def sample(self) -> Sample:
+        """The summary that the split's findings are made from; frames with NaN or Inf count for nothing in it."""
+        low, high = np.concatenate(self._low), np.concatenate(self._high)
+        good = np.isfinite(low) & np.isfinite(high)
+        lowest, highest = np.where(good, low, _HUGE).min(axis=0), np.where(good, high, -_HUGE).max(axis=0)
+        limits = [
+            (one.min(), one.max()) if np.isfinite(one).all() else (_HUGE, -_HUGE)
+            for one in self._constants[: len(self.constant)]
+        ]
+        whole = good.all(axis=1)
+        count, mean, variance = self._moments(self._sums, whole, self._origin)
+        delta_count, delta_mean, delta_variance = self._moments(self._delta_sums, whole[1:] & whole[:-1], 0.0)
+        shift = len(self.state)
+        twins = [
+            (shift + a, shift + b)
+            for a, b in combinations(range(len(self.constant)), 2)
+            if np.array_equal(self._constants[a], self._constants[b])
+        ]
+        return Sample(
+            lowest=(*map(float, lowest), *(float(a) for a, _ in limits)),
+            highest=(*map(float, highest), *(float(b) for _, b in limits)),
+            equal=(*self._equal, *twins),
+            count=count,
+            mean=tuple(map(float, mean)),
+            variance=tuple(map(float, variance)),
+            delta_count=delta_count,
+            delta_mean=tuple(map(float, delta_mean)),
+            delta_variance=tuple(map(float, delta_variance)),
+        )
+
+    def _moments(
+        self, sums: Sequence[np.ndarray], chosen: np.ndarray, origin: np.ndarray | float
+    ) -> tuple[int, np.ndarray, np.ndarray]:
+        """Number of the frames chosen (T,), mean and variance (C,) of their subsample."""
+        good = np.concatenate(sums, axis=1)[:, chosen]  # (2, frames, C)
+        count, num_sampled = good.shape[1], max(1, self._last_points.shape[2] if self._last_points is not None else 1)
+        mean, square = good.sum(axis=1) / max(1, count * num_sampled)
+        return count, mean + np.ravel(origin), np.maximum(square - mean**2, 0)
+
+
+def _finding(kind: str, severity: str, channel: str | None, frames: Sequence[Range], detail: str) -> Finding:
+    return Finding(kind, severity, "", None, channel, tuple(frames), detail)

@@ -1,0 +1,214 @@
+"""HDF5 -> shards: one task per shard, in parallel, resumable, with the same bytes whatever the number of jobs.
+
+A shard gets its final name when it is whole, then a record under `.partial/`; when all records of a split are there,
+manifest.json is written and the records go. So a killed run goes on where it stopped, and a folder without a manifest
+is never taken for a finished one.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.cards.registry import Channel, Registry, load_registry
+from data_pipeline.errors import UserError
+from data_pipeline.files import TEMPORARY_SUFFIX
+from data_pipeline.remote import is_url
+from data_pipeline.shards.convert import PARTIAL, Part, ShardTask, saved_part, write_shard
+from data_pipeline.shards.dataset_stats import dataset_stats
+from data_pipeline.shards.findings import SKIPPABLE
+from data_pipeline.shards.finish import choose_windows, finish_split
+from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
+from data_pipeline.shards.plan import Plan, Settings, plan_dataset
+from data_pipeline.shards.tar import check_shard
+from data_pipeline.well.hdf5 import dataset_folders
+from data_pipeline.well.location import Folder, folder_at
+from data_pipeline.well.stats import Stats
+from data_pipeline.workers import available_cores, run_tasks
+
+SHARD_BYTES = Settings.shard_bytes
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a run did for one dataset and split."""
+
+    manifest: Manifest
+    folder: Path
+    reused: bool  # its shards were finished before
+    windows_changed: bool = False  # they were, with another `skip`: the manifest was written again
+
+
+def build_shards(
+    well: str | Path,
+    out: Path,
+    datasets: Sequence[str] | None = None,
+    splits: Sequence[str] | None = None,
+    jobs: int | None = None,
+    frames_per_chunk: int = Settings.frames_per_chunk,
+    shard_bytes: int = SHARD_BYTES,
+    dtype: str = Settings.dtype,
+    restrict: int | None = None,
+    skip: Sequence[str] = (),
+    registry: Registry | None = None,
+) -> list[Built]:
+    """Converts a Well folder, `<well>/<dataset>/data/<split>/*.hdf5`, to `<out>/<dataset>/<split>/`.
+
+    well: a local folder, or the URL of one. None takes every dataset with a card, every split that has files, and one
+    job per core. A job holds a few MiB of frames in memory; a shard ends with the trajectory that would take it over
+    `shard_bytes`. dtype: `float16` halves the fields and is refused where it blurs them. restrict: so many
+    trajectories of each split, those of N among those of N + 1. skip: kinds of findings whose windows are left out.
+    What is finished is kept, whatever its `skip`; after a kill the same call goes on, and the bytes are the same.
+    Raises UserError for whatever is wrong with the files, and when the disk is full; nothing half written is kept.
+    """
+    settings = Settings(frames_per_chunk, shard_bytes, dtype, restrict)
+    if jobs is not None and jobs < 1:
+        raise UserError(f"jobs: expected at least 1, got {jobs}")
+    chosen = _chosen_skip(skip)
+    if is_url(out):
+        raise UserError(f"{out}: expected a local folder for the shards; upload them when they are whole")
+    out, jobs, registry = Path(out), jobs or available_cores(), registry or load_registry()
+    folders, plans = plan_all(well, out, datasets, splits, settings, registry)
+    with _only_writer(out):
+        done = [built for plan in plans if (built := _finished(plan, chosen)) is not None]
+        finished = {built.folder for built in done}
+        pending = [plan for plan in plans if plan.folder not in finished]
+        stats = dataset_stats(folders, out, pending, jobs, "nonfinite" in chosen)
+        for folder, manifest in _write_all(pending, stats, jobs, chosen, registry.channel_cards):
+            done.append(Built(manifest, folder, reused=False))
+    by_folder = {built.folder: built for built in done}
+    return [by_folder[plan.folder] for plan in plans]
+
+
+def _chosen_skip(skip: Sequence[str]) -> tuple[str, ...]:
+    for kind in skip:
+        if kind not in SKIPPABLE:
+            raise UserError(f"skip: expected {', '.join(SKIPPABLE)}, got {kind!r}")
+    return tuple(kind for kind in SKIPPABLE if kind in skip)
+
+
+def plan_all(
+    well: str | Path,
+    out: Path,
+    datasets: Sequence[str] | None,
+    splits: Sequence[str] | None,
+    settings: Settings,
+    registry: Registry,
+) -> tuple[Mapping[str, Folder], list[Plan]]:
+    """The folder of each dataset to convert, and a plan for each of its splits; writes nothing."""
+    folders = choose_folders(folder_at(well), datasets, registry)
+    plans: list[Plan] = []
+    for name, folder in folders.items():
+        plans += plan_dataset(registry.card(name), folder, out, splits, settings)
+    return folders, plans
+
+
+def choose_folders(well: Folder, datasets: Sequence[str] | None, registry: Registry) -> Mapping[str, Folder]:
+    """Dataset -> folder, by name, of the named datasets of a Well; None means all with a card."""
+    if datasets is not None:
+        datasets = [card.name for card in registry.select(datasets)]
+    folders = dataset_folders(well, datasets)
+    if datasets is None:
+        without = sorted(set(folders) - set(registry.cards))
+        if without and len(without) < len(folders):
+            print(f"left out, since no card describes them: {', '.join(without)}", file=sys.stderr)
+        datasets = sorted(set(folders) & set(registry.cards))
+    missing = [name for name in datasets if name not in folders]
+    if missing or not datasets:
+        raise UserError(
+            f"{well}: expected {', '.join(missing) or 'datasets'} as {well}/<dataset>/data/<split>/*.hdf5 (or under "
+            f"{well}/datasets), got {', '.join(folders) or 'none'}; give the folder that holds the datasets, get "
+            "them with `data-pipeline download`, or make the mini-Well with `data-pipeline simulate`"
+        )
+    return {name: folders[name] for name in datasets}
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Holds a lock on the folder itself, which ends with the process, so that no two runs write the same shards."""
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{out}: another `data-pipeline shard` is writing here; wait until it has ended") from error
+        except OSError:  # some network file systems cannot lock a folder; two runs there would write the same bytes
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _finished(plan: Plan, skip: tuple[str, ...]) -> Built | None:
+    """What an earlier run finished, with its windows chosen again where `skip` is another; or None.
+
+    Raises UserError if it was made from other files or settings, or if its shards are not all there.
+    """
+    for leftover in plan.folder.glob(f"*{TEMPORARY_SUFFIX}"):  # of a killed run: we hold the lock
+        leftover.unlink()
+    path = plan.folder / MANIFEST_NAME
+    if not path.exists():
+        return None
+    manifest = Manifest.load(path)
+    if manifest.plan != plan.digest:
+        raise UserError(
+            f"{plan.folder}: holds shards of other files or settings than {plan.files[0]} and its like; remove this "
+            "folder to make them again, or choose another --out"
+        )
+    for shard in manifest.shards:
+        check_shard(plan.folder / shard.name, shard.bytes)
+    changed = manifest.skip != skip
+    if changed:
+        manifest = choose_windows(manifest, skip)
+        manifest.save(path)
+    shutil.rmtree(plan.folder / PARTIAL, ignore_errors=True)
+    return Built(manifest, plan.folder, reused=True, windows_changed=changed)
+
+
+def _write_all(
+    plans: Sequence[Plan],
+    stats: Mapping[str, tuple[Stats, str]],
+    jobs: int,
+    skip: tuple[str, ...],
+    channels: Mapping[str, Channel],
+) -> Iterator[tuple[Path, Manifest]]:
+    """Writes the shards that are not there yet; yields folder and manifest of each split as it becomes whole."""
+    parts = {plan.folder: _saved_parts(plan) for plan in plans}
+    keep = "nonfinite" in skip
+    tasks = [
+        ShardTask(plan, shard, stats[plan.card.name][0], keep)
+        for plan in plans
+        for shard in range(len(plan.shards))
+        if shard not in parts[plan.folder]
+    ]
+    num_bytes = sum(task.plan.source_bytes(task.shard) for task in tasks)
+
+    def finish(plan: Plan) -> Manifest:
+        return finish_split(plan, parts[plan.folder], *stats[plan.card.name], skip, channels)
+
+    for plan in plans:
+        if len(parts[plan.folder]) == len(plan.shards):  # killed just before its manifest was written
+            yield plan.folder, finish(plan)
+    with closing(run_tasks(write_shard, tasks, jobs, num_bytes, "shards")) as results:
+        for task, part in results:
+            done = parts[task.plan.folder]
+            done[task.shard] = part
+            if len(done) == len(task.plan.shards):
+                yield task.plan.folder, finish(task.plan)
+
+
+def _saved_parts(plan: Plan) -> dict[int, Part]:
+    """Records of the shards that an earlier run finished; other shards in the folder are removed."""
+    found = ((shard, saved_part(plan, shard)) for shard in range(len(plan.shards)))
+    parts = {shard: part for shard, part in found if part is not None}
+    kept = {part.shard.name for part in parts.values()}
+    for path in plan.folder.glob("shard-*.tar"):
+        if path.name not in kept and re.fullmatch(r"shard-\d{6,}\.tar", path.name):
+            path.unlink()
+    return parts

@@ -1,0 +1,328 @@
+"""Reads trajectories from the Well's HDF5 files, channel first, every field found by its name.
+
+A file holds trajectories of one parameter set. Where `the_well` takes the channel order of the first file for all of
+them, here each file's fields are put into the order of the dataset's card, so files may list their fields differently.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import overload
+
+import h5py
+import numpy as np
+
+from data_pipeline.cards.registry import BOUNDARY_TYPES, Boundary, Card, Field
+from data_pipeline.errors import UserError
+from data_pipeline.remote import RemoteFile, RemoteFolder
+from data_pipeline.well.hdf5_safety import check_extent, plain_dataset, plain_group
+from data_pipeline.well.location import File, Folder, child_file, child_names, open_for_hdf5
+
+SPLITS = ("train", "valid", "test")
+MAX_FRAME_BYTES = 2**30  # of all state fields; the largest published frame has 10 MB
+_BLOCK_BYTES = 4 * 2**20  # of frames that are worked on at a time: what fits a core's cache
+_CHUNK_CACHE_BYTES = 32 * 2**20  # repacked Well files have chunks of several MiB: read each only once
+
+
+@overload
+def dataset_folders(well: Path, names: Sequence[str] | None = None) -> dict[str, Path]: ...
+@overload
+def dataset_folders(well: RemoteFolder, names: Sequence[str] | None = None) -> dict[str, RemoteFolder]: ...
+def dataset_folders(well: Folder, names: Sequence[str] | None = None) -> Mapping[str, Folder]:
+    """Dataset name -> folder, for each `<well>/<name>/data` and `<well>/datasets/<name>/data`, sorted by name.
+
+    With `names`, only these are looked for, which servers that list no folder but a dataset's answer too.
+    """
+    folders: dict[str, Folder] = {}
+    if names is not None:
+        found = {name: _dataset_folder(well, name) for name in names}
+        folders = {name: folder for name, folder in found.items() if folder is not None}
+    elif isinstance(well, RemoteFolder):
+        children = well.names()
+        base = well / "datasets" if "datasets" in children else well
+        entries = base.names() if base is not well else children
+        folders = {name: base / name for name in entries if "." not in name}
+    else:
+        for local in (well / "datasets", well):
+            if local.is_dir():
+                folders |= {folder.name: folder for folder in local.iterdir() if (folder / "data").is_dir()}
+    return dict(sorted(folders.items()))
+
+
+def _dataset_folder(well: Folder, name: str) -> Folder | None:
+    for base in (well, well / "datasets"):
+        if isinstance(base, Path):
+            if (base / name / "data").is_dir():
+                return base / name
+            continue
+        try:
+            if "data" in (base / name).names():
+                return base / name
+        except UserError:  # not there, as far as this server tells
+            continue
+    return None
+
+
+@overload
+def split_files(folder: Path, split: str) -> list[Path]: ...
+@overload
+def split_files(folder: RemoteFolder, split: str) -> list[RemoteFile]: ...
+def split_files(folder: Folder, split: str) -> Sequence[File]:
+    """The HDF5 files of one split of a dataset folder, sorted by path as the_well sorts them; may be empty."""
+    if isinstance(folder, RemoteFolder) and split not in child_names(folder / "data"):
+        return []
+    directory = folder / "data" / split
+    return [child_file(directory, name) for name in child_names(directory) if name.endswith((".h5", ".hdf5"))]
+
+
+def block_frames(frame_bytes: int) -> int:
+    """How many frames to read at a time: a few MiB, so that memory does not grow with trajectories or chunks."""
+    return max(1, _BLOCK_BYTES // frame_bytes)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One field as it lies in the file, and where its components go in the output."""
+
+    field: Field
+    data: h5py.Dataset
+    channel: int
+    sample_varying: bool
+    dim_varying: tuple[bool, bool]
+
+
+class WellFile:
+    """One open HDF5 file of the Well, checked against the dataset's card. Use it as a context manager.
+
+    Raises UserError when the file is truncated or no HDF5, when its fields, their shapes or types are not the card's,
+    and when a read fails.
+    """
+
+    def __init__(self, path: File, card: Card) -> None:
+        self.path, self.card = path, card
+        self._scratch = np.empty(0, np.float32)
+        with ExitStack() as opened, self._readable():
+            source = open_for_hdf5(path)
+            if not isinstance(source, Path):
+                opened.enter_context(source)
+            self._file = opened.enter_context(h5py.File(source, "r", rdcc_nbytes=_CHUNK_CACHE_BYTES))
+            self._read_header()
+            self._opened = opened.pop_all()
+
+    def _read_header(self) -> None:
+        dimensions = self._group("dimensions")
+        axes = _names(dimensions.attrs["spatial_dims"])
+        if axes != ["x", "y"]:
+            raise UserError(f"{self._where}: expected the spatial axes x, y, got {', '.join(axes)}")
+        time = self._dataset("dimensions", "time")
+        self.num_trajectories = int(self._file.attrs["n_trajectories"])
+        self.num_frames = int(time.shape[-1])
+        size_x, size_y = (int(self._dataset("dimensions", axis).shape[-1]) for axis in axes)
+        self.grid = (size_x, size_y)
+        if self.num_trajectories < 1 or self.num_frames < 1 or min(self.grid) < 1:
+            raise UserError(
+                f"{self._where}: no trajectory in it ({self.num_trajectories} trajectories of {self.num_frames} "
+                f"frames on {self.grid[0]}x{self.grid[1]}); remove the file or get it again"
+            )
+        frame_bytes = 4 * len(self.card.state_channels) * math.prod(self.grid)
+        if frame_bytes > MAX_FRAME_BYTES:
+            raise UserError(
+                f"{self._where}: expected frames of at most {MAX_FRAME_BYTES} bytes, got {frame_bytes} "
+                f"({self.grid[0]}x{self.grid[1]}, {len(self.card.state_channels)} channels); cut the grid into parts"
+            )
+        self.boundary = boundary_types(self._group("boundary_conditions"), self._where)
+        self._state, self._constant = self._find_fields()
+        if self.num_trajectories > 1 and not any(stored.sample_varying for stored in self._state):
+            raise UserError(
+                f"{self._where}: it states {self.num_trajectories} trajectories and holds one: no state field is "
+                "stored per trajectory (sample_varying); get the file again"
+            )
+
+    def _find_fields(self) -> tuple[list[_Stored], list[_Stored]]:
+        """The card's state and constant fields as they lie in this file, in the card's order."""
+        found: dict[str, dict[str, int]] = {"state": {}, "constant": {}}
+        for order in range(3):
+            for name in _names(self._group(f"t{order}_fields").attrs["field_names"]):
+                time_varying = self._dataset(f"t{order}_fields", name).attrs["time_varying"]
+                found["state" if time_varying else "constant"][name] = order
+        self.card.check_fields(found["state"], found["constant"], self._where)
+        return self._order_fields(self.card.state_fields), self._order_fields(self.card.constant_fields)
+
+    def _order_fields(self, fields: tuple[Field, ...]) -> list[_Stored]:
+        stored: list[_Stored] = []
+        channel = 0
+        for field in fields:
+            stored.append(self._find_field(field, channel))
+            channel += len(field.channels)
+        return stored
+
+    def _find_field(self, field: Field, channel: int) -> _Stored:
+        data = self._dataset(f"t{field.order}_fields", field.name)
+        sample_varying, (in_x, in_y) = bool(data.attrs["sample_varying"]), map(bool, data.attrs["dim_varying"])
+        shape = (self.num_trajectories,) * sample_varying + (self.num_frames,) * (field.role == "state")
+        shape += (self.grid[0],) * in_x + (self.grid[1],) * in_y + (2,) * field.order
+        where = f"{self._where}: field {field.name}"
+        if data.shape != shape:
+            raise UserError(f"{where}: expected the shape {shape} from the file's dimensions, got {data.shape}")
+        if data.dtype.kind != "f" or data.dtype.itemsize != 4:
+            raise UserError(
+                f"{where}: expected float32, as the shards hold it, got {data.dtype}; convert the file first"
+            )
+        return _Stored(field, data, channel, sample_varying, (in_x, in_y))
+
+    def read(self, trajectory: int, first: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Frames [first, stop) of one trajectory: float32 (T, C, H, W), channels in the card's state order.
+
+        `out`, if given, is a C-contiguous array of that shape, which is filled and returned.
+        """
+        if out is None:
+            out = np.empty((stop - first, len(self.card.state_channels), *self.grid), np.float32)
+        for stored in self._state:
+            index = (trajectory,) * stored.sample_varying + (slice(first, stop),)
+            self._copy(stored, index, out)
+        return out
+
+    def constants(self, trajectory: int) -> np.ndarray:
+        """The constant fields of one trajectory: float32 (K, H, W), in the card's order; K may be 0."""
+        out = np.empty((1, len(self.card.constant_channels), *self.grid), np.float32)
+        for stored in self._constant:
+            self._copy(stored, (trajectory,) * stored.sample_varying, out)
+        return out[0]
+
+    def _copy(self, stored: _Stored, index: tuple[int | slice, ...], out: np.ndarray) -> None:
+        """Reads part of a field into its channels of out (T, C, H, W), where it can without a copy between."""
+        num_channels = len(stored.field.channels)
+        channels = slice(stored.channel, stored.channel + num_channels)
+        sides = [size if varying else 1 for size, varying in zip(self.grid, stored.dim_varying, strict=True)]
+        with self._readable():
+            if num_channels == 1 and stored.field.role == "state" and all(stored.dim_varying):
+                stored.data.read_direct(out, index, np.s_[:, stored.channel])
+                return
+            size = len(out) * math.prod(sides) * num_channels
+            if self._scratch.size < size:
+                self._scratch = np.empty(size, np.float32)
+            shape = stored.data.shape[len(index) :]
+            block = self._scratch[:size].reshape(((len(out),) if stored.field.role == "state" else ()) + shape)
+            stored.data.read_direct(block, index or None)
+        block = block.reshape(len(out), *sides, num_channels)  # (T, H, W, components), xx xy yx yy
+        out[:, channels] = np.moveaxis(block, -1, 1)
+
+    def check_finite(self, values: np.ndarray, trajectory: int, first: int | None) -> None:
+        """Raises UserError naming field and frame if `values` holds NaN or Inf.
+
+        values: (T, C, H, W) from frame `first` on, or constants (K, H, W) with `first` None.
+        """
+        if np.isfinite(values).all():
+            return
+        bad = ~np.isfinite(values if first is not None else values[None]).all(axis=(2, 3))  # (T, C)
+        time_index, channel = (int(axis[0]) for axis in np.nonzero(bad))
+        channels = self.card.constant_channels if first is None else self.card.state_channels
+        raise self.nonfinite_error(trajectory, channels[channel], None if first is None else first + time_index)
+
+    def nonfinite_error(self, trajectory: int, channel: str, frame: int | None) -> UserError:
+        """The message for NaN or Inf in a channel; `frame` is None for a constant field."""
+        field = next(field for field in self.card.fields if channel in field.channels)
+        where = "" if frame is None else f", frame {frame}"
+        return UserError(
+            f"{self._where}: trajectory {trajectory}, field {field.name} ({channel}){where}: "
+            "expected finite numbers, got NaN or Inf; get this file again, leave it out of the folder, or leave out "
+            "the windows with `--skip nonfinite`"
+        )
+
+    def times(self, trajectory: int) -> np.ndarray:
+        """Physical times of the stored frames of one trajectory, float64 (T,)."""
+        with self._readable():
+            time = self._dataset("dimensions", "time")
+            return np.asarray(time[trajectory] if time.ndim == 2 else time[:], np.float64)
+
+    def dt(self, trajectory: int) -> float:
+        """Mean time between stored frames of one trajectory; 0 when it has a single frame."""
+        times = self.times(trajectory)
+        dt = float(times[-1] - times[0]) / max(len(times) - 1, 1)
+        if not np.isfinite(dt):
+            raise UserError(f"{self._where}: trajectory {trajectory}: dimensions/time is not finite")
+        return dt
+
+    def scalars(self, trajectory: int) -> dict[str, float]:
+        """The constant scalars of one trajectory, by the Well's names. Raises UserError if one varies in time."""
+        scalars = {}
+        with self._readable():
+            for name in _names(self._file["scalars"].attrs["field_names"]):
+                data = self._dataset("scalars", name)
+                if data.attrs["time_varying"]:
+                    raise UserError(f"{self._where}: scalar {name} varies in time; only constant scalars are supported")
+                scalars[name] = float(data[trajectory] if data.attrs["sample_varying"] else data[()])
+        if not np.isfinite(list(scalars.values())).all():
+            raise UserError(f"{self._where}: trajectory {trajectory}: a scalar is not finite: {scalars}")
+        return scalars
+
+    def _group(self, name: str) -> h5py.Group:
+        return plain_group(self._file, name, f"{self._where}: {name}")
+
+    def _dataset(self, group: str, name: str) -> h5py.Dataset:
+        data = plain_dataset(self._group(group), name, f"{self._where}: {group}/{name}")
+        check_extent(data, f"{self._where}: {group}/{name}")
+        return data
+
+    @property
+    def _where(self) -> str:
+        return f"{self.path} (dataset {self.card.name})"
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Turns h5py's errors into one that names the file."""
+        try:
+            yield
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise UserError(f"{self._where}: not in the Well's layout: {error.args[0]}") from error
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"{self._where}: cannot be read, so it is truncated or no HDF5 file ({error}); download it again"
+            ) from error
+
+    def __enter__(self) -> WellFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.close()
+
+
+def boundary_types(groups: h5py.Group, where: str) -> Boundary:
+    """Boundary type of the lower and upper end of each axis, coded as `the_well` does (its 'padding' type).
+
+    An end is OPEN unless a group says otherwise: PERIODIC or OPEN if its mask holds anywhere on that end, WALL only if
+    it holds on all of it; a later group (by name) overrides an earlier one.
+    """
+    sides = [["OPEN", "OPEN"], ["OPEN", "OPEN"]]
+    for name in groups:
+        group = plain_group(groups, name, f"{where}: boundary {name}")
+        kind = str(group.attrs["bc_type"]).upper()
+        dims = _names(group.attrs["associated_dims"])
+        stored = plain_dataset(group, "mask", f"{where}: boundary {name}: mask")
+        check_extent(stored, f"{where}: boundary {name}: mask")
+        mask = np.asarray(stored[()], dtype=bool)
+        if kind not in BOUNDARY_TYPES or mask.ndim != len(dims) or not set(dims) <= {"x", "y"}:
+            raise UserError(
+                f"{where}: boundary {name}: expected one of {', '.join(BOUNDARY_TYPES)} with a mask over x, y or both, "
+                f"got {kind} with a mask of shape {mask.shape} over {', '.join(dims)}"
+            )
+        holds = np.all if kind == "WALL" else np.any
+        for axis, dim in enumerate(dims):
+            for end, position in enumerate((0, -1)):
+                if holds(mask.take(position, axis=axis)):
+                    sides["xy".index(dim)][end] = kind
+    return (sides[0][0], sides[0][1]), (sides[1][0], sides[1][1])
+
+
+def _names(attribute: np.ndarray) -> list[str]:
+    """A list-of-names attribute; HDF5 libraries write them as str or as bytes."""
+    return [name.decode() if isinstance(name, bytes) else str(name) for name in np.atleast_1d(attribute)]

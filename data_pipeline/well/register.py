@@ -1,0 +1,290 @@
+"""`data-pipeline register`: drafts a card for a dataset that has none, and says what a person must decide.
+
+Fields are matched to canonical channels by name alone; a near match (`rho`, `vel`, `Density`) is suggested in a comment
+and never taken. The draft is valid at once, so data can be converted and trained on before the prose is written.
+"""
+
+import difflib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from data_pipeline import strict_yaml
+from data_pipeline.cards.card import Channel, Field, read_card, read_channels
+from data_pipeline.cards.registry import VARIABLE, Registry, holds_cards, load_folders, packaged_folder
+from data_pipeline.errors import UserError
+from data_pipeline.files import atomic_file
+from data_pipeline.well.hdf5 import SPLITS, dataset_folders
+from data_pipeline.well.survey import COMPONENTS, Survey, survey
+
+ALIASES = {  # what papers and codes call the quantities of the packaged channels, in lower case
+    **dict.fromkeys(("u", "ux", "vx"), "velocity_x"),
+    **dict.fromkeys(("v", "uy", "vy"), "velocity_y"),
+    **dict.fromkeys(("p", "press"), "pressure"),
+    **dict.fromkeys(("rho", "dens"), "density"),
+    **dict.fromkeys(("b", "buoy"), "buoyancy"),
+    **dict.fromkeys(("s", "scalar", "dye"), "tracer"),
+    **dict.fromkeys(("c", "conc"), "concentration"),
+    **dict.fromkeys(("c_s", "cs", "sound_speed"), "speed_of_sound"),
+}
+VELOCITIES = ("u", "v", "vel", "vels", "velocities")  # what they call a vector field of velocities
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What was written, and what is left to a person."""
+
+    name: str
+    paths: tuple[Path, ...]  # the card first, then channels.yaml if a channel was proposed
+    decisions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Files:
+    name: str
+    paths: tuple[Path, ...]
+    train: tuple[Path, ...]  # empty where the files are not divided into splits
+    decisions: tuple[str, ...]
+
+
+def draft_folder(given: Path | None) -> Path:
+    """Where a draft goes: `given`, else the first folder of WAVELIT_REGISTRY. UserError if there is neither."""
+    named = str(given) if given is not None else os.environ.get(VARIABLE, "").split(os.pathsep)[0]
+    if not named:
+        raise UserError(
+            f"register: expected a folder for your own cards, got none; name one with --registry, or in {VARIABLE}"
+        )
+    return Path(named)
+
+
+def open_registry(directory: Path) -> Registry:
+    """What a draft in `directory`, which need not be there yet, may refer to: the packaged cards and those in it.
+
+    Where WAVELIT_REGISTRY names `directory` among others, they are read together, here as later.
+    """
+    named = [Path(part) for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
+    folders = named if directory in named else [directory]
+    return load_folders([packaged_folder(), *(folder for folder in folders if holds_cards(folder))])
+
+
+def register(source: Path, name: str | None, directory: Path, registry: Registry) -> Registered:
+    """Drafts `<directory>/datasets/<name>.yaml`, and proposes channels in `<directory>/channels.yaml`.
+
+    `source`: a dataset folder with data/<split>/*.hdf5, a folder of HDF5 files, or one file. `registry` is that of
+    `open_registry(directory)`. Nothing that exists is changed but channels.yaml, to which lines are added.
+    Raises UserError for files that cannot be used, for a name that is taken and for a draft that is already there.
+    """
+    files = _find_files(source, name)
+    card_file, channels_file = directory / "datasets" / f"{files.name}.yaml", directory / "channels.yaml"
+    taken = {key for card in registry.cards.values() for key in (card.name, card.abbreviation)}
+    if card_file.exists() or files.name in taken:
+        what = f"{card_file} is already there" if card_file.exists() else f"there is a card {files.name!r} already"
+        raise UserError(f"{source}: {what}, and is not overwritten. Edit it, or choose another --name.")
+    found = survey(files.name, files.paths, files.train)
+    fresh = _fresh_channels(found, registry)
+    decisions = (*files.decisions, *_decisions(found, fresh, registry, channels_file))
+    drafts = {card_file: _card_text(files, found, decisions)}
+    if fresh:
+        before = channels_file.read_text("utf-8") if channels_file.exists() else _CHANNELS_HEAD
+        drafts[channels_file] = f"{before.rstrip()}\n\n{_channels_text(files.name, found, fresh, registry)}"
+    _check(drafts, files.name, registry)
+    for path, text in reversed(drafts.items()):  # the card last: it refers to the channels
+        with atomic_file(path) as file:
+            file.write(text.encode())
+    return Registered(files.name, tuple(drafts), decisions)
+
+
+def _find_files(source: Path, name: str | None) -> _Files:
+    """The dataset's files, its name, and what must be moved before `shard` finds them."""
+    if (source / "data").is_dir():
+        by_split = {split: _hdf5_files(source / "data" / split) for split in SPLITS}
+        paths, train = tuple(path for split in SPLITS for path in by_split[split]), by_split["train"]
+        folder = source.resolve().name
+    else:
+        paths = (source,) if source.is_file() else _hdf5_files(source)
+        train, folder = (), ""
+    if not paths:
+        inside = ", ".join(dataset_folders(source)) if source.is_dir() else ""
+        raise UserError(
+            f"{source}: expected a dataset folder (with data/<split>/*.hdf5), a folder of HDF5 files or one file, got "
+            f"{f'a folder of the datasets {inside}; give one of them' if inside else 'none of them'}"
+        )
+    chosen = name or folder or (source.stem if source.is_file() else source.resolve().name)
+    if not strict_yaml.NAME.fullmatch(chosen):
+        raise UserError(
+            f"{source}: the name {chosen[:80]!a}: expected up to 64 letters, digits and underscores, a letter first; "
+            "give one with --name"
+        )
+    move = f"files: `data-pipeline shard` reads <folder>/{chosen}/data/{{{','.join(SPLITS)}}}/*.hdf5; move them there"
+    return _Files(chosen, paths, train, () if chosen == folder else (move,))
+
+
+def _hdf5_files(folder: Path) -> tuple[Path, ...]:
+    return tuple(sorted([*folder.glob("*.hdf5"), *folder.glob("*.h5")]))
+
+
+def _fresh_channels(found: Survey, registry: Registry) -> list[Channel]:
+    """The channels that the registry does not have, with what can be said of them without a person."""
+    fresh = []
+    for field in found.fields:
+        for component, name in zip(COMPONENTS[field.order], field.channels, strict=True):
+            if name in registry.channel_cards:
+                continue
+            what = f"{component[1:]} component of {field.name}" if component else field.name
+            fresh.append(Channel(name, f"{what} (to be described)", "unknown", found.sample.twins.get(name)))
+    return fresh
+
+
+def _near(name: str, field: Field, registry: Registry) -> str | None:
+    """The canonical channel that `name` may mean, or None: an alias, another case, or a close spelling."""
+    if field.order == 1 and field.name.lower() in VELOCITIES:
+        guess = f"velocity{name.removeprefix(field.name)}"
+    else:
+        guess = ALIASES.get(name.lower(), "")
+    if guess in registry.channel_cards:
+        return guess
+    lower = {channel.lower(): channel for channel in registry.channels}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.85)
+    return lower[close[0]] if close else None
+
+
+def _decisions(found: Survey, fresh: Sequence[Channel], registry: Registry, channels_file: Path) -> list[str]:
+    """What only a person knows, one line each."""
+    lines = ["description: one line on the physics; source, citation, license and equations if you like"]
+    proposed = [channel.name for channel in fresh]
+    for field in found.fields:
+        known = [name for name in field.channels if name not in proposed]
+        if known:
+            meaning = registry.channel_cards[known[0]].description
+            lines.append(f"{', '.join(known)}: taken for the canonical channel ({meaning}); is it the same quantity?")
+        new = [name for name in field.channels if name in proposed]
+        if new:
+            lines.append(f"{', '.join(new)}: proposed; write description and unit in {channels_file}")
+        for name in new:
+            if near := _near(name, field, registry):
+                meaning = registry.channel_cards[near].description
+                lines.append(
+                    f"{name}: is it {near} ({meaning})? Then name that in the card, and remove {name} from there"
+                )
+    lines += [f"{one.name}: equals {one.duplicate_of} in the sample; always?" for one in fresh if one.duplicate_of]
+    return [*lines, *_doubts(found), "ranges: what good data lie within, where physics says so; the audit looks at it"]
+
+
+def _doubts(found: Survey) -> list[str]:
+    """What the files say, and should be looked at."""
+    sides = ", ".join(f"{axis} {'-'.join(ends)}" for axis, ends in zip("xy", found.boundary, strict=True))
+    guess = "; OPEN is also what files get that say nothing" if ("OPEN", "OPEN") in found.boundary else ""
+    lines = [f"boundary: {sides} (lower and upper end){guess}; is that the physics?"]
+    if any(size % 2 for size in found.grid):
+        lines.append(
+            f"grid: {found.grid[0]} x {found.grid[1]} has an odd size, and the model's wavelet transform needs even "
+            "ones; crop or resample the files before training"
+        )
+    for axis in found.uneven:
+        lines.append(f"grid: points along {axis} are not equally spaced; the model takes them as if they were")
+    if found.dt is None:
+        least, greatest = found.dts
+        lines.append(f"dt: from {least:.6g} to {greatest:.6g}, so the card says null; are the times right?")
+    for name in found.sample.nonfinite:
+        lines.append(f"{name}: the sample holds NaN or Inf; `data-pipeline audit` says where")
+    return lines
+
+
+_CHANNELS_HEAD = """# Canonical channels of your own: one name for one physical quantity, in whichever dataset.
+#   description   one line, what the numbers are
+#   unit          or what they are scaled by
+#   duplicate_of  the channel this one equals (the other half of a symmetric tensor), if it does
+"""
+
+
+def _channels_text(name: str, found: Survey, fresh: Sequence[Channel], registry: Registry) -> str:
+    owner = {channel: field for field in found.fields for channel in field.channels}
+    lines = [f"# Proposed for {name}; figures over {found.sample.num_frames} frames."]
+    for channel in fresh:
+        twin = f", duplicate_of: {_plain(channel.duplicate_of)}" if channel.duplicate_of else ""
+        near = _near(channel.name, owner[channel.name], registry)
+        lines.append(f"# {_figures(found, channel.name)}{f'; is it {near}?' if near else ''}")
+        lines.append(f"{_plain(channel.name)}: {{description: {channel.description}, unit: {channel.unit}{twin}}}")
+    return "\n".join(lines) + "\n"
+
+
+def _card_text(files: _Files, found: Survey, decisions: Sequence[str]) -> str:
+    scalars = [name for name in found.scalars if strict_yaml.NAME.fullmatch(name)]
+    boundary = ", ".join(f"{axis}: [{', '.join(ends)}]" for axis, ends in zip("xy", found.boundary, strict=True))
+    lines = [
+        f"# {files.name}, drafted by `data-pipeline register`. It can be used as it is; a person decides:",
+        *(f"#   - {_comment(line)}" for line in decisions),
+        f"name: {_plain(files.name)}",
+        f"description: {files.name} (to be described)",
+        "",
+        "state:  # fields of the files by tensor order, each with its canonical channels",
+        *_fields_text(found, "state"),
+        *(["constant:", *_fields_text(found, "constant")] if found.fields[-1].role == "constant" else []),
+        *([f"scalars: [{', '.join(map(_plain, scalars))}]"] if scalars else []),
+        f"boundary: {{{boundary}}}  # lower and upper end of each axis",
+        f"grid: [{found.grid[0]}, {found.grid[1]}]  # points along x and y",
+        f"dt: {'null' if found.dt is None else _number(found.dt)}  # time between frames; null if it differs",
+    ]
+    train = [f"  - {{trajectories: {n}, frames: {frames}}}" for n, frames in found.lengths if frames > 1]
+    if files.train and train:
+        lines += ["train:  # the training split", *train]
+    lines += [
+        "# ranges: {<channel>: [<lowest or null>, <highest or null>]}",
+        f"# Over {found.sample.num_frames} frames:",
+    ]
+    lines += [f"#   {name}: {_figures(found, name)}" for field in found.fields for name in field.channels]
+    return "\n".join(lines) + "\n"
+
+
+def _fields_text(found: Survey, role: str) -> list[str]:
+    lines = []
+    for order in range(3):
+        chosen = [field for field in found.fields if (field.role, field.order) == (role, order)]
+        entries = [f"{_plain(field.name)}: [{', '.join(map(_plain, field.channels))}]" for field in chosen]
+        lines += [f"  t{order}: {{{', '.join(entries)}}}"] if entries else []
+    return lines
+
+
+def _figures(found: Survey, name: str) -> str:
+    if name not in found.sample.figures:
+        return "no frame without NaN or Inf"
+    one = found.sample.figures[name]
+    return f"mean {one.mean:.4g}, std {one.std:.4g}, from {one.lowest:.4g} to {one.highest:.4g}"
+
+
+def _plain(name: str) -> str:
+    """A name as YAML reads it back: `on`, `null` and their like need quotes."""
+    return name if yaml.safe_load(name) == name else f'"{name}"'
+
+
+def _number(value: float) -> str:
+    """Six digits, in the form that YAML takes for a number: 1.0e-05, not 1e-05."""
+    text = f"{value:.6g}"
+    return text.replace("e", ".0e") if "e" in text and "." not in text else text
+
+
+def _comment(line: str) -> str:
+    return line if line.isprintable() else ascii(line)
+
+
+def _check(drafts: Mapping[Path, str], name: str, registry: Registry) -> None:
+    """Reads the drafts as load_registry will, before any is written."""
+    with tempfile.TemporaryDirectory() as folder:
+        copies = {path: Path(folder) / path.name for path in drafts}
+        for path, text in drafts.items():
+            copies[path].write_text(text, "utf-8")
+        channels = dict(registry.channel_cards)
+        card, *extra = copies.values()
+        for copy in extra:
+            try:
+                channels |= read_channels(strict_yaml.load(copy), channels)
+            except UserError as error:
+                raise UserError(
+                    f"{list(drafts)[1]}: the proposed channels cannot be added at its end ({error}). Write the file in "
+                    "block style, one `name: {description: ..., unit: ...}` a line."
+                ) from error
+        read_card(strict_yaml.load(card), name, channels)

@@ -1,0 +1,99 @@
+"""Ranks and workers share one sequence of global batches."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.errors import UserError
+from data_pipeline.windows.batch import Batch
+from data_pipeline.windows.loader import open_readers, scheduled_batches, sources
+from data_pipeline.windows.reader import ShardReader
+from data_pipeline.windows.schedule import Schedule
+
+NAMES = ["active_matter", "helmholtz_staircase", "shear_flow"]
+
+
+@pytest.fixture(scope="module")
+def readers(tiny_shards: Path) -> dict[str, ShardReader]:
+    return open_readers(tiny_shards, NAMES, "train")
+
+
+def load(readers: dict[str, ShardReader], seed: int = 3, **options: int) -> list[Batch]:
+    arguments = {"length": 3, "rank": 0, "world_size": 1, "start": 0, "stop": 8} | options
+    schedule = Schedule(sources(readers, arguments["length"]), batch=12, seed=seed)
+    return list(scheduled_batches(readers, schedule, **arguments))
+
+
+def assert_same(batch: Batch, other: Batch) -> None:
+    assert (batch.dataset, batch.draw) == (other.dataset, other.draw)
+    assert torch.equal(batch.windows, other.windows)
+    assert torch.equal(batch.fields, other.fields)
+    assert torch.equal(batch.constants, other.constants)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 12])
+def test_ranks_share_the_global_batch(readers: dict[str, ShardReader], world_size: int) -> None:
+    whole = load(readers)
+    ranks = [load(readers, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for expected, *parts in zip(whole, *ranks, strict=True):
+        assert {part.dataset for part in parts} == {expected.dataset}
+        assert {len(part.windows) for part in parts} == {12 // world_size}
+        assert torch.equal(torch.cat([part.windows for part in parts]), expected.windows)
+        assert torch.equal(torch.cat([part.fields for part in parts]), expected.fields)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_do_not_change_batches_or_their_order(readers: dict[str, ShardReader], workers: int) -> None:
+    for expected, batch in zip(load(readers), load(readers, workers=workers), strict=True):
+        assert_same(expected, batch)
+
+
+def test_start_is_where_an_unbroken_run_would_be(readers: dict[str, ShardReader]) -> None:
+    for expected, batch in zip(load(readers)[5:], load(readers, start=5), strict=True):
+        assert_same(expected, batch)
+    assert [batch.draw for batch in load(readers, start=5)] == [5, 6, 7]
+
+
+def test_batches_hold_the_windows_of_the_draw(readers: dict[str, ShardReader]) -> None:
+    schedule = Schedule(sources(readers, 3), batch=12, seed=3)
+    for index, batch in enumerate(load(readers)):
+        draw = schedule.draw(index)
+        assert batch.dataset == draw.dataset
+        assert np.array_equal(batch.windows, draw.windows)
+        assert_same(batch, readers[draw.dataset].batch(draw.windows, 3, draw=index))
+
+
+def test_sources_say_what_the_shards_hold(readers: dict[str, ShardReader]) -> None:
+    found = sources(readers, 2)
+    assert [source.name for source in found] == NAMES
+    for source in found:
+        manifest = readers[source.name].manifest
+        assert source.windows == sum(one.frames - 1 for one in manifest.trajectories) == sum(source.shard_windows)
+        assert source.tokens == manifest.grid[0] // 2 * (manifest.grid[1] // 2)
+
+
+def test_batch_that_ranks_cannot_share(readers: dict[str, ShardReader]) -> None:
+    schedule = Schedule(sources(readers, 2), batch=12, seed=0)
+    with pytest.raises(UserError, match=r"a batch of 12 cannot be shared by 5 processes: use 1, 2, 3, 4, 6, 12"):
+        scheduled_batches(readers, schedule, 2, 0, 5, 0, 1)
+    with pytest.raises(ValueError, match="rank: expected 0 to 1, got 2"):
+        scheduled_batches(readers, schedule, 2, 2, 2, 0, 1)
+
+
+def test_none_opens_every_dataset(tiny_shards: Path) -> None:
+    found = open_readers(tiny_shards, None, "valid")
+    assert list(found) == sorted(path.name for path in tiny_shards.iterdir())
+    assert len(found) == 8
+
+
+@pytest.mark.parametrize("datasets", [None, ["shear_flow", "rayleigh_benard"]])
+def test_missing_shards_end_in_the_commands_that_make_them(tmp_path: Path, datasets: list[str] | None) -> None:
+    with pytest.raises(UserError) as caught:
+        open_readers(tmp_path, datasets, "train")
+    message = str(caught.value)
+    for name in datasets or ["<dataset>"]:
+        assert f"{tmp_path}/{name}/train/manifest.json" in message
+    assert f"data-pipeline shard --well WELL --out {tmp_path}" in message
+    assert "data-pipeline simulate --preset mini" in message

@@ -1,0 +1,273 @@
+"""Adaptive sampling in whole runs: the history of shares, exact resume, processes and workers; the repeat warning."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+from handmade import make_spec
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_training import DATASETS, finish, last_weights, log, small, start
+
+from data_pipeline.errors import UserError
+from data_pipeline.windows.adaptive import adaptive_shares
+from data_pipeline.windows.loader import open_readers, sources
+from data_pipeline.windows.schedule import Schedule, Source, sampling_shares
+from fm.mixing import Mixing
+from fm.model import ModelConfig, WaveLiTFM
+from fm.record import RunRecord, StepResult, repeat_warning
+from fm.settings import Recipe
+from fm.trainer import train
+
+ADAPTIVE: dict[str, dict[str, Any]] = {
+    "sampling": {"scheme": "adaptive", "power": 2.0, "floor": 0.05},
+    "train": {"steps": 9, "batch": 4, "accumulate": 2},
+    "validation": {"every": 3, "windows": 3, "rollouts": 0},
+    "checkpoint": {"every": 1, "keep": 20},
+}
+
+
+def adaptive(shards: Path, directory: Path, **sections: dict[str, Any]) -> Recipe:
+    names = ADAPTIVE.keys() | sections.keys()
+    merged = {name: {**ADAPTIVE.get(name, {}), **sections.get(name, {})} for name in names}
+    return small(shards, directory, **merged)
+
+
+def state(directory: Path, step: int) -> dict[str, Any]:
+    return json.loads((directory / f"checkpoints/step_{step:08d}/state.json").read_text())
+
+
+def events(directory: Path) -> EventAccumulator:
+    return EventAccumulator(str(directory / "tensorboard")).Reload()
+
+
+def event_texts(directory: Path) -> list[str]:
+    tensors = events(directory)
+    if "events/text_summary" not in tensors.Tags()["tensors"]:
+        return []
+    return [e.tensor_proto.string_val[0].decode() for e in tensors.Tensors("events/text_summary")]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 9 steps whose shares change after steps 3 and 6. Read only."""
+    directory = tmp_path_factory.mktemp("adaptive") / "run"
+    assert train(adaptive(tiny_shards, directory)) == 0
+    return directory
+
+
+def test_shares_follow_the_scores_and_the_draws_follow_the_shares(tiny_shards: Path, unbroken: Path) -> None:
+    found = sources(open_readers(tiny_shards, DATASETS, "train"), 2)
+    base = sampling_shares(found, "sqrt")
+    saved = state(unbroken, 9)["sampling"]
+    assert [first for first, _ in saved["history"]] == [0, 6, 12]  # two draws a step
+    assert saved["history"][0][1] == base
+    assert saved["history"][2][1] == adaptive_shares(base, saved["scores"], 2.0, 0.05)
+    assert len({shares[DATASETS[0]] for _, shares in saved["history"]}) == 3
+    schedule = Schedule(found, 4, seed=0).with_history(saved["history"])
+    expected = ["+".join(schedule.draw(2 * step + micro).dataset for micro in (0, 1)) for step in range(9)]
+    assert [line["dataset"] for line in log(unbroken)] == expected
+
+
+@pytest.mark.parametrize("step", [2, 3, 5, 6, 8])  # 3 and 6: saved before the validation that changes the shares
+def test_continuing_from_any_step_equals_the_unbroken_run(
+    tiny_shards: Path, unbroken: Path, tmp_path: Path, step: int
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(unbroken, directory)
+    for later in range(step + 1, 10):
+        shutil.rmtree(directory / f"checkpoints/step_{later:08d}")
+    assert train(adaptive(tiny_shards, directory)) == 0
+    assert log(directory) == log(unbroken)
+    assert state(directory, 9)["sampling"] == state(unbroken, 9)["sampling"]
+    assert last_weights(directory) == last_weights(unbroken)
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_run_that_ended_and_is_prolonged_equals_the_unbroken_run(
+    tiny_shards: Path, unbroken: Path, tmp_path: Path, step: int
+) -> None:
+    assert train(adaptive(tiny_shards, tmp_path / "run", train={"steps": step})) == 0
+    assert train(adaptive(tiny_shards, tmp_path / "run")) == 0
+    assert log(tmp_path / "run") == log(unbroken)
+    assert last_weights(tmp_path / "run") == last_weights(unbroken)
+
+
+def test_workers_do_not_read_ahead_with_the_shares_of_before(tiny_shards: Path, unbroken: Path, tmp_path: Path) -> None:
+    assert train(adaptive(tiny_shards, tmp_path / "run", data={"workers": 1})) == 0
+    assert log(tmp_path / "run") == log(unbroken)
+
+
+def test_two_processes_draw_what_one_draws(tiny_shards: Path, tmp_path: Path) -> None:
+    fast = {"learning_rate": 1e-2, "ema": 0.0, "steps": 12}
+    one, two = (adaptive(tiny_shards, tmp_path / name, train=fast, sampling={"power": 10.0}) for name in ("one", "two"))
+    assert train(one) == 0
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        code, output = finish(start(two, *launcher, "--num_processes", "2"))
+    assert code == 0, output
+    alone, together = log(tmp_path / "one"), log(tmp_path / "two")
+    assert [line["windows"] for line in together] == [line["windows"] for line in alone]
+    assert [line["loss"] for line in together] == pytest.approx([line["loss"] for line in alone], rel=1e-3)
+    first, *_, last = (shares[DATASETS[0]] for _, shares in state(tmp_path / "two", 12)["sampling"]["history"])
+    assert abs(last - first) > 0.2  # far enough for a process with the shares of before to draw another dataset
+
+
+def test_tensorboard_and_console_tell_of_new_shares(tiny_shards: Path, tmp_path: Path, capsys: Any) -> None:
+    directory = tmp_path / "run"
+    assert train(adaptive(tiny_shards, directory, tracking={"every": 1})) == 0
+    history = state(directory, 9)["sampling"]["history"]
+    board = events(directory)
+    for name in DATASETS:
+        targets = [event.value for event in board.Scalars(f"sampling/target_share/{name}")]
+        assert targets == pytest.approx([shares[name] for _, shares in history for _ in range(3)])
+    layout = board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert f"sampling/target_share/{DATASETS[0]}".encode() in layout
+    first, second = (shares[DATASETS[0]] for _, shares in history[:2])
+    line = f"{DATASETS[0]} {first:.4f} -> {second:.4f}"
+    told = [text for text in event_texts(directory) if text.startswith("sampling shares from here on")]
+    assert len(told) == 2
+    assert f"- {line}" in told[0]
+    console = capsys.readouterr().err
+    assert "step 3: sampling shares, largest changes:" in console
+    assert line in console
+
+
+def test_a_changed_scheme_begins_where_the_run_continues(tiny_shards: Path, tmp_path: Path) -> None:
+    plain = {"checkpoint": {"every": 100}, "validation": {"every": 0}}
+    names = {"datasets": DATASETS}
+    assert train(small(tiny_shards, tmp_path / "run", train={"steps": 5}, **plain)) == 0
+    weights = {"scheme": "weights", "weights": {DATASETS[0]: 0.0, DATASETS[1]: 1.0}}
+    assert train(small(tiny_shards, tmp_path / "run", data=names, sampling=weights, **plain)) == 0
+    found = sources(open_readers(tiny_shards, DATASETS, "train"), 2)
+    history = [[0, sampling_shares(found, "sqrt")], [5, {DATASETS[0]: 0.0, DATASETS[1]: 1.0}]]
+    assert state(tmp_path / "run", 8)["sampling"]["history"] == history
+    schedule = Schedule(found, 4, seed=0).with_history(history)
+    assert [line["dataset"] for line in log(tmp_path / "run")] == [schedule.draw(i).dataset for i in range(8)]
+
+
+def test_a_history_that_does_not_fit_is_refused(tiny_shards: Path, tmp_path: Path, unbroken: Path) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(unbroken, directory)
+    longer = {"steps": 12, "accumulate": 1}
+    with pytest.raises(UserError, match=r"it goes beyond draw 9, where step 9 begins with this train.accumulate"):
+        train(adaptive(tiny_shards, directory, train=longer))
+    file = directory / "checkpoints/step_00000009/state.json"
+    for history in ([], [[0, {"a": 1.0}]], [[3, {}]], "none", [[0]], [["0", {}]]):
+        broken = {**state(unbroken, 9), "sampling": {"history": history, "scores": {}}}
+        file.write_text(json.dumps(broken))
+        with pytest.raises(UserError, match="history of sampling shares does not fit this run"):
+            train(adaptive(tiny_shards, directory, train={"steps": 12}))
+
+
+def recipe_and_mixing(tmp_path: Path, **sections: dict[str, Any]) -> tuple[Recipe, Mixing]:
+    recipe = adaptive(tmp_path, tmp_path / "run", **sections)
+    return recipe, Mixing(recipe, [Source(name, 100, 256, (100,)) for name in DATASETS])
+
+
+def test_a_missing_score_leaves_the_last_one_standing_and_is_told(tmp_path: Path, capsys: Any) -> None:
+    recipe, mixing = recipe_and_mixing(tmp_path, sampling={"power": 1.0})
+    accelerator = Accelerator(cpu=True)
+    assert mixing.follow({DATASETS[0]: 0.9, DATASETS[1]: 0.1}, 3, accelerator) == []
+    assert mixing.schedule.shares == pytest.approx({DATASETS[0]: 0.9, DATASETS[1]: 0.1})
+    assert mixing.follow({DATASETS[0]: None}, 6, accelerator) == DATASETS
+    assert mixing.schedule.shares == pytest.approx({DATASETS[0]: 0.9, DATASETS[1]: 0.1})
+    assert mixing.follow({DATASETS[0]: 100.0, DATASETS[1]: float("inf")}, 9, accelerator) == DATASETS[1:]
+    assert mixing.schedule.shares == pytest.approx({DATASETS[0]: 0.95, DATASETS[1]: 0.05})
+    with RunRecord(recipe, mixing.schedule, tiny_model(), 0, active=True) as record:
+        record.shares(mixing.schedule, DATASETS[1:], 6)
+    note = f"no finite score of {DATASETS[1]}: its last one stands, or else the average"
+    assert f"step 6: {note}" in capsys.readouterr().err
+    assert any(f"- {note}" in text for text in event_texts(tmp_path / "run"))
+
+
+def tiny_model() -> WaveLiTFM:
+    return WaveLiTFM(ModelConfig(width=16, depth=1, heads=2, wavelet="haar"), [make_spec(name) for name in DATASETS])
+
+
+def test_repeats_planned_are_told_at_the_start(tiny_shards: Path, tmp_path: Path, capsys: Any) -> None:
+    found = sources(open_readers(tiny_shards, DATASETS, "train"), 2)
+    planned = Schedule(found, 4, seed=0).passes(8)
+    most = max(planned, key=lambda name: planned[name])
+    limit = (sum(planned.values())) / 2
+    assert min(planned.values()) < limit < planned[most]
+    assert train(small(tiny_shards, tmp_path / "run", sampling={"max_passes": limit})) == 0
+    warning = (
+        f"8 steps pass {planned[most]:.1f} times over {most}, more than sampling.max_passes={limit:g}; it may be "
+        "learnt by heart. Add trajectories, lower its share (sampling.scheme, sampling.weights) or train.steps, or "
+        "raise the limit (null: no limit)."
+    )
+    assert repeat_warning(most, planned[most], limit, 8) == warning
+    console = capsys.readouterr().err
+    assert console.count("warning: ") == 1
+    assert f"warning: {warning}" in console
+    assert event_texts(tmp_path / "run") == [warning]
+    assert train(small(tiny_shards, tmp_path / "never", sampling={"max_passes": None})) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_repeats_that_shares_bring_about_are_told_once_when_they_happen(tmp_path: Path, capsys: Any) -> None:
+    recipe, mixing = recipe_and_mixing(tmp_path, train={"steps": 40}, sampling={"max_passes": 2.0})
+    with RunRecord(recipe, mixing.schedule, tiny_model(), 0, active=True) as record:
+        assert "warning" not in capsys.readouterr().err  # 80 draws of 4 windows out of 2 x 100: 1.6 passes
+        mixing.follow({DATASETS[0]: 0.1, DATASETS[1]: 9.0}, 3, Accelerator(cpu=True))
+        record.shares(mixing.schedule, [], 3)
+        for step in (10, 20, 30, 40):
+            record.step(finished_step(step))
+    passes = {step: mixing.schedule.passes(2 * step)[DATASETS[1]] for step in (20, 30)}
+    assert passes[20] <= 2.0 < passes[30]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert told == [f"warning: {repeat_warning(DATASETS[1], passes[30], 2.0, 30)}"]
+
+
+def finished_step(step: int) -> StepResult:
+    return StepResult(
+        step=step,
+        datasets=(DATASETS[0], DATASETS[0]),
+        grids=((16, 16), (16, 16)),
+        windows="",
+        losses=(1.0, 1.0),
+        mse=1.0,
+        wavelet_l1=1.0,
+        grad_norm=1.0,
+        lr=1e-3,
+        samples=8,
+        model_calls=1,
+        data_seconds=0.0,
+        seconds=1.0,
+        moved=True,
+        stop=False,
+    )
+
+
+def test_adaptive_without_validation_is_refused_and_too_little_of_it_told(
+    tiny_shards: Path, tmp_path: Path, capsys: Any
+) -> None:
+    with pytest.raises(UserError, match=r"the test: sampling.scheme: adaptive follows the validation scores, expected"):
+        adaptive(tiny_shards, tmp_path / "run", validation={"every": 0})
+    assert train(adaptive(tiny_shards, tmp_path / "run", validation={"every": 9})) == 0
+    assert "adaptive changes nothing in 9 steps, since the first validation is after 9" in capsys.readouterr().err
+    assert len(state(tmp_path / "run", 9)["sampling"]["history"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"power": -1.0}, "sampling: power: expected a number from 0 to 10, got -1.0"),
+        ({"power": float("nan")}, "sampling: power: expected a number from 0 to 10, got nan"),
+        ({"floor": 1.0}, r"sampling: floor: expected a share in \[0, 1\), got 1.0"),
+        ({"max_passes": 0}, "sampling: max_passes: expected a number above 0, or null, got 0"),
+    ],
+)
+def test_sampling_settings_are_checked(tmp_path: Path, sampling: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        adaptive(tmp_path, tmp_path / "run", sampling=sampling)
+
+
+def test_a_floor_too_high_for_the_datasets_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sampling.floor: expected less than 1 / 2 = 0.5"):
+        recipe_and_mixing(tmp_path, sampling={"floor": 0.5})

@@ -1,0 +1,111 @@
+"""The README's "Add a dataset in ten minutes", typed as it stands there: a ninth dataset, and no code is changed."""
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.__main__ import main as data_pipeline
+from data_pipeline.cards.registry import VARIABLE, load_folders, load_registry, packaged_folder
+from data_pipeline.windows.loader import open_readers
+from fm.__main__ import main as fm
+from fm.checkpoint import find_checkpoint, load_pretrained
+from fm.model import WaveLiTFM
+from fm.specs import dataset_specs
+
+ROOT = Path(__file__).parents[2]
+EIGHT = load_folders([packaged_folder()])
+SMALL = ["model.width=16", "model.depth=1", "model.heads=2", "train.steps=27", "sampling.scheme=uniform"]
+QUIET = ["validation.every=0", "tracking.progress=false"]
+
+
+def readme_commands() -> list[list[str]]:
+    """The commands of the section's one shell block, without their comments."""
+    section = re.search(
+        r"^### 2\. Add a dataset in ten minutes$(.*?)^### 3", (ROOT / "README.md").read_text(), re.S | re.M
+    )
+    assert section is not None
+    block = re.search(r"```sh\n(.*?)```", section[1], re.S)
+    assert block is not None
+    return [shlex.split(line, comments=True) for line in block[1].splitlines()]
+
+
+def type_in(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Does what a shell would, in this process; the two launchers are `fm train` with a small model."""
+    match command:
+        case ["export", assignment]:
+            monkeypatch.setenv(*assignment.split("="))
+        case ["data-pipeline", *arguments]:
+            quick = {"simulate": ["--jobs", "1"], "shard": ["--jobs", "1"]}.get(arguments[0], [])
+            assert data_pipeline([*arguments, *quick]) == 0
+        case ["accelerate", "launch", recipe, *overrides]:
+            assert fm(["train", str(ROOT / recipe), *overrides, *SMALL, *QUIET]) == 0
+        case ["fm", *arguments]:
+            assert fm(arguments) == 0
+        case _:
+            pytest.fail(f"the README has a command that this test cannot type: {shlex.join(command)}")
+
+
+@pytest.fixture(scope="module", params=["burgers", "euler_multi_quadrants_periodicBC"])
+def ninth(request: pytest.FixtureRequest, tiny_well: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The name of a ninth dataset after the walk-through, with tiny simulations; the working directory is its own."""
+    name: str = request.param
+    typed = {"mini": "tiny", "burgers": name, "data/burgers/burgers": f"data/burgers/{name}"}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(tmp_path_factory.mktemp(name))
+        monkeypatch.delenv(VARIABLE, raising=False)
+        shutil.copytree(tiny_well, "data/mini/well")  # the quickstart has been run
+        for command in readme_commands():
+            type_in([typed.get(word, word) for word in command], monkeypatch)
+        yield name
+
+
+def test_the_walk_through_trains_and_scores_nine_datasets(ninth: str, tiny_shards: Path) -> None:
+    drawn = {json.loads(line)["dataset"] for line in Path("runs/nine/log.jsonl").read_text().splitlines()}
+    assert ninth in drawn
+    scores = json.loads(Path("runs/nine/report/scores.json").read_text())
+    assert sorted(scores["datasets"]) == sorted([*EIGHT.cards, ninth])
+    assert f"| {ninth} " in Path("runs/nine/report/scores.md").read_text()
+    assert Path(f"runs/nine/report/pictures/{ninth}.png").is_file()
+    checkpoint = find_checkpoint(Path("runs/nine"))
+    assert ninth in json.loads((checkpoint / "state.json").read_text())["registry"]["cards"]
+
+    nine = load_pretrained(checkpoint)
+    eight = WaveLiTFM(nine.config, dataset_specs(open_readers(tiny_shards, None, "train"), EIGHT))
+    added = nine.state_dict().keys() - eight.state_dict().keys()
+    assert eight.state_dict().keys() <= nine.state_dict().keys()
+    assert {name.split(".")[1] for name in added if name.startswith("heads.")} == {ninth}
+    new = {name.removeprefix("lifting.rows.") for name in added if name.startswith("lifting.rows.")}
+    assert new == (set() if ninth == "burgers" else {"energy", "momentum_x", "momentum_y"})
+    assert new == set(load_registry().channels) - set(EIGHT.channels)
+
+    # Finetuning takes a model of the eight to nine, and its predictions for the eight are the same bits.
+    wider = eight.adapted_to(dataset_specs(open_readers(Path("data/nine"), None, "train"), load_registry()))
+    reader = open_readers(tiny_shards, ["shear_flow"], "test")["shear_flow"]
+    state = torch.from_numpy(reader.trajectory_frames(0, 0, 1))
+    constants = torch.from_numpy(reader.constants(0))[None]
+    with torch.no_grad():
+        assert torch.equal(eight(state, constants, "shear_flow"), wider(state, constants, "shear_flow"))
+
+
+def test_a_dataset_without_its_cards_is_refused_with_the_way_out(
+    ninth: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(VARIABLE)
+    command = [
+        "train",
+        str(ROOT / "recipes/quickstart.yaml"),
+        "run.name=other",
+        "data.shards=data/nine",
+        *SMALL,
+        *QUIET,
+    ]
+    assert fm(command) == 2
+    assert f"dataset '{ninth}': no card of this name" in (said := capsys.readouterr().err)
+    assert "data.registry" in said
+    assert fm([*command, "data.registry=my_cards", "train.steps=1"]) == 0

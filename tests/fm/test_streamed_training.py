@@ -1,0 +1,75 @@
+"""Training and evaluation on shards behind a URL are those on the local shards, bit for bit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faulty_server import FaultyServer
+
+from data_pipeline.errors import UserError
+from fm.recipe import resolve
+from fm.runs import evaluate_run
+from fm.settings import Recipe, dump_recipe
+from fm.trainer import train
+
+DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]
+
+
+def small(shards: object, directory: Path, shuffle: str, **data: Any) -> Recipe:
+    document = {
+        "run": {"name": "small", "dir": str(directory)},
+        "data": {"shards": str(shards), "datasets": DATASETS, **data},
+        "sampling": {"shuffle": shuffle, "shards_per_block": 1},
+        "model": {"width": 16, "depth": 1, "heads": 2, "wavelet": "haar"},
+        "train": {"steps": 6, "batch": 4, "warmup_steps": 2},
+        "validation": {"every": 3, "windows": 4, "protocol": "thirds"},
+        "tracking": {"progress": False},
+    }
+    return resolve(document, "the test")
+
+
+def log(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("shuffle", "workers"), [("global", 1), ("blocks", 0)])
+def test_a_run_from_a_url_is_the_local_run(tiny_shards: Path, tmp_path: Path, shuffle: str, workers: int) -> None:
+    assert train(small(tiny_shards, tmp_path / "local", shuffle)) == 0
+    with FaultyServer(tiny_shards) as server:
+        for number in range(1, 20):
+            server.fail("*", "500", first=7 * number)
+        recipe = small(server.url, tmp_path / "far", shuffle, cache=str(tmp_path / "cache"), workers=workers)
+        assert train(recipe) == 0
+        assert server.total_requests > 0
+        report = evaluate_run(tmp_path / "far", out=tmp_path / "far_report")
+    assert log(tmp_path / "far") == log(tmp_path / "local")
+    local = evaluate_run(tmp_path / "local", out=tmp_path / "local_report")
+    scores = [json.loads((folder / "scores.json").read_text())["datasets"] for folder in (report, local)]
+    assert scores[0] == scores[1]
+
+
+def test_a_server_without_ranges_ends_the_run_with_the_setting_to_change(tiny_shards: Path, tmp_path: Path) -> None:
+    with FaultyServer(tiny_shards) as server:
+        server.fail("*", "no_range", times=float("inf"))
+        file = tmp_path / "run.yaml"
+        file.write_text(dump_recipe(small(server.url, tmp_path / "run", "global", cache=str(tmp_path / "cache"))))
+        done = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "set `sampling.shuffle: blocks`" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"cache_gb": -1}, "cache_gb: expected gigabytes, at least 0"),
+        ({"prefetch": -1}, "prefetch: expected a whole number of at least 0"),
+        ({"cache": 3}, "data.cache"),
+    ],
+)
+def test_settings_of_the_cache_are_checked(tmp_path: Path, data: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        small("https://example.org/shards", tmp_path, "global", **data)
