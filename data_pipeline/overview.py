@@ -16,16 +16,18 @@ COLUMNS = (
     *("dataset", "split", "trajectories", "frames", "windows", "grid", "channels", "shards", "MB"),
     *("boundary x", "boundary y", "stats", "stored", "findings", "skipped", "share"),
 )
+USUAL = {"stats": "stats.yaml", "stored": "float32", "skipped": "0"}  # a column that holds nothing else is left out
+LEGEND = "windows: pairs of neighbouring frames; channels: state+constant; share: of the draws of a training on all"
 FEW = 4  # errors and warnings of a dataset that are shown unless all findings are asked for
 
 
 def overview(shards: str | Path, known: Sequence[str], all_findings: bool = False) -> str:
     """A line per dataset and split: counts, grid, channels (state+constant), bytes, boundaries, findings and share.
 
-    A window is a pair of neighbouring frames, `skipped` how many are left out; `findings` counts errors, warnings and
-    notes; a few errors and warnings follow the table, or all findings. The share is how often training on all of them
-    draws the dataset under the default scheme. `known` names the datasets that are looked for behind a URL, which may
-    not list what it has. Raises UserError as `find_manifests` does.
+    LEGEND says what some columns are; `stats` (where the statistics come from), `stored` (the type) and `skipped`
+    (windows left out) are there where a split has other than the USUAL. A few errors and warnings follow the table, or
+    all findings. `known` names the datasets that are looked for behind a URL, which may not list what it has.
+    Raises UserError as `find_manifests` does.
     """
     found_there = _manifests_behind(str(shards), known) if is_url(shards) else find_manifests(Path(shards))
     manifests = list(found_there.values())
@@ -34,8 +36,16 @@ def overview(shards: str | Path, known: Sequence[str], all_findings: bool = Fals
     num_bytes = sum(shard.bytes for manifest in manifests for shard in manifest.shards)
     found = [(one.dataset, one.split, finding) for one in manifests for finding in one.findings]
     listed = findings_table(found, None if all_findings else FEW)
-    total = f"{len(rows)} datasets and splits, {num_bytes / 1e6:.1f} MB in {shards}"
-    return "\n".join([table(COLUMNS, rows), total, *([f"\n{listed}"] if listed else [])])
+    num_datasets = len({one.dataset for one in manifests})
+    total = f"{num_datasets} datasets, {len(rows)} splits, {num_bytes / 1e6:.1f} MB in {shards}"
+    return "\n".join([_table(rows), total, LEGEND, *([f"\n{listed}"] if listed else [])])
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """The table without the columns that hold nothing but the usual."""
+    columns = [(name, [row[number] for row in rows]) for number, name in enumerate(COLUMNS)]
+    shown = [(name, cells) for name, cells in columns if set(cells) != {USUAL.get(name)}]
+    return table([name for name, _ in shown], list(zip(*(cells for _, cells in shown), strict=True)))
 
 
 def _manifests_behind(url: str, known: Sequence[str]) -> Mapping[RemoteFolder, Manifest]:

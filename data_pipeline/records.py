@@ -36,12 +36,21 @@ def digest(content: object) -> str:
 def load_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object. Raises UserError when the file cannot be read, is a link, or holds something else."""
     try:
-        content = json.loads(_read_plain(path), parse_constant=_refuse_constant)
-    except (OSError, ValueError, RecursionError) as error:
+        content = _read_plain(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {_brief(content)}")
-    return content
+    return parse_json(content, str(path))
+
+
+def parse_json(content: bytes, where: str) -> dict[str, Any]:
+    """A JSON object from its text. Raises UserError, naming `where` it comes from, when it is something else."""
+    try:
+        value = json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a JSON object, got {_brief(value)}")
+    return value
 
 
 def _read_plain(path: Path) -> bytes:

@@ -96,7 +96,7 @@ class _Location:
 
     @property
     def _backend(self) -> "Http | Store":
-        return transport(self.url.partition(":")[0], self.retries.timeout_seconds, os.getpid())
+        return transport(self.url.partition(":")[0], self.retries.timeout_seconds)
 
     def _persist(self, action: Callable[[], T]) -> T:
         """The action's result, repeated while it fails in a way that may pass."""

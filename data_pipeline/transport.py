@@ -4,7 +4,9 @@ HTTP goes through fsspec's session, but the requests are written out: fsspec's o
 when a server ignores the range, and take any body for the range asked for.
 """
 
+import os
 import re
+import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -42,9 +44,18 @@ def shown(url: str) -> str:
     return re.sub(r"//[^/]*@", "//***@", url, count=1)
 
 
-@cache  # a handful: schemes x timeouts x the processes of a line of forks
-def transport(scheme: str, timeout_seconds: float, process: int) -> "Http | Store":
+_locks: dict[int, threading.Lock] = {}  # by process: a fork's child has copies of locks that no one will release
+
+
+def transport(scheme: str, timeout_seconds: float) -> "Http | Store":
     """The connections of this process. A fork's parent keeps its own: its sockets and its loop are not the child's."""
+    process = os.getpid()
+    with _locks.setdefault(process, threading.Lock()):  # or threads that come first together make one each
+        return _transport(scheme, timeout_seconds, process)
+
+
+@cache  # a handful: schemes x timeouts x the processes of a line of forks
+def _transport(scheme: str, timeout_seconds: float, process: int) -> "Http | Store":
     if iothread[0] is not None and not iothread[0].is_alive():  # we are a fork: fsspec's thread stayed with the parent
         reset_lock()
     return Http(timeout_seconds) if scheme in ("http", "https") else Store(scheme)

@@ -30,7 +30,7 @@ def _train(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from fm.runs import evaluate_run
 
-    evaluate_run(options.run, options.shards, options.out, options.protocol, options.split)
+    evaluate_run(options.run, options.shards, options.out, options.protocol, options.split, options.windows)
     return 0
 
 
@@ -52,10 +52,16 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="score a run's averaged weights: one-step and rollout VRMSE")
     evaluate.add_argument("run", type=Path, help="run directory, or one of its checkpoints")
-    evaluate.add_argument("--shards", type=Path, help="shards to score on (default: those of the run's recipe)")
+    evaluate.add_argument("--shards", help="folder or URL of the shards to score on (default: the recipe's)")
     evaluate.add_argument("--out", type=Path, help="folder of the report (default: RUN/report)")
     evaluate.add_argument("--protocol", help="named protocol (default: the recipe's validation.protocol)")
     evaluate.add_argument("--split", help="split to score (default: the protocol's, test)")
+    evaluate.add_argument(
+        "--windows",
+        type=int,
+        metavar="N",
+        help="score N evenly spaced one-step windows per dataset, as validation does (default: all)",
+    )
     evaluate.set_defaults(command=_evaluate)
 
     compare = commands.add_parser("compare", help="scores of two evaluated runs side by side")

@@ -15,7 +15,7 @@ from data_pipeline.files import atomic_file
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.windows.reader import ShardReader
 from fm.curves import growth_figure
-from fm.measure import one_step_errors, rollout_errors, rollout_steps
+from fm.measure import one_step_errors, one_step_windows, rollout_errors, rollout_steps
 from fm.model import WaveLiTFM
 from fm.pictures import Sample, overview, strip
 from fm.protocol import Protocol
@@ -39,14 +39,14 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Score the model on every reader's dataset under the protocol; returns what scores.json holds.
 
-    One-step over all windows of the split, one rollout per trajectory. Writes errors.npz, scores.json, scores.md and
-    pictures/{<dataset>,overview,growth}.png under `out`. `origin` (plain JSON) says whose scores they are and is stored
-    with them. The model stays on `device`; its training mode is put back.
+    One-step over the protocol's windows of the split, one rollout per trajectory. Writes errors.npz, scores.json,
+    scores.md and pictures/{<dataset>,overview,growth}.png under `out`. `origin` (plain JSON) says whose scores they are
+    and is stored with them. The model stays on `device`; its training mode is put back.
     Raises UserError where model, data and protocol do not fit together, or the disk is full.
     """
     readers = dict(sorted(readers.items()))
     _check(model, readers, protocol)
-    work = sum(len(reader.index(2)) + sum(_all_steps(reader, protocol)) for reader in readers.values())
+    work = sum(len(one_step_windows(r, protocol)) + sum(_all_steps(r, protocol)) for r in readers.values())
     datasets, samples = {}, []
     training = model.training
     model.to(device).eval()
@@ -116,7 +116,8 @@ def _measure(
     steps = _all_steps(reader, protocol)
     longest = int(np.argmax(steps))
     recorder = Recorder(longest, shown_channel(manifest), shown_steps(steps[longest]) if steps[longest] else ())
-    one_step = one_step_errors(model, reader, np.arange(len(reader.index(2))), device, batch_size, bar.update)
+    windows = one_step_windows(reader, protocol)
+    one_step = one_step_errors(model, reader, windows, device, batch_size, bar.update)
     rollouts = rollout_errors(model, reader, trajectories, protocol, device, batch_size, bar.update, recorder)
     errors = DatasetErrors(manifest.state_channels, np.array(trajectories), one_step, rollouts, manifest.digest)
     if not recorder.steps:

@@ -22,6 +22,13 @@ from fm.scoring import Errors
 Watcher = Callable[[Sequence[int], int, Tensor, Tensor], None]
 
 
+def one_step_windows(reader: ShardReader, protocol: Protocol) -> np.ndarray:
+    """Ids of the one-step windows that the protocol scores, ascending: all of them, or so many evenly spaced ones."""
+    total = len(reader.index(2))
+    count = total if protocol.one_step_windows is None else min(protocol.one_step_windows, total)
+    return np.linspace(0, total - 1, count).round().astype(np.int64)
+
+
 def one_step_errors(
     model: WaveLiTFM,
     reader: ShardReader,

@@ -49,6 +49,7 @@ class Protocol:
     start: int = 0  # first frame a rollout sees, 0-based; one-step windows always cover the whole trajectory
     context: int = 1  # frames the model sees
     max_steps: int | None = None  # rollouts stop after this many steps; None: at the end of the trajectory
+    one_step_windows: int | None = None  # of each dataset, evenly spaced over the split; None: all, the full score
     eps: float = 1e-7  # added to the target variance, in squared physical units
     channels: str = "mean"  # statistic over the channels of a frame
     steps: str = "mean"  # statistic over the steps of a window
@@ -62,6 +63,8 @@ class Protocol:
                 raise ValueError(f"protocol {name}: expected one of {STATISTICS}, got {getattr(self, name)!r}")
         if self.order not in ORDERS:
             raise ValueError(f"protocol order: expected one of {ORDERS}, got {self.order!r}")
+        if self.one_step_windows is not None and self.one_step_windows < 1:
+            raise ValueError(f"protocol {self.name}: expected one_step_windows >= 1, got {self.one_step_windows}")
         if self.start < 0 or self.context < 1 or self.eps < 0 or (self.max_steps is not None and self.max_steps < 1):
             raise ValueError(f"protocol: expected start >= 0, context >= 1, eps >= 0, max_steps >= 1, got {self}")
 
@@ -78,10 +81,14 @@ class Protocol:
             "per_step": f"{self.trajectories} over trajectories at each step, then {self.steps} over steps",
             "per_trajectory": f"{self.steps} over the steps of each trajectory, then {self.trajectories}",
         }[self.order]
+        windows = "all windows"
+        if self.one_step_windows is not None:
+            count = self.one_step_windows
+            windows = f"at most {count} evenly spaced windows per dataset (a subset, not the full score)"
         until = "the end of the trajectory" if self.max_steps is None else f"at most {self.max_steps} steps"
         return (
             f"protocol {self.name} v{self.version}: VRMSE in physical units, eps {self.eps:g}, split {self.split}, "
-            f"context {self.context}; one step: {self.trajectories} over all windows; rollout: from frame {self.start} "
+            f"context {self.context}; one step: {self.trajectories} over {windows}; rollout: from frame {self.start} "
             f"to {until}, {average}; {self.channels} over channels"
         )
 
@@ -116,8 +123,8 @@ def get_protocol(name: str) -> Protocol:
 
 
 def check_same_rollouts(measured: Protocol, wanted: Protocol) -> None:
-    """UserError unless errors measured under one protocol can be read under another: same rollouts, reaching as far."""
-    for name in ("split", "start", "context"):
+    """UserError unless errors measured under one protocol can be read under another: same frames, reaching as far."""
+    for name in ("split", "start", "context", "one_step_windows"):
         if getattr(measured, name) != getattr(wanted, name):
             raise UserError(
                 f"protocol {wanted.name} needs {name} {getattr(wanted, name)!r}; these errors were measured under "

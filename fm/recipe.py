@@ -6,7 +6,6 @@ and the last a comment; to Python everything between them is one string.
 
 import dataclasses
 import difflib
-import multiprocessing
 import sys
 import types
 import typing
@@ -24,12 +23,8 @@ from fm.trainer import train
 
 
 def run(path: str) -> None:
-    """Train the recipe at `path` with the overrides on the command line, and exit (0 done, 2 user error, 130 saved).
-
-    Returns at once in a process that multiprocessing started, which imports the main program again.
-    """
-    if multiprocessing.parent_process() is None:
-        sys.exit(main(path, sys.argv[1:]))
+    """Train the recipe at `path` with the overrides on the command line, and exit (0 done, 2 user error, 130 saved)."""
+    sys.exit(main(path, sys.argv[1:]))
 
 
 def main(path: str, overrides: Sequence[str]) -> int:

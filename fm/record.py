@@ -2,7 +2,6 @@
 
 import resource
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -56,7 +55,6 @@ class RunRecord(AbstractContextManager):
         self.recipe, self.schedule, self.model, self.active = recipe, schedule, model, active
         self._flops: dict[str, float] = {}  # dataset -> training FLOPs of one model call on one window
         self._since: list[StepResult] = []  # steps since the last scalars
-        self._time = time.perf_counter()
         self._repeated: set[str] = set()  # datasets that a warning was given for
         if not active:
             return
@@ -121,7 +119,6 @@ class RunRecord(AbstractContextManager):
             if ratio
             else f"step {step}: validated"
         )
-        self._time = time.perf_counter()
 
     def shares(self, schedule: Schedule, unscored: Sequence[str], step: int) -> None:
         """Log that `schedule` takes over after `step` steps; `unscored` datasets had no usable validation score."""
@@ -146,14 +143,15 @@ class RunRecord(AbstractContextManager):
         for name in [name for name in passes if passes[name] > limit and name not in self._repeated]:
             self._repeated.add(name)
             warning = repeat_warning(name, passes[name], limit, until)
+            if until > step and self.recipe.sampling.scheme == "adaptive":
+                warning = f"at the present shares, {warning}"
             self._board.text("events", warning, step)
             self.say(f"warning: {warning}")
 
     def _scalars(self, last: StepResult) -> None:
-        """Means over the steps since the last call, throughput by the clock."""
-        now = time.perf_counter()
-        elapsed, self._time = now - self._time, now
+        """Means over the steps since the last call; throughput while stepping, without validations and checkpoints."""
         steps, self._since = self._since, []
+        elapsed = sum(s.seconds for s in steps)
         draws = last.step * self.recipe.train.accumulate
         counts, passes = self.schedule.counts(draws), self.schedule.passes(draws)
         samples = sum(s.samples for s in steps)

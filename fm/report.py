@@ -142,11 +142,12 @@ def _change(before: float | None, after: float | None) -> str:
 
 
 def _check_comparable(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    if before["protocol"] != after["protocol"]:
+    first, second = (Protocol.from_json(scores["protocol"]) for scores in (before, after))
+    if first != second:
         raise UserError(
             "compare: expected two evaluations under one protocol, got "
-            f"{Protocol.from_json(before['protocol']).describe()!r} and "
-            f"{Protocol.from_json(after['protocol']).describe()!r}: evaluate both with the same --protocol"
+            f"{first.describe()!r} and {second.describe()!r}: evaluate both with the same --protocol, --split and "
+            "--windows"
         )
     for name in before["datasets"].keys() & after["datasets"].keys():
         old, new = (scores["datasets"][name]["data_digest"] for scores in (before, after))

@@ -23,17 +23,21 @@ def evaluate_run(
     out: Path | None = None,
     protocol: str | None = None,
     split: str | None = None,
+    windows: int | None = None,
 ) -> Path:
     """Score the averaged weights of a run's newest checkpoint and print the table. Returns the report's folder.
 
-    `shards`, `protocol` default to the recipe's, `split` to the protocol's, `out` to <run>/report. A report of the same
-    weights, data and protocol is not made again. UserError if there is no checkpoint or there are no shards.
+    `shards`, `protocol` default to the recipe's, `split` to the protocol's, `out` to <run>/report. With `windows`, so
+    many one-step windows of each dataset are scored, not all. A report of the same weights, data and protocol is not
+    made again. UserError if there is no checkpoint or there are no shards.
     """
+    if windows is not None and windows < 1:
+        raise UserError(f"--windows: expected at least 1 one-step window per dataset, got {windows}")
     checkpoint = find_checkpoint(run)
     state = verify_checkpoint(checkpoint)
     recipe = resolve(state["recipe"], str(checkpoint / "state.json"))
     chosen = get_protocol(protocol or recipe.validation.protocol)
-    chosen = replace(chosen, split=split or chosen.split)
+    chosen = replace(chosen, split=split or chosen.split, one_step_windows=windows)
     model = load_pretrained(checkpoint)
     stream = recipe.data.stream(recipe.sampling.shuffle, recipe.sampling.shards_per_block)
     readers = open_readers(shards or recipe.data.shards, sorted(model.specs), chosen.split, stream=stream)

@@ -4,12 +4,16 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import str_to_bool
 
+# How long processes wait for each other: all do while the main one validates, from a slow server perhaps. One that dies
+# takes the others along at once, whatever stands here.
+PATIENCE = timedelta(hours=2)
 EXIT_DONE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
 
 
@@ -20,8 +24,8 @@ def make_accelerator(precision: str) -> Accelerator:
     """
     handlers: list = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     has_gpu = torch.cuda.is_available() and not str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false"))
-    if not has_gpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        handlers.append(InitProcessGroupKwargs(backend="nccl" if has_gpu else "gloo", timeout=PATIENCE))
     bf16 = precision == "bf16" or (precision == "auto" and has_gpu and torch.cuda.is_bf16_supported())
     return Accelerator(mixed_precision="bf16" if bf16 else "no", kwargs_handlers=handlers)
 

@@ -35,7 +35,7 @@ class DataSettings:
     shards: str  # folder or URL (https://, s3://, gs://, hf://) with <dataset>/<split>/manifest.json
     datasets: list[str] | None = None  # official names; null means every dataset in the folder
     registry: str | None = None  # folder of your own cards; null means WAVELIT_REGISTRY
-    workers: int = 1  # threads per rank that read batches ahead; batches and their order do not depend on it
+    workers: int = 1  # threads per rank that read batches ahead, at most one from a URL; batches do not depend on it
     verify: bool = False  # compare each frame read with its checksum
     cache: str | None = None  # folder for what a URL gave; null means $XDG_CACHE_HOME/wavelit, or ~/.cache/wavelit
     cache_gb: float = 40.0  # limit of that folder; 0 keeps nothing there, for shuffle: global

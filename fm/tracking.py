@@ -46,7 +46,7 @@ def _json_number(value: Any) -> Any:
 
 
 class Dashboard:
-    """The TensorBoard of a run (tags: README, "What TensorBoard shows")."""
+    """The TensorBoard of a run (tags: README, "Watch")."""
 
     def __init__(self, directory: Path, datasets: Iterable[str], windows: Iterable[str], resume_step: int) -> None:
         """`windows` are the rollout windows of the validation protocol. Events past `resume_step` are purged."""
@@ -111,13 +111,17 @@ def _layout(datasets: list[str], windows: list[str]) -> dict[str, Any]:
     """The Custom Scalars page: is it learning, on all datasets, at what speed, on which data?"""
 
     def lines(template: str) -> list[Any]:
-        return ["Multiline", [template.format(name) for name in datasets]]
+        # tags are regular expressions, and one dataset's name may begin with another's
+        return ["Multiline", [template.format(name) + "$" for name in datasets]]
+
+    def shares(name: str) -> list[Any]:
+        return ["Multiline", [f"sampling/{kind}_share/{name}$" for kind in ("target", "drawn")]]
 
     return {
         "learning": {
             "loss": ["Multiline", ["train/loss", "train/mse", "train/wavelet_l1"]],
             "training loss per dataset": lines("train_loss/{}"),
-            "one-step VRMSE (valid)": lines("valid_vrmse/{}$"),
+            "one-step VRMSE (valid)": lines("valid_vrmse/{}"),
             "gradient norm before clipping": ["Multiline", ["train/grad_norm"]],
             "learning rate": ["Multiline", ["train/lr"]],
         },
@@ -127,10 +131,10 @@ def _layout(datasets: list[str], windows: list[str]) -> dict[str, Any]:
             "share of time waiting for data": ["Multiline", ["throughput/data_wait_fraction"]],
         },
         "sampling": {
-            "share drawn so far": lines("sampling/drawn_share/{}"),
             "target share": lines("sampling/target_share/{}"),
             "passes over the data": lines("sampling/passes/{}"),
         },
+        "target share and share drawn so far": {name: shares(name) for name in datasets},
     }
 
 

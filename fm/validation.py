@@ -9,7 +9,7 @@ import torch
 
 from data_pipeline.windows.reader import ShardReader
 from fm.evaluate import Recorder, shown_channel
-from fm.measure import one_step_errors, rollout_errors, rollout_steps
+from fm.measure import one_step_errors, one_step_windows, rollout_errors, rollout_steps
 from fm.model import WaveLiTFM
 from fm.protocol import Protocol, get_protocol
 from fm.scoring import DatasetErrors, ErrorFile, score
@@ -63,13 +63,12 @@ def validate(
     model: WaveLiTFM, readers: Mapping[str, ShardReader], settings: ValidationSettings, device: torch.device
 ) -> ValidationResult:
     """Score `settings.windows` windows, evenly spaced, and `settings.rollouts` rollouts of each dataset."""
-    protocol = replace(get_protocol(settings.protocol), split="valid")
+    protocol = replace(get_protocol(settings.protocol), split="valid", one_step_windows=settings.windows)
     datasets, frames = {}, {}
     for name, reader in sorted(readers.items()):
         trajectories = list(range(min(settings.rollouts, reader.num_trajectories)))
         recorder = _recorder(reader, protocol)
-        windows = np.linspace(0, len(reader.index(2)) - 1, settings.windows).round().astype(np.int64)
-        one_step = one_step_errors(model, reader, np.unique(windows), device)
+        one_step = one_step_errors(model, reader, one_step_windows(reader, protocol), device)
         rollouts = rollout_errors(model, reader, trajectories, protocol, device, watch=recorder)
         channels, digest = reader.manifest.state_channels, reader.manifest.digest
         datasets[name] = DatasetErrors(channels, np.array(trajectories, np.int64), one_step, rollouts, digest)

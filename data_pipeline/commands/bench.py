@@ -25,7 +25,8 @@ def add(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from data_pipeline.bench.run import PAPER_WINDOWS_PER_S, bench
+    from data_pipeline.bench.report import PAPER_WINDOWS_PER_S
+    from data_pipeline.bench.run import bench
     from data_pipeline.cards.registry import load_registry
 
     table = bench(

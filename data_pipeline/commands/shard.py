@@ -57,7 +57,8 @@ def _line(built: "Built") -> str:
     notes = ["already there" if built.reused else "written"]
     if built.windows_changed:
         notes.append("windows chosen again")
-    notes.append(f"{len(manifest.shards)} shards, {num_bytes / 1e6:.1f} MB")
+    plural = "s" if len(manifest.shards) > 1 else ""
+    notes.append(f"{len(manifest.shards)} shard{plural}, {num_bytes / 1e6:.1f} MB")
     notes.append(count_severities([found for found in manifest.findings if found.severity != "note"]))
     if manifest.skip:
         notes.append(f"{manifest.num_skipped_windows(2)} windows left out ({', '.join(manifest.skip)})")

@@ -2,7 +2,7 @@
 
 Nearly free beside a copy: each value is looked at twice, for the lowest and highest of each frame and channel, in which
 NaN and Inf show too; what needs arithmetic uses every 2nd, 4th or 8th point per axis, in float64. What that cannot
-settle (equal frames, equal channels, a variance near zero) is settled on all points.
+settle (equal frames, equal channels, still frames, a variance near zero) is settled on all points.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,7 +58,8 @@ class TrajectoryAudit:
         ranges: Mapping[str, Interval] | None = None,
     ) -> None:
         self.state, self.constant = tuple(state), tuple(constant)
-        self._std, self._ranges = std, ranges or {}
+        self._std = None if std is None else np.array([std[name] for name in self.state])
+        self._ranges = ranges or {}
         self._steps = tuple(slice(None, None, max(1, min(MAX_STRIDE, size // MIN_POINTS))) for size in grid)
         self._num_points = grid[0] * grid[1]
         self._low: list[np.ndarray] = []  # of each block, (T, C), as the following
@@ -68,6 +69,7 @@ class TrajectoryAudit:
         self._sums: list[np.ndarray] = []  # (2, T, C): of value - origin and its square, over the subsample
         self._delta_sums: list[np.ndarray] = []  # (2, T, C): of the change and its square; frame 0 has none
         self._origin = np.empty(0)  # (C, 1), keeps the sums of squares accurate
+        self._lowest = self._highest = np.full(len(self.state), np.nan)  # so far, without NaN
         self._duplicates: list[int] = []
         self._equal = list(combinations(range(len(self.state)), 2))
         self._last: np.ndarray | None = None
@@ -90,6 +92,7 @@ class TrajectoryAudit:
         with np.errstate(invalid="ignore", over="ignore"):
             variance = self._add_points(points.astype(np.float64))
             self._flat.append(self._variance_is_tiny(frames, variance, points.shape[2], high.astype(np.float64) - low))
+            self._look_at_still_frames(frames)
         self._look_for_twins(frames, low, high)
         self.num_frames += len(frames)
         self._last = frames[-1]
@@ -119,11 +122,27 @@ class TrajectoryAudit:
         points must be asked. n values that span a range r have a variance of r^2 / 2n at least, and r^2 / 4 at most.
         """
         share = self._num_points / num_sampled
+        tiny = span**2 < 4 * MIN_VARIANCE
         suspect = (variance < share * MIN_VARIANCE) & (span**2 < 2 * self._num_points * MIN_VARIANCE)
-        tiny = suspect & (span**2 < 4 * MIN_VARIANCE)
         for place, channel in np.argwhere(suspect & ~tiny):
             tiny[place, channel] = frames[place, channel].var(dtype=np.float64) < MIN_VARIANCE
         return np.asarray(tiny)
+
+    def _look_at_still_frames(self, frames: np.ndarray) -> None:
+        """Takes all points into the largest change of frames that the subsample finds still: what moves may be small.
+
+        Where no std was given it is known at the end only; until then the range, at least twice the std, stands for it.
+        """
+        self._lowest = np.fmin(self._lowest, np.fmin.reduce(self._low[-1]))
+        self._highest = np.fmax(self._highest, np.fmax.reduce(self._high[-1]))
+        unit = self._highest - self._lowest if self._std is None else self._std
+        change = self._change[-1]  # of the frames that have one before
+        shift = len(frames) - len(change)
+        for place in np.flatnonzero((change <= STILL_CHANGE * unit).all(axis=1)).tolist():
+            frame = place + shift
+            before = frames[frame - 1] if frame else self._last
+            assert before is not None
+            change[place] = np.abs(frames[frame] - before).max(axis=(1, 2))
 
     def _look_for_duplicates(self, frames: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
         """Compares frames whose lowest and highest values are those of the frame before."""
@@ -186,13 +205,12 @@ class TrajectoryAudit:
         return [_finding("duplicates", "warning", None, frame_ranges(self._duplicates), detail)]
 
     def _stationary(self, low: np.ndarray, high: np.ndarray) -> list[Finding]:
-        """The longest tail in which no value moves; the subsample's largest change and the extremes of all points."""
-        whole = (np.isfinite(low) & np.isfinite(high)).all(axis=1)
-        _, _, variance = self._moments(self._sums, whole, self._origin)
-        std = np.sqrt(variance) if self._std is None else np.array([self._std[name] for name in self.state])
-        with np.errstate(invalid="ignore"):
-            edges = [np.abs(np.diff(one.astype(np.float64), axis=0)) for one in (low, high)]
-        change = np.maximum.reduce([np.concatenate(self._change), *edges])
+        """The longest tail in which no value moves, in the largest change of each frame."""
+        std = self._std
+        if std is None:
+            whole = (np.isfinite(low) & np.isfinite(high)).all(axis=1)
+            std = np.sqrt(self._moments(self._sums, whole, self._origin)[2])
+        change = np.concatenate(self._change)
         moving = np.flatnonzero(~(change <= STILL_CHANGE * std).all(axis=1))
         first = int(moving[-1]) + 2 if len(moving) else 1
         count = len(low) - first

@@ -148,10 +148,27 @@ def _only_writer(out: Path) -> Iterator[None]:
 def _finished(plan: Plan, skip: tuple[str, ...]) -> Built | None:
     """What an earlier run finished, with its windows chosen again where `skip` is another; or None.
 
-    Raises UserError if it was made from other files or settings, or if its shards are not all there.
+    Raises UserError as `finished_manifest` does.
     """
-    for leftover in plan.folder.glob(f"*{TEMPORARY_SUFFIX}"):  # of a killed run: we hold the lock
-        leftover.unlink()
+    for folder in (plan.folder, plan.folder.parent):
+        for leftover in folder.glob(f"*{TEMPORARY_SUFFIX}"):  # of a killed run: we hold the lock
+            leftover.unlink()
+    manifest = finished_manifest(plan)
+    if manifest is None:
+        return None
+    changed = manifest.skip != skip
+    if changed:
+        manifest = choose_windows(manifest, skip)
+        manifest.save(plan.folder / MANIFEST_NAME)
+    shutil.rmtree(plan.folder / PARTIAL, ignore_errors=True)
+    return Built(manifest, plan.folder, reused=True, windows_changed=changed)
+
+
+def finished_manifest(plan: Plan) -> Manifest | None:
+    """The manifest of the shards that an earlier run made of this plan; None if it was not finished.
+
+    Raises UserError if they were made from other files or settings, or are not all there.
+    """
     path = plan.folder / MANIFEST_NAME
     if not path.exists():
         return None
@@ -163,12 +180,7 @@ def _finished(plan: Plan, skip: tuple[str, ...]) -> Built | None:
         )
     for shard in manifest.shards:
         check_shard(plan.folder / shard.name, shard.bytes)
-    changed = manifest.skip != skip
-    if changed:
-        manifest = choose_windows(manifest, skip)
-        manifest.save(path)
-    shutil.rmtree(plan.folder / PARTIAL, ignore_errors=True)
-    return Built(manifest, plan.folder, reused=True, windows_changed=changed)
+    return manifest
 
 
 def _write_all(

@@ -46,8 +46,8 @@ class Finding:
 
     @property
     def where(self) -> str:
-        """File, trajectory, channel and frames, as far as they are known."""
-        parts = [self.file or "whole split"]
+        """File, trajectory, channel and frames, as far as known; a channel alone is that of the whole split."""
+        parts = [self.file] if self.file else []
         if self.trajectory is not None:
             parts.append(f"trajectory {self.trajectory}")
         if self.channel is not None:
@@ -56,7 +56,7 @@ class Finding:
             shown = [str(first) if stop == first + 1 else f"{first}-{stop - 1}" for first, stop in self.frames[:4]]
             word = "frame" if self.num_frames == 1 else "frames"
             parts.append(f"{word} {', '.join(shown)}{', ...' if len(self.frames) > 4 else ''}")
-        return ", ".join(parts)
+        return ", ".join(parts) or "whole split"
 
 
 def frame_ranges(frames: Sequence[int]) -> tuple[Range, ...]:

@@ -1,20 +1,20 @@
 """What `shard` would do: sizes, free disk and time, with nothing written."""
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_pipeline.cards.registry import Registry, load_registry
-from data_pipeline.shards.build import plan_all
+from data_pipeline.shards.build import finished_manifest, plan_all
 from data_pipeline.shards.convert import rehearse
 from data_pipeline.shards.listing import table
-from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
 from data_pipeline.shards.plan import Plan, Settings, stats_file
 from data_pipeline.well.location import Folder
 from data_pipeline.well.stats import read_stats
 from data_pipeline.workers import available_cores
 
-COLUMNS = ("dataset", "split", "files", "trajectories", "windows", "shards", "GB", "state")
+COLUMNS = ("dataset", "split", "files", "trajectories", "windows", "shards", "MB", "state")
 PROBE_BYTES = 128 * 2**20  # read, audited and checksummed for the estimate of the time
 
 
@@ -29,10 +29,11 @@ def forecast(
 ) -> str:
     """A table of what `build_shards` would write, the free disk, and the time from a short trial without writing.
 
-    Raises UserError as planning does, for files that are damaged or not the cards'.
+    Raises UserError where `build_shards` would before it writes: for files that are damaged or not the cards', and for
+    shards of other files or settings.
     """
     folders, plans = plan_all(well, out, datasets, splits, settings or Settings(), registry or load_registry())
-    pending = [plan for plan in plans if not _is_finished(plan)]
+    pending = [plan for plan in plans if finished_manifest(plan) is None]
     rows = [_row(plan, plan in pending) for plan in plans]
     needed = sum(plan.stored_bytes for plan in pending)
     free = shutil.disk_usage(next(path for path in (out, *out.resolve().parents) if path.exists())).free
@@ -43,11 +44,6 @@ def forecast(
     return "\n".join([*lines, "nothing was written (--dry-run)"])
 
 
-def _is_finished(plan: Plan) -> bool:
-    path = plan.folder / MANIFEST_NAME
-    return path.exists() and Manifest.load(path).plan == plan.digest
-
-
 def _row(plan: Plan, pending: bool) -> list[str]:
     return [
         plan.card.name,
@@ -56,7 +52,7 @@ def _row(plan: Plan, pending: bool) -> list[str]:
         str(len(plan.trajectories)),
         str(sum(one.frames - 1 for one in plan.trajectories)),
         str(len(plan.shards)),
-        f"{plan.stored_bytes / 1e9:.3f}",
+        f"{plan.stored_bytes / 1e6:.1f}",
         "to write" if pending else "already there",
     ]
 
@@ -72,9 +68,9 @@ def _time(folders: Mapping[str, Folder], plans: Sequence[Plan], jobs: int) -> st
     rate = num_bytes / seconds
     needed = total / rate / jobs
     text = (
-        f"about {f'{needed / 60:.0f} min' if needed > 100 else f'{needed:.0f} s'} with {jobs} jobs, from a trial of "
-        f"{num_bytes / 1e6:.1f} MB of "
-        f"{probed.card.name} at {rate / 1e6:.0f} MB/s, reading and checking without writing; a slower disk takes longer"
+        f"about {f'{needed / 60:.0f} min' if needed > 100 else f'{math.ceil(needed)} s'} with --jobs {jobs}, from a "
+        f"trial of {num_bytes / 1e6:.1f} MB of {probed.card.name} at {rate / 1e6:.0f} MB/s, reading and checking "
+        "without writing; a slower disk takes longer"
     )
     if without:
         text += f"; and once more the reading of the train files of {', '.join(sorted(without))}, for the statistics"

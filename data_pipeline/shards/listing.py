@@ -10,8 +10,8 @@ from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
 from data_pipeline.well.hdf5 import SPLITS
 
 TEXT_COLUMNS = {"dataset", "split", "boundary x", "boundary y", "stats", "stored", "findings"}
-TEXT_COLUMNS |= {"kind", "severity", "where", "detail"}
-FINDING_COLUMNS = ("dataset", "split", "severity", "kind", "where", "detail")
+TEXT_COLUMNS |= {"kind", "severity", "finding"}
+FINDING_COLUMNS = ("dataset", "split", "severity", "kind", "finding")
 
 
 def find_manifests(
@@ -44,16 +44,24 @@ Found = tuple[str, str, Finding]  # dataset, split, finding
 
 
 def findings_table(found: Sequence[Found], limit: int | None) -> str:
-    """A line per finding, the most severe of a dataset first; `limit` is for each dataset, without notes; None: all."""
-    rows, hidden = [], 0
+    """A line per finding, the most severe of a dataset first; what several splits have in common stands in one line.
+
+    `limit` is for each dataset, without notes, and the rest is counted; None shows all.
+    """
+    rows: list[list[str]] = []
+    hidden: list[Finding] = []
     for dataset in dict.fromkeys(dataset for dataset, _, _ in found):
-        mine = sorted((one for one in found if one[0] == dataset), key=lambda one: SEVERITIES.index(one[2].severity))
-        shown = mine if limit is None else [one for one in mine if one[2].severity != "note"][:limit]
-        hidden += len(mine) - len(shown)
-        rows += [[one, split, f.severity, f.kind, f.where, f.detail] for one, split, f in shown]
+        splits: dict[Finding, list[str]] = {}
+        for owner, split, finding in found:
+            if owner == dataset:
+                splits.setdefault(finding, []).append(split)
+        mine = sorted(splits, key=lambda one: SEVERITIES.index(one.severity))
+        shown = mine if limit is None else [one for one in mine if one.severity != "note"][:limit]
+        hidden += [one for one in mine[len(shown) :] for _ in splits[one]]
+        rows += [[dataset, ",".join(splits[f]), f.severity, f.kind, f"{f.where}: {f.detail}"] for f in shown]
     lines = [table(FINDING_COLUMNS, rows)] if rows else []
     if hidden:
-        lines.append(f"{hidden} {'more ' if rows else ''}findings: `inspect --findings` lists all")
+        lines.append(f"not shown: {count_severities(hidden)}; `data-pipeline inspect DIR --findings` lists all")
     return "\n".join(lines)
 
 

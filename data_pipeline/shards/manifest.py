@@ -15,7 +15,7 @@ from typing import Any
 from data_pipeline.cards.registry import BOUNDARY_TYPES, Boundary
 from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_file
-from data_pipeline.records import canonical, decode, digest, encode, load_json, require
+from data_pipeline.records import canonical, decode, digest, encode, load_json, parse_json, require
 from data_pipeline.shards.findings import KINDS, SEVERITIES, SKIPPABLE, Finding, Range
 from data_pipeline.well.stats import DELTA_STATISTICS, VALUE_STATISTICS
 
@@ -148,21 +148,29 @@ class Manifest:
     @classmethod
     def load(cls, path: Path) -> "Manifest":
         """Reads and checks a manifest. Raises UserError if it is missing, damaged, altered or of another format."""
-        content = load_json(path)
+        return cls._from_json(load_json(path), str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, where: str) -> "Manifest":
+        """A manifest that came from elsewhere, named `where` in messages, checked as `load` does."""
+        return cls._from_json(parse_json(content, where), where)
+
+    @classmethod
+    def _from_json(cls, content: dict[str, Any], where: str) -> "Manifest":
         kind, version = content.pop("format", None), content.pop("version", None)
         if kind != FORMAT or version != FORMAT_VERSION:
             raise UserError(
-                f"{path}: expected format {FORMAT!r} version {FORMAT_VERSION}, got {kind!r} version {version!r}; "
+                f"{where}: expected format {FORMAT!r} version {FORMAT_VERSION}, got {kind!r} version {version!r}; "
                 "make the shards again with `data-pipeline shard`"
             )
         stated = content.pop("digest", None)
         try:
             manifest = decode(cls, content, "manifest")
         except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+            raise UserError(f"{where}: {error}") from error
         if manifest.digest != stated:
             raise UserError(
-                f"{path}: damaged or altered: its digest is {manifest.digest}, it says {stated}; "
+                f"{where}: damaged or altered: its digest is {manifest.digest}, it says {stated}; "
                 "copy it again, or remove the folder and run `data-pipeline shard`"
             )
         return manifest

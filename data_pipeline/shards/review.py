@@ -13,10 +13,10 @@ from data_pipeline.cards.registry import Card, Registry
 from data_pipeline.errors import UserError
 from data_pipeline.records import encode
 from data_pipeline.remote import is_url
-from data_pipeline.shards.audit import Sample, TrajectoryAudit
+from data_pipeline.shards.audit import Interval, Sample, TrajectoryAudit
 from data_pipeline.shards.build import choose_folders
 from data_pipeline.shards.dataset_stats import FROM_FILE
-from data_pipeline.shards.encoding import decode
+from data_pipeline.shards.encoding import MAX_ERROR, decode
 from data_pipeline.shards.findings import Finding
 from data_pipeline.shards.listing import count_severities, find_manifests, findings_table
 from data_pipeline.shards.manifest import ITEM_BYTES, MANIFEST_NAME, Manifest
@@ -205,29 +205,36 @@ def _see_shard(task: _ShardTask, on_bytes: OnBytes) -> _Seen:
         content = map_shard(task.folder / shard.name, shard.bytes)
     except UserError as error:
         return _Seen((_unreadable(shard.name, error),), (), (), manifest.grid)
-    for trajectory in manifest.trajectories:
+    ranges = _widened(task.card.ranges, manifest)
+    for number, trajectory in enumerate(manifest.trajectories):
         if trajectory.shard != task.shard:
             continue
         audit = TrajectoryAudit(
-            manifest.state_channels, manifest.constant_channels, manifest.grid, manifest.stats["std"], task.card.ranges
+            manifest.state_channels, manifest.constant_channels, manifest.grid, manifest.stats["std"], ranges
         )
         if trajectory.constants_offset is not None:
             count = manifest.constants_bytes // 4
             constants = np.frombuffer(content, "<f4", count, trajectory.constants_offset)
             audit.add_constants(constants.reshape(-1, *manifest.grid))
         for chunk, offset in enumerate(trajectory.offsets):
-            for frames in _chunk_blocks(
-                manifest,
-                content,
-                offset,
-                min(manifest.frames_per_chunk, trajectory.frames - chunk * manifest.frames_per_chunk),
-            ):
+            for frames in _chunk_blocks(manifest, content, offset, manifest.chunk_frames(number, chunk)):
                 audit.add(frames)
                 on_bytes(len(frames) * manifest.frame_bytes)
         findings += audit.findings(manifest.sources[trajectory.source].name, trajectory.source_index)
         samples.append(audit.sample())
         lengths.append(trajectory.frames)
     return _Seen(tuple(findings), (merge(samples),) if samples else (), tuple(lengths), manifest.grid)
+
+
+def _widened(ranges: Mapping[str, Interval], manifest: Manifest) -> Mapping[str, Interval]:
+    """The card's ranges and what float16 may add: the values themselves were looked at before they were rounded."""
+    wide = dict(ranges)
+    for name, (_, scale) in manifest.encoding.items():
+        if name in wide:
+            lowest, highest = wide[name]
+            slack = MAX_ERROR * scale
+            wide[name] = None if lowest is None else lowest - slack, None if highest is None else highest + slack
+    return wide
 
 
 def _chunk_blocks(manifest: Manifest, content: mmap.mmap, offset: int, count: int) -> Iterator[np.ndarray]:

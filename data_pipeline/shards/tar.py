@@ -83,7 +83,7 @@ class ShardWriter:
         self._file, self._hash, self._position = file, hashlib.sha256(), 0
         self._writing, self._hashing, self._summing = (ThreadPoolExecutor(1, name) for name in ("io", "sha256", "crc"))
         self._unsynced: int | None = 0 if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
-        self._small: list[Future[None]] = []  # writes of headers and padding
+        self._writes: list[Future[None]] = []  # all of them: one that failed must not be lost
 
     def start_array(self, name: str, shape: tuple[int, ...], dtype: str = "float32") -> int:
         """Begins the member `<name>` that `extend` fills with an array of this shape; returns where its data begin."""
@@ -99,8 +99,9 @@ class ShardWriter:
         assert values.dtype.str in _STORED.values(), values.dtype
         view = values.data.cast("B")
         self._position += len(view)
+        self._writes.append(self._writing.submit(self._put, view))
         return Appended(
-            self._writing.submit(self._put, view),
+            self._writes[-1],
             self._hashing.submit(self._hash.update, view),
             self._summing.submit(array_crcs, values),
         )
@@ -117,9 +118,9 @@ class ShardWriter:
         self._pad()
 
     def finish(self, name: str) -> Shard:
-        """Ends the archive and returns its record under `name`."""
+        """Ends the archive and returns its record under `name`. Raises OSError where a write failed."""
         self._write(bytes(2 * _BLOCK))
-        for written in self._small:
+        for written in self._writes:
             written.result()
         return Shard(name, self._position, self._hashing.submit(self._hash.hexdigest).result())
 
@@ -134,7 +135,7 @@ class ShardWriter:
 
     def _write(self, content: bytes) -> None:
         self._position += len(content)
-        self._small.append(self._writing.submit(self._put, content))
+        self._writes.append(self._writing.submit(self._put, content))
         self._hashing.submit(self._hash.update, content)
 
     def _put(self, content: bytes | memoryview) -> None:

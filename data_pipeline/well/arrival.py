@@ -6,7 +6,7 @@ import h5py
 
 from data_pipeline.errors import UserError
 from data_pipeline.well.addresses import PARTIAL_SUFFIX, load_yaml
-from data_pipeline.well.hdf5_safety import plain_dataset, plain_group
+from data_pipeline.well.hdf5_safety import plain_dataset, plain_group, texts
 
 
 def damage(path: Path, size: int | None) -> str | None:
@@ -38,14 +38,14 @@ def damage(path: Path, size: int | None) -> str | None:
 def _layout_damage(file: h5py.File) -> str | None:
     """Compares each field's shape with the trajectories, frames and grid that the file itself declares."""
     dimensions = plain_group(file, "dimensions", "dimensions")
-    axes = [_text(axis) for axis in dimensions.attrs["spatial_dims"]]
+    axes = texts(dimensions.attrs["spatial_dims"])
     num_trajectories = int(file.attrs["n_trajectories"])
     num_frames, *grid = (plain_dataset(dimensions, name, name).shape[-1] for name in ("time", *axes))
     if min(num_trajectories, num_frames, *grid) < 1:
         return f"it declares {num_trajectories} trajectories of {num_frames} frames on the grid {grid}"
     for order in range(3):
         group = plain_group(file, f"t{order}_fields", f"t{order}_fields")
-        for name in map(_text, group.attrs["field_names"]):
+        for name in texts(group.attrs["field_names"]):
             data = plain_dataset(group, name, f"field {name!r}")
             shape = (num_trajectories,) * bool(data.attrs["sample_varying"])
             shape += (num_frames,) * bool(data.attrs["time_varying"])
@@ -54,7 +54,3 @@ def _layout_damage(file: h5py.File) -> str | None:
             if data.shape != shape:
                 return f"its field {name!r} has the shape {data.shape} where the file declares {shape}"
     return None
-
-
-def _text(name: bytes | str) -> str:
-    return name.decode() if isinstance(name, bytes) else str(name)

@@ -17,10 +17,11 @@ from typing import overload
 import h5py
 import numpy as np
 
-from data_pipeline.cards.registry import BOUNDARY_TYPES, Boundary, Card, Field
+from data_pipeline.cards.registry import Card, Field
 from data_pipeline.errors import UserError
 from data_pipeline.remote import RemoteFile, RemoteFolder
-from data_pipeline.well.hdf5_safety import check_extent, plain_dataset, plain_group
+from data_pipeline.well.boundary import boundary_types
+from data_pipeline.well.hdf5_safety import check_extent, plain_dataset, plain_group, texts
 from data_pipeline.well.location import File, Folder, child_file, child_names, open_for_hdf5
 
 SPLITS = ("train", "valid", "test")
@@ -116,7 +117,7 @@ class WellFile:
 
     def _read_header(self) -> None:
         dimensions = self._group("dimensions")
-        axes = _names(dimensions.attrs["spatial_dims"])
+        axes = texts(dimensions.attrs["spatial_dims"])
         if axes != ["x", "y"]:
             raise UserError(f"{self._where}: expected the spatial axes x, y, got {', '.join(axes)}")
         time = self._dataset("dimensions", "time")
@@ -147,7 +148,7 @@ class WellFile:
         """The card's state and constant fields as they lie in this file, in the card's order."""
         found: dict[str, dict[str, int]] = {"state": {}, "constant": {}}
         for order in range(3):
-            for name in _names(self._group(f"t{order}_fields").attrs["field_names"]):
+            for name in texts(self._group(f"t{order}_fields").attrs["field_names"]):
                 time_varying = self._dataset(f"t{order}_fields", name).attrs["time_varying"]
                 found["state" if time_varying else "constant"][name] = order
         self.card.check_fields(found["state"], found["constant"], self._where)
@@ -252,7 +253,7 @@ class WellFile:
         """The constant scalars of one trajectory, by the Well's names. Raises UserError if one varies in time."""
         scalars = {}
         with self._readable():
-            for name in _names(self._file["scalars"].attrs["field_names"]):
+            for name in texts(self._file["scalars"].attrs["field_names"]):
                 data = self._dataset("scalars", name)
                 if data.attrs["time_varying"]:
                     raise UserError(f"{self._where}: scalar {name} varies in time; only constant scalars are supported")
@@ -294,35 +295,3 @@ class WellFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._opened.close()
-
-
-def boundary_types(groups: h5py.Group, where: str) -> Boundary:
-    """Boundary type of the lower and upper end of each axis, coded as `the_well` does (its 'padding' type).
-
-    An end is OPEN unless a group says otherwise: PERIODIC or OPEN if its mask holds anywhere on that end, WALL only if
-    it holds on all of it; a later group (by name) overrides an earlier one.
-    """
-    sides = [["OPEN", "OPEN"], ["OPEN", "OPEN"]]
-    for name in groups:
-        group = plain_group(groups, name, f"{where}: boundary {name}")
-        kind = str(group.attrs["bc_type"]).upper()
-        dims = _names(group.attrs["associated_dims"])
-        stored = plain_dataset(group, "mask", f"{where}: boundary {name}: mask")
-        check_extent(stored, f"{where}: boundary {name}: mask")
-        mask = np.asarray(stored[()], dtype=bool)
-        if kind not in BOUNDARY_TYPES or mask.ndim != len(dims) or not set(dims) <= {"x", "y"}:
-            raise UserError(
-                f"{where}: boundary {name}: expected one of {', '.join(BOUNDARY_TYPES)} with a mask over x, y or both, "
-                f"got {kind} with a mask of shape {mask.shape} over {', '.join(dims)}"
-            )
-        holds = np.all if kind == "WALL" else np.any
-        for axis, dim in enumerate(dims):
-            for end, position in enumerate((0, -1)):
-                if holds(mask.take(position, axis=axis)):
-                    sides["xy".index(dim)][end] = kind
-    return (sides[0][0], sides[0][1]), (sides[1][0], sides[1][1])
-
-
-def _names(attribute: np.ndarray) -> list[str]:
-    """A list-of-names attribute; HDF5 libraries write them as str or as bytes."""
-    return [name.decode() if isinstance(name, bytes) else str(name) for name in np.atleast_1d(attribute)]

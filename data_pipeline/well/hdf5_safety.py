@@ -1,4 +1,4 @@
-"""What an HDF5 file may make us open and allocate: nothing but its own groups and datasets, and no more than it holds.
+"""What is taken from an HDF5 file nobody vouches for: its own groups, datasets and texts, and no more than it holds.
 
 A header of a kilobyte can declare a petabyte, or name another file. Both are refused before anything is read.
 """
@@ -6,6 +6,7 @@ A header of a kilobyte can declare a petabyte, or name another file. Both are re
 import math
 
 import h5py
+import numpy as np
 
 from data_pipeline.errors import UserError
 
@@ -40,6 +41,12 @@ def _check_hard_link(parent: h5py.Group, name: str, where: str) -> None:
     if not isinstance(link, h5py.HardLink):
         what = "another file" if isinstance(link, h5py.ExternalLink) else "another place"
         raise UserError(f"{where} is a link to {what}, which is not followed")
+
+
+def texts(attribute: object) -> list[str]:
+    """An attribute that holds a text or a list of them; HDF5 libraries write them as str or as bytes."""
+    items = np.atleast_1d(np.asarray(attribute, dtype=object))
+    return [item.decode(errors="replace") if isinstance(item, bytes) else str(item) for item in items]
 
 
 def check_extent(data: h5py.Dataset, where: str) -> None:

@@ -159,8 +159,9 @@ def _decisions(found: Survey, fresh: Sequence[Channel], registry: Registry, chan
     for field in found.fields:
         known = [name for name in field.channels if name not in proposed]
         if known:
-            meaning = registry.channel_cards[known[0]].description
-            lines.append(f"{', '.join(known)}: taken for the canonical channel ({meaning}); is it the same quantity?")
+            meaning = "; ".join(registry.channel_cards[name].description for name in known)
+            what = "channel" if len(known) == 1 else "channels"
+            lines.append(f"{', '.join(known)}: taken for the canonical {what} ({meaning}); the same quantity?")
         new = [name for name in field.channels if name in proposed]
         if new:
             lines.append(f"{', '.join(new)}: proposed; write description and unit in {channels_file}")

@@ -96,7 +96,8 @@ def _add_trajectory(
         frames = file.read(trajectory, first, min(first + step, file.num_frames))
         if not skip_nonfinite:
             file.check_finite(frames, trajectory, first)
-        change = np.diff(np.concatenate([last, frames]).astype(np.float64), axis=0)
+        with np.errstate(invalid="ignore"):  # Inf - Inf, of frames that are left out
+            change = np.diff(np.concatenate([last, frames]).astype(np.float64), axis=0)
         for moments, block in ((values, frames), (deltas, change)):
             finite = np.isfinite(block).all(axis=(1, 2, 3)) if skip_nonfinite else np.array(True)
             moments.add(block if finite.all() else block[finite])

@@ -16,7 +16,7 @@ from data_pipeline.cards.card import Boundary, Card, Field
 from data_pipeline.errors import UserError
 from data_pipeline.strict_yaml import NAME
 from data_pipeline.well.hdf5 import WellFile
-from data_pipeline.well.hdf5_safety import check_extent, plain_dataset, plain_group
+from data_pipeline.well.hdf5_safety import check_extent, plain_dataset, plain_group, texts
 from data_pipeline.well.stats import Moments
 
 SAMPLE_TRAJECTORIES = 8  # spread evenly over all files
@@ -160,8 +160,8 @@ def _provisional_card(name: str, fields: tuple[Field, ...]) -> Card:
 
 
 def _check_axes(file: h5py.File, path: Path) -> None:
-    axes = _texts(plain_group(file, "dimensions", f"{path}: dimensions").attrs["spatial_dims"])
-    grid_type = _texts(file.attrs.get("grid_type", "cartesian"))
+    axes = texts(plain_group(file, "dimensions", f"{path}: dimensions").attrs["spatial_dims"])
+    grid_type = texts(file.attrs.get("grid_type", "cartesian"))
     if axes != ["x", "y"] or [kind.lower() for kind in grid_type] != ["cartesian"]:
         raise UserError(
             f"{path}: expected 2D data on a cartesian grid, axes x, y; got {len(axes)}D data on the grid "
@@ -182,7 +182,7 @@ def _group_fields(file: h5py.File, order: int, path: Path) -> list[Field]:
     where = f"{path}: t{order}_fields"
     group = plain_group(file, f"t{order}_fields", where)
     fields = []
-    for name in _texts(group.attrs["field_names"]):
+    for name in texts(group.attrs["field_names"]):
         if not NAME.fullmatch(name):
             raise UserError(
                 f"{where}: field {name[:80]!a}: expected up to 64 letters, digits and underscores, a letter first; "
@@ -200,12 +200,6 @@ def _evenly_spaced(file: h5py.File, axis: str, path: Path) -> bool:
     check_extent(points, where)
     steps = np.diff(np.asarray(points[(0,) * (points.ndim - 1)], np.float64))
     return bool(steps.size == 0 or np.ptp(steps) <= _SAME_SPACING * np.abs(steps).mean())
-
-
-def _texts(attribute: object) -> list[str]:
-    """A text or list-of-texts attribute; HDF5 libraries write them as str or as bytes."""
-    items = np.atleast_1d(np.asarray(attribute, dtype=object))
-    return [item.decode(errors="replace") if isinstance(item, bytes) else str(item) for item in items]
 
 
 def _sample(files: Sequence[Path], shapes: Mapping[Path, tuple[int, int]], card: Card) -> Sample:

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -25,6 +26,7 @@ class ShardFetcher(Fetcher):
 
     def _begin(self) -> None:
         super()._begin()
+        self._reading = threading.Lock()
         self.maps: OrderedDict[tuple[str, int], memoryview] = OrderedDict()  # (SHA-256, bytes); last used last
         self._coming: dict[tuple[str, int], Future[None]] = {}
 
@@ -48,34 +50,44 @@ class ShardFetcher(Fetcher):
 
     @contextmanager
     def hold(self, source: "WholeShards", key: object, shards: set[int]) -> Iterator[None]:
+        """Maps the shards. One thread at a time: the next might drop what this one reads."""
         self.own()
-        with self.lock:
-            self._reach(key)
-        for shard in shards:
-            if source.blobs[shard] in self.maps:
-                self.maps.move_to_end(source.blobs[shard])
-            else:
+        with self._reading:
+            with self.lock:
+                self._reach(key)
+            for shard in shards:
                 self._map(source, shard)
-        while len(self.maps) > max(self.num_maps, len(shards)):
-            self.maps.popitem(last=False)
-        yield
+            with self.lock:
+                while len(self.maps) > max(self.num_maps, len(shards)):
+                    self.maps.popitem(last=False)
+            yield
+
+    def forget(self) -> None:
+        super().forget()
+        with self.lock:
+            self._coming = {blob: future for blob, future in self._coming.items() if not future.cancel()}
 
     def _map(self, source: "WholeShards", shard: int) -> None:
+        blob = source.blobs[shard]
         with self.lock:
-            coming = self._coming.pop(source.blobs[shard], None)
+            if blob in self.maps:
+                self.maps.move_to_end(blob)
+                return
+            coming = self._coming.pop(blob, None)
+            if coming is None:
+                self._touch_maps()
         if coming is not None:
             coming.result()
-        else:
-            self._touch_maps()
         descriptor = self._open(source, shard)
         try:
-            content = mmap.mmap(descriptor, source.blobs[shard][1], access=mmap.ACCESS_READ)
+            content = mmap.mmap(descriptor, blob[1], access=mmap.ACCESS_READ)
         finally:
             os.close(descriptor)
-        self.maps[source.blobs[shard]] = memoryview(content)
+        with self.lock:
+            self.maps[blob] = memoryview(content)
 
     def _touch_maps(self) -> None:
-        """What is mapped was used until now: something older makes room for what comes."""
+        """What is mapped was used until now: something older makes room for what comes. Within the lock."""
         for name, _ in self.maps:
             self.cache.touch(name)
 

@@ -6,7 +6,9 @@ that file: one process downloads, the others wait for the lock and then find the
 a part without one is a dead process's: it is taken up by whoever wants the same blob next, and is the first to go when
 room is needed. How much the folder holds is counted in `used`, under the lock that also covers eviction. The count errs
 on the high side (a killed process may leave a reservation behind) and is taken anew from the files before anything is
-removed. A blob that is removed while a process has it open or mapped stays readable for it (POSIX).
+removed. Whoever finds no room, because others are writing, removes its own part and begins again later: parts that wait
+would count each other, and wait for ever. A blob that is removed while a process has it open or mapped stays readable
+for it (POSIX).
 
 The folder should be on a local disk: flock over NFS is slow, and missing on some servers.
 """
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_pipeline.errors import UserError
-from data_pipeline.files import disk_full_error, is_disk_full
+from data_pipeline.files import is_disk_full
 
 _NAME = re.compile(r"[0-9a-f]{64}(?:-\d{1,20}-\d{1,20})?")
 _PART = re.compile(rf"({_NAME.pattern}(?:\.\d+_\d+)?)\.(\d{{1,20}})\.part")
@@ -42,7 +44,7 @@ class _Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class BlobCache:
-    """A cache in `folder` that never holds more than `limit_bytes`. Picklable; nothing is opened until it is used."""
+    """A cache in `folder` that never holds more than `limit_bytes`. Nothing is opened until it is used."""
 
     folder: Path
     limit_bytes: int
@@ -54,7 +56,7 @@ class BlobCache:
         """
         path = self._blob(name)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -69,11 +71,11 @@ class BlobCache:
 
     def has(self, name: str) -> bool:
         """Whether the blob was there just now."""
-        return self._blob(name).exists()
+        return os.path.exists(self._blob(name))  # unlike Path.exists, False too where one may not look
 
     def touch(self, name: str) -> None:
-        """Counts the blob as just used, if it is there."""
-        with suppress(FileNotFoundError):
+        """Counts the blob as just used, if it is there and the cache is not read only."""
+        with suppress(OSError):
             os.utime(self._blob(name))
 
     def read(self, name: str, num_bytes: int) -> bytes | None:
@@ -91,15 +93,18 @@ class BlobCache:
     def put(self, name: str, content: bytes | memoryview) -> None:
         """Adds a small blob. It survives a kill, but perhaps not a power cut: its reader has a checksum."""
         assert _NAME.fullmatch(name), name
-        written = False
-        while not written:  # an eviction may take the part in the instant before it is locked
+        while True:  # an eviction may take the part in the instant before it is locked
             with self._part(f"{name}.{os.getpid()}_{time.monotonic_ns()}", len(content)) as part:
-                if part is not None:
-                    self._reserve(len(content), part, _SLACK)
-                    with _full_disk_explained(part):
+                if part is None or not self._reserve(len(content), part, _SLACK):
+                    continue
+                try:
+                    with self._full_disk_explained():
                         part.write_bytes(content)
                     os.replace(part, self._blob(name))
-                    written = True
+                except BaseException:
+                    part.unlink(missing_ok=True)
+                    raise
+                return
 
     def fetch(self, name: str, num_bytes: int, fill: Callable[[Path], object], origin: str) -> int:
         """A file descriptor of the blob with the SHA-256 `name`; if it is not there, `fill(path)` must write it.
@@ -113,13 +118,16 @@ class BlobCache:
             if descriptor is not None:
                 return descriptor
             with self._part(name, num_bytes) as part:
-                if part is not None and not self.has(name):
+                if part is None:
+                    continue
+                if self.has(name):  # since a moment ago
+                    part.unlink()
+                elif self._reserve(num_bytes, part):
                     self._fill(part, name, num_bytes, fill, origin)
 
     def _fill(self, part: Path, name: str, num_bytes: int, fill: Callable[[Path], object], origin: str) -> None:
         resumed = part.stat().st_size > 0
-        self._reserve(num_bytes, part)
-        with _full_disk_explained(part):
+        with self._full_disk_explained():
             fill(part)
             found = _sha256(part)
             if found != name and resumed:  # what was left may have been torn by a power cut
@@ -139,24 +147,25 @@ class BlobCache:
     def _part(self, name: str, num_bytes: int) -> Iterator[Path | None]:
         """The path to write a blob at, locked; None if it was someone else's, who has ended with it meanwhile."""
         path = self.folder / "parts" / f"{name}.{num_bytes}.part"
-        descriptor = self._open(path)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with self._locked(path) as descriptor:
             yield path if _is_same(descriptor, path) else None
-        finally:
-            # A process forked meanwhile has a copy of the descriptor: closing ours would not end the lock.
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-            os.close(descriptor)
 
     @contextmanager
-    def _locked(self) -> Iterator[int]:
-        """The lock on the count and on eviction; gives the descriptor of the file that holds the count."""
-        descriptor = self._open(self.folder / "used")
+    def _locked(self, path: Path) -> Iterator[int]:
+        """A descriptor of a file in the folder, which is made if it is not there, with the lock on it."""
+        descriptor = self._open(path)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError as error:
+                raise UserError(
+                    f"{path}: the cache cannot be locked ({error.strerror}); set data.cache to a folder on a local disk"
+                ) from error
             yield descriptor
         finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            # A process forked meanwhile has a copy of the descriptor: closing ours would not end the lock.
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
     def _open(self, path: Path) -> int:
@@ -172,30 +181,52 @@ class BlobCache:
                 f"{path}: the cache cannot be written ({error.strerror}); set data.cache to another folder"
             ) from error
 
+    @property
+    def _count(self) -> Path:
+        """The file that holds the count; the lock on it covers eviction too."""
+        return self.folder / "used"
+
+    @contextmanager
+    def _full_disk_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if is_disk_full(error):
+                raise UserError(
+                    f"{self.folder}: the cache may hold {self.limit_bytes / 1e9:.3g} GB, but the disk or the quota is "
+                    f"full ({error.strerror}); free some space, lower data.cache_gb, or set data.cache"
+                ) from error
+            raise
+
     def _blob(self, name: str) -> Path:
         assert _NAME.fullmatch(name), name
         return self.folder / "blobs" / name
 
-    def _reserve(self, num_bytes: int, part: Path, slack: float = 1.0) -> None:
-        """Counts bytes that are about to be written to `part`, and makes room for them."""
+    def _reserve(self, num_bytes: int, part: Path, slack: float = 1.0) -> bool:
+        """Counts bytes that are about to be written to `part`, and makes room for them.
+
+        False, a moment later and without the part, while what others are writing leaves no room.
+        """
         if num_bytes > self.limit_bytes:
+            part.unlink()
             raise UserError(
                 f"{self.folder}: a blob of {num_bytes} bytes is larger than the cache ({self.limit_bytes} bytes); "
                 "raise data.cache_gb"
             )
-        while True:
-            with self._locked() as descriptor:
-                used = _read_count(descriptor)
-                if used is None or used + num_bytes > self.limit_bytes:
-                    used = self._evict(self.limit_bytes - num_bytes, int(self.limit_bytes * slack) - num_bytes, part)
-                if used + num_bytes <= self.limit_bytes:
-                    _write_count(descriptor, used + num_bytes)
-                    return
-                _write_count(descriptor, used)
-            time.sleep(_POLL_SECONDS)  # the rest is being written by others, and can go when they are done
+        with self._locked(self._count) as descriptor:
+            used = _read_count(descriptor)
+            if used is None or used + num_bytes > self.limit_bytes:
+                used = self._evict(self.limit_bytes - num_bytes, int(self.limit_bytes * slack) - num_bytes, part)
+            fits = used + num_bytes <= self.limit_bytes
+            _write_count(descriptor, used + num_bytes if fits else used)
+            if not fits:
+                part.unlink()
+        if not fits:
+            time.sleep(_POLL_SECONDS)  # what others are writing can go when they are done
+        return fits
 
     def _release(self, num_bytes: int) -> None:
-        with self._locked() as descriptor:
+        with self._locked(self._count) as descriptor:
             used = _read_count(descriptor)
             if used is not None:
                 _write_count(descriptor, max(0, used - num_bytes))
@@ -284,13 +315,3 @@ def _sha256(path: Path) -> str:
             digest.update(piece)
         os.fsync(file.fileno())
     return digest.hexdigest()
-
-
-@contextmanager
-def _full_disk_explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if is_disk_full(error):
-            raise disk_full_error(path, error) from error
-        raise

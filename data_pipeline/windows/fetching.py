@@ -1,12 +1,10 @@
 """What the two ways to read shards behind a URL have in common: threads, what was announced, the manifest, sizes."""
 
 import os
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
@@ -21,7 +19,7 @@ THREADS = 8  # requests in flight, per process; of whole shards half as many
 
 
 def load_manifest(file: RemoteFile) -> Manifest:
-    """The manifest behind a URL. Raises UserError if there is none, or one that `Manifest.load` refuses."""
+    """The manifest behind a URL. Raises UserError if there is none, or one that `Manifest.parse` refuses."""
     size = file.size()
     if size is None:
         content = file.read(MANIFEST_LIMIT_BYTES)
@@ -29,18 +27,12 @@ def load_manifest(file: RemoteFile) -> Manifest:
         raise UserError(f"{file}: expected a manifest of at most {MANIFEST_LIMIT_BYTES} bytes, the server has {size}")
     else:
         content = file.read_range(0, size)  # rather than `read`: a body that ends early is noticed
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / MANIFEST_NAME
-        path.write_bytes(content)
-        try:
-            return Manifest.load(path)
-        except UserError as error:
-            raise UserError(str(error).replace(str(path), str(file))) from error
+    return Manifest.parse(content, str(file))
 
 
 class Fetcher:
     """The threads that fetch for some sources, and what was announced. It belongs to one process, with all that it
-    holds: on the other side of a fork, or unpickled, it starts empty."""
+    holds: on the other side of a fork it starts empty."""
 
     num_threads = THREADS
 
@@ -59,6 +51,13 @@ class Fetcher:
         if self._process != os.getpid():
             self._begin()
 
+    def forget(self) -> None:
+        """Drops what was announced: no one will ask for it."""
+        self.own()
+        with self.lock:
+            while self._announced:
+                self._drop(self._announced.popitem(last=False)[1])
+
     def count(self, traffic: Traffic, requests: int = 0, fetched: int = 0, used: int = 0) -> None:
         self.own()
         with self.lock:
@@ -71,24 +70,17 @@ class Fetcher:
             self._threads = Threads(self.num_threads)
         return self._threads.submit(function, *arguments)
 
-    def _reach(self, key: object) -> tuple[Any, list[Any]]:
-        """What was announced under the key (None if nothing was), and before it: draws that no one will ask for."""
-        passed: list[Any] = []
-        if key not in self._announced:
-            return None, passed
-        while True:
+    def _reach(self, key: object) -> Any:
+        """What was announced under the key, None if nothing was. What came before it is dropped: its turn is over."""
+        while key in self._announced:
             first, value = self._announced.popitem(last=False)
             if first == key:
-                return value, passed
-            passed.append(value)
+                return value
+            self._drop(value)
+        return None
 
-    def __getstate__(self) -> dict[str, Any]:
-        kept = ("cache", "num_maps")
-        return {name: value for name, value in self.__dict__.items() if name in kept}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._begin()
+    def _drop(self, announced: Any) -> None:
+        """What was announced is not needed any more."""
 
 
 class RemoteShards(ByteSource):
@@ -101,6 +93,9 @@ class RemoteShards(ByteSource):
         self.draws_ahead = draws_ahead
         self._fetcher = fetcher
         self._sizes_checked: set[int] = set()
+
+    def forget(self) -> None:
+        self._fetcher.forget()
 
     def _count_used(self, windows: int, length: int, constants: bool) -> None:
         stored = length * self.manifest.frame_bytes + constants * self.manifest.constants_bytes

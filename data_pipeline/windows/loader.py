@@ -38,6 +38,8 @@ def scheduled_batches(
     Raises UserError if the global batch cannot be shared evenly by `world_size` processes, and later, naming the draw
     and its windows, for a damaged shard or a server that stays away.
     """
+    if workers < 0:
+        raise ValueError(f"workers: expected 0 or more, got {workers}")
     windows = _Windows(readers, schedule, length, _share(schedule.batch, rank, world_size), stop, pin_memory)
     return _read_ahead(windows, range(start, stop), windows.num_threads(workers))
 
@@ -57,15 +59,15 @@ def _share(batch: int, rank: int, world_size: int) -> slice:
 
 
 def _read_ahead(windows: "_Windows", indices: range, num_threads: int) -> Iterator[Batch]:
-    if not num_threads:
-        for index in indices:
-            yield windows.read(windows.prepare(index))
-        return
-    threads = Threads(num_threads)
+    threads = Threads(num_threads) if num_threads else None
     coming: deque[Future[Batch]] = deque()
     try:
         for index in indices:
-            coming.append(threads.submit(windows.read, windows.prepare(index)))
+            draw = windows.prepare(index)
+            if threads is None:
+                yield windows.read(draw)
+                continue
+            coming.append(threads.submit(windows.read, draw))
             if len(coming) > AHEAD * num_threads:
                 yield coming.popleft().result()
         while coming:
@@ -73,6 +75,7 @@ def _read_ahead(windows: "_Windows", indices: range, num_threads: int) -> Iterat
     finally:
         for future in coming:
             future.cancel()
+        windows.forget()
 
 
 class _Windows:
@@ -109,6 +112,11 @@ class _Windows:
                     break
                 self._announced += 1
         return draw
+
+    def forget(self) -> None:
+        """No further draw will be read."""
+        for reader in self._readers.values():
+            reader.source.forget()
 
     def read(self, draw: Draw) -> Batch:
         """The draw's batch. Raises UserError, naming draw and windows, for a damaged shard or a server that is away."""
@@ -168,8 +176,8 @@ def _no_shards(shards: Path | RemoteFolder, missing: Sequence[str], split: str) 
     upload = "" if isinstance(shards, Path) else f"\nThen upload SHARDS as it is to {shards}, or correct data.shards."
     return (
         f"no {split} shards under {shards}: expected, and did not find,\n{looked_for}\n"
-        "Make them from a downloaded Well:\n"
-        "  the-well-download --base-path WELL --dataset NAME --split train   (and valid, test)\n"
+        "Make them from The Well:\n"
+        "  data-pipeline download --out WELL --datasets NAME\n"
         f"  data-pipeline shard --well WELL --out {out}\n"
         "or from the mini-Well, small simulations of all eight datasets, with no download:\n"
         "  data-pipeline simulate --preset mini --out data/mini/well\n"

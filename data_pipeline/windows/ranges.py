@@ -82,9 +82,7 @@ class RangeFetcher(Fetcher):
     def hold(self, source: "Ranges", key: object, pieces: Sequence[Piece]) -> Iterator[None]:
         self.own()
         with self.lock:
-            requests, passed = self._reach(key)
-            for others in passed:
-                self._release(others)
+            requests = self._reach(key)
             if requests is None:
                 requests = self._take(source, pieces)
         try:
@@ -127,6 +125,9 @@ class RangeFetcher(Fetcher):
     def _failed(request: Request | None) -> bool:
         """Whether there is nothing to wait for: no request, or one that ended in an error."""
         return request is None or (request.content.done() and request.content.exception() is not None)
+
+    def _drop(self, announced: Sequence[Request]) -> None:
+        self._release(announced)
 
     def _release(self, requests: Sequence[Request]) -> None:
         for request in requests:

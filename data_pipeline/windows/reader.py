@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +46,10 @@ class ByteSource(ABC):
         """Windows that will be asked for soon. False if there is no room for them yet: announce them again later."""
         return True
 
+    def forget(self) -> None:
+        """What was announced will not be asked for."""
+        return
+
     def hold(
         self, trajectories: Sequence[int], firsts: Sequence[int], length: int, constants: bool
     ) -> AbstractContextManager[None]:
@@ -78,15 +81,12 @@ class LocalShards(ByteSource):
             self._maps[shard] = memoryview(map_shard(self.folder / record.name, record.bytes))
         return self._maps[shard][start:stop]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}}  # a map belongs to its process
-
 
 class ShardReader:
     """Random access to the trajectories of one dataset and split, from a folder of shards or another source.
 
-    Opening checks the manifest and, of local shards, the size; a reader may be pickled or forked at any time. With
-    `verify`, each frame's checksum is compared as it is read (what comes over a network is always compared once).
+    Opening checks the manifest and, of local shards, the size. Threads may share a reader, and a fork's child may go on
+    with it. With `verify`, each frame's checksum is compared as it is read (what comes over a network always is, once).
     Raises UserError when a manifest or shard is missing, truncated, damaged or of another dataset.
     """
 
@@ -147,13 +147,13 @@ class ShardReader:
         return out
 
     def index(self, length: int) -> WindowIndex:
-        """All windows of `length` frames. Raises UserError if no trajectory is that long."""
+        """All windows of `length` frames. Raises UserError if none is that long."""
         if length not in self._indices:
             trajectories = self.manifest.trajectories
             longest = max((b - a for one in trajectories for a, b in one.segments), default=0)
             if not 1 <= length <= longest:
                 raise UserError(
-                    f"{self.folder}: no window of {length} frames: the longest trajectory of {self.dataset} has "
+                    f"{self.folder}: no window of {length} frames: the longest stretch of frames of {self.dataset} has "
                     f"{longest}; ask for shorter windows or leave the dataset out"
                 )
             segments, shards = [one.segments for one in trajectories], [one.shard for one in trajectories]

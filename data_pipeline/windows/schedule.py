@@ -136,9 +136,6 @@ class _Segment:
         block, place = divmod(index - self.first, BLOCK)
         return int(self._block(block)[1][place])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached_block": None}
-
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Draws of each dataset before the block (n,), and the block's datasets in drawing order (256,)."""
         if self._cached_block is None or self._cached_block[0] != block:

@@ -23,10 +23,10 @@ def test_simulate_shard_inspect_verify(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     done = run("shard", "--well", well, "--out", shards, "--jobs", 1)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(": written, 1 shards, ") == 6
+    assert done.stdout.count(": written, 1 shard, ") == 6
     done = run("shard", "--well", well, "--out", shards)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(": already there, 1 shards, ") == 6
+    assert done.stdout.count(": already there, 1 shard, ") == 6
     done = run("verify", shards)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": good, ") == 6
@@ -36,7 +36,7 @@ def test_simulate_shard_inspect_verify(tmp_path: Path) -> None:
     assert lines[0][:9] == ["dataset", "split", "trajectories", "frames", "windows", "grid", "channels", "shards", "MB"]
     row = next(line for line in lines if line[:2] == ["helmholtz_staircase", "train"])
     assert row[5:7] == ["64x16", "2+1"]
-    assert row[9:12] == ["open", "open", "stats.yaml"]
+    assert row[9:11] == ["open", "open"]
     shares = [float(line[-1]) for line in lines if line[1:2] == ["train"]]
     assert sum(shares) == pytest.approx(1, abs=0.002)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import pickle
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import h5py
 import numpy as np
@@ -18,6 +20,7 @@ from faulty_server import FaultyServer
 
 from data_pipeline.errors import UserError
 from data_pipeline.remote import RangesUnsupported, RemoteFile, RemoteFolder, Retries, is_url
+from data_pipeline.transport import transport
 
 QUICK = Retries(attempts=3, first_wait_seconds=0.01, timeout_seconds=0.5)
 CONTENT = np.random.default_rng(0).bytes(700_001)
@@ -291,6 +294,23 @@ def test_many_threads(server: FaultyServer) -> None:
     with ThreadPoolExecutor(16) as pool:
         pieces = pool.map(lambda start: remote(server, retries=patient).read_range(start, start + 5000), starts)
         assert list(pieces) == [CONTENT[start : start + 5000] for start in starts]
+
+
+def test_threads_that_come_first_together_share_connections() -> None:
+    everyone, unused = Barrier(16), itertools.count(1000)
+    interval = sys.getswitchinterval()
+
+    def connect(timeout_seconds: int) -> object:
+        everyone.wait(30)
+        return transport("http", timeout_seconds)
+
+    try:
+        sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(16) as pool:
+            for timeout_seconds in itertools.islice(unused, 20):
+                assert len(set(pool.map(connect, [timeout_seconds] * 16))) == 1
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

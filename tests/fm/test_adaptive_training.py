@@ -1,4 +1,4 @@
-"""Adaptive sampling in whole runs: the history of shares, exact resume, processes and workers; the repeat warning."""
+"""Adaptive sampling in whole runs: the history of shares, exact resume, processes and threads; the repeat warning."""
 
 import json
 import shutil
@@ -96,8 +96,11 @@ def test_a_run_that_ended_and_is_prolonged_equals_the_unbroken_run(
     assert last_weights(tmp_path / "run") == last_weights(unbroken)
 
 
-def test_workers_do_not_read_ahead_with_the_shares_of_before(tiny_shards: Path, unbroken: Path, tmp_path: Path) -> None:
-    assert train(adaptive(tiny_shards, tmp_path / "run", data={"workers": 1})) == 0
+@pytest.mark.parametrize("workers", [0, 3])  # 1 in the unbroken run
+def test_threads_do_not_read_ahead_with_the_shares_of_before(
+    tiny_shards: Path, unbroken: Path, tmp_path: Path, workers: int
+) -> None:
+    assert train(adaptive(tiny_shards, tmp_path / "run", data={"workers": workers})) == 0
     assert log(tmp_path / "run") == log(unbroken)
 
 
@@ -126,7 +129,8 @@ def test_tensorboard_and_console_tell_of_new_shares(tiny_shards: Path, tmp_path:
         targets = [event.value for event in board.Scalars(f"sampling/target_share/{name}")]
         assert targets == pytest.approx([shares[name] for _, shares in history for _ in range(3)])
     layout = board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    assert f"sampling/target_share/{DATASETS[0]}".encode() in layout
+    for tag in ("target_share", "drawn_share", "passes"):
+        assert f"sampling/{tag}/{DATASETS[0]}$".encode() in layout  # $: a tag is a regular expression, a prefix matches
     first, second = (shares[DATASETS[0]] for _, shares in history[:2])
     line = f"{DATASETS[0]} {first:.4f} -> {second:.4f}"
     told = [text for text in event_texts(directory) if text.startswith("sampling shares from here on")]
@@ -222,6 +226,35 @@ def test_repeats_that_shares_bring_about_are_told_once_when_they_happen(tmp_path
     assert passes[20] <= 2.0 < passes[30]
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert told == [f"warning: {repeat_warning(DATASETS[1], passes[30], 2.0, 30)}"]
+
+
+def test_a_forecast_of_repeats_says_that_shares_may_change(tmp_path: Path, capsys: Any) -> None:
+    recipe, mixing = recipe_and_mixing(tmp_path, train={"steps": 40}, sampling={"max_passes": 1.0})
+    passes = mixing.schedule.passes(80)[DATASETS[0]]
+    assert passes > 1
+    with RunRecord(recipe, mixing.schedule, tiny_model(), 0, active=True):
+        forecast = f"warning: at the present shares, 40 steps pass {passes:.1f} times over {DATASETS[0]}"
+        assert forecast in capsys.readouterr().err
+
+
+def test_throughput_is_that_of_the_steps_whatever_lies_between_them(tmp_path: Path) -> None:
+    recipe, mixing = recipe_and_mixing(tmp_path, tracking={"every": 4})
+    with RunRecord(recipe, mixing.schedule, tiny_model(), 0, active=True) as record:
+        for step in (1, 2, 3, 4):  # a validation after step 3
+            record.step(finished_step(step))
+    assert [event.value for event in events(tmp_path / "run").Scalars("throughput/samples_per_s")] == [8.0]
+
+
+def test_finetuning_follows_the_scores_and_continues(tiny_shards: Path, unbroken: Path, tmp_path: Path) -> None:
+    finetune = {"finetune": {"pretrained": str(unbroken), "unroll_steps": 3}}
+    assert train(adaptive(tiny_shards, tmp_path / "whole", **finetune)) == 0
+    assert train(adaptive(tiny_shards, tmp_path / "parts", **finetune)) == 0
+    for later in range(4, 10):
+        shutil.rmtree(tmp_path / f"parts/checkpoints/step_{later:08d}")
+    assert train(adaptive(tiny_shards, tmp_path / "parts", **finetune)) == 0
+    assert log(tmp_path / "parts") == log(tmp_path / "whole")
+    assert last_weights(tmp_path / "parts") == last_weights(tmp_path / "whole")
+    assert len({shares[DATASETS[0]] for _, shares in state(tmp_path / "whole", 9)["sampling"]["history"]}) == 3
 
 
 def finished_step(step: int) -> StepResult:

@@ -18,7 +18,7 @@ from data_pipeline.shards.build import build_shards
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
 from fm.evaluate import evaluate_model, shown_steps
-from fm.measure import one_step_errors, rollout_errors
+from fm.measure import one_step_errors, one_step_windows, rollout_errors
 from fm.model import DatasetSpec, ModelConfig, WaveLiTFM
 from fm.protocol import PROTOCOLS, get_protocol
 from fm.scoring import ErrorFile, score
@@ -148,6 +148,17 @@ def test_a_subset_of_windows_leaves_the_others_out(model: WaveLiTFM, readers: di
     errors = one_step_errors(model, reader, np.array([0, 9]), CPU)
     trajectories, firsts = reader.index(2).locate(np.array([0, 9]))
     assert list(zip(*np.nonzero(errors.present), strict=True)) == list(zip(trajectories, firsts, strict=True))
+
+
+def test_the_windows_of_a_protocol_are_all_or_evenly_spaced(readers: dict[str, ShardReader]) -> None:
+    reader = readers["shear_flow"]
+    total = len(reader.index(2))
+    assert one_step_windows(reader, THIRDS).tolist() == list(range(total))
+    for count, expected in ((1, [0]), (2, [0, total - 1]), (total + 5, list(range(total)))):
+        some = dataclasses.replace(THIRDS, one_step_windows=count)
+        assert one_step_windows(reader, some).tolist() == expected
+    five = one_step_windows(reader, dataclasses.replace(THIRDS, one_step_windows=5))
+    assert np.ptp(np.diff(five)) <= 1
 
 
 def test_a_later_start_frame_moves_the_rollout(

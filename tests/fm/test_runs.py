@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from faulty_server import FaultyServer
 
 import fm as fm_package
 from data_pipeline.errors import UserError
@@ -69,6 +70,28 @@ def test_another_checkpoint_protocol_or_folder_is_evaluated_anew(run: Path, tmp_
     assert scores["protocol"]["name"] == "wavelit"
     assert scores["origin"]["step"] == 1
     assert scores["datasets"][DATASETS[0]]["windows"] == {"1:20": None, "21:60": None}  # 8 steps do not cover them
+
+
+def test_a_subset_of_windows_from_a_url_says_that_it_is_not_the_full_score(
+    run: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with FaultyServer(tiny_shards) as server:
+        out = str(tmp_path / "report")
+        done = fm("evaluate", str(run), "--windows", "3", "--shards", server.url, "--out", out)
+        assert server.total_requests > 0
+    assert done.returncode == 0, done.stderr
+    said = "one step: median over at most 3 evenly spaced windows per dataset (a subset, not the full score)"
+    assert said in done.stdout
+    assert said in (tmp_path / "report" / "scores.md").read_text()
+    scores = json.loads((tmp_path / "report" / "scores.json").read_text())
+    assert scores["protocol"]["one_step_windows"] == 3
+    assert [part["one_step"]["count"] for part in scores["datasets"].values()] == [3, 3]
+    evaluate_run(run)
+    with pytest.raises(UserError, match=r"under one protocol(.|\n)*over all windows(.|\n)*at most 3 evenly spaced"):
+        compare_runs(run, tmp_path)
+    with pytest.raises(UserError, match="--windows: expected at least 1 one-step window per dataset, got 0"):
+        evaluate_run(run, windows=0)
 
 
 def test_compare_puts_two_runs_side_by_side(run: Path) -> None:

@@ -62,7 +62,8 @@ def test_named_protocols_have_the_published_windows(name: str, windows: list[tup
 def test_bad_protocols_are_refused() -> None:
     with pytest.raises(UserError, match="expected one of wavelit, appendix_g, well, thirds; got 'walrus'"):
         get_protocol("walrus")
-    for change in ({"trajectories": "mode"}, {"order": "both"}, {"eps": -1.0}, {"max_steps": 0}):
+    wrong = ({"trajectories": "mode"}, {"order": "both"}, {"eps": -1.0}, {"max_steps": 0}, {"one_step_windows": 0})
+    for change in wrong:
         with pytest.raises(ValueError, match=next(iter(change))):
             dataclasses.replace(PLAIN, **change)
 
@@ -180,7 +181,7 @@ def test_bad_error_files_are_refused(tmp_path: Path) -> None:
         ErrorFile.load(path)
 
 
-def test_another_protocol_reads_the_file_only_where_the_rollouts_are_the_same() -> None:
+def test_another_protocol_reads_the_file_only_where_the_frames_are_the_same() -> None:
     file = ErrorFile(PROTOCOLS["thirds"], {"shear_flow": dataset_of(np.full((2, 60, 1), 0.5))})
     windows = score(file, PROTOCOLS["wavelit"])["datasets"]["shear_flow"]["windows"]
     assert windows["21:60"]["median"] == pytest.approx(0.5, rel=1e-6)
@@ -188,3 +189,6 @@ def test_another_protocol_reads_the_file_only_where_the_rollouts_are_the_same() 
         score(file, PROTOCOLS["well"])
     with pytest.raises(UserError, match="needs rollouts of 60 steps"):
         score(ErrorFile(PROTOCOLS["appendix_g"], file.datasets), PROTOCOLS["wavelit"])
+    subset = dataclasses.replace(PROTOCOLS["thirds"], one_step_windows=8)
+    with pytest.raises(UserError, match=r"needs one_step_windows None; these errors .* with one_step_windows 8"):
+        score(ErrorFile(subset, file.datasets), PROTOCOLS["thirds"])

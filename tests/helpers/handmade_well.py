@@ -1,6 +1,7 @@
 """Well files with values that a test makes up, for any card."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -10,36 +11,72 @@ import yaml
 from data_pipeline.cards.card import Card
 
 
-def write_file(path: Path, card: Card, state: np.ndarray, constants: np.ndarray | None = None) -> Path:
-    """One HDF5 file in the Well's layout, without boundaries or scalars.
+@dataclass(frozen=True)
+class StoredField:
+    """A field as it lies in a file: ([n,] [T,] H, W[, components]), float32."""
 
-    state: (n, T, C, H, W) in the card's channels; constants: (n, K, H, W). Stored as float32.
-    """
+    order: int
+    values: np.ndarray
+    time_varying: bool = True
+    sample_varying: bool = True
+
+
+def write_layout(
+    path: Path,
+    fields: Mapping[str, StoredField],
+    grid: tuple[int, int],
+    num_trajectories: int,
+    time: np.ndarray,
+    scalars: Mapping[str, float] | None = None,
+    boundary: Mapping[str, str] | None = None,
+) -> Path:
+    """One HDF5 file in the Well's layout; scalars of the whole file; boundary: axis -> type of both its ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    count, frames, _, *grid = state.shape
     with h5py.File(path, "w") as file:
-        file.attrs["n_trajectories"] = count
-        file.create_group("dimensions").attrs["spatial_dims"] = ["x", "y"]
-        for name, size in (("time", frames), ("x", grid[0]), ("y", grid[1])):
-            file["dimensions"][name] = np.arange(size, dtype=np.float32)
-        file.create_group("scalars").attrs["field_names"] = []
-        file.create_group("boundary_conditions")
+        file.attrs.update({"grid_type": "cartesian", "n_spatial_dims": 2, "n_trajectories": num_trajectories})
+        dimensions = file.create_group("dimensions")
+        dimensions.attrs["spatial_dims"] = _texts(["x", "y"])
+        for name, points in (("time", time), *zip("xy", map(np.arange, grid), strict=True)):
+            dimensions[name] = np.float32(points)
+            dimensions[name].attrs["sample_varying"] = False
+        file.create_group("scalars").attrs["field_names"] = _texts(list(scalars or {}))
+        for name, value in (scalars or {}).items():
+            file["scalars"][name] = np.float32(value)
+            file["scalars"][name].attrs.update({"sample_varying": False, "time_varying": False})
         for order in range(3):
+            own = {name: field for name, field in fields.items() if field.order == order}
             group = file.create_group(f"t{order}_fields")
-            names = [field.name for field in card.fields if field.order == order]
-            group.attrs["field_names"] = np.array(names, dtype=h5py.string_dtype())
-        for fields, names, values in (
-            (card.state_fields, card.state_channels, state),
-            (card.constant_fields, card.constant_channels, constants),
-        ):
-            for field in fields:
-                assert values is not None
-                chosen = values[..., [names.index(channel) for channel in field.channels], :, :]
-                stored = np.moveaxis(chosen, -3, -1).reshape(*values.shape[:-3], *grid, *(2,) * field.order)
-                data = file[f"t{field.order}_fields"].create_dataset(field.name, data=stored.astype(np.float32))
-                varying = {"time_varying": field.role == "state", "sample_varying": True, "dim_varying": [True, True]}
-                data.attrs.update(varying)
+            group.attrs["field_names"] = _texts(list(own))
+            for name, field in own.items():
+                group[name] = np.float32(field.values)
+                varying = {"time_varying": field.time_varying, "sample_varying": field.sample_varying}
+                group[name].attrs.update({"dim_varying": [True, True], **varying})
+        file.create_group("boundary_conditions")
+        for axis, kind in (boundary or {}).items():
+            entry = file["boundary_conditions"].create_group(f"{axis}_{kind}")
+            entry.attrs.update({"bc_type": kind, "associated_dims": _texts([axis])})
+            entry["mask"] = np.isin(np.arange(grid["xy".index(axis)]), (0, grid["xy".index(axis)] - 1))
     return path
+
+
+def _texts(names: Sequence[str]) -> np.ndarray:
+    return np.array(names, dtype=h5py.string_dtype())
+
+
+def write_file(path: Path, card: Card, state: np.ndarray, constants: np.ndarray | None = None) -> Path:
+    """One file of a card's fields, without boundaries or scalars.
+
+    state: (n, T, C, H, W) in the card's channels; constants: (n, K, H, W).
+    """
+    fields = {}
+    for field in card.fields:
+        values, names = (state, card.state_channels) if field.role == "state" else (constants, card.constant_channels)
+        assert values is not None
+        chosen = values[..., [names.index(channel) for channel in field.channels], :, :]
+        stored = np.moveaxis(chosen, -3, -1).reshape(*values.shape[:-3], *values.shape[-2:], *(2,) * field.order)
+        fields[field.name] = StoredField(field.order, stored, time_varying=field.role == "state")
+    count, frames, _, height, width = state.shape
+    return write_layout(path, fields, (height, width), count, np.arange(frames))
 
 
 def write_stats(folder: Path, card: Card, figures: Mapping[str, Sequence[float]]) -> None:

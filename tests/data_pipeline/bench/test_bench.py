@@ -9,7 +9,8 @@ from pathlib import Path
 import h5py
 import pytest
 
-from data_pipeline.bench.run import KEYS, PAPER_WINDOWS_PER_S, bench, verdict
+from data_pipeline.bench.report import KEYS, PAPER_WINDOWS_PER_S, verdict
+from data_pipeline.bench.run import bench
 from data_pipeline.errors import UserError
 
 GRAY_SCOTT = "gray_scott_reaction_diffusion"

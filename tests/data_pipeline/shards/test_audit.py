@@ -1,6 +1,7 @@
 """Faults planted into real HDF5 files are found where they are, healthy data give no alarm."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from data_pipeline.miniwell.gray_scott import evolve
 from data_pipeline.shards.audit import STILL_FRAMES, TrajectoryAudit
 from data_pipeline.shards.build import build_shards
 from data_pipeline.shards.findings import Finding
+from data_pipeline.shards.listing import findings_table
 from data_pipeline.shards.review import Review, audit
 from data_pipeline.shards.split_audit import condense
 from data_pipeline.well.hdf5 import split_files
@@ -135,9 +137,10 @@ def test_short_still_tail_is_not_reported(tmp_path: Path) -> None:
     assert of_kind(audit(gray_scott_well(tmp_path, state), REGISTRY, jobs=1), "stationary") == []
 
 
-def watch(frames: np.ndarray, block: int = 4) -> TrajectoryAudit:
-    """An audit of frames (T, C, H, W) that came in blocks."""
-    watcher = TrajectoryAudit([f"c{channel}" for channel in range(frames.shape[1])], (), frames.shape[2:])
+def watch(frames: np.ndarray, block: int = 4, std: float | None = None) -> TrajectoryAudit:
+    """An audit of frames (T, C, H, W) that came in blocks; std: of every channel, if known."""
+    names = [f"c{channel}" for channel in range(frames.shape[1])]
+    watcher = TrajectoryAudit(names, (), frames.shape[2:], std and dict.fromkeys(names, std))
     for first in range(0, len(frames), block):
         watcher.add(frames[first : first + block])
     return watcher
@@ -158,6 +161,29 @@ def test_variance_near_zero_is_that_of_all_points(at: tuple[int, int], height: f
     assert (frames[1].var(dtype=np.float64) < 1e-6) == flat
     found = [one for one in watch(frames).findings("a.hdf5", 0) if one.kind == "zero_variance"]
     assert [(one.severity, one.frames) for one in found] == ([("warning", ((1, 2),))] if flat else [])
+
+
+def test_no_variance_is_seen_far_from_where_the_run_began() -> None:
+    frames = np.zeros((4, 1, 40, 48), np.float32)
+    frames[:, 0] = spread((40, 48))
+    frames[2:] = 7.7e9  # where sums of squares in float64 have lost all that is below 1e-6
+    (found,) = [one for one in watch(frames).findings("a.hdf5", 0) if one.kind == "zero_variance"]
+    assert found.frames == ((2, 4),)
+
+
+@pytest.mark.parametrize("std", [None, 0.1])
+@pytest.mark.parametrize("block", [1, 4, 40])
+def test_something_small_that_moves_is_not_still(std: float | None, block: int) -> None:
+    """A dot that the subsample never sees, with the same lowest and highest value in every frame."""
+    frames = np.zeros((40, 1, 64, 64), np.float32)
+    frames[:20, 0] = spread((20, 64, 64))
+    for frame in range(20, 40):
+        frames[frame, 0, 1, 2 * (frame - 20) + 1] = 1
+    moving = watch(frames, block, std).findings("a.hdf5", 0)
+    assert [one for one in moving if one.kind == "stationary"] == []
+    frames[28:] = frames[27]
+    (found,) = [one for one in watch(frames, block, std).findings("a.hdf5", 0) if one.kind == "stationary"]
+    assert found.frames == ((28, 40),)
 
 
 def test_findings_do_not_depend_on_the_blocks() -> None:
@@ -238,6 +264,17 @@ def test_mean_that_disagrees(tmp_path: Path) -> None:
     assert "mean 3.5 and std 0.2887 stated, 0.5" in found[0].detail
 
 
+def test_stats_of_a_split_that_is_here_in_part(tmp_path: Path) -> None:
+    """As `download --first-only` leaves it: the published grid, a few of the published trajectories."""
+    well = gray_scott_well(tmp_path, spread((2, 3, 2, *GRAY_SCOTT.grid)))
+    names = ("mean", "std", "rms", "mean_delta", "std_delta", "rms_delta")
+    write_stats(well / GRAY_SCOTT.name, GRAY_SCOTT, {name: [9.0, 9.0] for name in names})
+    found = serious(audit(well, REGISTRY, jobs=1))
+    assert {(one.kind, one.severity) for one in found} == {("stats_disagree", "warning")}
+    published = sum(trajectories for trajectories, _ in GRAY_SCOTT.train)
+    assert f"({published - 2} of the published trajectories are not here" in found[0].detail
+
+
 def test_lengths_and_grids(tmp_path: Path) -> None:
     well = gray_scott_well(tmp_path, spread((2, 6, 2, 32, 32)), "a.hdf5")
     gray_scott_well(tmp_path, spread((1, 4, 2, 32, 32)), "b.hdf5")
@@ -297,6 +334,20 @@ def test_a_fault_of_many_trajectories_is_told_once() -> None:
     (told,) = [one for one in short if one.kind == "zero_variance"]
     assert (told.trajectory, told.frames) == (None, ((0, 9),))
     assert told.detail.startswith("in 9 of 20 trajectories")
+
+
+def test_what_splits_have_in_common_stands_in_one_line() -> None:
+    grid = Finding("grid", "note", "", None, None, (), "32x32, the card says 64x64")
+    flat = Finding("constant_channel", "warning", "", None, "B", (), "0 at every point of every frame")
+    found = [("a", "train", grid), ("a", "train", flat), ("a", "test", grid), ("b", "test", grid)]
+    assert [re.split(r"\s{2,}", line) for line in findings_table(found, None).splitlines()[1:]] == [
+        ["a", "train", "warning", "constant_channel", "B: 0 at every point of every frame"],
+        ["a", "train,test", "note", "grid", "whole split: 32x32, the card says 64x64"],
+        ["b", "test", "note", "grid", "whole split: 32x32, the card says 64x64"],
+    ]
+    short = findings_table(found, 4).splitlines()
+    assert len(short) == 3
+    assert short[-1].startswith("not shown: 3 notes;")
 
 
 def test_command(well: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

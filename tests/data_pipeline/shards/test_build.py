@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import webdataset
+from handmade_well import spread, write_file
 
 from data_pipeline.cards.registry import load_registry
 from data_pipeline.errors import UserError
@@ -277,21 +278,8 @@ def test_two_runs_do_not_write_the_same_folder(tiny_well: Path, tmp_path: Path) 
 def long_well(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Gray-Scott files with 60 short trajectories, so that a run of one shard each takes a while."""
     well = tmp_path_factory.mktemp("long")
-    rng = np.random.default_rng(0)
     path = well / "gray_scott_reaction_diffusion" / "data" / "train" / "one.hdf5"
-    path.parent.mkdir(parents=True)
-    with h5py.File(path, "w") as file:
-        file.attrs["n_trajectories"] = 60
-        file.create_group("dimensions").attrs["spatial_dims"] = ["x", "y"]
-        for name, size in (("time", 6), ("x", 32), ("y", 32)):
-            file["dimensions"][name] = np.arange(size, dtype=np.float32)
-        file.create_group("scalars").attrs["field_names"] = []
-        file.create_group("boundary_conditions")
-        for order, names in enumerate((["A", "B"], [], [])):
-            file.create_group(f"t{order}_fields").attrs["field_names"] = np.array(names, dtype=h5py.string_dtype())
-        for name in ("A", "B"):
-            data = file["t0_fields"].create_dataset(name, data=rng.random((60, 6, 32, 32), dtype=np.float32))
-            data.attrs.update({"sample_varying": True, "time_varying": True, "dim_varying": [True, True]})
+    write_file(path, CARDS["gray_scott_reaction_diffusion"], spread((60, 6, 2, 32, 32)))
     return well
 
 

@@ -1,11 +1,15 @@
 """How the shards are written: the same bytes for ever, float16, chosen windows, subsets, little memory, from a URL."""
 
+import errno
+import io
 import itertools
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -20,6 +24,8 @@ from data_pipeline.commands import arguments
 from data_pipeline.errors import UserError
 from data_pipeline.shards.build import Built, build_shards
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.review import audit
+from data_pipeline.shards.tar import ShardWriter
 from data_pipeline.well.hdf5 import split_files
 from data_pipeline.windows.reader import ShardReader
 
@@ -59,6 +65,30 @@ def test_shards_have_the_bytes_they_always_had(tmp_path: Path) -> None:
             "2a98f381f1693d351d701a0661e0131001a55ba8c20a64224bce77ec84c514aa",
         ],
     }
+
+
+class _FullForAMoment(io.FileIO):
+    """A file whose disk has no room for writes of one size, and for others has."""
+
+    refused = 0
+
+    def write(self, content: Any) -> int:
+        if len(content) == self.refused:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(content)
+
+
+@pytest.mark.parametrize("refused", [4 * 7, 512, 1024])  # an array, a header, the end
+def test_a_write_that_failed_is_never_lost(tmp_path: Path, refused: int) -> None:
+    before = threading.active_count()
+    with _FullForAMoment(tmp_path / "a.tar", "wb") as file, ShardWriter(file) as writer:
+        file.refused = refused
+        writer.start_array("a.npy", (7,))
+        writer.extend(np.arange(7, dtype="<f4"))  # nobody asks how it ended
+        writer.end_array()
+        with pytest.raises(OSError, match="No space left"):
+            writer.finish("a.tar")
+    assert threading.active_count() == before
 
 
 @pytest.fixture
@@ -124,6 +154,29 @@ def test_nonfinite_values_stop_the_run_unless_skipped(faulty: Path, tmp_path: Pa
     assert manifest.stats["std"]["B"] == pytest.approx(values.std(dtype=np.float64), rel=1e-9)
     stored = ShardReader(tmp_path / "out", GRAY_SCOTT.name, "train").trajectory_frames(1, 6, 1)
     assert np.isnan(stored).sum() == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_values_are_left_out_without_a_word(tmp_path: Path) -> None:
+    state = spread((2, 12, 2, 16, 16))
+    state[1, 4:6, 0, 3, 3], state[1, 6, 0, 3, 3] = np.inf, -np.inf
+    well = gray_scott_well(tmp_path / "well", state)
+    (well / GRAY_SCOTT.name / "stats.yaml").unlink()
+    manifest = one(build_shards(well, tmp_path / "out", jobs=1, skip=["nonfinite"], dtype="float16")).manifest
+    assert manifest.trajectories[1].segments == ((0, 4), (7, 12))
+
+
+def test_float16_shards_of_values_at_the_end_of_their_range_give_no_alarm(tmp_path: Path) -> None:
+    """Rounding takes a concentration of 0, or of -0.1, a little below."""
+    state = spread((2, 12, 2, 16, 16)) - np.float32(0.1)
+    state[0, :, :, 4, 4] = -0.1
+    well = gray_scott_well(tmp_path / "well", state)
+    manifest = one(build_shards(well, tmp_path / "out", jobs=1, dtype="float16")).manifest
+    reader = ShardReader(tmp_path / "out", GRAY_SCOTT.name, "train")
+    assert reader.trajectory_frames(0, 0, 1).min() < np.float32(-0.1)
+    assert {finding.kind for finding in manifest.findings} & {"out_of_range"} == set()
+    (review,) = audit(tmp_path / "out", load_registry(), jobs=1)
+    assert "out_of_range" not in {finding.kind for finding in review.findings}
 
 
 def test_float16_holds_the_values_to_a_thousandth_of_their_std(tiny_well: Path, tmp_path: Path) -> None:
@@ -249,10 +302,12 @@ def test_dry_run_writes_nothing_and_is_right(
         assert row[:2] == ["shear_flow", split]
         counts = [len(manifest.sources), len(manifest.trajectories), manifest.num_windows(2), len(manifest.shards)]
         assert list(map(int, row[2:6])) == counts
-        assert float(row[6]) == pytest.approx(num_bytes / 1e9, abs=0.001)
+        assert float(row[6]) == pytest.approx(num_bytes / 1e6, abs=0.1)
     before = contents(out)
     assert main([*arguments, "--dry-run"]) == 0
     assert capsys.readouterr().out.count("already there") == 3
+    assert main([*arguments, "--dry-run", "--frames-per-chunk", "3"]) == 2  # as without --dry-run
+    assert "holds shards of other files or settings" in capsys.readouterr().err
     assert contents(out) == before
 
 
@@ -269,7 +324,7 @@ def test_shard_says_what_it_found_and_left_out(
     assert "already there, windows chosen again" in capsys.readouterr().out
     assert main(["inspect", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[-4:] == ["stored", "findings", "skipped", "share"]
+    assert lines[0].split()[-4:] == ["y", "findings", "skipped", "share"]
     assert lines[1].split()[-2:] == ["2", "1.000"]
     assert any("nonfinite" in line and "trajectory 1, B, frame 6" in line for line in lines)
     assert not any(line.split()[2:3] == ["note"] for line in lines)
@@ -307,6 +362,19 @@ def test_wrong_options(tiny_well: Path, tmp_path: Path, options: dict, message: 
 @pytest.mark.parametrize(("text", "num_bytes"), [("512M", 2**29), ("1.5K", 1536), ("2g", 2**31), ("77", 77)])
 def test_sizes_are_read(text: str, num_bytes: int) -> None:
     assert arguments.num_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["0", "-2", "two", "1.5"])
+def test_jobs_that_are_none_are_refused(
+    text: str, tiny_well: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (
+        ["audit", str(tiny_well)],
+        ["shard", "--well", str(tiny_well), "--out", str(tmp_path), "--dry-run"],
+    ):
+        with pytest.raises(SystemExit):
+            main([*command, f"--jobs={text}"])
+        assert "expected a whole number above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["512Q", "", "-1M", "0", "M", "infG", "nan"])

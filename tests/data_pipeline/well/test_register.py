@@ -9,6 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from handmade_well import StoredField, write_layout
 
 from data_pipeline.cards.card import Card
 from data_pipeline.cards.registry import VARIABLE, load_registry
@@ -32,41 +33,17 @@ def write_file(
     walls: bool = True,
     arrays: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Two trajectories of random fields (name -> tensor order) in the Well's layout; x periodic, y between walls."""
+    """Two trajectories of random fields (name -> tensor order) and a scalar; x periodic, y between walls."""
     rng = np.random.default_rng(len(path.name))
     time = np.arange(FRAMES) * 0.25 if time is None else time
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        file.attrs.update({"grid_type": "cartesian", "n_spatial_dims": 2, "n_trajectories": 2})
-        dimensions = file.create_group("dimensions")
-        dimensions.attrs["spatial_dims"] = strings(["x", "y"])
-        for name, values in (("time", time), ("x", np.linspace(0, 1, grid[0])), ("y", np.linspace(0, 2, grid[1]))):
-            dimensions[name] = np.float32(values)
-            dimensions[name].attrs["sample_varying"] = False
-        scalars = file.create_group("scalars")
-        scalars.attrs["field_names"] = strings(["nu"])
-        scalars["nu"] = np.float32(0.1)
-        scalars["nu"].attrs.update({"sample_varying": False, "time_varying": False})
-        for order in range(3):
-            group = file.create_group(f"t{order}_fields")
-            own = {name: True for name, of in fields.items() if of == order}
-            own |= dict.fromkeys(constants or {}, False) if order == 0 else {}
-            group.attrs["field_names"] = strings(list(own))
-            for name, varying in own.items():
-                shape = (2, len(time), *grid, *(2,) * order)
-                values = rng.standard_normal(shape) if varying else (constants or {})[name]
-                group[name] = np.float32((arrays or {}).get(name, values))
-                group[name].attrs.update(
-                    {"dim_varying": [True, True], "sample_varying": varying, "time_varying": varying}
-                )
-        boundaries = file.create_group("boundary_conditions")
-        for axis, kind in (("x", "PERIODIC"), ("y", "WALL")) if walls else ():
-            entry = boundaries.create_group(f"{axis}_{kind}")
-            entry.attrs.update({"bc_type": kind, "associated_dims": strings([axis])})
-            mask = np.zeros(grid["xy".index(axis)], bool)
-            mask[[0, -1]] = True
-            entry["mask"] = mask
-    return path
+    stored = {}
+    for name, order in fields.items():
+        values = rng.standard_normal((2, len(time), *grid, *(2,) * order))
+        stored[name] = StoredField(order, (arrays or {}).get(name, values))
+    for name, values in (constants or {}).items():
+        stored[name] = StoredField(0, values, time_varying=False, sample_varying=False)
+    boundary = {"x": "PERIODIC", "y": "WALL"} if walls else {}
+    return write_layout(path, stored, grid, 2, time, {"nu": 0.1}, boundary)
 
 
 def draft(source: Path, directory: Path, name: str | None = None) -> tuple[Registered, Card]:
@@ -129,7 +106,10 @@ def test_names_decide_what_is_canonical_and_the_rest_is_proposed(tmp_path: Path)
     }
     assert registry.channel_cards["S_yx"].duplicate_of == "S_xy"
     said = "\n".join(made.decisions)
-    assert "velocity_x, velocity_y: taken for the canonical channel (velocity along x); is it the same" in said
+    assert (
+        "velocity_x, velocity_y: taken for the canonical channels (velocity along x; velocity along y); the same"
+        in said
+    )
     assert f"momentum_x, momentum_y: proposed; write description and unit in {tmp_path}/cards/channels.yaml" in said
     for name, near in (("rho", "density"), ("Pressure", "pressure"), ("vel_x", "velocity_x"), ("vel_y", "velocity_y")):
         assert f"{name}: is it {near} (" in said

@@ -12,8 +12,10 @@ from the_well.data import WellDataset
 
 from data_pipeline.cards.registry import load_registry
 from data_pipeline.errors import UserError
+from data_pipeline.well.arrival import damage
 from data_pipeline.well.hdf5 import WellFile, dataset_folders, split_files
 from data_pipeline.well.stats import compute_stats, read_stats
+from data_pipeline.well.survey import read_header
 
 CARDS = load_registry().cards
 CARD = CARDS["gray_scott_reaction_diffusion"]
@@ -89,6 +91,25 @@ def test_wall_must_cover_a_whole_side(copy_of) -> None:
             group[name].attrs.update({"bc_type": kind, "associated_dims": ["x", "y"]})
     with WellFile(path, CARDS["helmholtz_staircase"]) as file:
         assert file.boundary == (("WALL", "PERIODIC"), ("WALL", "PERIODIC"))
+
+
+def test_texts_may_be_bytes(copy_of) -> None:
+    """As HDF5 libraries without variable-length strings write them."""
+    path = copy_of("viscoelastic_instability")
+    card = CARDS["viscoelastic_instability"]
+    with WellFile(path, card) as file:
+        expected = file.boundary, file.scalars(0)
+    with h5py.File(path, "r+") as file:
+        file["dimensions"].attrs["spatial_dims"] = np.array([b"x", b"y"])
+        for group in file["boundary_conditions"].values():
+            group.attrs["bc_type"] = np.bytes_(group.attrs["bc_type"])
+            group.attrs["associated_dims"] = np.array([name.encode() for name in group.attrs["associated_dims"]])
+        for name in ("scalars", "t0_fields", "t1_fields", "t2_fields"):
+            file[name].attrs["field_names"] = np.array([one.encode() for one in file[name].attrs["field_names"]])
+    with WellFile(path, card) as file:
+        assert (file.boundary, file.scalars(0)) == expected
+    assert damage(path, None) is None
+    assert [field.name for field in read_header(path)[0]] == [field.name for field in card.fields]
 
 
 def test_times_may_differ_between_trajectories(copy_of) -> None:

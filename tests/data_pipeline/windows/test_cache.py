@@ -1,5 +1,6 @@
 """A cache that several processes share holds what it promises: whole blobs, within its limit, the newest ones."""
 
+import errno
 import fcntl
 import hashlib
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -161,6 +163,56 @@ def test_a_part_that_is_being_written_is_not_evicted(tmp_path: Path) -> None:
     done.set()
     thread.join(30)
     assert present(cache) == {0, 3}
+
+
+def test_parts_that_wait_for_room_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    cache = BlobCache(tmp_path, 2 * SIZE)
+    fetch(cache, 0)
+    with (tmp_path / "used").open() as lock, ThreadPoolExecutor(6) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is released, no one knows how much room there is
+        fetched = [pool.submit(fetch, cache, number) for number in range(1, 7)]
+        deadline = time.monotonic() + 30
+        while len(list((tmp_path / "parts").iterdir())) < 6 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(list((tmp_path / "parts").iterdir())) == 6
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert [future.result(30) for future in fetched] == CONTENTS[1:7]
+    assert held(tmp_path) <= 2 * SIZE
+    assert not list((tmp_path / "parts").iterdir())
+
+
+@pytest.mark.parametrize("limit", [SIZE - 1, 5 * SIZE])
+def test_a_small_blob_that_cannot_be_kept_leaves_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    def full(path: Path, content: bytes) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"raise data.cache_gb|the disk or the quota is full .* lower data.cache_gb"):
+        BlobCache(tmp_path, limit).put(f"{NAMES[0]}-0-{SIZE}", CONTENTS[0])
+    assert not list((tmp_path / "parts").iterdir())
+
+
+def test_a_cache_that_cannot_be_locked_names_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match=r"the cache cannot be locked .No locks available.; set data.cache to a folder"):
+        fetch(BlobCache(tmp_path, 5 * SIZE), 0)
+
+
+def test_a_read_only_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = BlobCache(tmp_path, 5 * SIZE)
+    fetch(cache, 0)
+
+    def read_only(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", read_only)
+    assert cache.read(NAMES[0], SIZE) == CONTENTS[0]
 
 
 def _fetch_many(folder: Path, seed: int, failures: "multiprocessing.Queue[str]") -> None:

@@ -44,7 +44,7 @@ def test_ranks_share_the_global_batch(readers: dict[str, ShardReader], world_siz
         assert torch.equal(torch.cat([part.fields for part in parts]), expected.fields)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2, 20])
 def test_workers_do_not_change_batches_or_their_order(readers: dict[str, ShardReader], workers: int) -> None:
     for expected, batch in zip(load(readers), load(readers, workers=workers), strict=True):
         assert_same(expected, batch)
@@ -74,12 +74,14 @@ def test_sources_say_what_the_shards_hold(readers: dict[str, ShardReader]) -> No
         assert source.tokens == manifest.grid[0] // 2 * (manifest.grid[1] // 2)
 
 
-def test_batch_that_ranks_cannot_share(readers: dict[str, ShardReader]) -> None:
+def test_shares_and_workers_that_cannot_be(readers: dict[str, ShardReader]) -> None:
     schedule = Schedule(sources(readers, 2), batch=12, seed=0)
     with pytest.raises(UserError, match=r"a batch of 12 cannot be shared by 5 processes: use 1, 2, 3, 4, 6, 12"):
         scheduled_batches(readers, schedule, 2, 0, 5, 0, 1)
     with pytest.raises(ValueError, match="rank: expected 0 to 1, got 2"):
         scheduled_batches(readers, schedule, 2, 2, 2, 0, 1)
+    with pytest.raises(ValueError, match="workers: expected 0 or more, got -1"):
+        scheduled_batches(readers, schedule, 2, 0, 1, 0, 1, workers=-1)
 
 
 def test_none_opens_every_dataset(tiny_shards: Path) -> None:
@@ -95,5 +97,6 @@ def test_missing_shards_end_in_the_commands_that_make_them(tmp_path: Path, datas
     message = str(caught.value)
     for name in datasets or ["<dataset>"]:
         assert f"{tmp_path}/{name}/train/manifest.json" in message
+    assert "data-pipeline download --out WELL --datasets NAME" in message
     assert f"data-pipeline shard --well WELL --out {tmp_path}" in message
     assert "data-pipeline simulate --preset mini" in message

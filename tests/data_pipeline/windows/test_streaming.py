@@ -3,14 +3,17 @@
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
-import pickle
+import os
 import shutil
 import tarfile
+import threading
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,7 @@ from data_pipeline.shards.manifest import Manifest, Shard, SourceFile, Trajector
 from data_pipeline.well.stats import DELTA_STATISTICS, VALUE_STATISTICS
 from data_pipeline.windows import fetching
 from data_pipeline.windows.batch import Batch
+from data_pipeline.windows.blocks import WholeShards
 from data_pipeline.windows.loader import open_readers, scheduled_batches, sources
 from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Schedule
@@ -162,7 +166,6 @@ def test_batches_are_those_of_the_local_shards(
     shards: Path, server: FaultyServer, tmp_path: Path, shuffle: str, workers: int
 ) -> None:
     readers = open_readers(server.url, NAMES, "train", stream=settings(tmp_path, shuffle))
-    readers[MAZE].batch(np.array([0, 1]), 2)  # threads are running here when the workers are forked
     assert_all_same(shards, readers, shuffle, workers=workers)
     assert_all_same(shards, readers, shuffle, workers=workers, start=7)
 
@@ -183,14 +186,59 @@ def test_single_reads_and_long_windows_are_those_of_the_local_shards(
 
 
 @pytest.mark.parametrize("shuffle", ["global", "blocks"])
-def test_pickled_readers_are_small_and_read_on(
+def test_batches_are_the_same_with_no_look_ahead_and_many_threads(
     shards: Path, server: FaultyServer, tmp_path: Path, shuffle: str
 ) -> None:
+    """Shards are unmapped and removed from the cache all the time."""
+    options = settings(tmp_path, shuffle, draws_ahead=0, shards_per_block=1, cache_bytes=250_000)
+    readers = open_readers(server.url, NAMES, "train", stream=options)
+    for reader in readers.values():
+        if isinstance(reader.source, WholeShards):
+            reader.source._fetcher.num_maps = 1
+    assert_all_same(shards, readers, shuffle, workers=4, stop=60)
+
+
+def test_shards_are_announced_while_others_are_mapped_and_unmapped(
+    server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "utime", lambda path: time.sleep(0.001))  # as a disk takes its time
+    source = open_readers(server.url, [MAZE], "train", stream=settings(tmp_path, "blocks"))[MAZE].source
+    assert isinstance(source, WholeShards)
+    fetcher, ended = source._fetcher, threading.Event()
+    fetcher.num_maps = 3
+
+    def announce() -> None:
+        for number in itertools.count():
+            if ended.is_set():
+                return
+            fetcher.announce(source, number, set(range(5)))
+            fetcher._announced.clear()
+
+    with ThreadPoolExecutor(1) as pool:
+        announcing = pool.submit(announce)
+        for number in range(100):
+            with fetcher.hold(source, None, {number % 5}):
+                pass
+        ended.set()
+        announcing.result(30)
+
+
+@pytest.mark.parametrize("shuffle", ["global", "blocks"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_an_abandoned_loader_announced_does_not_stay(
+    shards: Path, server: FaultyServer, tmp_path: Path, shuffle: str, workers: int
+) -> None:
     readers = open_readers(server.url, NAMES, "train", stream=settings(tmp_path, shuffle))
-    next(batches(readers, shuffle))
-    content = pickle.dumps(readers)
-    assert len(content) < 30_000
-    assert_all_same(shards, pickle.loads(content), shuffle)
+    stream = batches(readers, shuffle, workers=workers)
+    next(stream)
+    fetcher = readers[MAZE].source._fetcher  # type: ignore[attr-defined]
+    assert fetcher._announced
+    del stream
+    assert not fetcher._announced
+    assert_all_same(shards, readers, shuffle, workers=workers, start=3)
+    assert not fetcher._announced
+    if shuffle == "global":
+        assert (fetcher._held, fetcher._held_bytes) == ({}, 0)
 
 
 def test_without_a_list_of_datasets_the_known_ones_are_tried(server: FaultyServer, tmp_path: Path) -> None:
@@ -268,7 +316,6 @@ def test_a_server_that_stays_away_ends_in_a_message(
     assert "failed 3 times, the last time: the server answers 503" in message
     assert "\nThis was met by draw " in message
     assert f" of {LENGTH} frames of " in message
-    assert not multiprocessing.active_children()  # though the traceback is still held
 
 
 @pytest.fixture
