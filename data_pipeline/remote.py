@@ -175,8 +175,9 @@ class RemoteFile(_Location):
                 if ignored < min(2, self.retries.attempts):
                     raise
                 raise RangesUnsupported(
-                    f"{self}: the server sends the whole file where a part was asked for (no HTTP range support); set "
-                    "`sampling.shuffle: blocks`, which fetches whole shards, or serve the files by another server"
+                    f"{self}: the server sends the whole file where a part was asked for (no HTTP range support). "
+                    "For shards set `sampling.shuffle: blocks`, which fetches them whole; HDF5 files must be downloaded "
+                    "first; or serve the files by another server"
                 ) from error
 
         return self._persist(attempt)

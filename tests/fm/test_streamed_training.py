@@ -58,7 +58,7 @@ def test_a_server_without_ranges_ends_the_run_with_the_setting_to_change(tiny_sh
         file.write_text(dump_recipe(small(server.url, tmp_path / "run", "global", cache=str(tmp_path / "cache"))))
         done = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
-    assert "set `sampling.shuffle: blocks`" in done.stderr
+    assert "For shards set `sampling.shuffle: blocks`" in done.stderr
     assert "Traceback" not in done.stderr
 
 
