@@ -176,8 +176,8 @@ class RemoteFile(_Location):
                     raise
                 raise RangesUnsupported(
                     f"{self}: the server sends the whole file where a part was asked for (no HTTP range support). "
-                    "For shards set `sampling.shuffle: blocks`, which fetches them whole; HDF5 files must be downloaded "
-                    "first; or serve the files by another server"
+                    "For shards set `sampling.shuffle: blocks`, which fetches them whole; download HDF5 files "
+                    "first; or use another server"
                 ) from error
 
         return self._persist(attempt)

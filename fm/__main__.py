@@ -1,4 +1,4 @@
-"""The `fm` command: train, evaluate, compare."""
+"""The `fm` command: train, status, evaluate, compare."""
 
 import argparse
 import sys
@@ -27,6 +27,14 @@ def _train(options: argparse.Namespace) -> int:
     return train_recipe(options.recipe, options.overrides)
 
 
+def _status(options: argparse.Namespace) -> int:
+    from fm.status import read_status, status_json, status_text
+
+    status = read_status(options.run)
+    print(status_json(status) if options.json else status_text(status))
+    return 0
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     from fm.runs import evaluate_run
 
@@ -49,6 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", help="a recipe, such as recipes/quickstart.yaml")
     train.add_argument("overrides", nargs="*", help="section.key=value")
     train.set_defaults(command=_train)
+
+    status = commands.add_parser("status", help="how a run stands: step, rate, time left, checkpoint, scores, events")
+    status.add_argument("run", type=Path, help="run directory")
+    status.add_argument("--json", action="store_true", help="print one JSON object")
+    status.set_defaults(command=_status)
 
     evaluate = commands.add_parser("evaluate", help="score a run's averaged weights: one-step and rollout VRMSE")
     evaluate.add_argument("run", type=Path, help="run directory, or one of its checkpoints")

@@ -5,14 +5,12 @@
         state.json  step, format version, recipe, registry, shard digests, size and SHA-256 of the other files
 
 No RNG state is stored: everything random in training is a function of (seed, step). Nothing is pickled. The files are
-the same whatever launched the run, since parameters and moments are stored by name.
+the same whatever launched the run, since parameters and moments are stored by name. Written by fm/checkpoint_writer.py.
 """
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as serialize_tensors
 
 from data_pipeline.errors import UserError
-from data_pipeline.files import sync_directory
 from fm.model import WaveLiTFM
 
 FORMAT_VERSION = 1
@@ -35,57 +31,12 @@ def step_directory(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-def save_checkpoint(
-    root: Path,
-    step: int,
-    model: WaveLiTFM,
-    ema: WaveLiTFM,
-    optimizer: torch.optim.Optimizer,
-    facts: Mapping[str, Any],
-) -> Path:
-    """Write the state after `step` optimiser steps and return its folder.
-
-    `facts` (JSON types) are stored in state.json. The files go to a temporary sibling, are synced, and the folder is
-    renamed, so a crash at any moment leaves either the whole checkpoint or none. Raises UserError when the disk is
-    full or not writable; the temporary files are removed and earlier checkpoints are untouched.
-    """
-    final = step_directory(root, step)
-    temporary = root / f".writing_{final.name}"
-    files = {
-        "model.json": json.dumps(model.description(), indent=1).encode(),
-        "model.safetensors": serialize_tensors(_contiguous(model.state_dict())),
-        "ema.safetensors": serialize_tensors(_contiguous(ema.state_dict())),
-        "optimizer.safetensors": serialize_tensors(_optimizer_tensors(model, optimizer)),
-    }
-    digests = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    state = {"format_version": FORMAT_VERSION, "step": step, **facts, "files": digests}
-    files["state.json"] = json.dumps(state, indent=1).encode()
-    try:
-        for leftover in root.glob(".writing_*"):
-            shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-        for name, data in files.items():
-            _write_synced(temporary / name, data)
-        sync_directory(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        sync_directory(root)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"could not save the checkpoint {final}: {error.strerror}.\n"
-            f"Earlier checkpoints in {root} are untouched. Free some space or make the folder writable, then start the "
-            "same command again: it continues from the newest whole checkpoint."
-        ) from error
-    return final
-
-
-def prune_checkpoints(root: Path, keep: int, keep_every: int | None) -> None:
-    """Delete all but the `keep` newest checkpoints and those at multiples of `keep_every`."""
-    for path in _by_step(root)[keep:]:
-        if not (keep_every and _step_of(path) % keep_every == 0):
-            shutil.rmtree(path)
+def list_checkpoints(root: Path) -> dict[int, Path]:
+    """Step -> folder of the checkpoints under `root`, newest first. Whole or not: `verify_checkpoint` tells."""
+    if not root.is_dir():
+        return {}
+    found = [p for p in root.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()]
+    return dict(sorted(((int(p.name.removeprefix("step_")), p) for p in found), reverse=True))
 
 
 def newest_checkpoint(root: Path, report: Callable[[str], None]) -> Path | None:
@@ -94,8 +45,8 @@ def newest_checkpoint(root: Path, report: Callable[[str], None]) -> Path | None:
     Found by scanning and verified against the sizes and digests in state.json; a damaged one is reported and the one
     before it is tried. If none of those present is whole: UserError.
     """
-    found = _by_step(root)
-    for path in found:
+    found = list_checkpoints(root)
+    for path in found.values():
         try:
             verify_checkpoint(path)
         except UserError as error:
@@ -180,25 +131,11 @@ def find_checkpoint(path: Path) -> Path:
     return newest
 
 
-def _by_step(root: Path) -> list[Path]:
-    if not root.is_dir():
-        return []
-    return sorted((p for p in root.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()), key=_step_of, reverse=True)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
-
-
-def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _optimizer_tensors(model: WaveLiTFM, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(model: WaveLiTFM, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Moments as "<parameter>/<moment>"; a parameter that never had a gradient has none."""
     names = [name for name, _ in model.named_parameters()]
     state = optimizer.state_dict()["state"]
-    return _contiguous({f"{names[i]}/{key}": value for i, moments in state.items() for key, value in moments.items()})
+    return {f"{names[i]}/{key}": value for i, moments in state.items() for key, value in moments.items()}
 
 
 def _load_optimizer(model: WaveLiTFM, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -233,10 +170,3 @@ def _require_same(path: Path, saved: Any, wanted: Any, key: str = "") -> None:
 def _brief(value: Any) -> str:
     text = "absent" if value is None else json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _write_synced(file: Path, data: bytes) -> None:
-    with file.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -1,19 +1,20 @@
-"""The record of a run: recipe.yaml, log.jsonl, TensorBoard, the console. Main process only; silent on the others."""
+"""The record of a run: recipe.yaml, run.json, logs, TensorBoard, the console. Main process only; silent elsewhere."""
 
 import resource
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from types import TracebackType
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from data_pipeline.files import atomic_file
 from data_pipeline.windows.schedule import Schedule
 from fm.model import WaveLiTFM
 from fm.settings import Recipe, dump_recipe
-from fm.tracking import Dashboard, StepLog, progress_bar
+from fm.tracking import Dashboard, EventLog, StepLog, progress_bar, write_process
 from fm.validation import ValidationResult, protocol_windows
 
 
@@ -56,18 +57,26 @@ class RunRecord(AbstractContextManager):
         self._flops: dict[str, float] = {}  # dataset -> training FLOPs of one model call on one window
         self._since: list[StepResult] = []  # steps since the last scalars
         self._repeated: set[str] = set()  # datasets that a warning was given for
+        self._done = step  # optimiser steps
         if not active:
             return
         directory = recipe.run.directory
         directory.mkdir(parents=True, exist_ok=True)
         text = dump_recipe(replace(recipe, model=model.config))
-        (directory / "recipe.yaml").write_text(text)
+        with atomic_file(directory / "recipe.yaml", durable=False) as file:
+            file.write(text.encode())
+        write_process(directory / "run.json")
         self._log = StepLog(directory / "log.jsonl", step)
+        self._events = EventLog(directory / "events.jsonl", step)
         windows = protocol_windows(recipe.validation.protocol)
-        self._board = Dashboard(directory / "tensorboard", schedule.shares, windows, step)
+        self._board = Dashboard(directory / "tensorboard", schedule.shares, windows, step, self._events.saved)
         self._board.text("recipe", f"```yaml\n{text}```", step)
         if step:
-            self._board.text("events", f"continued from step {step}", step)
+            known = {field.name for field in fields(StepResult)}
+            self._since = [StepResult(**saved) for saved in self._events.saved["pending"] if saved.keys() == known]
+            self._tell("start", f"continued from step {step}", step)
+        else:
+            self._events.write("start", step, text="started")
         self._bar = progress_bar(recipe.train.steps, step, recipe.run.name, shown=recipe.tracking.progress)
         self._warn_of_repeats(recipe.train.steps, step)
         if recipe.sampling.scheme == "adaptive" and recipe.train.steps <= recipe.validation.every:
@@ -80,14 +89,22 @@ class RunRecord(AbstractContextManager):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.active:
+            self._events.write("end", self._done, **self._ending(error))
             self._bar.close()
             self._log.close()
+            self._events.close()
             self._board.close()
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
         if self.active:
             self._bar.write(message, file=sys.stderr)
+
+    def event(self, message: str, step: int) -> None:
+        """Print a message, and keep it among TensorBoard's events."""
+        if self.active:
+            self._tell("message", message, step)
+            self.say(f"step {step}: {message}")
 
     def step(self, result: StepResult) -> None:
         """Log one optimiser step: every one in log.jsonl, TensorBoard scalars every tracking.every."""
@@ -97,13 +114,20 @@ class RunRecord(AbstractContextManager):
         entry = {"step": result.step, "dataset": dataset, "windows": result.windows}
         self._log.write({**entry, "loss": result.loss, "lr": result.lr})
         if not result.moved:
-            self._board.text("events", f"non-finite step skipped ({dataset})", result.step)
+            self._tell("skipped", f"non-finite step skipped ({dataset})", result.step)
         for name, loss in zip(result.datasets, result.losses, strict=True):
             self._board.scalars({f"train_loss/{name}": loss}, result.step)
         self._since.append(result)
+        self._done = result.step
         self._bar.update()
         if result.step % self.recipe.tracking.every == 0 or result.step == self.recipe.train.steps:
             self._scalars(result)
+
+    def settle(self, step: int) -> None:
+        """Called before a checkpoint of `step` is written: a run that continues from it finds this record whole."""
+        if self.active:
+            pending = [asdict(result) for result in self._since]
+            self._events.write("save", step, **self._board.settle(step), pending=pending)
 
     def validation(self, result: ValidationResult, step: int) -> None:
         """Log the scores and pictures of a validation after `step` steps."""
@@ -114,6 +138,7 @@ class RunRecord(AbstractContextManager):
             self._board.fields(dataset, frames.truth, frames.prediction, step)
             self._board.spectrum(dataset, frames.truth, frames.prediction, step)
         ratio = result.mean_ratio
+        self._events.write("validation", step, mean_ratio=ratio, datasets=result.one_step())
         self.say(
             f"step {step}: valid one-step VRMSE / persistence, geometric mean {ratio:.3f}"
             if ratio
@@ -129,10 +154,23 @@ class RunRecord(AbstractContextManager):
         largest = sorted(changes, key=lambda name: abs(after[name] - before[name]), reverse=True)[:3]
         notes = [f"no finite score of {name}: its last one stands, or else the average" for name in unscored]
         body = "\n".join(f"- {line}" for line in [*changes.values(), *notes])
-        self._board.text("events", f"sampling shares from here on\n\n{body}", step)
+        self._tell("shares", f"sampling shares from here on\n\n{body}", step)
         self.say(f"step {step}: sampling shares, largest changes: {', '.join(changes[name] for name in largest)}")
         for note in notes:
             self.say(f"step {step}: {note}")
+
+    def _tell(self, kind: str, text: str, step: int) -> None:
+        """Keep a message in events.jsonl and among TensorBoard's events."""
+        self._events.write(kind, step, text=text)
+        self._board.text("events", text, step)
+
+    def _ending(self, error: BaseException | None) -> dict[str, str]:
+        if error is not None:
+            reason = str(error).strip().partition("\n")[0]
+            return {"state": "failed", "text": f"{type(error).__name__}: {reason}" if reason else type(error).__name__}
+        if self._done < self.recipe.train.steps:
+            return {"state": "interrupted", "text": f"ended after step {self._done}, as asked"}
+        return {"state": "finished", "text": f"finished after step {self._done}"}
 
     def _warn_of_repeats(self, until: int, step: int) -> None:
         """Warn once of each dataset that the first `until` steps pass over more often than sampling.max_passes."""
@@ -145,7 +183,7 @@ class RunRecord(AbstractContextManager):
             warning = repeat_warning(name, passes[name], limit, until)
             if until > step and self.recipe.sampling.scheme == "adaptive":
                 warning = f"at the present shares, {warning}"
-            self._board.text("events", warning, step)
+            self._tell("warning", warning, step)
             self.say(f"warning: {warning}")
 
     def _scalars(self, last: StepResult) -> None:
@@ -172,6 +210,7 @@ class RunRecord(AbstractContextManager):
             values[f"sampling/drawn_share/{name}"] = counts[name] / draws
             values[f"sampling/passes/{name}"] = passes[name]
         self._board.scalars(values, last.step)
+        self._events.write("pace", last.step, steps=len(steps), seconds=elapsed, samples=samples)
         self._warn_of_repeats(last.step, last.step)
         self._bar.set_postfix_str(f"loss {values['train/loss']:.3f}, {samples / elapsed:.1f} samples/s")
 

@@ -22,6 +22,11 @@ class RunSettings:
     name: str  # also the default folder: runs/<name>
     dir: str | None = None  # run directory; null means runs/<name>
     seed: int = 0  # initialisation, sampling and teacher-forcing coins are functions of it
+    stop_at: int | None = None  # end the process after this step, with a checkpoint; train.steps stays the run's length
+
+    def __post_init__(self) -> None:
+        if self.stop_at is not None:
+            _at_least("stop_at", self.stop_at, 1)
 
     @property
     def directory(self) -> Path:
@@ -155,6 +160,8 @@ class CheckpointSettings:
     keep: int = 3  # newest checkpoints kept
     keep_every: int | None = None  # also keep those at multiples of this step
     resume: Literal["auto", "never"] = "auto"  # auto: continue from the newest whole checkpoint
+    # what a failed save does; continue: train on and try again at the next save. The last save of a run always stops it
+    on_error: Literal["stop", "continue"] = "stop"
 
     def __post_init__(self) -> None:
         _at_least("every", self.every, 1)

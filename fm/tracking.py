@@ -1,17 +1,44 @@
-"""What a run writes while it trains: log.jsonl (every step), TensorBoard, the progress bar. Main process only."""
+"""What a run writes while it trains: log.jsonl, events.jsonl, run.json, TensorBoard, the bar. Main process only.
+
+Both logs hold one JSON object a line and are cut back to the checkpoint that a run continues from.
+
+    log.jsonl     {"step", "dataset", "windows", "loss", "lr"}, a line an optimiser step. Nothing in it depends on the
+                  clock or the machine: undisturbed, killed and continued runs leave the same lines. loss: null where
+                  it is not finite; windows: digest of the window ids
+    events.jsonl  {"kind", "step", "time"} (seconds since 1970) and, by kind:
+        start       text                      the process began, or continued, at this step
+        pace        steps, seconds, samples   since the line before: of stepping, without validations and saves
+        save        scalars, texts, pending   before a checkpoint is written: what TensorBoard has of this step, and the
+                                              steps whose means it does not have yet
+        validation  mean_ratio, datasets      {name: {"vrmse", "over_persistence"}}, one step, averaged weights
+        skipped, shares, warning, message     text
+        end         state, text               finished | interrupted | failed; a killed process leaves none
+    run.json      the process that trains, or trained last: host, pid, its start, world size, launcher, versions
+"""
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import platform
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+import psutil
+import torch
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from data_pipeline.files import atomic_file
+
+_OF_A_PROCESS = ("start", "end")  # true whatever step a later process continues from
+_MADE_AGAIN = ("validation", "shares", "warning")  # at a checkpoint's own step, by a run that continues there
 
 
 class StepLog:
@@ -19,12 +46,7 @@ class StepLog:
 
     def __init__(self, file: Path, resume_step: int) -> None:
         """Open for appending after dropping lines past `resume_step` (steps that a killed run took in vain)."""
-        if file.exists():
-            kept = [line for line in file.read_text().splitlines() if _step_of_line(line) <= resume_step]
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(temporary, file)
-        self._stream: TextIO = file.open("a", buffering=1)
+        self._stream = _open_cut(file, lambda line: line["step"] <= resume_step)
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one line; a non-finite loss is written as null."""
@@ -34,34 +56,149 @@ class StepLog:
         self._stream.close()
 
 
-def _step_of_line(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # the torn last line of a killed run
+class EventLog:
+    """events.jsonl: what happened, and when."""
+
+    def __init__(self, file: Path, resume_step: int) -> None:
+        """Open for appending after dropping what a run that continues from `resume_step` does again."""
+        self._stream = _open_cut(file, lambda line: _happened(line, resume_step))
+        lines, _ = parse_lines(file.read_text(errors="replace"))
+        saves = [line for line in lines if line.get("kind") == "save" and line["step"] == resume_step]
+        self.saved: Mapping[str, Any] = {"scalars": {}, "texts": [], "pending": []}  # at `resume_step`
+        if saves and saves[-1].keys() >= self.saved.keys():
+            self.saved = saves[-1]
+
+    def write(self, kind: str, step: int, **facts: Any) -> None:
+        """Append one line; NaN and infinity are written as Python's json does."""
+        self._stream.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **facts}) + "\n")
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def lacks_validation(file: Path, step: int) -> bool:
+    """Whether an events.jsonl tells of no validation after `step` steps. A run without the file is not judged."""
+    if not file.is_file():
+        return False
+    lines, _ = parse_lines(file.read_text(errors="replace"))
+    return not any(line.get("kind") == "validation" and line["step"] == step for line in lines)
+
+
+def parse_lines(text: str) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a log that are JSON objects with a step, and the number of others."""
+    lines, damaged = [], 0
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry["step"], int):
+                raise TypeError
+            lines.append(entry)
+        except (ValueError, KeyError, TypeError, IndexError):
+            damaged += 1
+    return lines, damaged
+
+
+def _happened(line: Mapping[str, Any], resume_step: int) -> bool:
+    kind, step = line.get("kind"), line["step"]
+    return kind in _OF_A_PROCESS or step < resume_step or (step == resume_step and kind not in _MADE_AGAIN)
+
+
+def _open_cut(file: Path, keep: Callable[[dict[str, Any]], bool]) -> TextIO:
+    """Open a log for appending, without the lines that `keep` refuses and those that a kill has torn."""
+    if file.exists():
+        lines, _ = parse_lines(file.read_text(errors="replace"))
+        with atomic_file(file, durable=False) as stream:
+            stream.write("".join(f"{json.dumps(line)}\n" for line in lines if keep(line)).encode())
+    return file.open("a", buffering=1)
 
 
 def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
+def write_process(file: Path) -> None:
+    """Write run.json: what is needed to tell whether this process still lives, and how it was started."""
+    own = psutil.Process()
+    facts = {
+        "host": socket.gethostname(),
+        "pid": own.pid,
+        "process_start": own.create_time(),  # a later process may get the same pid
+        "started": time.time(),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "launcher": _launcher(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "command": sys.argv,
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+    }
+    with atomic_file(file, durable=False) as stream:
+        stream.write(json.dumps(facts, indent=1).encode())
+
+
+def process_lives(facts: Mapping[str, Any]) -> bool | None:
+    """Whether the process that wrote run.json lives; None if it is, or was, on another machine."""
+    if facts["host"] != socket.gethostname():
+        return None
+    try:
+        process = psutil.Process(facts["pid"])
+        same = abs(process.create_time() - facts["process_start"]) < 2.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _launcher() -> str:
+    for name in ("DEEPSPEED", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            return name.lower()
+    return "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "one process"
+
+
 class Dashboard:
     """The TensorBoard of a run (tags: README, "Watch")."""
 
-    def __init__(self, directory: Path, datasets: Iterable[str], windows: Iterable[str], resume_step: int) -> None:
-        """`windows` are the rollout windows of the validation protocol. Events past `resume_step` are purged."""
-        self.writer = SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None, flush_secs=10)
-        names = sorted(datasets)
+    def __init__(
+        self,
+        directory: Path,
+        datasets: Iterable[str],
+        windows: Iterable[str],
+        resume_step: int,
+        saved: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`windows` are the rollout windows of the validation protocol.
+
+        Events from `resume_step` on are purged: a killed run may have written any of them. `saved` (see `settle`) is
+        what that step had when its checkpoint was written; its validation is made again.
+        """
+        self.writer = SummaryWriter(str(directory), purge_step=resume_step, flush_secs=10)
+        self._step, self._scalars, self._texts = resume_step, dict[str, float](), list[tuple[str, str]]()
         if not resume_step:
-            self.writer.add_custom_scalars(_layout(names, list(windows)))
+            self.writer.add_custom_scalars(_layout(sorted(datasets), list(windows)))
+        elif saved:
+            self.scalars(saved["scalars"], resume_step)
+            for tag, body in saved["texts"]:
+                self.text(tag, body, resume_step)
 
     def text(self, tag: str, body: str, step: int) -> None:
+        self._at(step)
+        self._texts.append((tag, body))
         self.writer.add_text(tag, body, step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Write finite and non-finite values alike, under their tags."""
+        self._at(step)
+        self._scalars.update(values)
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
+
+    def settle(self, step: int) -> dict[str, Any]:
+        """Let the files hold all that was written; returns the scalars and texts of `step`, for `saved`."""
+        self._at(step)
+        self.writer.flush()
+        return {"scalars": dict(self._scalars), "texts": list(self._texts)}
+
+    def _at(self, step: int) -> None:
+        if step != self._step:
+            self._step, self._scalars, self._texts = step, {}, []
 
     def fields(self, dataset: str, truth: np.ndarray, prediction: np.ndarray, step: int) -> None:
         """Images of one field (X, Y): truth and prediction on the truth's colour range, and the error."""

@@ -18,7 +18,8 @@ from data_pipeline.errors import UserError
 from data_pipeline.windows.batch import Batch
 from data_pipeline.windows.loader import open_readers, scheduled_batches, sources
 from data_pipeline.windows.reader import ShardReader
-from fm.checkpoint import load_checkpoint, load_pretrained, newest_checkpoint, prune_checkpoints, save_checkpoint
+from fm.checkpoint import load_checkpoint, load_pretrained, newest_checkpoint
+from fm.checkpoint_writer import CheckpointWriter, take_snapshot
 from fm.ema import EMA
 from fm.mixing import Mixing
 from fm.model import ModelConfig, WaveLiTFM
@@ -27,18 +28,25 @@ from fm.record import RunRecord, StepResult
 from fm.runtime import EXIT_DONE, EXIT_INTERRUPTED, StopSignal, make_accelerator
 from fm.settings import Recipe, changed_settings, recipe_to_dict
 from fm.specs import check_names, dataset_specs
+from fm.tracking import lacks_validation
 from fm.unroll import Unroll, forcing_coins, forcing_prob
 from fm.validation import validate
 
 
 def train(recipe: Recipe) -> int:
-    """Run a recipe to its end, or to the first Ctrl-C. Returns the exit code; UserError for what the user can mend."""
+    """Run a recipe to its end, to run.stop_at, or to the first signal that asks it to stop.
+
+    Returns the exit code; UserError for what the user can mend.
+    """
     with StopSignal().listen() as stop:
         trainer = Trainer(recipe)
-        if trainer.step >= recipe.train.steps:
+        if trainer.step >= recipe.train.steps and not trainer.owes_validation:
             trainer.accelerator.print(f"{trainer.directory} is finished at step {trainer.step}; nothing to train.")
             return EXIT_DONE
-        with trainer.open_record() as record:
+        if recipe.run.stop_at is not None and trainer.step >= recipe.run.stop_at:
+            trainer.accelerator.print(f"{trainer.directory} is at step {trainer.step}, where run.stop_at ends it.")
+            return EXIT_DONE
+        with trainer.open_record() as record, trainer.writer:
             code = trainer.train(stop, record)
         trainer.accelerator.end_training()
         return code
@@ -53,6 +61,7 @@ class Trainer:
         self.directory = recipe.run.directory
         self.registry = load_registry(recipe.data.registry)
         self.checkpoints = self.directory / "checkpoints"
+        self.writer = CheckpointWriter(self.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
         check_names(recipe.data.datasets, self.registry)
         self.readers = self._open("train")
         self.valid_readers = self._open("valid") if recipe.validation.every else {}
@@ -61,6 +70,8 @@ class Trainer:
         self.ema = EMA(self.model, recipe.train.ema)
         optimizer = make_optimizer(self.model, recipe.train)
         self.step = self._resume(optimizer)  # optimiser steps done
+        # read by all processes before they meet in prepare, and so before the main one makes up for it
+        self.owes_validation = self._killed_while_validating_the_end()
         self.objective, self.optimizer = self.accelerator.prepare(Unroll(self.model, recipe.loss), optimizer)
         self.skipped = 0
 
@@ -73,18 +84,20 @@ class Trainer:
         """Step to the end of the run; returns the exit code."""
         settings = self.recipe.train
         batches = self._batches()
-        if self.mixing.changes_at(self.step):  # the checkpoint was written before this step's validation
-            self.validate(record)
+        every = self.recipe.validation.every
+        if self.owes_validation or (every and self.step and self.step % every == 0):
+            self.validate(record)  # the checkpoint was written before this step's validation
         while self.step < settings.steps:
             result = self.train_step(batches, stop, record)
             record.step(result)
             last = self.step == settings.steps
-            if last or result.stop or self.step % self.recipe.checkpoint.every == 0:
-                self.save()
-            if result.stop and not last:
-                record.say(f"interrupted: saved step {self.step}; the same command continues from here.")
-                return EXIT_INTERRUPTED
-            every = self.recipe.validation.every
+            stopped = result.stop or self.step == self.recipe.run.stop_at
+            if last or stopped or self.step % self.recipe.checkpoint.every == 0:
+                self.save(record, wait=last or stopped)
+            if stopped and not last:
+                why = "interrupted" if result.stop else "run.stop_at"
+                record.say(f"{why}: saved step {self.step}; the same command continues from here.")
+                return EXIT_INTERRUPTED if result.stop else EXIT_DONE
             if every and (self.step % every == 0 or (last and self.step > every)):
                 self.validate(record)
         return EXIT_DONE
@@ -92,6 +105,7 @@ class Trainer:
     def train_step(self, batches: Iterator[Batch], stop: StopSignal, record: RunRecord) -> StepResult:
         """Fetch, forward, backward, clip, check on all processes that everything is finite, move."""
         settings, started = self.recipe.train, time.perf_counter()
+        self._report_save(self.writer.failure(), record)
         torch.manual_seed(self.recipe.run.seed * 1_000_003 + self.step)  # so that any random layer resumes exactly
         lr = learning_rate(self.step, settings)
         set_learning_rate(self.optimizer, lr)
@@ -133,9 +147,14 @@ class Trainer:
             stop=stopped,
         )
 
-    def save(self) -> None:
-        """Write a checkpoint from the main process; all processes meet here."""
+    def save(self, record: RunRecord, wait: bool) -> None:
+        """Begin to write a checkpoint on the main process, after the one before is written; all processes meet here.
+
+        `wait` until it is on disk where no step follows that would say that it failed.
+        """
         if self.accelerator.is_main_process:
+            self._report_save(self.writer.wait(), record)
+            record.settle(self.step)
             facts = {
                 "recipe": recipe_to_dict(self.recipe),
                 "registry": self.registry.snapshot(),
@@ -143,8 +162,9 @@ class Trainer:
                 "sampling": self.mixing.state(),
             }
             optimizer = self.optimizer.optimizer
-            save_checkpoint(self.checkpoints, self.step, self.model, self.ema.model, optimizer, facts)
-            prune_checkpoints(self.checkpoints, self.recipe.checkpoint.keep, self.recipe.checkpoint.keep_every)
+            self.writer.start(take_snapshot(self.step, self.model, self.ema.model, optimizer, facts))
+            if wait and (failure := self.writer.wait()):
+                raise failure  # whatever checkpoint.on_error: no later save makes up for this one
         self.accelerator.wait_for_everyone()
 
     def validate(self, record: RunRecord) -> None:
@@ -158,6 +178,15 @@ class Trainer:
             unscored = self.mixing.follow(ratios, self.step, self.accelerator)
             record.shares(self.mixing.schedule, unscored, self.step)
         self.accelerator.wait_for_everyone()
+
+    def _report_save(self, failure: UserError | None, record: RunRecord) -> None:
+        """Stop the run where a save has failed, or say so and go on (checkpoint.on_error)."""
+        if failure is None:
+            return
+        if self.recipe.checkpoint.on_error == "stop":
+            raise failure
+        note = "Training goes on (checkpoint.on_error: continue); the next save tries again."
+        record.event(f"{failure}\n{note}", self.step)
 
     def _open(self, split: str) -> dict[str, ShardReader]:
         data = self.recipe.data
@@ -200,6 +229,11 @@ class Trainer:
         for line in changed_settings(state["recipe"], recipe_to_dict(self.recipe)):
             say(f"  changed since: {line}")
         return int(state["step"])
+
+    def _killed_while_validating_the_end(self) -> bool:
+        every, steps = self.recipe.validation.every, self.recipe.train.steps
+        due = every and self.step == steps and (steps % every == 0 or steps > every)
+        return bool(due) and lacks_validation(self.directory / "events.jsonl", steps)
 
     def _shard_digests(self) -> dict[str, str]:
         return {name: reader.manifest.digest for name, reader in self.readers.items()}

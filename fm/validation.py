@@ -40,6 +40,14 @@ class ValidationResult:
         """One-step VRMSE over persistence's by dataset; None where it is not finite."""
         return {name: part["one_step"]["ratio_to_persistence"] for name, part in self.scores["datasets"].items()}
 
+    def one_step(self) -> dict[str, dict[str, float | None]]:
+        """One-step VRMSE, and that over persistence's, by dataset; None where it is not finite."""
+        lead = self.scores["protocol"]["trajectories"]
+        return {
+            name: {"vrmse": part["one_step"][lead], "over_persistence": part["one_step"]["ratio_to_persistence"]}
+            for name, part in self.scores["datasets"].items()
+        }
+
     def scalars(self) -> dict[str, float]:
         """TensorBoard tags and values; NaN where there is no finite score."""
         lead = self.scores["protocol"]["trajectories"]

@@ -21,6 +21,7 @@ from fm.settings import FinetuneSettings, Recipe, dump_recipe
 from fm.trainer import train
 from fm.unroll import forcing_coins, forcing_prob
 
+ROOT = Path(__file__).parents[2]
 DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]
 
 
@@ -120,11 +121,15 @@ def test_killed_runs_continue_bit_for_bit(tiny_shards: Path, tmp_path: Path) -> 
     assert not list((tmp_path / "killed").glob("checkpoints/.writing_*"))
 
 
-def test_ctrl_c_saves_exits_130_and_the_same_command_continues(tiny_shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_exits_130_and_the_same_command_continues(
+    tiny_shards: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     recipe = small(tiny_shards, tmp_path / "run", train={"steps": 40}, checkpoint={"every": 1000})
     process = start(recipe)
     wait_for(lambda: (tmp_path / "run/log.jsonl").is_file() and len(log(tmp_path / "run")) >= 3, process)
-    process.send_signal(signal.SIGINT)
+    for _ in range(2 if number == signal.SIGUSR1 else 1):  # a cluster may warn more than once
+        process.send_signal(number)
     code, output = finish(process)
     assert code == 130, output
     assert "Traceback" not in output
@@ -133,30 +138,55 @@ def test_ctrl_c_saves_exits_130_and_the_same_command_continues(tiny_shards: Path
     assert (tmp_path / f"run/checkpoints/step_{done:08d}").is_dir()
     assert train(recipe) == 0
     assert [line["step"] for line in log(tmp_path / "run")] == list(range(1, 41))
-    assert train(recipe) == 0  # finished: nothing to do
-    assert len(log(tmp_path / "run")) == 40
+
+
+def test_stop_at_ends_with_a_checkpoint_and_changes_nothing(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"train": {"steps": 12}, "validation": {"every": 4}}
+    whole = small(tiny_shards, tmp_path / "whole", **options)
+    assert train(whole) == 0
+    for stop_at in (4, 4, 7):  # a validation step, the same again, and another
+        assert train(small(tiny_shards, tmp_path / "parts", **options, run={"stop_at": stop_at})) == 0
+        assert log(tmp_path / "parts")[-1]["step"] == stop_at
+        assert (tmp_path / f"parts/checkpoints/step_{stop_at:08d}").is_dir()
+    said = capsys.readouterr()
+    assert "run.stop_at: saved step 4; the same command continues from here." in said.err
+    assert "is at step 4, where run.stop_at ends it." in said.out
+    assert train(small(tiny_shards, tmp_path / "parts", **options)) == 0
+    assert log(tmp_path / "parts") == log(tmp_path / "whole")
+    assert last_weights(tmp_path / "parts") == last_weights(tmp_path / "whole")
 
 
 def test_two_processes_see_the_batches_and_the_losses_of_one(tiny_shards: Path, tmp_path: Path) -> None:
     one = small(tiny_shards, tmp_path / "one")
     two = small(tiny_shards, tmp_path / "two")
     assert train(one) == 0
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        code, output = finish(start(two, *launcher))
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    code, output = finish(start(two, *accelerate, "--config_file", str(ROOT / "launch" / "cpu2.yaml")))
     assert code == 0, output
     alone, together = log(tmp_path / "one"), log(tmp_path / "two")
     assert [line["windows"] for line in alone] == [line["windows"] for line in together]
     assert [line["loss"] for line in together] == pytest.approx([line["loss"] for line in alone], rel=1e-4)
+
+
+@pytest.mark.parametrize("asked", ["FSDP", "DeepSpeed"])
+def test_what_the_launcher_asked_for_is_not_dropped_in_silence(tiny_shards: Path, tmp_path: Path, asked: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(f"ACCELERATE_USE_{asked.upper()}", "true")
+        code, output = finish(start(small(tiny_shards, tmp_path / "run")))
+    assert code == 2, output
+    assert f"the launch configuration asks for {asked}, which fm does not train with" in output
+    assert "Traceback" not in output
+
+
+def test_processes_that_are_not_connected_are_refused(tiny_shards: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")  # as left over from another launcher: no rank, no address
+        code, output = finish(start(small(tiny_shards, tmp_path / "run")))
+    assert code == 2, output
+    assert "WORLD_SIZE says 2 processes, but they cannot be connected" in output
+    assert "Traceback" not in output
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
