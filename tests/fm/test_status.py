@@ -32,8 +32,10 @@ def validated(shards: Path, directory: Path, **sections: dict[str, Any]) -> Reci
 
 
 def events(directory: Path) -> list[dict[str, Any]]:
-    file = directory / "events.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    """The whole lines of events.jsonl; a run may be writing the last one."""
+    path = directory / "events.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def curves(directory: Path) -> dict[str, list[Any]]:
