@@ -1,7 +1,9 @@
 """Writes files whole or not at all, and says so when the disk is full."""
 
 import errno
+import fcntl
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +52,27 @@ def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and is_disk_full(error):
             raise disk_full_error(path, error) from error
         raise
+
+
+@contextmanager
+def only_process(folder: Path, doing: str) -> Iterator[None]:
+    """Keeps other processes `doing` the same out of a folder, which is made if need be. UserError if one is there.
+
+    The lock is on the folder itself and ends with the process, however it ends. Where a file system has no locks, as
+    some in a network, nothing is kept out, and that is said.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another {doing} is writing here; wait until it has ended") from error
+        except OSError as error:
+            print(f"{folder}: cannot be locked ({error.strerror}); start no second {doing} here", file=sys.stderr)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_directory(directory: Path) -> None:

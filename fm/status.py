@@ -276,7 +276,7 @@ def _process_text(facts: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
     return (
         f"{facts['pid']} on {facts['host']}{job}, since {_clock(facts['started'])}; "
-        f"{facts.get('launcher')}, world size {facts['world_size']}; {versions}"
+        f"world size {facts['world_size']}; {versions}"
     )
 
 

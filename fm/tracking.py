@@ -13,7 +13,7 @@ Both logs hold one JSON object a line and are cut back to the checkpoint that a 
         validation  mean_ratio, datasets      {name: {"vrmse", "over_persistence"}}, one step, averaged weights
         skipped, shares, warning, message     text
         end         state, text               finished | interrupted | failed; a killed process leaves none
-    run.json      the process that trains, or trained last: host, pid, its start, world size, launcher, versions
+    run.json      the process that trains, or trained last: host, pid, its start, world size, versions
 """
 
 import json
@@ -125,7 +125,6 @@ def write_process(file: Path) -> None:
         "process_start": own.create_time(),  # a later process may get the same pid
         "started": time.time(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "launcher": _launcher(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "command": sys.argv,
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
@@ -144,13 +143,6 @@ def process_lives(facts: Mapping[str, Any]) -> bool | None:
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def _launcher() -> str:
-    for name in ("DEEPSPEED", "FSDP"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
-            return name.lower()
-    return "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "one process"
 
 
 class Dashboard:

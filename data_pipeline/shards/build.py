@@ -5,19 +5,17 @@ manifest.json is written and the records go. So a killed run goes on where it st
 is never taken for a finished one.
 """
 
-import fcntl
-import os
 import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.cards.registry import Channel, Registry, load_registry
 from data_pipeline.errors import UserError
-from data_pipeline.files import TEMPORARY_SUFFIX
+from data_pipeline.files import TEMPORARY_SUFFIX, only_process
 from data_pipeline.remote import is_url
 from data_pipeline.shards.convert import PARTIAL, Part, ShardTask, saved_part, write_shard
 from data_pipeline.shards.dataset_stats import dataset_stats
@@ -74,7 +72,7 @@ def build_shards(
         raise UserError(f"{out}: expected a local folder for the shards; upload them when they are whole")
     out, jobs, registry = Path(out), jobs or available_cores(), registry or load_registry()
     folders, plans = plan_all(well, out, datasets, splits, settings, registry)
-    with _only_writer(out):
+    with only_process(out, "`data-pipeline shard`"):
         done = [built for plan in plans if (built := _finished(plan, chosen)) is not None]
         finished = {built.folder for built in done}
         pending = [plan for plan in plans if plan.folder not in finished]
@@ -126,23 +124,6 @@ def choose_folders(well: Folder, datasets: Sequence[str] | None, registry: Regis
             "them with `data-pipeline download`, or make the mini-Well with `data-pipeline simulate`"
         )
     return {name: folders[name] for name in datasets}
-
-
-@contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Holds a lock on the folder itself, which ends with the process, so that no two runs write the same shards."""
-    out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{out}: another `data-pipeline shard` is writing here; wait until it has ended") from error
-        except OSError:  # some network file systems cannot lock a folder; two runs there would write the same bytes
-            pass
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _finished(plan: Plan, skip: tuple[str, ...]) -> Built | None:

@@ -12,7 +12,7 @@ from data_pipeline.hashing import stream_key
 from data_pipeline.records import digest, encode
 from data_pipeline.shards.manifest import FORMAT_VERSION, ITEM_BYTES, SourceFile
 from data_pipeline.well.hdf5 import SPLITS, WellFile, split_files
-from data_pipeline.well.location import File, Folder, child_file, child_names, file_bytes, read_range, read_text
+from data_pipeline.well.location import File, Folder, child_file, child_names, file_bytes, read_range, read_small
 from data_pipeline.well.stats import read_stats
 
 
@@ -198,7 +198,7 @@ def _stats_key(folder: Folder, train: Sequence[File], card: Card) -> str:
     path = stats_file(folder)
     if path is not None:
         read_stats(path, card)
-        return f"stats.yaml {hashlib.sha256(read_text(path)).hexdigest()}"
+        return f"stats.yaml {hashlib.sha256(read_small(path)).hexdigest()}"
     if not train:
         raise UserError(
             f"{card.name}: expected {folder}/stats.yaml, or train files to compute the statistics from, got neither; "

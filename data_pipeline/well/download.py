@@ -3,15 +3,11 @@
 A file arrives as `<name>.part` and takes its name once it is known to be whole, so whatever bears a final name is good.
 """
 
-import errno
-import fcntl
 import os
-import queue
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -20,8 +16,9 @@ from tqdm import tqdm
 
 from data_pipeline.cards.registry import Card, Registry
 from data_pipeline.errors import UserError
-from data_pipeline.files import is_disk_full, sync_directory
+from data_pipeline.files import is_disk_full, only_process, sync_directory
 from data_pipeline.remote import RemoteFolder, Retries
+from data_pipeline.threads import Threads
 from data_pipeline.transport import Missing
 from data_pipeline.well.addresses import Wanted, chosen_splits, from_folder, from_urls, url_registry
 from data_pipeline.well.arrival import damage
@@ -31,7 +28,7 @@ from data_pipeline.well.stats import read_stats
 _LOOKS_AT_ONCE = 8  # requests for sizes in flight
 _HOPELESS = 8  # failures without a success after which the server counts as gone
 _MOST_LISTED = 20  # failures in the message
-_GRACE_SECONDS = 1.0  # for transfers to notice that the run has ended
+_TICK_SECONDS = 0.2  # between two looks at what has come
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -81,7 +78,7 @@ def download(
             f"{out}: {_readable(need)} are still to come, but the disk has {_readable(free)} free; choose another "
             "folder, or fewer --datasets, fewer --splits or --first-only"
         )
-    with _only_run(out):
+    with only_process(out, "`data-pipeline download`"):
         failures += _fetch_all([one for one in looked if not one.there], jobs)
     failures += _check_against_cards(looked, registry, {one for one, _ in failures})
     _print_result(looked, {one for one, _ in failures})
@@ -95,7 +92,7 @@ def _look(wanted: Sequence[Wanted]) -> tuple[list[Wanted], list[tuple[Wanted, st
     """
     looked, failures = [], []
     with tqdm(total=len(wanted), desc="looking", unit="file", disable=None, leave=False) as bar:
-        for one, result in _in_threads(_look_at, wanted, _LOOKS_AT_ONCE, threading.Event()):
+        for one, result in _in_threads(_look_at, wanted, _LOOKS_AT_ONCE):
             bar.update()
             if isinstance(result, Wanted):
                 looked.append(result)
@@ -130,9 +127,12 @@ def _fetch_all(wanted: Sequence[Wanted], jobs: int) -> list[tuple[Wanted, str]]:
         def tick() -> None:
             bar.update(held + arrived.total - bar.n)
 
-        for one, result in _in_threads(lambda one: _fetch(one, on_bytes), wanted, jobs, stop, tick):
-            if isinstance(result, UserError):
-                failures.append((one, str(result)))
+        try:
+            for one, result in _in_threads(lambda one: _fetch(one, on_bytes), wanted, jobs, tick):
+                if isinstance(result, UserError):
+                    failures.append((one, str(result)))
+        finally:
+            stop.set()
     return failures
 
 
@@ -179,74 +179,24 @@ class _DiskFull(Exception):
 
 
 def _in_threads(
-    function: Callable[[T], R],
-    items: Sequence[T],
-    jobs: int,
-    stop: threading.Event,
-    tick: Callable[[], object] = lambda: None,
+    function: Callable[[T], R], items: Sequence[T], jobs: int, tick: Callable[[], object] = lambda: None
 ) -> Iterator[tuple[T, R | UserError]]:
     """Yields (item, function(item) or the UserError it raised) as they end; any other error is raised.
 
-    The threads are daemons: on Ctrl-C nobody waits for a server that does not answer. `stop` is set at the end.
+    On Ctrl-C, or when the caller stops, what has not begun is dropped and nobody waits for a server without an answer.
     """
-    todo: queue.SimpleQueue[T] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[T, R | BaseException]] = queue.SimpleQueue()
-    for item in items:
-        todo.put(item)
-
-    def work() -> None:
-        while not stop.is_set():
-            try:
-                item = todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                done.put((item, function(item)))
-            except BaseException as error:  # raised in the main thread
-                done.put((item, error))
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(jobs, len(items)))]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in items:
-            item, result = _next(done, tick)
-            if isinstance(result, _DiskFull):
-                raise UserError(str(result)) from result
-            if isinstance(result, BaseException) and not isinstance(result, UserError):
-                raise result
-            yield item, result
-    finally:
-        stop.set()
-        deadline = time.monotonic() + _GRACE_SECONDS
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-
-
-def _next(done: "queue.SimpleQueue[T]", tick: Callable[[], object]) -> T:
-    while True:
-        try:
-            return done.get(timeout=0.2)
-        except queue.Empty:
-            continue
-        finally:
-            tick()
-
-
-@contextmanager
-def _only_run(out: Path) -> Iterator[None]:
-    """Keeps two runs from writing the same files; the lock ends with the process, however it ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".download.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out}: another download writes to this folder; wait for it or stop it") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
-                raise
-            print(f"{out}: this file system has no locks; start no second download to this folder")
-        yield
+    threads = Threads(jobs)
+    waiting = {threads.submit(function, item): item for item in items}
+    while waiting:
+        done, _ = wait(waiting, _TICK_SECONDS, FIRST_COMPLETED)
+        tick()
+        for future in done:
+            error = future.exception()
+            if isinstance(error, _DiskFull):
+                raise UserError(str(error)) from error
+            if error is not None and not isinstance(error, UserError):
+                raise error
+            yield waiting.pop(future), future.result() if error is None else error
 
 
 def _check_against_cards(looked: Sequence[Wanted], registry: Registry, failed: set[Wanted]) -> list[tuple[Wanted, str]]:

@@ -53,7 +53,7 @@ def read_range(file: File, start: int, stop: int) -> bytes:
         return stream.read(stop - start)
 
 
-def read_text(file: File) -> bytes:
+def read_small(file: File) -> bytes:
     """All of a small text file. Raises UserError for one of more than MAX_TEXT_BYTES."""
     if isinstance(file, RemoteFile):
         return file.read(MAX_TEXT_BYTES)

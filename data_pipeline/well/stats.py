@@ -13,7 +13,7 @@ import yaml
 from data_pipeline.cards.registry import Card
 from data_pipeline.errors import UserError
 from data_pipeline.well.hdf5 import WellFile, block_frames
-from data_pipeline.well.location import File, read_text
+from data_pipeline.well.location import File, read_small
 
 Stats = dict[str, dict[str, float]]
 VALUE_STATISTICS = ("mean", "std", "rms")
@@ -110,7 +110,7 @@ def read_stats(path: File, card: Card) -> Stats:
 
     Raises UserError when it is no YAML, lacks a statistic or a field, or holds something else than finite numbers.
     """
-    text = read_text(path)
+    text = read_small(path)
     try:
         content = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError, ArithmeticError) as error:

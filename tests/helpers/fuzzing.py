@@ -1,6 +1,7 @@
 """What the fuzz tests share: mutations of data and bytes, and a guard that sees what Python reaches for."""
 
 import copy
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ class Guard:
     """Notes whatever Python starts, connects to, reads or writes outside `root` while a block is open.
 
     `root` lies in a folder with a file `secret` beside it: nothing in that folder may be opened. Interpreters keep
-    their audit hooks for good, so there is one, and it asks for the guard whose block is open.
+    their audit hooks for good, so the first guard adds one, and it asks for the guard whose block is open.
     """
 
     active: "Guard | None" = None
@@ -40,6 +41,7 @@ class Guard:
     def __init__(self, root: Path) -> None:
         self.root, self.outside = str(root), str(root.parent)
         self.wrong: list[str] = []
+        _add_hook()
 
     def note(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event.startswith(self.FORBIDDEN):
@@ -71,12 +73,13 @@ class Guard:
             assert not self.wrong, self.wrong
 
 
-def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if Guard.active is not None:
-        Guard.active.note(event, arguments)
+@functools.cache
+def _add_hook() -> None:
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if Guard.active is not None:
+            Guard.active.note(event, arguments)
 
-
-sys.addaudithook(_audit)
+    sys.addaudithook(audit)
 
 
 NUMBERS = (0, 1, -1, 2, 3, 7, 100, 2**31, 2**32 + 1, 2**40, 2**63, 10**30, -(2**63), 0.0, 0.5, -1.5, 1e-300, 1e308)

@@ -18,6 +18,7 @@ from handmade_well import spread, write_file
 
 from data_pipeline.cards.registry import load_registry
 from data_pipeline.errors import UserError
+from data_pipeline.files import only_process
 from data_pipeline.shards.build import build_shards
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.well.hdf5 import split_files
@@ -263,15 +264,8 @@ def test_folder_without_a_well(tmp_path: Path) -> None:
 
 
 def test_two_runs_do_not_write_the_same_folder(tiny_well: Path, tmp_path: Path) -> None:
-    import fcntl
-
-    descriptor = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        with pytest.raises(UserError, match="another `data-pipeline shard` is writing here"):
-            build_shards(tiny_well, tmp_path, ["shear_flow"], ["valid"], jobs=1)
-    finally:
-        os.close(descriptor)
+    with only_process(tmp_path, "test"), pytest.raises(UserError, match="another `data-pipeline shard` is writing"):
+        build_shards(tiny_well, tmp_path, ["shear_flow"], ["valid"], jobs=1)
 
 
 @pytest.fixture(scope="module")
@@ -309,12 +303,17 @@ def start(long_well: Path, out: Path, jobs: int, before: str = "") -> subprocess
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_shards(process: subprocess.Popen[str], out: Path, count: int) -> None:
+def run_until(count: int, how: int, long_well: Path, out: Path, jobs: int) -> tuple[int, str]:
+    """Sends a signal to a run that has written `count` shards; returns its exit status and what it said."""
+    process = start(long_well, out, jobs)
     deadline = time.monotonic() + 30
     while len(list(out.glob("*/*/*.tar"))) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.001)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=30)
+    return process.returncode, errors
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -323,11 +322,7 @@ def test_killed_and_run_again_gives_the_same_bytes(
 ) -> None:
     out = tmp_path / "out"
     for count in (5, 25):
-        process = start(long_well, out, jobs)
-        wait_for_shards(process, out, count)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        process.communicate()
+        assert run_until(count, signal.SIGKILL, long_well, out, jobs)[0] == -signal.SIGKILL
         assert not list(out.rglob("manifest.json"))
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar.json")}
     assert len(kept) >= 24
@@ -337,11 +332,8 @@ def test_killed_and_run_again_gives_the_same_bytes(
 
 def test_interrupted_run_says_so_and_goes_on(long_well: Path, long_shards: dict, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start(long_well, out, jobs=2)
-    wait_for_shards(process, out, 5)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
+    status, errors = run_until(5, signal.SIGINT, long_well, out, jobs=2)
+    assert status == 130
     assert "interrupted: what was finished is kept" in errors
     assert "Traceback" not in errors
     assert not list(out.rglob("*.tmp"))
@@ -367,10 +359,7 @@ def test_full_disk_ends_in_a_message(long_well: Path, long_shards: dict, tmp_pat
 
 def test_records_of_another_plan_are_not_used(long_well: Path, long_shards: dict, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start(long_well, out, jobs=1)
-    wait_for_shards(process, out, 5)
-    process.kill()
-    process.communicate()
+    run_until(5, signal.SIGKILL, long_well, out, jobs=1)
     folder = out / "gray_scott_reaction_diffusion" / "train"
     for record in (folder / ".partial").glob("*.json"):  # a torn one beside them has another suffix
         content = json.loads(record.read_text())

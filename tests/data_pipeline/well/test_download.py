@@ -1,6 +1,5 @@
 """Downloads from a server that fails end with whole, verified files, or with a message that names the bad ones."""
 
-import fcntl
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from faulty_server import PAGE, FaultyServer
 
 from data_pipeline.cards.registry import load_registry
 from data_pipeline.errors import UserError
+from data_pipeline.files import only_process
 from data_pipeline.remote import Retries
 from data_pipeline.shards.build import build_shards
 from data_pipeline.well.addresses import url_registry
@@ -229,8 +229,9 @@ download(Path({str(out)!r}), load_registry(), [{NAME!r}], source={server.url!r})
     return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def test_kill_in_the_middle(server: FaultyServer, tmp_path: Path) -> None:
-    """What a killed run has fetched is not fetched again: counted by the server."""
+@pytest.mark.parametrize(("how", "said"), [(signal.SIGKILL, b""), (signal.SIGINT, b"KeyboardInterrupt")])
+def test_a_run_that_is_ended_in_the_middle(server: FaultyServer, tmp_path: Path, how: int, said: bytes) -> None:
+    """What it has fetched is not fetched again: counted by the server."""
     name, source = train_file(server)
     out = tmp_path / "out"
     partial = out / "datasets" / f"{name}.part"
@@ -241,30 +242,15 @@ def test_kill_in_the_middle(server: FaultyServer, tmp_path: Path) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "nothing has arrived"
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.send_signal(how)
+    output, _ = process.communicate(timeout=20)  # it does not wait for the server
+    assert said in output
     held = partial.stat().st_size
     server.heal()
     server.reset()
     get(server, out)
     assert hdf5_files(out / "datasets" / NAME) == hdf5_files(server.folder / NAME)
     assert server.sent[name] == source.stat().st_size - held < source.stat().st_size
-
-
-def test_ctrl_c_leaves_partial_files(server: FaultyServer, tmp_path: Path) -> None:
-    name, _ = train_file(server)
-    out = tmp_path / "out"
-    partial = out / "datasets" / f"{name}.part"
-    server.fail(name, "stall", seconds=30, times=ALWAYS)
-    process = start_download(server, out)
-    deadline = time.monotonic() + 30
-    while not (partial.exists() and partial.stat().st_size):
-        assert time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=20)  # it does not wait for the server
-    assert b"KeyboardInterrupt" in said
-    assert partial.stat().st_size
 
 
 def test_a_disk_that_fills_up(server: FaultyServer, tmp_path: Path) -> None:
@@ -292,10 +278,8 @@ except UserError as error:
 def test_two_runs_at_once(server: FaultyServer, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    with (out / ".download.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another download writes to this folder"):
-            get(server, out)
+    with only_process(out, "test"), pytest.raises(UserError, match="another `data-pipeline download` is writing here"):
+        get(server, out)
 
 
 def test_no_stats_on_the_server(server: FaultyServer, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
