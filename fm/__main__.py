@@ -1,4 +1,4 @@
-"""The `fm` command: train, status, evaluate, compare."""
+"""The `fm` command: train, status, replay, evaluate, compare."""
 
 import argparse
 import sys
@@ -35,6 +35,13 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
+def _replay(options: argparse.Namespace) -> int:
+    from fm.replay import replay, replay_text
+
+    print(replay_text(replay(options.run, options.step, options.shards)))
+    return 0
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     from fm.runs import evaluate_run
 
@@ -62,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("run", type=Path, help="run directory")
     status.add_argument("--json", action="store_true", help="print one JSON object")
     status.set_defaults(command=_status)
+
+    replay = commands.add_parser("replay", help="run one step of a run again, and print what went through it")
+    replay.add_argument("run", type=Path, help="run directory")
+    replay.add_argument("--step", type=int, required=True, metavar="N", help="number of the step, counted from 1")
+    replay.add_argument("--shards", help="folder or URL of the shards (default: the recipe's)")
+    replay.set_defaults(command=_replay)
 
     evaluate = commands.add_parser("evaluate", help="score a run's averaged weights: one-step and rollout VRMSE")
     evaluate.add_argument("run", type=Path, help="run directory, or one of its checkpoints")

@@ -5,13 +5,14 @@
         state.json  step, format version, recipe, registry, shard digests, size and SHA-256 of the other files
 
 No RNG state is stored: everything random in training is a function of (seed, step). Nothing is pickled. The files are
-the same whatever launched the run, since parameters and moments are stored by name. Written by fm/checkpoint_writer.py.
+the same whatever launched the run, however many processes it has: parameters and moments are whole and stored by name,
+these as "<parameter>/<moment>", none for a parameter that no step has moved. Written by fm/checkpoint_writer.py.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from safetensors.torch import load as load_tensors
 from data_pipeline.errors import UserError
 from fm.model import WaveLiTFM
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _STEP = re.compile(r"step_(\d{8,})")
 
 
@@ -93,17 +94,16 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(path: Path, model: WaveLiTFM, ema: WaveLiTFM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Fill model, averaged model and optimiser from a verified checkpoint; returns what state.json holds.
+def load_checkpoint(path: Path, model: WaveLiTFM, average: WaveLiTFM) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Fill model and averaged model from a verified checkpoint; returns what state.json holds, and the moments.
 
     Raises UserError if the architecture, the datasets or their statistics are not those of `model`.
     """
     state = read_state(path)
     _require_same(path, json.loads((path / "model.json").read_text()), model.description())
-    for target, name in ((model, "model.safetensors"), (ema, "ema.safetensors")):
+    for target, name in ((model, "model.safetensors"), (average, "ema.safetensors")):
         target.load_state_dict(_read_tensors(path / name))
-    _load_optimizer(model, optimizer, _read_tensors(path / "optimizer.safetensors"))
-    return state
+    return state, _read_tensors(path / "optimizer.safetensors")
 
 
 def load_pretrained(path: Path) -> WaveLiTFM:
@@ -129,22 +129,6 @@ def find_checkpoint(path: Path) -> Path:
             "Expected a run directory (such as runs/quickstart) or one of its checkpoints."
         )
     return newest
-
-
-def optimizer_tensors(model: WaveLiTFM, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Moments as "<parameter>/<moment>"; a parameter that never had a gradient has none."""
-    names = [name for name, _ in model.named_parameters()]
-    state = optimizer.state_dict()["state"]
-    return {f"{names[i]}/{key}": value for i, moments in state.items() for key, value in moments.items()}
-
-
-def _load_optimizer(model: WaveLiTFM, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    index = {name: i for i, (name, _) in enumerate(model.named_parameters())}
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, moment = key.rpartition("/")
-        state.setdefault(index[name], {})[moment] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:

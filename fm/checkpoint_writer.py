@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,8 +24,7 @@ from safetensors.torch import save as serialize_tensors
 from data_pipeline.errors import UserError
 from data_pipeline.files import sync_directory
 from data_pipeline.threads import Threads
-from fm.checkpoint import FORMAT_VERSION, list_checkpoints, optimizer_tensors, step_directory, verify_checkpoint
-from fm.model import WaveLiTFM
+from fm.checkpoint import FORMAT_VERSION, list_checkpoints, step_directory, verify_checkpoint
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,20 @@ class Snapshot:
 
 
 def take_snapshot(
-    step: int, model: WaveLiTFM, ema: WaveLiTFM, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]
+    step: int,
+    description: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    average: Mapping[str, torch.Tensor],
+    moments: Mapping[str, torch.Tensor],
+    facts: Mapping[str, Any],
 ) -> Snapshot:
     """Copy weights, averaged weights and moments to CPU memory."""
     tensors = {
-        "model.safetensors": _copies(model.state_dict()),
-        "ema.safetensors": _copies(ema.state_dict()),
-        "optimizer.safetensors": _copies(optimizer_tensors(model, optimizer)),
+        "model.safetensors": _copies(weights),
+        "ema.safetensors": _copies(average),
+        "optimizer.safetensors": _copies(moments),
     }
-    return Snapshot(step, copy.deepcopy(model.description()), tensors, copy.deepcopy(dict(facts)))
+    return Snapshot(step, copy.deepcopy(dict(description)), tensors, copy.deepcopy(dict(facts)))
 
 
 def write_checkpoint(root: Path, snapshot: Snapshot) -> Path:
@@ -97,6 +101,14 @@ def prune_checkpoints(root: Path, newest: Path, keep: int, keep_every: int | Non
             f"could not delete old checkpoints in {root}: {error.filename}: {error.strerror}.\n"
             f"{newest} was saved and is whole. Make the folder writable, or raise checkpoint.keep."
         ) from error
+
+
+def keep_incident(root: Path, snapshot: Snapshot, report: Callable[[str], None]) -> None:
+    """Write what preceded a refused step for `fm replay`; the newest three are kept. A failure is reported, no more."""
+    try:
+        prune_checkpoints(root, write_checkpoint(root, snapshot), keep=3, keep_every=None)
+    except UserError as error:
+        report(f"what `fm replay` needs could not be kept: {error}")
 
 
 class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):

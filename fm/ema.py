@@ -1,26 +1,24 @@
 """Exponential moving average of the parameters, float32; evaluation uses it."""
 
-import copy
+from collections.abc import Mapping
 
 import torch
-
-from fm.model import WaveLiTFM
+from torch import Tensor
 
 
 class EMA:
-    """Keeps `model`, a copy whose parameters follow avg <- d * avg + (1 - d) * parameter.
+    """Keeps `average`, which follows parameters by avg <- d * avg + (1 - d) * parameter.
 
-    d = min(decay, (1 + step) / (10 + step)), so that a short run is not averaged over its initialisation.
+    d = min(decay, (1 + step) / (10 + step)), so that a short run is not averaged over its initialisation. Parameters
+    may be slices of those of a model: each element goes its own way.
     """
 
-    def __init__(self, model: WaveLiTFM, decay: float) -> None:
-        self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, average: Mapping[str, Tensor], decay: float) -> None:
+        self.average, self.decay = dict(average), decay
 
     @torch.no_grad()
-    def update(self, model: WaveLiTFM, step: int) -> None:
-        """Fold in the parameters after optimiser step `step` (counted from 0)."""
+    def update(self, parameters: Mapping[str, Tensor], step: int) -> None:
+        """Fold in the parameters, of the same names, after optimiser step `step` (counted from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        average = [p.detach() for p in self.model.parameters()]
-        current = [p.detach() for p in model.parameters()]
-        torch._foreach_lerp_(average, current, 1.0 - decay)
+        current = [parameters[name] for name in self.average]
+        torch._foreach_lerp_(list(self.average.values()), current, 1.0 - decay)

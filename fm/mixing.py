@@ -61,7 +61,7 @@ class Mixing:
         if accelerator.num_processes > 1:
             values = torch.tensor(list(shares.values()), dtype=torch.float64, device=accelerator.device)
             shares = dict(zip(shares, broadcast(values).tolist(), strict=True))
-        self.schedule = self.schedule.with_shares(step * self._train.accumulate, shares)
+        self.schedule = self.schedule.with_shares(step * self._train.draws, shares)
         return unscored
 
     def state(self) -> dict[str, Any]:
@@ -73,16 +73,16 @@ class Mixing:
 
         Raises UserError where the state does not fit the run.
         """
-        planned, draws = self.schedule.shares, step * self._train.accumulate
+        planned, draws = self.schedule.shares, step * self._train.draws
         try:
             if any(first > draws for first, _ in saved["history"]):
-                raise ValueError(f"it goes beyond draw {draws}, where step {step} begins with this train.accumulate")
+                raise ValueError(f"it goes beyond draw {draws}, where step {step} begins with this train.draws")
             self.schedule = self.schedule.with_history(saved["history"])
             self._scores, _ = carry_scores({}, saved["scores"])
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise UserError(
                 f"the checkpoint's history of sampling shares does not fit this run: {error}. Resume with the datasets "
-                "and train.accumulate that it was trained with, or start afresh in another folder with run.dir=..."
+                "and train.draws that it was trained with, or start afresh in another folder with run.dir=..."
             ) from error
         # not ==: another machine may give the recipe's shares another last digit
         if not self.adaptive and any(

@@ -183,6 +183,21 @@ class WaveLiTFM(nn.Module):
         """(C, 1, 1): what the loss multiplies errors of normalised next states by; std / std_delta, or 1 for states."""
         return self._moments(dataset).delta_scale.reciprocal()
 
+    def parameters_by_datasets(self) -> dict[frozenset[str], list[nn.Parameter]]:
+        """The parameters in groups that the same datasets use in their forward passes, by those datasets."""
+        groups: dict[frozenset[str], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            groups.setdefault(self._datasets_using(name), []).append(parameter)
+        return groups
+
+    def _datasets_using(self, parameter: str) -> frozenset[str]:
+        part, _, rest = parameter.partition(".")
+        if part == "lifting":
+            channel = rest.removeprefix("rows.")
+            users = (s.name for s in self.specs.values() if channel in (*s.state_channels, *s.constant_channels))
+            return frozenset(users)
+        return frozenset({rest.partition(".")[0]} if part in ("task_vectors", "heads") else self.specs)
+
     def num_parameters(self) -> int:
         """All trainable numbers, of every dataset."""
         return sum(parameter.numel() for parameter in self.parameters())

@@ -1,6 +1,8 @@
 """AdamW and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -23,19 +25,38 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
     return settings.learning_rate * settings.decay ** (since / settings.decay_every)
 
 
-def make_optimizer(model: torch.nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over all parameters; one whose gradient is None (another dataset's head) is left untouched by a step."""
-    fused = next(model.parameters()).device.type == "cuda"
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=fused or None,
-    )
+class GroupedAdamW(torch.optim.AdamW):
+    """AdamW with a group for the parameters that the same datasets use; groups can rest.
 
+    A step of AdamW on a zero gradient is not none: it decays the moments and moves by what is left of them. So what the
+    step's datasets do not use (heads, task vectors and lifting rows of others) must rest.
+    """
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Write `value` into every parameter group."""
-    for group in optimizer.param_groups:
-        group["lr"] = value
+    def __init__(self, groups: Mapping[frozenset[str], Sequence[torch.nn.Parameter]], settings: TrainSettings) -> None:
+        """`groups` are the parameters by the datasets that use them (`WaveLiTFM.parameters_by_datasets`)."""
+        self.fused = next(iter(groups.values()))[0].device.type == "cuda"
+        super().__init__(
+            [{"params": params, "datasets": datasets, "rests": False} for datasets, params in groups.items()],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=self.fused or None,
+        )
+
+    def let_rest(self, datasets: Collection[str]) -> None:
+        """From now on, steps leave the parameters alone that none of `datasets` uses."""
+        for group in self.param_groups:
+            group["rests"] = group["datasets"].isdisjoint(datasets)
+
+    def set_learning_rate(self, value: float) -> None:
+        for group in self.param_groups:
+            group["lr"] = value
+
+    def step(self, closure: Any = None) -> Any:
+        """A step of the groups that do not rest."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["rests"]]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups

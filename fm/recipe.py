@@ -17,13 +17,16 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.errors import UserError
-from fm.runtime import EXIT_USER_ERROR
+from fm.runtime import EXIT_LOST, EXIT_USER_ERROR, ProcessLost
 from fm.settings import Recipe
 from fm.trainer import train
 
 
 def run(path: str) -> None:
-    """Train the recipe at `path` with the overrides on the command line, and exit (0 done, 2 user error, 130 saved)."""
+    """Train the recipe at `path` with the overrides on the command line, and exit.
+
+    Exit codes: 0 done, 2 the user's mistake, 3 another process of the run is lost, 130 interrupted and saved.
+    """
     sys.exit(main(path, sys.argv[1:]))
 
 
@@ -37,6 +40,14 @@ def main(path: str, overrides: Sequence[str]) -> int:
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except ProcessLost as lost:
+        print(
+            f"\nerror: {lost}.\nIts own last words are among the lines around this. What was saved is kept: the same "
+            "command continues from the newest whole checkpoint (accelerate launch --max_restarts N: by itself).",
+            file=sys.stderr,
+            flush=True,
+        )
+        return EXIT_LOST
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.files import atomic_file
 from data_pipeline.windows.schedule import Schedule
+from fm.guard import Refusal
 from fm.model import WaveLiTFM
 from fm.settings import Recipe, dump_recipe
 from fm.tracking import Dashboard, EventLog, StepLog, progress_bar, write_process
@@ -20,7 +22,7 @@ from fm.validation import ValidationResult, protocol_windows
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimiser step did, over all processes. A step may hold several draws (train.accumulate)."""
+    """What one optimiser step did, over all processes. A step may hold several draws (train.draws)."""
 
     step: int  # optimiser steps done, this one included
     datasets: tuple[str, ...]  # one per draw
@@ -35,7 +37,6 @@ class StepResult:
     model_calls: int  # forward passes of the unroll
     data_seconds: float
     seconds: float
-    moved: bool  # False where a non-finite step was skipped
     stop: bool  # a process was asked to stop
 
     @property
@@ -50,22 +51,27 @@ class StepResult:
 
 
 class RunRecord(AbstractContextManager):
-    """Receives what the trainer does, from the step at which the run starts or continues."""
+    """Receives what the trainer does, from the step at which the run starts or continues.
 
-    def __init__(self, recipe: Recipe, schedule: Schedule, model: WaveLiTFM, step: int, *, active: bool) -> None:
-        self.recipe, self.schedule, self.model, self.active = recipe, schedule, model, active
+    `model` is a whole model like the one that is trained, None where nothing is recorded: on all processes but the main
+    one. `spread` says how the model is spread over processes.
+    """
+
+    def __init__(self, recipe: Recipe, schedule: Schedule, model: WaveLiTFM | None, step: int, spread: str) -> None:
+        self.recipe, self.schedule, self.active = recipe, schedule, model is not None
         self._flops: dict[str, float] = {}  # dataset -> training FLOPs of one model call on one window
         self._since: list[StepResult] = []  # steps since the last scalars
         self._repeated: set[str] = set()  # datasets that a warning was given for
         self._done = step  # optimiser steps
-        if not active:
+        if model is None:
             return
+        self.model = model
         directory = recipe.run.directory
         directory.mkdir(parents=True, exist_ok=True)
         text = dump_recipe(replace(recipe, model=model.config))
         with atomic_file(directory / "recipe.yaml", durable=False) as file:
             file.write(text.encode())
-        write_process(directory / "run.json")
+        write_process(directory / "run.json", spread)
         self._log = StepLog(directory / "log.jsonl", step)
         self._events = EventLog(directory / "events.jsonl", step)
         windows = protocol_windows(recipe.validation.protocol)
@@ -106,6 +112,13 @@ class RunRecord(AbstractContextManager):
             self._tell("message", message, step)
             self.say(f"step {step}: {message}")
 
+    def refusal(self, refusal: Refusal, step: int) -> None:
+        """Log that the guard refused a step; `step` is where the record stands, or where a run goes back to."""
+        if self.active:
+            facts = {"refused": refusal.step, "reason": refusal.reason, "action": refusal.action}
+            self._tell("guard", refusal.text, step, **facts, windows=refusal.windows)
+            self.say(refusal.text)
+
     def step(self, result: StepResult) -> None:
         """Log one optimiser step: every one in log.jsonl, TensorBoard scalars every tracking.every."""
         if not self.active:
@@ -113,8 +126,6 @@ class RunRecord(AbstractContextManager):
         dataset = "+".join(result.datasets)
         entry = {"step": result.step, "dataset": dataset, "windows": result.windows}
         self._log.write({**entry, "loss": result.loss, "lr": result.lr})
-        if not result.moved:
-            self._tell("skipped", f"non-finite step skipped ({dataset})", result.step)
         for name, loss in zip(result.datasets, result.losses, strict=True):
             self._board.scalars({f"train_loss/{name}": loss}, result.step)
         self._since.append(result)
@@ -159,9 +170,9 @@ class RunRecord(AbstractContextManager):
         for note in notes:
             self.say(f"step {step}: {note}")
 
-    def _tell(self, kind: str, text: str, step: int) -> None:
+    def _tell(self, kind: str, text: str, step: int, **facts: Any) -> None:
         """Keep a message in events.jsonl and among TensorBoard's events."""
-        self._events.write(kind, step, text=text)
+        self._events.write(kind, step, text=text, **facts)
         self._board.text("events", text, step)
 
     def _ending(self, error: BaseException | None) -> dict[str, str]:
@@ -177,7 +188,7 @@ class RunRecord(AbstractContextManager):
         limit = self.recipe.sampling.max_passes
         if limit is None:
             return
-        passes = self.schedule.passes(until * self.recipe.train.accumulate)
+        passes = self.schedule.passes(until * self.recipe.train.draws)
         for name in [name for name in passes if passes[name] > limit and name not in self._repeated]:
             self._repeated.add(name)
             warning = repeat_warning(name, passes[name], limit, until)
@@ -190,7 +201,7 @@ class RunRecord(AbstractContextManager):
         """Means over the steps since the last call; throughput while stepping, without validations and checkpoints."""
         steps, self._since = self._since, []
         elapsed = sum(s.seconds for s in steps)
-        draws = last.step * self.recipe.train.accumulate
+        draws = last.step * self.recipe.train.draws
         counts, passes = self.schedule.counts(draws), self.schedule.passes(draws)
         samples = sum(s.samples for s in steps)
         values = {

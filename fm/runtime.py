@@ -2,13 +2,14 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, str_to_bool
 
 from data_pipeline.errors import UserError
@@ -16,33 +17,40 @@ from data_pipeline.errors import UserError
 # How long processes wait for each other: all do while the main one validates, from a slow server perhaps. One that dies
 # takes the others along at once, whatever stands here.
 PATIENCE = timedelta(hours=2)
-EXIT_DONE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
+ZERO_BUCKET = 50_000_000  # numbers that ZeRO exchanges at once; DeepSpeed alone takes ten times as many, 2 GB
+EXIT_DONE, EXIT_USER_ERROR, EXIT_LOST, EXIT_INTERRUPTED = 0, 2, 3, 130
 
 
-def make_accelerator(precision: str) -> Accelerator:
-    """The Accelerator of this process; `precision` is auto, float32 or bf16.
+class ProcessLost(Exception):
+    """Another process of the run has ended, or cannot be reached."""
 
-    Heads and lifting rows of the datasets that a step does not draw have no gradient, hence find_unused_parameters.
-    Raises UserError where something else would run than what the launcher asked for; accelerate does so in silence.
+
+def make_accelerator(clip: float) -> Accelerator:
+    """The Accelerator of this process: its device, and its connection with the others. float32; fm casts by itself.
+
+    `clip` is the gradient norm that DeepSpeed, which clips by itself, is told. Heads and lifting rows of the datasets
+    that a step does not draw have no gradient, hence find_unused_parameters. Raises UserError where something else
+    would run than what the launcher asked for; accelerate does so in silence.
     """
-    for variable, asked in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if _asked_for(variable):
-            raise UserError(
-                f"the launch configuration asks for {asked}, which fm does not train with: a model of this size fits "
-                "on one GPU. Use launch/ddp.yaml, or launch/cpu2.yaml on a CPU"
-            )
     handlers: list = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    has_gpu = torch.cuda.is_available() and not _asked_for("ACCELERATE_USE_CPU")
+    has_gpu = torch.cuda.is_available() and not _is_set("ACCELERATE_USE_CPU")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        handlers.append(InitProcessGroupKwargs(backend="nccl" if has_gpu else "gloo", timeout=PATIENCE))
-    bf16 = precision == "bf16" or (precision == "auto" and has_gpu and torch.cuda.is_bf16_supported())
-    connect_on_cpu = processes > 1 and not has_gpu  # unless told so, accelerate connects none of them
+    zero = asked_for("DEEPSPEED")
+    if processes > 1 or zero:
+        backend = "nccl" if has_gpu else "gloo"
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=PATIENCE))
+        _connect_restarted(backend)
+    connect_on_cpu = processes > 1 and not has_gpu and not zero  # unless told so, accelerate connects none of them
     try:
-        mixed_precision = "bf16" if bf16 else "no"
-        accelerator = Accelerator(cpu=connect_on_cpu, mixed_precision=mixed_precision, kwargs_handlers=handlers)
+        with _hidden("ACCELERATE_USE_FSDP"):  # fm/parallel/fully_sharded.py does it
+            accelerator = Accelerator(
+                cpu=connect_on_cpu,
+                mixed_precision="no",
+                kwargs_handlers=handlers,
+                deepspeed_plugin=_deepspeed_plugin(clip) if zero else None,
+            )
     except ValueError as error:  # an environment left over from another launcher
-        raise UserError(f"WORLD_SIZE says {processes} processes, but they cannot be connected: {error}") from error
+        raise UserError(f"{processes} process(es), as WORLD_SIZE says, cannot be connected: {error}") from error
     kind = accelerator.distributed_type
     if accelerator.num_processes != processes or (processes > 1 and kind == DistributedType.NO):
         raise UserError(
@@ -50,28 +58,132 @@ def make_accelerator(precision: str) -> Accelerator:
             f"{kind.value}, so they would not train one model; start them with `accelerate launch --config_file "
             "launch/ddp.yaml`, or launch/cpu2.yaml on a CPU"
         )
+    if zero and kind != DistributedType.DEEPSPEED:
+        raise UserError(
+            f"the launch configuration asks for DeepSpeed, but accelerate runs {kind.value}, as it does with use_cpu "
+            "or ACCELERATE_USE_CPU; leave that out, DeepSpeed finds out by itself that there is no GPU"
+        )
     return accelerator
 
 
-def _asked_for(variable: str) -> bool:
-    return bool(str_to_bool(os.environ.get(variable, "false")))
+def asked_for(what: str) -> bool:
+    """Whether the launch configuration asks for FSDP or DEEPSPEED."""
+    return _is_set(f"ACCELERATE_USE_{what}")
+
+
+def fsdp_reshards() -> bool:
+    """fsdp_reshard_after_forward of the launch configuration. UserError where it asks for what would be left out."""
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(f"fsdp_config: expected fsdp_version: 2, as in launch/fsdp.yaml, got {version}")
+    for key in ("offload_params", "activation_checkpointing"):
+        if _is_set(f"FSDP_{key.upper()}"):
+            raise UserError(f"fsdp_config asks for fsdp_{key}, which fm does not do; leave it out")
+    return _is_set("FSDP_RESHARD_AFTER_FORWARD", "true")
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What matrix products are cast to, or None; `precision` is auto (bf16 on a GPU that has it), float32 or bf16."""
+    auto = precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if precision == "bf16" or auto else None
+
+
+def _connect_restarted(backend: str) -> None:
+    """Connect processes that the launcher has started again (--max_restarts); otherwise leave that to accelerate.
+
+    The launcher hands every attempt the same store (torch since 2.5), where the attempt before has left addresses at
+    which nobody answers; so each takes a corner of its own. Launchers on several machines may count attempts
+    differently; UserError where they share a store and may restart.
+    """
+    if not _is_set("TORCHELASTIC_USE_AGENT_STORE") or torch.distributed.is_initialized():
+        return
+    if os.environ["GROUP_WORLD_SIZE"] != "1" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        raise UserError(
+            "several machines with --max_restarts would hang when they restart; launch on each of them with "
+            "--rdzv_backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment, as launch/multinode.yaml "
+            "says"
+        )
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if attempt != "0":
+        store, rank, processes = next(torch.distributed.rendezvous("env://", timeout=PATIENCE))
+        corner = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
+        torch.distributed.init_process_group(backend, store=corner, rank=rank, world_size=processes, timeout=PATIENCE)
+
+
+def _deepspeed_plugin(clip: float) -> DeepSpeedPlugin:
+    """What the launch configuration says of ZeRO; everything else is the recipe's. UserError where they disagree."""
+    try:
+        plugin = DeepSpeedPlugin()
+    except ImportError as error:
+        raise UserError(f"DeepSpeed is not installed ({error}): run ./launch/setup deepspeed") from error
+    config = plugin.deepspeed_config
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") not in (1, 2, 3):
+        raise UserError(
+            f"DeepSpeed: expected ZeRO stage 1, 2 or 3, got {zero.get('stage')}; stage 0 is launch/ddp.yaml"
+        )
+    offloaded = [key for key in zero if key.startswith("offload") and zero[key].get("device", "none") != "none"]
+    own = [key for key in ("optimizer", "scheduler") if key in config]
+    cast = [key for key in ("fp16", "bf16") if config.get(key, {}).get("enabled") is True]
+    if offloaded or own or cast:
+        raise UserError(
+            f"the DeepSpeed configuration asks for {', '.join(offloaded + own + cast)}: optimiser, learning rate and "
+            "precision are the recipe's (train.*), and offload is not done; leave these out"
+        )
+    config |= {
+        "train_micro_batch_size_per_gpu": 1,  # the loss is a mean over all windows already
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+    }
+    zero.setdefault("reduce_bucket_size", ZERO_BUCKET)
+    return plugin
+
+
+def _is_set(variable: str, default: str = "false") -> bool:
+    return bool(str_to_bool(os.environ.get(variable, default)))
+
+
+@contextmanager
+def _hidden(variable: str) -> Iterator[None]:
+    value = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[variable] = value
+
+
+@contextmanager
+def naming_lost_processes() -> Iterator[None]:
+    """Raise ProcessLost where torch says, in the words of its transport, that another process does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            reason = str(error).strip().partition("\n")[0]
+            raise ProcessLost(f"another process of this run has ended or cannot be reached ({reason})") from error
+        raise
 
 
 class StopSignal:
     """Set by the first Ctrl-C, SIGTERM or SIGUSR1 (Slurm's warning), so that the loop can finish its step and save.
 
-    A second Ctrl-C or SIGTERM interrupts at once; clusters may send their warning more than once.
+    A second Ctrl-C or SIGTERM interrupts at once. A launcher passes on what the terminal has sent to all processes
+    already, so what comes within a second is the same one; and clusters may send their warning more than once.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    SAME_SECONDS = 1.0
 
     def __init__(self) -> None:
         self.received = False
+        self._first = 0.0
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.received and signum != signal.SIGUSR1:
+        if not self.received:
+            self.received, self._first = True, time.monotonic()
+        elif signum != signal.SIGUSR1 and time.monotonic() - self._first > self.SAME_SECONDS:
             raise KeyboardInterrupt
-        self.received = True
 
     @contextmanager
     def listen(self) -> Iterator["StopSignal"]:

@@ -65,6 +65,8 @@ class SamplingSettings:
     # adaptive: sqrt at first, then after each validation in proportion to sqrt share x score ** power, where the score
     # is one-step validation VRMSE over persistence's
     scheme: Literal["sqrt", "uniform", "proportional", "temperature", "weights", "adaptive"] = "sqrt"
+    # global: processes share every draw; per_rank: windows go to processes by cost, who then work on different datasets
+    draw: Literal["global", "per_rank"] = "global"
     temperature: float = 0.2  # tau of softmax(share / tau), for scheme: temperature
     weights: dict[str, float] | None = None  # dataset -> weight, for scheme: weights
     power: float = 1.0  # how strongly shares follow the scores, for scheme: adaptive; 0 is not at all
@@ -94,8 +96,9 @@ class TrainSettings:
     """Length, batch and optimiser of a run (paper section 4: AdamW, warm-up, exponential decay, clip, EMA)."""
 
     steps: int  # optimiser steps of the whole run; schedules see this number
-    batch: int = 4  # windows per draw over all processes together
-    accumulate: int = 1  # draws per optimiser step
+    global_batch: int = 4  # windows per step over all processes, whatever their number
+    draws: int = 1  # mini-batches, each of one dataset, that make up the global batch
+    micro_batch: int | None = None  # most windows that a process takes through the model at once; null: all it has
     learning_rate: float = 1e-3  # peak
     warmup_steps: int = 5000  # linear from 0 to the peak
     schedule: Literal["exponential", "cosine"] = "exponential"  # after the warm-up
@@ -106,14 +109,17 @@ class TrainSettings:
     clip: float = 1.0  # global gradient norm
     ema: float = 0.999  # decay of the averaged weights; ramps up as (1 + step) / (10 + step)
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else float32
-    nonfinite: Literal["stop", "skip"] = "stop"  # what a non-finite loss or gradient does
-    max_skips: int = 10  # skipped steps tolerated in a run, for nonfinite: skip
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "decay_every"):
+        for name in ("steps", "global_batch", "draws", "decay_every"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "max_skips"):
-            _at_least(name, getattr(self, name), 0)
+        _at_least("warmup_steps", self.warmup_steps, 0)
+        if self.micro_batch is not None:
+            _at_least("micro_batch", self.micro_batch, 1)
+        if self.global_batch % self.draws:
+            raise ValueError(
+                f"global_batch: expected a multiple of the {self.draws} draws it is made of, got {self.global_batch}"
+            )
         for name in ("learning_rate", "clip"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
@@ -121,6 +127,29 @@ class TrainSettings:
             raise ValueError(f"decay: expected a factor in (0, 1], got {self.decay}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema}")
+
+    @property
+    def batch(self) -> int:
+        """Windows per draw over all processes."""
+        return self.global_batch // self.draws
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """What happens to a step whose loss or gradient is not finite, or far above what is usual (fm/guard.py)."""
+
+    # stop: end the run; skip: go on without it; rollback: return to the last checkpoint, and pass it over this time.
+    # Whichever, the weights before it go to <run>/incidents, where `fm replay` finds them.
+    action: Literal["stop", "skip", "rollback"] = "stop"
+    spike: float | None = None  # spreads above the median that are too far, 10 say; null: finite is good enough
+    history: int = 128  # last steps of each dataset that median and spread are taken of
+    max_events: int = 10  # refused steps in a run; one more ends it
+
+    def __post_init__(self) -> None:
+        _at_least("history", self.history, 4)
+        _at_least("max_events", self.max_events, 0)
+        if self.spike is not None and not self.spike > 0:
+            raise ValueError(f"spike: expected a number above 0, or null, got {self.spike}")
 
 
 @dataclass(frozen=True)
@@ -206,6 +235,7 @@ class Recipe:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     model: ModelConfig | None = None  # null: the defaults, or when finetuning the pretrained architecture
     loss: LossSettings = field(default_factory=LossSettings)
+    guard: GuardSettings = field(default_factory=GuardSettings)
     finetune: FinetuneSettings | None = None
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)

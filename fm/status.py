@@ -17,7 +17,7 @@ from fm.tracking import parse_lines, process_lives
 RATE_LINES = 20  # the rate is that of the last so many pace lines of the present process
 QUIET_SECONDS = 600  # longer without a line, on another machine: the run may have ended, or validate
 NUM_EVENTS = 8
-_TOLD = ("start", "skipped", "shares", "warning", "message", "end")
+_TOLD = ("start", "guard", "shares", "warning", "message", "end")
 _TAIL_BYTES = 1 << 16
 
 
@@ -276,7 +276,7 @@ def _process_text(facts: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
     return (
         f"{facts['pid']} on {facts['host']}{job}, since {_clock(facts['started'])}; "
-        f"world size {facts['world_size']}; {versions}"
+        f"world size {facts['world_size']} ({facts.get('spread', 'not known')}); {versions}"
     )
 
 

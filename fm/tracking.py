@@ -11,9 +11,10 @@ Both logs hold one JSON object a line and are cut back to the checkpoint that a 
         save        scalars, texts, pending   before a checkpoint is written: what TensorBoard has of this step, and the
                                               steps whose means it does not have yet
         validation  mean_ratio, datasets      {name: {"vrmse", "over_persistence"}}, one step, averaged weights
-        skipped, shares, warning, message     text
+        guard       text, refused, reason, action, windows   a refused step; windows: {dataset: [window ids]}
+        shares, warning, message     text
         end         state, text               finished | interrupted | failed; a killed process leaves none
-    run.json      the process that trains, or trained last: host, pid, its start, world size, versions
+    run.json      the process that trains, or trained last: host, pid, its start, world size, spread, versions
 """
 
 import json
@@ -116,7 +117,7 @@ def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def write_process(file: Path) -> None:
+def write_process(file: Path, spread: str) -> None:
     """Write run.json: what is needed to tell whether this process still lives, and how it was started."""
     own = psutil.Process()
     facts = {
@@ -125,6 +126,7 @@ def write_process(file: Path) -> None:
         "process_start": own.create_time(),  # a later process may get the same pid
         "started": time.time(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "spread": spread,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "command": sys.argv,
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},

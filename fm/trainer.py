@@ -7,30 +7,42 @@ depend on the history of shares too, which the checkpoints hold.
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
+from accelerate import Accelerator
 
 from data_pipeline.cards.registry import load_registry
 from data_pipeline.errors import UserError
+from data_pipeline.files import only_process
 from data_pipeline.windows.batch import Batch
-from data_pipeline.windows.loader import open_readers, scheduled_batches, sources
-from data_pipeline.windows.reader import ShardReader
-from fm.checkpoint import load_checkpoint, load_pretrained, newest_checkpoint
-from fm.checkpoint_writer import CheckpointWriter, take_snapshot
-from fm.ema import EMA
+from data_pipeline.windows.division import Division, Piece
+from data_pipeline.windows.loader import scheduled_batches, sources
+from data_pipeline.windows.schedule import Draw
+from fm.checkpoint import newest_checkpoint
+from fm.checkpoint_writer import CheckpointWriter, keep_incident
+from fm.guard import Guard, Refusal
+from fm.inputs import build_model, check_same_shards, open_split, shard_digests
 from fm.mixing import Mixing
-from fm.model import ModelConfig, WaveLiTFM
-from fm.optim import learning_rate, make_optimizer, set_learning_rate
+from fm.optim import learning_rate
 from fm.record import RunRecord, StepResult
-from fm.runtime import EXIT_DONE, EXIT_INTERRUPTED, StopSignal, make_accelerator
+from fm.runtime import EXIT_DONE, EXIT_INTERRUPTED, StopSignal, make_accelerator, naming_lost_processes
 from fm.settings import Recipe, changed_settings, recipe_to_dict
-from fm.specs import check_names, dataset_specs
+from fm.specs import check_names
+from fm.state import TrainingState
 from fm.tracking import lacks_validation
-from fm.unroll import Unroll, forcing_coins, forcing_prob
+from fm.unroll import forcing_coins, forcing_prob
 from fm.validation import validate
+
+
+class RollBack(Exception):
+    """The run returns to its last checkpoint, and passes over the steps in `refused` this time."""
+
+    def __init__(self, refusal: Refusal, refused: set[int]) -> None:
+        super().__init__(refusal.reason)
+        self.refusal, self.refused = refusal, refused
 
 
 def train(recipe: Recipe) -> int:
@@ -38,52 +50,93 @@ def train(recipe: Recipe) -> int:
 
     Returns the exit code; UserError for what the user can mend.
     """
+    back: RollBack | None = None
     with StopSignal().listen() as stop:
-        trainer = Trainer(recipe)
-        if trainer.step >= recipe.train.steps and not trainer.owes_validation:
-            trainer.accelerator.print(f"{trainer.directory} is finished at step {trainer.step}; nothing to train.")
-            return EXIT_DONE
-        if recipe.run.stop_at is not None and trainer.step >= recipe.run.stop_at:
-            trainer.accelerator.print(f"{trainer.directory} is at step {trainer.step}, where run.stop_at ends it.")
-            return EXIT_DONE
-        with trainer.open_record() as record, trainer.writer:
+        with naming_lost_processes():
+            accelerator = make_accelerator(recipe.train.clip)
+        while True:
+            try:
+                return _train(recipe, accelerator, stop, back)
+            except RollBack as again:
+                back = again
+                accelerator.free_memory()
+
+
+def _train(recipe: Recipe, accelerator: Accelerator, stop: StopSignal, back: RollBack | None) -> int:
+    with naming_lost_processes():
+        trainer = Trainer(recipe, accelerator, passed_over=back.refused if back else ())
+    say = trainer.say
+    if trainer.step >= recipe.train.steps and not trainer.owes_validation:
+        say(f"{trainer.directory} is finished at step {trainer.step}; nothing to train.")
+        return EXIT_DONE
+    if recipe.run.stop_at is not None and trainer.step >= recipe.run.stop_at:
+        say(f"{trainer.directory} is at step {trainer.step}, where run.stop_at ends it.")
+        return EXIT_DONE
+    if trainer.step:
+        say("\n  changed since: ".join([f"continuing {trainer.directory} from step {trainer.step}", *trainer.changes]))
+    alone = only_process(trainer.directory, "training") if accelerator.is_main_process else nullcontext()
+    with naming_lost_processes():
+        with alone, trainer.open_record() as record, trainer.writer, naming_lost_processes():  # the record has its name
+            if back is not None:
+                record.refusal(back.refusal, trainer.step)
             code = trainer.train(stop, record)
-        trainer.accelerator.end_training()
-        return code
+        accelerator.wait_for_everyone()  # a launcher ends the others when the first has ended
+    accelerator.end_training()
+    return code
 
 
 class Trainer:
-    """A run: its data, model, optimiser, averaged weights, step, and the record of what happened."""
+    """A run: its data, what training changes, and the record of what happened.
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.accelerator = make_accelerator(recipe.train.precision)
+    It continues from its newest whole checkpoint, or from `checkpoint`, and passes over the steps `passed_over`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        passed_over: Collection[int] = (),
+        checkpoint: Path | None = None,
+    ) -> None:
+        self.recipe, self.accelerator = recipe, accelerator
         self.directory = recipe.run.directory
         self.registry = load_registry(recipe.data.registry)
         self.checkpoints = self.directory / "checkpoints"
         self.writer = CheckpointWriter(self.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
         check_names(recipe.data.datasets, self.registry)
-        self.readers = self._open("train")
-        self.valid_readers = self._open("valid") if recipe.validation.every else {}
+        self.readers = open_split(recipe, self.registry, "train")
+        self.valid_readers = open_split(recipe, self.registry, "valid") if recipe.validation.every else {}
         self.mixing = Mixing(recipe, sources(self.readers, recipe.window_length))
-        self.model = self._build_model().to(self.accelerator.device)
-        self.ema = EMA(self.model, recipe.train.ema)
-        optimizer = make_optimizer(self.model, recipe.train)
-        self.step = self._resume(optimizer)  # optimiser steps done
-        # read by all processes before they meet in prepare, and so before the main one makes up for it
+        self.guard = Guard(recipe.guard)
+        self.division = self._divide()
+        self.changes: list[str] = []  # settings that differ from those the run began with
+        model = build_model(recipe, self.readers, self.registry)
+        self.say = self.accelerator.print
+        if checkpoint is None and recipe.checkpoint.resume == "auto":
+            checkpoint = newest_checkpoint(self.checkpoints, self.say)
+        self.state = TrainingState(recipe, model, self.accelerator, checkpoint)
+        if checkpoint is not None and self.state.facts is not None:
+            self._take_up(checkpoint, self.state.facts)
+        self.guard.refused.update(passed_over)
+        self._check_division()
+        # read by all processes before they meet again, and so before the main one makes up for it
         self.owes_validation = self._killed_while_validating_the_end()
-        self.objective, self.optimizer = self.accelerator.prepare(Unroll(self.model, recipe.loss), optimizer)
-        self.skipped = 0
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done."""
+        return self.state.step
 
     def open_record(self) -> RunRecord:
         """The record of this run from the step it continues at; silent but on the main process."""
-        active = self.accelerator.is_main_process
-        return RunRecord(self.recipe, self.mixing.schedule, self.model, self.step, active=active)
+        model = self.state.averaged_model()
+        return RunRecord(self.recipe, self.mixing.schedule, model, self.step, self.state.parallel.name)
 
     def train(self, stop: StopSignal, record: RunRecord) -> int:
         """Step to the end of the run; returns the exit code."""
         settings = self.recipe.train
-        batches = self._batches()
+        batches = self.batches()
         every = self.recipe.validation.every
         if self.owes_validation or (every and self.step and self.step % every == 0):
             self.validate(record)  # the checkpoint was written before this step's validation
@@ -103,47 +156,38 @@ class Trainer:
         return EXIT_DONE
 
     def train_step(self, batches: Iterator[Batch], stop: StopSignal, record: RunRecord) -> StepResult:
-        """Fetch, forward, backward, clip, check on all processes that everything is finite, move."""
+        """Fetch, forward, backward, clip, judge on all processes alike, move."""
         settings, started = self.recipe.train, time.perf_counter()
         self._report_save(self.writer.failure(), record)
         torch.manual_seed(self.recipe.run.seed * 1_000_003 + self.step)  # so that any random layer resumes exactly
-        lr = learning_rate(self.step, settings)
-        set_learning_rate(self.optimizer, lr)
-        drawn, losses, waited = [], [], 0.0
-        for micro in range(settings.accumulate):
-            fetch = time.perf_counter()
-            batch = next(batches).to(self.accelerator.device, non_blocking=True)
-            waited += time.perf_counter() - fetch
-            terms = self._forward_backward(batch, last=micro == settings.accumulate - 1)
-            drawn.append(self.mixing.schedule.draw(batch.draw))
-            assert drawn[-1].dataset == batch.dataset  # else a loader read ahead with shares that have changed since
-            losses.append(torch.stack([terms["loss"].detach(), terms["mse"], terms["wavelet_l1"]]))
-        norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), settings.clip)
-        every_rank, stopped = self._agree(torch.stack(losses), norm, stop.received)
-        finite = bool(torch.isfinite(every_rank).all())
-        if finite:
-            self.optimizer.step()
-            self.ema.update(self.model, self.step)
-        else:
-            record.say(self._refuse([draw.dataset for draw in drawn], every_rank))
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        mean = every_rank[:, :-1].mean(dim=0).view(-1, 3)  # (accumulations, 3)
+        parallel, lr = self.state.parallel, learning_rate(self.step, settings)
+        parallel.optimizer.set_learning_rate(lr)
+        draws = self.division.draws_of(self.step)
+        datasets = tuple(draw.dataset for draw in draws)
+        losses, waited = self._gradient(batches)
+        every_rank, stopped = self._agree(losses, parallel.clip(settings.clip), stop.received)
+        mean = every_rank[:, :-1].sum(dim=0).view(-1, 3)  # (draws, 3)
+        norm = float(every_rank[:, -1].max())
+        refused = self._judge(draws, mean[:, 0].tolist(), norm, record)
+        if not refused:
+            parallel.move(datasets)
+            self.state.ema.update(parallel.shards(), self.step)
+        parallel.forget()
+        self.state.step += 1
         return StepResult(
             step=self.step,
-            datasets=tuple(draw.dataset for draw in drawn),
-            grids=tuple(self.readers[draw.dataset].manifest.grid for draw in drawn),
-            windows=hashlib.sha256("".join(draw.digest() for draw in drawn).encode()).hexdigest()[:16],
+            datasets=datasets,
+            grids=tuple(self.readers[name].manifest.grid for name in datasets),
+            windows=hashlib.sha256("".join(draw.digest() for draw in draws).encode()).hexdigest()[:16],
             losses=tuple(mean[:, 0].tolist()),
             mse=float(mean[:, 1].mean()),
             wavelet_l1=float(mean[:, 2].mean()),
-            grad_norm=float(every_rank[:, -1].max()),
+            grad_norm=norm,
             lr=lr,
-            samples=settings.batch * settings.accumulate,
+            samples=settings.global_batch,
             model_calls=self.recipe.window_length - 1,
             data_seconds=waited,
             seconds=time.perf_counter() - started,
-            moved=finite,
             stop=stopped,
         )
 
@@ -155,14 +199,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._report_save(self.writer.wait(), record)
             record.settle(self.step)
-            facts = {
-                "recipe": recipe_to_dict(self.recipe),
-                "registry": self.registry.snapshot(),
-                "shards": self._shard_digests(),
-                "sampling": self.mixing.state(),
-            }
-            optimizer = self.optimizer.optimizer
-            self.writer.start(take_snapshot(self.step, self.model, self.ema.model, optimizer, facts))
+        snapshot = self.state.snapshot(self._facts())
+        if snapshot is not None:
+            self.writer.start(snapshot)
             if wait and (failure := self.writer.wait()):
                 raise failure  # whatever checkpoint.on_error: no later save makes up for this one
         self.accelerator.wait_for_everyone()
@@ -170,14 +209,101 @@ class Trainer:
     def validate(self, record: RunRecord) -> None:
         """Score the averaged weights on the valid split, on the main process; all processes meet here."""
         ratios = None
-        if self.accelerator.is_main_process:
-            result = validate(self.ema.model, self.valid_readers, self.recipe.validation, self.accelerator.device)
+        model = self.state.averaged_model()
+        if model is not None:
+            result = validate(model, self.valid_readers, self.recipe.validation, self.accelerator.device)
             record.validation(result, self.step)
             ratios = result.ratios()
         if self.mixing.changes_at(self.step):
             unscored = self.mixing.follow(ratios, self.step, self.accelerator)
+            self.division = self._divide()
             record.shares(self.mixing.schedule, unscored, self.step)
         self.accelerator.wait_for_everyone()
+
+    def batches(self) -> Iterator[Batch]:
+        """This process's batches from the current step to the last.
+
+        Batches are read ahead, so they are read up to where shares change; what follows is begun when its first batch
+        is asked for, which is after the validation.
+        """
+        while self.step < self.recipe.train.steps:
+            yield from scheduled_batches(
+                self.readers,
+                self.division,
+                length=self.recipe.window_length,
+                start=self.step,
+                stop=self.mixing.known_until(self.step),
+                workers=self.recipe.data.workers,
+                pin_memory=self.accelerator.device.type == "cuda",
+            )
+
+    def forced(self, draw: int) -> torch.Tensor:
+        """The teacher-forcing coins of a draw of the current step, (batch, K) bool."""
+        settings, finetune = self.recipe.train, self.recipe.finetune
+        prob = forcing_prob(self.step, settings.steps, finetune) if finetune else 1.0
+        steps = self.recipe.window_length - 1
+        return torch.from_numpy(forcing_coins(self.recipe.run.seed, draw, settings.batch, steps, prob))
+
+    def _gradient(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, float]:
+        """Forward and backward of this process's pieces: its parts of loss, mse and wavelet_l1 of each draw (draws, 3)
+        that the sum over processes completes, and the seconds it waited for data."""
+        pieces = self.division.pieces(self.step)
+        losses, waited = torch.zeros(self.division.draws, 3, device=self.accelerator.device), 0.0
+        for number, piece in enumerate(pieces):
+            fetch = time.perf_counter()
+            batch = next(batches).to(self.accelerator.device, non_blocking=True)
+            waited += time.perf_counter() - fetch
+            assert batch.draw == piece.draw
+            assert batch.dataset == self.division.schedule.source(piece.draw).name  # else shares have changed since
+            terms = self._forward_backward(batch, piece, last=number == len(pieces) - 1)
+            share = len(piece.places) / self.recipe.train.batch
+            found = torch.stack([terms["loss"].detach(), terms["mse"], terms["wavelet_l1"]])
+            losses[piece.draw - self.step * self.division.draws] += share * found
+        return losses, waited
+
+    def _forward_backward(self, batch: Batch, piece: Piece, last: bool) -> dict[str, torch.Tensor]:
+        """Losses and gradient of one piece. Processes average gradients, so this one's counts as many times more."""
+        parallel, settings = self.state.parallel, self.recipe.train
+        forced = self.forced(piece.draw)[piece.places].to(batch.fields.device)
+        weight = len(piece.places) * self.accelerator.num_processes / settings.global_batch
+        with parallel.accumulate(last):
+            terms = parallel.objective(batch.fields, batch.constants, forced, batch.dataset)
+            parallel.backward(terms["loss"] * weight)
+        return terms
+
+    def _agree(self, losses: torch.Tensor, norm: torch.Tensor, stop: bool) -> tuple[torch.Tensor, bool]:
+        """Losses (draws x 3) and gradient norm of every process, (processes, n); whether any was stopped."""
+        mine = torch.cat([losses.flatten(), norm.to(losses).reshape(1), losses.new_tensor([float(stop)])])
+        everyone = self.accelerator.gather(mine[None]).cpu()
+        return everyone[:, :-1], bool(everyone[:, -1].any())
+
+    def _judge(self, draws: list[Draw], losses: list[float], norm: float, record: RunRecord) -> bool:
+        """Whether the step's gradient is refused. UserError or RollBack where that ends the run, or this attempt."""
+        number = self.step + 1
+        if number in self.guard.refused:
+            return True  # passed over, after the run was rolled back
+        reason = self.guard.judge([draw.dataset for draw in draws], losses, norm)
+        if reason is None:
+            return False
+        action = self.recipe.guard.action
+        refusal = Refusal(number, reason, action, {draw.dataset: draw.windows.tolist() for draw in draws})
+        snapshot = self.state.snapshot(self._facts())
+        if snapshot is not None:
+            keep_incident(self.directory / "incidents", snapshot, self.say)
+        if action == "stop":
+            record.refusal(refusal, number)
+            raise UserError(
+                f"step {number}: {reason}. The optimiser did not move; the newest checkpoint in {self.checkpoints} is "
+                f"from before it.\nLook at the step with `fm replay {self.directory} --step {number}`. Lower "
+                "train.learning_rate or train.clip, or let the run go on without such steps (guard.action=skip, or "
+                "rollback)."
+            )
+        self.guard.refuse(number)
+        if action == "rollback":
+            self.writer.wait()
+            raise RollBack(refusal, self.guard.refused)
+        record.refusal(refusal, number)
+        return True
 
     def _report_save(self, failure: UserError | None, record: RunRecord) -> None:
         """Stop the run where a save has failed, or say so and go on (checkpoint.on_error)."""
@@ -188,111 +314,39 @@ class Trainer:
         note = "Training goes on (checkpoint.on_error: continue); the next save tries again."
         record.event(f"{failure}\n{note}", self.step)
 
-    def _open(self, split: str) -> dict[str, ShardReader]:
-        data = self.recipe.data
-        stream = data.stream(self.recipe.sampling.shuffle, self.recipe.sampling.shards_per_block)
-        return open_readers(data.shards, data.datasets, split, data.verify, stream, known=tuple(self.registry.cards))
+    def _divide(self) -> Division:
+        """How this process shares the steps of the present schedule with the others."""
+        train, process = self.recipe.train, self.accelerator
+        way = self.recipe.sampling.draw
+        rank, world_size = process.process_index, process.num_processes
+        return Division(self.mixing.schedule, rank, world_size, train.draws, way, train.micro_batch)
 
-    def _build_model(self) -> WaveLiTFM:
-        finetune, config = self.recipe.finetune, self.recipe.model
-        specs = dataset_specs(self.readers, self.registry)
-        if finetune is None:
-            return WaveLiTFM(config or ModelConfig(), specs)
-        pretrained = load_pretrained(Path(finetune.pretrained))
-        if config is not None and config != pretrained.config:
+    def _check_division(self) -> None:
+        if self.recipe.sampling.draw == "per_rank" and not self.state.parallel.holds_whole_model:
             raise UserError(
-                f"model: the recipe's architecture is not that of {finetune.pretrained}.\n"
-                f"Recipe: {config}\nPretrained: {pretrained.config}\nLeave the section out to take the pretrained one."
+                f"sampling.draw: per_rank gives processes different numbers of forward passes, but with "
+                f"{self.state.parallel.name} each needs all processes; use launch/ddp.yaml, or sampling.draw=global"
             )
-        return pretrained.adapted_to(specs)
 
-    def _resume(self, optimizer: torch.optim.Optimizer) -> int:
-        if self.recipe.checkpoint.resume == "never":
-            return 0
-        say = print if self.accelerator.is_main_process else (lambda _: None)
-        found = newest_checkpoint(self.checkpoints, say)
-        if found is None:
-            return 0
-        state = load_checkpoint(found, self.model, self.ema.model, optimizer)
-        digests = self._shard_digests()
-        if state["shards"] != digests:
-            changed = sorted(name for name in digests if state["shards"].get(name) != digests[name])
-            raise UserError(
-                f"{found}: trained on other shards of {', '.join(changed)} than those in {self.recipe.data.shards}; "
-                "the run would not see the same windows. Put the shards back, or start afresh with run.dir=... "
-                "(finetune.pretrained takes the weights along)."
-            )
-        if "sampling" in state:
-            self.mixing.restore(state["sampling"], state["step"])
-        if state["step"] < self.recipe.train.steps:
-            say(f"continuing {self.directory} from step {state['step']}")
-        for line in changed_settings(state["recipe"], recipe_to_dict(self.recipe)):
-            say(f"  changed since: {line}")
-        return int(state["step"])
+    def _facts(self) -> dict:
+        """What state.json holds beside the step, as JSON."""
+        return {
+            "recipe": recipe_to_dict(self.recipe),
+            "registry": self.registry.snapshot(),
+            "shards": shard_digests(self.readers),
+            "sampling": self.mixing.state(),
+            "guard": self.guard.state(),
+        }
+
+    def _take_up(self, checkpoint: Path, facts: dict) -> None:
+        """Continue as a checkpoint's facts say. UserError where the shards are others."""
+        check_same_shards(facts["shards"], self.readers, checkpoint)
+        self.mixing.restore(facts["sampling"], self.step)
+        self.guard.restore(facts["guard"])
+        self.division = self._divide()
+        self.changes = changed_settings(facts["recipe"], recipe_to_dict(self.recipe))
 
     def _killed_while_validating_the_end(self) -> bool:
         every, steps = self.recipe.validation.every, self.recipe.train.steps
         due = every and self.step == steps and (steps % every == 0 or steps > every)
         return bool(due) and lacks_validation(self.directory / "events.jsonl", steps)
-
-    def _shard_digests(self) -> dict[str, str]:
-        return {name: reader.manifest.digest for name, reader in self.readers.items()}
-
-    def _batches(self) -> Iterator[Batch]:
-        """This process's batches from the current step to the last.
-
-        Batches are read ahead, so they are read up to where shares change; what follows is begun when its first batch
-        is asked for, which is after the validation.
-        """
-        accumulate = self.recipe.train.accumulate
-        while self.step < self.recipe.train.steps:
-            yield from scheduled_batches(
-                self.readers,
-                self.mixing.schedule,
-                length=self.recipe.window_length,
-                rank=self.accelerator.process_index,
-                world_size=self.accelerator.num_processes,
-                start=self.step * accumulate,
-                stop=self.mixing.known_until(self.step) * accumulate,
-                workers=self.recipe.data.workers,
-                pin_memory=self.accelerator.device.type == "cuda",
-            )
-
-    def _forward_backward(self, batch: Batch, last: bool) -> dict[str, torch.Tensor]:
-        """Loss and gradients of one draw; processes exchange gradients at the last draw of a step."""
-        forced = torch.from_numpy(self._forced(batch.draw)).to(batch.fields.device)
-        if last:
-            terms = self.objective(batch.fields, batch.constants, forced, batch.dataset)
-            self.accelerator.backward(terms["loss"] / self.recipe.train.accumulate)
-        else:
-            with self.accelerator.no_sync(self.objective):
-                terms = self.objective(batch.fields, batch.constants, forced, batch.dataset)
-                self.accelerator.backward(terms["loss"] / self.recipe.train.accumulate)
-        return terms
-
-    def _forced(self, draw: int) -> np.ndarray:
-        """This process's rows of the draw's teacher-forcing coins."""
-        train, finetune = self.recipe.train, self.recipe.finetune
-        prob = forcing_prob(self.step, train.steps, finetune) if finetune else 1.0
-        coins = forcing_coins(self.recipe.run.seed, draw, train.batch, self.recipe.window_length - 1, prob)
-        return np.array_split(coins, self.accelerator.num_processes)[self.accelerator.process_index]
-
-    def _agree(self, losses: torch.Tensor, norm: torch.Tensor, stop: bool) -> tuple[torch.Tensor, bool]:
-        """Losses (accumulations x 3) and gradient norm of every process, (processes, n); whether any was stopped."""
-        mine = torch.cat([losses.flatten().float(), norm.reshape(1).float(), losses.new_tensor([float(stop)])])
-        everyone = self.accelerator.gather(mine[None]).cpu()
-        return everyone[:, :-1], bool(everyone[:, -1].any())
-
-    def _refuse(self, datasets: list[str], every_rank: torch.Tensor) -> str:
-        """A step with a non-finite loss or gradient: what to say of skipping it, or UserError to stop the run."""
-        ranks = (~torch.isfinite(every_rank).all(dim=1)).nonzero().flatten().tolist()
-        what = f"step {self.step + 1}: non-finite loss or gradient on {', '.join(datasets)} (processes {ranks})"
-        settings = self.recipe.train
-        self.skipped += 1
-        if settings.nonfinite == "skip" and self.skipped <= settings.max_skips:
-            return f"{what}: step skipped, {self.skipped} of at most {settings.max_skips}"
-        raise UserError(
-            f"{what}. The optimiser did not move; the newest checkpoint in {self.checkpoints} is from before it.\n"
-            "Lower train.learning_rate or train.clip, look at the data with `data-pipeline inspect`, or let the run "
-            "pass over such steps with train.nonfinite=skip."
-        )

@@ -40,10 +40,12 @@ class Unroll(nn.Module):
     (scheduled sampling, paper Appendix G). K = 1 is one-step pretraining.
     """
 
-    def __init__(self, model: WaveLiTFM, weights: LossSettings) -> None:
+    def __init__(self, model: WaveLiTFM, weights: LossSettings, autocast: torch.dtype | None = None) -> None:
+        """`autocast` is what matrix products are cast to, if anything."""
         super().__init__()
         self.model = model
         self.weights = weights
+        self.autocast = autocast
 
     def forward(self, fields: Tensor, constants: Tensor, forced: Tensor, dataset: str) -> Mapping[str, Tensor]:
         """Losses of one batch.
@@ -51,6 +53,11 @@ class Unroll(nn.Module):
         fields (B, K + 1, C, H, W) and constants (B, c, H, W) in raw units, forced (B, K) bool.
         Returns scalars: loss (with gradient), mse and wavelet_l1 (unweighted, detached).
         """
+        # Not around the caller: DeepSpeed ends an autocast that it does not know of.
+        with torch.autocast(fields.device.type, self.autocast, enabled=self.autocast is not None):
+            return self._losses(fields, constants, forced, dataset)
+
+    def _losses(self, fields: Tensor, constants: Tensor, forced: Tensor, dataset: str) -> Mapping[str, Tensor]:
         fields = self.model.normalise(fields, dataset)
         constants = self.model.normalise_constants(constants, dataset)
         scale = self.model.residual_scale(dataset)

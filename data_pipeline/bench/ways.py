@@ -18,6 +18,7 @@ from the_well.data import WellDataset
 
 from data_pipeline.cards.card import Card
 from data_pipeline.well.hdf5 import WellFile
+from data_pipeline.windows.division import Division
 from data_pipeline.windows.loader import AHEAD, open_readers, scheduled_batches, sources
 from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Schedule
@@ -132,7 +133,7 @@ def _indexed(reader: ShardReader, data: Data, shuffle: str = "global") -> Read:
 
 def _loader(data: Data, workers: int) -> Read:
     readers = {data.reader.dataset: data.reader}
-    batches = scheduled_batches(readers, data.schedule(), LENGTH, 0, 1, 0, 2**40, workers)
+    batches = scheduled_batches(readers, Division(data.schedule()), LENGTH, 0, 2**40, workers)
     return lambda: next(batches).fields
 
 
@@ -213,9 +214,9 @@ def streaming_cold(data: Data, url: str, shuffle: str, seconds: float) -> dict[s
     for _ in range(_COLD_ROUNDS):
         with tempfile.TemporaryDirectory(prefix="wavelit-bench-") as cache:
             reader = _remote(data, url, shuffle, Path(cache))
-            readers, schedule = {reader.dataset: reader}, data.schedule(shuffle)
+            readers, division = {reader.dataset: reader}, Division(data.schedule(shuffle))
             start = time.perf_counter()
-            for _ in scheduled_batches(readers, schedule, LENGTH, 0, 1, 0, draws):
+            for _ in scheduled_batches(readers, division, LENGTH, 0, draws):
                 pass
             speeds.append(BATCH * draws / (time.perf_counter() - start))
     traffic = reader.traffic

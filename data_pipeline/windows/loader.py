@@ -7,15 +7,19 @@ processes are for, without sending batches between processes, through shared mem
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from itertools import islice
 from pathlib import Path
+
+import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.remote import RemoteFolder, is_url
 from data_pipeline.shards.manifest import MANIFEST_NAME
 from data_pipeline.threads import Threads
 from data_pipeline.windows.batch import Batch
+from data_pipeline.windows.division import Division
 from data_pipeline.windows.reader import ShardReader
-from data_pipeline.windows.schedule import Draw, Schedule, Source
+from data_pipeline.windows.schedule import Draw, Source
 from data_pipeline.windows.streaming import StreamSettings, open_sources
 
 AHEAD = 2  # batches that each thread is ahead
@@ -23,51 +27,33 @@ AHEAD = 2  # batches that each thread is ahead
 
 def scheduled_batches(
     readers: Mapping[str, ShardReader],
-    schedule: Schedule,
+    division: Division,
     length: int,
-    rank: int,
-    world_size: int,
     start: int,
     stop: int,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """One rank's batches of draws start, start + 1, ... stop - 1: a contiguous slice of each global batch.
+    """One process's batches of steps start, start + 1, ... stop - 1: a batch for each of its pieces, in their order.
 
     `workers` threads read ahead; with 0 a batch is read when it is asked for. Batches and their order are the same.
-    Raises UserError if the global batch cannot be shared evenly by `world_size` processes, and later, naming the draw
-    and its windows, for a damaged shard or a server that stays away.
+    Raises UserError, naming the draw and its windows, for a damaged shard or a server that stays away.
     """
     if workers < 0:
         raise ValueError(f"workers: expected 0 or more, got {workers}")
-    windows = _Windows(readers, schedule, length, _share(schedule.batch, rank, world_size), stop, pin_memory)
-    return _read_ahead(windows, range(start, stop), windows.num_threads(workers))
+    windows = _Windows(readers, division, length, start, stop, pin_memory)
+    return _read_ahead(windows, windows.num_threads(workers))
 
 
-def _share(batch: int, rank: int, world_size: int) -> slice:
-    """The places of a global batch that are this rank's."""
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
-    if batch % world_size:
-        divisors = [n for n in range(1, batch + 1) if batch % n == 0]
-        raise UserError(
-            f"a batch of {batch} cannot be shared by {world_size} processes: use "
-            f"{', '.join(map(str, divisors))} processes, or a batch that is a multiple of {world_size}"
-        )
-    share = batch // world_size
-    return slice(rank * share, (rank + 1) * share)
-
-
-def _read_ahead(windows: "_Windows", indices: range, num_threads: int) -> Iterator[Batch]:
+def _read_ahead(windows: "_Windows", num_threads: int) -> Iterator[Batch]:
     threads = Threads(num_threads) if num_threads else None
     coming: deque[Future[Batch]] = deque()
     try:
-        for index in indices:
-            draw = windows.prepare(index)
+        for draw, places in windows:
             if threads is None:
-                yield windows.read(draw)
+                yield windows.read(draw, places)
                 continue
-            coming.append(threads.submit(windows.read, draw))
+            coming.append(threads.submit(windows.read, draw, places))
             if len(coming) > AHEAD * num_threads:
                 yield coming.popleft().result()
         while coming:
@@ -79,54 +65,61 @@ def _read_ahead(windows: "_Windows", indices: range, num_threads: int) -> Iterat
 
 
 class _Windows:
-    """This rank's share of each draw. `prepare` is called in the order of draws, by one thread; `read` by any."""
+    """This process's pieces in their order, each with its draw; iterated by one thread, `read` by any."""
 
     def __init__(
         self,
         readers: Mapping[str, ShardReader],
-        schedule: Schedule,
+        division: Division,
         length: int,
-        share: slice,
+        start: int,
         stop: int,
         pin_memory: bool,
     ) -> None:
-        self._readers, self._length, self._share, self._stop = dict(readers), length, share, stop
-        self._pin_memory = pin_memory
+        self._readers, self._length, self._pin_memory = dict(readers), length, pin_memory
         self._draws_ahead = max((reader.source.draws_ahead for reader in readers.values()), default=0)
-        # Each has tables of its own: looking ahead into the next pass of a dataset would undo those of this one.
-        self._schedule, self._coming = schedule.copy(), schedule.copy()
-        self._announced = 0
+        self._pieces = self._drawn(division, start, stop)
+
+    @staticmethod
+    def _drawn(division: Division, start: int, stop: int) -> Iterator[tuple[Draw, np.ndarray]]:
+        draw: Draw | None = None
+        for piece in division.all_pieces(start, stop):
+            if draw is None or draw.index != piece.draw:
+                draw = division.schedule.draw(piece.draw)
+            yield draw, piece.places
 
     def num_threads(self, workers: int) -> int:
         """Threads that may read. Shards behind a URL are fetched by threads of their own and taken up in order."""
         return min(workers, 1) if self._draws_ahead else workers
 
-    def prepare(self, index: int) -> Draw:
-        """The draw, once readers of shards behind a URL know which windows come next, up to the draw before `stop`."""
-        draw = self._schedule.draw(index)
-        if self._draws_ahead:
-            self._announced = max(index, self._announced)
-            while self._announced < min(self._stop, index + self._draws_ahead + 1):
-                coming = self._coming.draw(self._announced)
-                if not self._readers[coming.dataset].announce(coming.windows[self._share], self._length):
-                    break
-                self._announced += 1
-        return draw
+    def __iter__(self) -> Iterator[tuple[Draw, np.ndarray]]:
+        """Each piece, once readers of shards behind a URL know which windows come next."""
+        waiting = deque(islice(self._pieces, 1 + self._draws_ahead))
+        known = 0  # how many of those waiting the readers know
+        while waiting:
+            while self._draws_ahead and known < len(waiting) and self._announce(*waiting[known]):
+                known += 1
+            yield waiting.popleft()
+            known = max(known - 1, 0)
+            waiting.extend(islice(self._pieces, 1))
 
     def forget(self) -> None:
-        """No further draw will be read."""
+        """No further piece will be read."""
         for reader in self._readers.values():
             reader.source.forget()
 
-    def read(self, draw: Draw) -> Batch:
-        """The draw's batch. Raises UserError, naming draw and windows, for a damaged shard or a server that is away."""
-        windows = draw.windows[self._share]
+    def read(self, draw: Draw, places: np.ndarray) -> Batch:
+        """A piece's batch. Raises UserError, naming draw and windows, for a damaged shard or a server that is away."""
+        windows = draw.windows[places]
         try:
             batch = self._readers[draw.dataset].batch(windows, self._length, draw=draw.index)
         except UserError as error:
             wanted = f"windows {', '.join(map(str, windows.tolist()))} of {self._length} frames of {draw.dataset}"
             raise UserError(f"{error}\nThis was met by draw {draw.index}: {wanted}") from error
         return batch.pin_memory() if self._pin_memory else batch
+
+    def _announce(self, draw: Draw, places: np.ndarray) -> bool:
+        return self._readers[draw.dataset].announce(draw.windows[places], self._length)
 
 
 def open_readers(

@@ -244,6 +244,10 @@ class Schedule:
         positions = int(segment.counts(index)[number]) * self.batch + np.arange(self.batch, dtype=np.int64)
         return Draw(index, source.name, self._windows(source, positions))
 
+    def source(self, index: int) -> Source:
+        """The dataset that draw `index` is of."""
+        return self.sources[self._segment(index).dataset(index)]
+
     def counts(self, index: int) -> dict[str, int]:
         """How often each dataset is drawn by the draws before `index`."""
         totals = self._segment(index).counts(index)

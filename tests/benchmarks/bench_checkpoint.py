@@ -17,7 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from fm.recipe import load_recipe
-from fm.runtime import StopSignal
+from fm.runtime import StopSignal, make_accelerator
 from fm.trainer import Trainer
 
 WAYS = ("never", "asynchronous", "waited for")
@@ -37,7 +37,7 @@ def main() -> None:
         settings = [f"data.shards={options.shards}", f"run.dir={folder}/run", f"train.steps={steps}"]
         settings += ["validation.every=0", "tracking.progress=false", *options.overrides]
         recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "quickstart.yaml", settings)
-        blocks, stalls = measure(Trainer(recipe), options.rounds, options.steps)
+        blocks, stalls = measure(Trainer(recipe, make_accelerator(recipe.train.clip)), options.rounds, options.steps)
         size = sum(file.stat().st_size for file in next(Path(folder).glob("run/checkpoints/step_*")).iterdir())
     report(blocks, stalls, size, options.every)
 
@@ -47,7 +47,7 @@ def measure(trainer: Trainer, rounds: int, steps: int) -> tuple[dict, dict]:
     blocks, stalls = defaultdict(list), defaultdict(list)
     stop = StopSignal()
     with trainer.open_record() as record, trainer.writer:
-        batches = trainer._batches()
+        batches = trainer.batches()
         for _ in range(WARM_UP):
             trainer.train_step(batches, stop, record)
         for round_ in range(rounds):

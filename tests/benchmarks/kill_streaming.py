@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from data_pipeline.cards.registry import load_registry
+from data_pipeline.windows.division import Division
 from data_pipeline.windows.loader import open_readers, scheduled_batches, sources
 from data_pipeline.windows.schedule import Schedule
 from data_pipeline.windows.streaming import StreamSettings
@@ -30,7 +31,7 @@ def read(url: str, options: argparse.Namespace) -> str:
     stream = StreamSettings(options.shuffle, 2, options.cache, int(options.cache_mb * 1e6), draws_ahead=8)
     readers = open_readers(url, None, "train", stream=stream, known=tuple(load_registry().cards))
     schedule = Schedule(sources(readers, 2), batch=4, seed=0, shuffle=options.shuffle, shards_per_block=2)
-    batches = scheduled_batches(readers, schedule, 2, 0, 1, 0, options.draws, options.workers)
+    batches = scheduled_batches(readers, Division(schedule), 2, 0, options.draws, options.workers)
     digest = hashlib.sha256()
     print("reading", flush=True)
     for batch in batches:

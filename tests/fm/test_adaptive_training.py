@@ -10,7 +10,7 @@ import pytest
 from accelerate import Accelerator
 from handmade import make_spec
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import DATASETS, finish, last_weights, log, small, start
+from whole_runs import DATASETS, finish, last_weights, log, small, start
 
 from data_pipeline.errors import UserError
 from data_pipeline.windows.adaptive import adaptive_shares
@@ -24,7 +24,7 @@ from fm.trainer import train
 
 ADAPTIVE: dict[str, dict[str, Any]] = {
     "sampling": {"scheme": "adaptive", "power": 2.0, "floor": 0.05},
-    "train": {"steps": 9, "batch": 4, "accumulate": 2},
+    "train": {"steps": 9, "global_batch": 8, "draws": 2},
     "validation": {"every": 3, "windows": 3, "rollouts": 0},
     "checkpoint": {"every": 1, "keep": 20},
 }
@@ -157,8 +157,8 @@ def test_a_changed_scheme_begins_where_the_run_continues(tiny_shards: Path, tmp_
 def test_a_history_that_does_not_fit_is_refused(tiny_shards: Path, tmp_path: Path, unbroken: Path) -> None:
     directory = tmp_path / "run"
     shutil.copytree(unbroken, directory)
-    longer = {"steps": 12, "accumulate": 1}
-    with pytest.raises(UserError, match=r"it goes beyond draw 9, where step 9 begins with this train.accumulate"):
+    longer = {"steps": 12, "global_batch": 4, "draws": 1}
+    with pytest.raises(UserError, match=r"it goes beyond draw 9, where step 9 begins with this train.draws"):
         train(adaptive(tiny_shards, directory, train=longer))
     file = directory / "checkpoints/step_00000009/state.json"
     for history in ([], [[0, {"a": 1.0}]], [[3, {}]], "none", [[0]], [["0", {}]]):
@@ -182,7 +182,7 @@ def test_a_missing_score_leaves_the_last_one_standing_and_is_told(tmp_path: Path
     assert mixing.schedule.shares == pytest.approx({DATASETS[0]: 0.9, DATASETS[1]: 0.1})
     assert mixing.follow({DATASETS[0]: 100.0, DATASETS[1]: float("inf")}, 9, accelerator) == DATASETS[1:]
     assert mixing.schedule.shares == pytest.approx({DATASETS[0]: 0.95, DATASETS[1]: 0.05})
-    with RunRecord(recipe, mixing.schedule, tiny_model(), 0, active=True) as record:
+    with RunRecord(recipe, mixing.schedule, tiny_model(), 0, "one process") as record:
         record.shares(mixing.schedule, DATASETS[1:], 6)
     note = f"no finite score of {DATASETS[1]}: its last one stands, or else the average"
     assert f"step 6: {note}" in capsys.readouterr().err
@@ -216,7 +216,7 @@ def test_repeats_planned_are_told_at_the_start(tiny_shards: Path, tmp_path: Path
 
 def test_repeats_that_shares_bring_about_are_told_once_when_they_happen(tmp_path: Path, capsys: Any) -> None:
     recipe, mixing = recipe_and_mixing(tmp_path, train={"steps": 40}, sampling={"max_passes": 2.0})
-    with RunRecord(recipe, mixing.schedule, tiny_model(), 0, active=True) as record:
+    with RunRecord(recipe, mixing.schedule, tiny_model(), 0, "one process") as record:
         assert "warning" not in capsys.readouterr().err  # 80 draws of 4 windows out of 2 x 100: 1.6 passes
         mixing.follow({DATASETS[0]: 0.1, DATASETS[1]: 9.0}, 3, Accelerator(cpu=True))
         record.shares(mixing.schedule, [], 3)
@@ -232,14 +232,14 @@ def test_a_forecast_of_repeats_says_that_shares_may_change(tmp_path: Path, capsy
     recipe, mixing = recipe_and_mixing(tmp_path, train={"steps": 40}, sampling={"max_passes": 1.0})
     passes = mixing.schedule.passes(80)[DATASETS[0]]
     assert passes > 1
-    with RunRecord(recipe, mixing.schedule, tiny_model(), 0, active=True):
+    with RunRecord(recipe, mixing.schedule, tiny_model(), 0, "one process"):
         forecast = f"warning: at the present shares, 40 steps pass {passes:.1f} times over {DATASETS[0]}"
         assert forecast in capsys.readouterr().err
 
 
 def test_throughput_is_that_of_the_steps_whatever_lies_between_them(tmp_path: Path) -> None:
     recipe, mixing = recipe_and_mixing(tmp_path, tracking={"every": 4})
-    with RunRecord(recipe, mixing.schedule, tiny_model(), 0, active=True) as record:
+    with RunRecord(recipe, mixing.schedule, tiny_model(), 0, "one process") as record:
         for step in (1, 2, 3, 4):  # a validation after step 3
             record.step(finished_step(step))
     assert [event.value for event in events(tmp_path / "run").Scalars("throughput/samples_per_s")] == [8.0]
@@ -272,7 +272,6 @@ def finished_step(step: int) -> StepResult:
         model_calls=1,
         data_seconds=0.0,
         seconds=1.0,
-        moved=True,
         stop=False,
     )
 

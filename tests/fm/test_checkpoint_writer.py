@@ -20,12 +20,13 @@ import torch
 from handmade import make_spec
 from safetensors.torch import save as serialize_tensors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import finish, log, small, start, wait_for
+from whole_runs import finish, log, small, start, wait_for
 
 from data_pipeline.errors import UserError
 from fm.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, verify_checkpoint
 from fm.checkpoint_writer import CheckpointWriter, Snapshot, prune_checkpoints, take_snapshot, write_checkpoint
 from fm.model import ModelConfig, WaveLiTFM
+from fm.parallel.replicated import named_state
 from fm.trainer import train
 
 NOBODY = 65534
@@ -43,7 +44,14 @@ def make_state(width: int = 16) -> tuple[WaveLiTFM, WaveLiTFM, torch.optim.Optim
 
 
 def make_snapshot(step: int, width: int = 16) -> Snapshot:
-    return take_snapshot(step, *make_state(width), {"shards": {}})
+    return snapshot_of(step, *make_state(width), {"shards": {}})
+
+
+def snapshot_of(
+    step: int, model: WaveLiTFM, ema: WaveLiTFM, optimizer: torch.optim.Optimizer, facts: dict[str, Any]
+) -> Snapshot:
+    moments = named_state(model, optimizer)
+    return take_snapshot(step, model.description(), model.state_dict(), ema.state_dict(), moments, facts)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -98,7 +106,7 @@ def test_the_files_hold_the_state_when_the_save_began(tmp_path: Path) -> None:
         for key, value in values.items()
     }
     with CheckpointWriter(tmp_path / "run" / "checkpoints", 3, None) as writer:
-        writer.start(take_snapshot(7, model, ema, optimizer, facts))
+        writer.start(snapshot_of(7, model, ema, optimizer, facts))
         for parameter in model.parameters():  # training goes on
             parameter.detach().zero_()
             parameter.grad = torch.full_like(parameter, 3.0)
@@ -114,7 +122,7 @@ def test_the_files_hold_the_state_when_the_save_began(tmp_path: Path) -> None:
     }
     digests = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     assert state == {
-        "format_version": 1,
+        "format_version": 2,
         "step": 7,
         "shards": {"a": "1"},
         "sampling": [0.5],
@@ -127,11 +135,14 @@ def test_the_files_hold_the_state_when_the_save_began(tmp_path: Path) -> None:
 def test_the_loop_does_not_wait_for_the_disk(tmp_path: Path) -> None:
     model, ema, optimizer = make_state(width=256)
     with CheckpointWriter(tmp_path, 3, None) as writer:
-        writer.start(take_snapshot(1, model, ema, optimizer, {"shards": {}}))
+        writer.start(snapshot_of(1, model, ema, optimizer, {"shards": {}}))
         assert not list_checkpoints(tmp_path)  # 25 MB to hash and sync
         assert writer.wait() is None
         assert saved_steps(tmp_path) == [1]
-    load_checkpoint(tmp_path / "step_00000001", *make_state(width=256))
+    other, average, _ = make_state(width=256)
+    facts, moments = load_checkpoint(tmp_path / "step_00000001", other, average)
+    assert facts["step"] == 1
+    assert moments.keys() == named_state(model, optimizer).keys()
 
 
 def test_pruning_keeps_the_newest_the_milestones_and_what_is_newer(tmp_path: Path) -> None:
@@ -227,7 +238,7 @@ def test_an_error_elsewhere_waits_for_the_save_and_hides_no_failure(tmp_path: Pa
 
 def test_a_snapshot_that_cannot_be_written_as_json_is_our_fault(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, 1, None)
-    writer.start(take_snapshot(1, *make_state(), {"shards": object()}))
+    writer.start(snapshot_of(1, *make_state(), {"shards": object()}))
     with pytest.raises(TypeError, match="not JSON serializable"):
         writer.wait()
 
@@ -241,7 +252,7 @@ def save_for_ever(root: Path) -> None:
     writer = CheckpointWriter(root, keep=1, keep_every=None)
     while True:
         step += 1
-        writer.start(take_snapshot(step, model, ema, optimizer, {"shards": {}}))
+        writer.start(snapshot_of(step, model, ema, optimizer, {"shards": {}}))
         assert writer.wait() is None
         (root.parent / "done").write_text(f"{step:08d}")
 
@@ -270,7 +281,7 @@ def test_kills_during_saves_leave_the_checkpoint_before_or_the_one_after(
         newest = newest_checkpoint(root, refuse)  # no damaged one at all
         assert newest is not None
         assert int(newest.name.removeprefix("step_")) >= int(done.read_text() or 0)
-        load_checkpoint(newest, *make_state(width=64))
+        load_checkpoint(newest, *make_state(width=64)[:2])
     assert torn > 0
     write_checkpoint(root, make_snapshot(10**6))
     assert not list(root.glob(".*"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fm.ema import EMA
-from fm.optim import learning_rate, make_optimizer, set_learning_rate
+from fm.optim import GroupedAdamW, learning_rate
 from fm.settings import TrainSettings
 
 PAPER = TrainSettings(steps=1_000_000)
@@ -37,36 +37,44 @@ def test_cosine_falls_to_zero_at_the_last_step() -> None:
 
 def test_the_optimiser_takes_the_rate_it_is_given() -> None:
     layer = torch.nn.Linear(1, 1, bias=False)
-    optimizer = make_optimizer(layer, dataclasses.replace(PAPER, weight_decay=0.0))
-    set_learning_rate(optimizer, 0.25)
+    optimizer = GroupedAdamW({frozenset("a"): [layer.weight]}, dataclasses.replace(PAPER, weight_decay=0.0))
+    optimizer.set_learning_rate(0.25)
     before = layer.weight.item()
     layer(torch.ones(1, 1)).sum().backward()
     optimizer.step()
     assert before - layer.weight.item() == pytest.approx(0.25, rel=1e-4)  # Adam's first step is the rate itself
 
 
-def test_a_parameter_without_gradient_does_not_move() -> None:
-    pair = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)])
-    optimizer = make_optimizer(pair, dataclasses.replace(PAPER, weight_decay=0.1))
-    pair[0](torch.ones(1, 1)).sum().backward()
-    before = [p.clone() for p in pair[1].parameters()]
-    optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, pair[1].parameters(), strict=True))
+def test_what_the_datasets_of_a_step_do_not_use_rests() -> None:
+    """A zero gradient would still decay weight and moments and let the momentum run on."""
+    names = (frozenset("a"), frozenset("b"), frozenset("ab"))
+    groups = {datasets: [torch.nn.Parameter(torch.ones(2))] for datasets in names}
+    alone = {datasets: [torch.nn.Parameter(torch.ones(2))] for datasets in names}
+    settings = dataclasses.replace(PAPER, weight_decay=0.1)
+    optimizer = GroupedAdamW(groups, settings)
+    reference = torch.optim.AdamW([p for ps in alone.values() for p in ps], lr=1e-3, weight_decay=0.1)
+    for number, drawn in enumerate(("a", "b", "b", "a", "ab")):
+        for datasets in names:
+            used = not datasets.isdisjoint(drawn)
+            gradient = torch.full((2,), float(number + 1))
+            groups[datasets][0].grad = gradient if used else torch.zeros(2)  # as DeepSpeed has it
+            alone[datasets][0].grad = gradient if used else None
+        optimizer.let_rest(set(drawn))
+        optimizer.step()
+        reference.step()
+    for datasets in names:
+        assert torch.equal(groups[datasets][0], alone[datasets][0])
+    assert [int(optimizer.state[groups[datasets][0]]["step"]) for datasets in names] == [3, 3, 5]
 
 
 def test_average_of_a_constant_is_the_constant_and_the_ramp_is_as_documented() -> None:
-    layer = torch.nn.Linear(2, 2)
-    ema = EMA(layer, 0.999)
+    parameters = {"a": torch.full((2, 2), 3.0), "b": torch.tensor([-1.0])}
+    ema = EMA({name: value.clone() for name, value in parameters.items()}, 0.999)
     for step in range(5):
-        ema.update(layer, step)
-    assert torch.allclose(ema.model.weight, layer.weight, atol=1e-7)
-    with torch.no_grad():
-        layer.weight.fill_(1.0)
-        ema.model.weight.fill_(0.0)
-    ema.update(layer, 0)  # decay 1 / 10
-    assert torch.allclose(ema.model.weight, torch.full((2, 2), 0.9))
-    with torch.no_grad():
-        ema.model.weight.fill_(0.0)
-    ema.update(layer, 10**9)  # decay 0.999
-    assert torch.allclose(ema.model.weight, torch.full((2, 2), 0.001), atol=1e-6)
-    assert not any(p.requires_grad for p in ema.model.parameters())
+        ema.update(parameters, step)
+    assert all(torch.allclose(ema.average[name], value, atol=1e-7) for name, value in parameters.items())
+    for step, expected in ((0, 0.9), (10**9, 0.001)):  # decay 1 / 10 at first, 0.999 in the end
+        for value in ema.average.values():
+            value.zero_()
+        ema.update({name: torch.ones_like(value) for name, value in parameters.items()}, step)
+        assert all(torch.allclose(v, torch.full_like(v, expected), atol=1e-6) for v in ema.average.values())

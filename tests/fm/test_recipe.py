@@ -108,7 +108,7 @@ def test_the_papers_recipe_says_what_the_paper_says() -> None:
     """Paper section 4 and Table 8: the numbers that define the joint run."""
     recipe = load_recipe(RECIPES[0].parent / "fm_pretrain.yaml")
     assert recipe.train.steps == 1_000_000
-    assert recipe.train.batch == 4
+    assert recipe.train.global_batch == 4
     assert (recipe.train.learning_rate, recipe.train.warmup_steps) == (1e-3, 5000)
     assert (recipe.train.decay, recipe.train.decay_every, recipe.train.clip) == (0.99, 2000, 1.0)
     assert recipe.sampling.scheme == "sqrt"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_runs import fm
-from test_training import DATASETS, finish, log, small, start, wait_for
+from whole_runs import DATASETS, finish, log, small, start, wait_for
 
 from data_pipeline.errors import UserError
 from fm.settings import Recipe
@@ -132,13 +132,13 @@ def test_a_stopped_and_a_failed_run_leave_a_last_word(tiny_shards: Path, tmp_pat
     assert (status.state, status.why) == ("interrupted", f"ended after step {status.step}, as asked")
     assert status.checkpoint is not None
     assert status.checkpoint.step == status.step
-    hot = {"learning_rate": 1e30, "clip": 1e30, "warmup_steps": 0, "nonfinite": "skip", "max_skips": 2}
+    hot = {"learning_rate": 1e30, "clip": 1e30, "warmup_steps": 0}
     with pytest.raises(UserError):
-        train(small(tiny_shards, tmp_path / "hot", train=hot))
+        train(small(tiny_shards, tmp_path / "hot", train=hot, guard={"action": "skip", "max_events": 2}))
     status = read_status(tmp_path / "hot")
     assert status.state == "failed"
-    assert re.search(r"UserError: step \d+: non-finite loss", status.why)
-    assert [event["kind"] for event in status.events] == ["start", "skipped", "skipped", "end"]
+    assert re.search(r"UserError: step \d+: the guard has refused 3 steps", status.why)
+    assert [event["kind"] for event in status.events] == ["start", "guard", "guard", "end"]
 
 
 def test_damaged_lines_are_left_out_and_told(copied: Path) -> None:

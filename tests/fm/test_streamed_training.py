@@ -24,7 +24,7 @@ def small(shards: object, directory: Path, shuffle: str, **data: Any) -> Recipe:
         "data": {"shards": str(shards), "datasets": DATASETS, **data},
         "sampling": {"shuffle": shuffle, "shards_per_block": 1},
         "model": {"width": 16, "depth": 1, "heads": 2, "wavelet": "haar"},
-        "train": {"steps": 6, "batch": 4, "warmup_steps": 2},
+        "train": {"steps": 6, "global_batch": 4, "warmup_steps": 2},
         "validation": {"every": 3, "windows": 4, "protocol": "thirds"},
         "tracking": {"progress": False},
     }

@@ -15,6 +15,7 @@ from data_pipeline.remote import Retries
 from data_pipeline.shards.manifest import Manifest, Shard, SourceFile, Trajectory
 from data_pipeline.well.stats import DELTA_STATISTICS, VALUE_STATISTICS
 from data_pipeline.windows.batch import Batch
+from data_pipeline.windows.division import Division
 from data_pipeline.windows.loader import open_readers, scheduled_batches, sources
 from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Schedule
@@ -107,9 +108,10 @@ def settings(cache: Path, shuffle: str, **options: object) -> StreamSettings:
 
 
 def batches(readers: dict[str, ShardReader], shuffle: str, **options: int) -> Iterator[Batch]:
-    arguments = {"length": LENGTH, "rank": 0, "world_size": 1, "start": 0, "stop": BATCHES} | options
+    arguments = {"length": LENGTH, "start": 0, "stop": BATCHES} | options
     schedule = Schedule(sources(readers, LENGTH), batch=4, seed=5, shuffle=shuffle, shards_per_block=2)
-    return scheduled_batches(readers, schedule, **arguments)
+    division = Division(schedule, arguments.pop("rank", 0), arguments.pop("world_size", 1))
+    return scheduled_batches(readers, division, **arguments)
 
 
 def assert_same(batch: Batch, other: Batch) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from data_pipeline.errors import UserError
 from data_pipeline.windows.batch import Batch
+from data_pipeline.windows.division import Division
 from data_pipeline.windows.loader import open_readers, scheduled_batches, sources
 from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Schedule
@@ -21,9 +22,10 @@ def readers(tiny_shards: Path) -> dict[str, ShardReader]:
 
 
 def load(readers: dict[str, ShardReader], seed: int = 3, **options: int) -> list[Batch]:
-    arguments = {"length": 3, "rank": 0, "world_size": 1, "start": 0, "stop": 8} | options
+    arguments = {"length": 3, "start": 0, "stop": 8} | options
     schedule = Schedule(sources(readers, arguments["length"]), batch=12, seed=seed)
-    return list(scheduled_batches(readers, schedule, **arguments))
+    division = Division(schedule, arguments.pop("rank", 0), arguments.pop("world_size", 1))
+    return list(scheduled_batches(readers, division, **arguments))
 
 
 def assert_same(batch: Batch, other: Batch) -> None:
@@ -74,14 +76,9 @@ def test_sources_say_what_the_shards_hold(readers: dict[str, ShardReader]) -> No
         assert source.tokens == manifest.grid[0] // 2 * (manifest.grid[1] // 2)
 
 
-def test_shares_and_workers_that_cannot_be(readers: dict[str, ShardReader]) -> None:
-    schedule = Schedule(sources(readers, 2), batch=12, seed=0)
-    with pytest.raises(UserError, match=r"a batch of 12 cannot be shared by 5 processes: use 1, 2, 3, 4, 6, 12"):
-        scheduled_batches(readers, schedule, 2, 0, 5, 0, 1)
-    with pytest.raises(ValueError, match="rank: expected 0 to 1, got 2"):
-        scheduled_batches(readers, schedule, 2, 2, 2, 0, 1)
+def test_workers_that_cannot_be(readers: dict[str, ShardReader]) -> None:
     with pytest.raises(ValueError, match="workers: expected 0 or more, got -1"):
-        scheduled_batches(readers, schedule, 2, 0, 1, 0, 1, workers=-1)
+        load(readers, workers=-1)
 
 
 def test_none_opens_every_dataset(tiny_shards: Path) -> None:

@@ -1,0 +1,53 @@
+"""What a run starts from: readers of its shards, and a model that fits them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from data_pipeline.cards.registry import Registry
+from data_pipeline.errors import UserError
+from data_pipeline.windows.loader import open_readers
+from data_pipeline.windows.reader import ShardReader
+from fm.checkpoint import load_pretrained
+from fm.model import ModelConfig, WaveLiTFM
+from fm.settings import Recipe
+from fm.specs import dataset_specs
+
+
+def open_split(recipe: Recipe, registry: Registry, split: str) -> dict[str, ShardReader]:
+    """A reader of each of the recipe's datasets, by name. UserError where there are no shards."""
+    data, sampling = recipe.data, recipe.sampling
+    stream = data.stream(sampling.shuffle, sampling.shards_per_block)
+    return open_readers(data.shards, data.datasets, split, data.verify, stream, known=tuple(registry.cards))
+
+
+def build_model(recipe: Recipe, readers: Mapping[str, ShardReader], registry: Registry) -> WaveLiTFM:
+    """A new model, or when finetuning the pretrained one. UserError where recipe, shards and it do not fit together."""
+    finetune, config = recipe.finetune, recipe.model
+    specs = dataset_specs(readers, registry)
+    if finetune is None:
+        return WaveLiTFM(config or ModelConfig(), specs)
+    pretrained = load_pretrained(Path(finetune.pretrained))
+    if config is not None and config != pretrained.config:
+        raise UserError(
+            f"model: the recipe's architecture is not that of {finetune.pretrained}.\n"
+            f"Recipe: {config}\nPretrained: {pretrained.config}\nLeave the section out to take the pretrained one."
+        )
+    return pretrained.adapted_to(specs)
+
+
+def shard_digests(readers: Mapping[str, ShardReader]) -> dict[str, str]:
+    """What a checkpoint remembers of the shards that it was trained on."""
+    return {name: reader.manifest.digest for name, reader in readers.items()}
+
+
+def check_same_shards(trained_on: Mapping[str, str], readers: Mapping[str, ShardReader], checkpoint: Path) -> None:
+    """UserError where the shards are not those that a checkpoint was trained on."""
+    digests = shard_digests(readers)
+    changed = sorted(name for name in digests if trained_on.get(name) != digests[name])
+    if changed or trained_on.keys() != digests.keys():
+        names = changed or sorted(trained_on.keys() ^ digests.keys())
+        raise UserError(
+            f"{checkpoint}: trained on other shards of {', '.join(names)} than those of the recipe; the run would not "
+            "see the same windows. Put the shards back, or start afresh with run.dir=... (finetune.pretrained "
+            "takes the weights along)."
+        )

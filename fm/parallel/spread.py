@@ -1,0 +1,25 @@
+"""Which way a model is spread over processes, as the launch configuration asks."""
+
+from accelerate import Accelerator
+
+from fm.optim import GroupedAdamW
+from fm.parallel.base import Parallel
+from fm.parallel.fully_sharded import FullySharded
+from fm.parallel.replicated import Replicated
+from fm.parallel.zero import Zero
+from fm.runtime import asked_for, fsdp_reshards
+from fm.settings import TrainSettings
+from fm.unroll import Unroll
+
+
+def spread(accelerator: Accelerator, objective: Unroll, settings: TrainSettings) -> Parallel:
+    """The objective, on its device, and a new optimiser, spread over the processes. Collective."""
+    if asked_for("FSDP"):
+        reshard = fsdp_reshards()
+        if accelerator.num_processes > 1:
+            return FullySharded(accelerator, objective, settings, reshard)
+        accelerator.print("FSDP has nothing to spread over one process; it trains as without.")
+    optimizer = GroupedAdamW(objective.model.parameters_by_datasets(), settings)
+    if asked_for("DEEPSPEED"):
+        return Zero(accelerator, objective, optimizer)
+    return Replicated(accelerator, objective, optimizer)

@@ -1,0 +1,85 @@
+"""The quickstart's recipe under every launch configuration, and from each to the next: the same losses?
+
+    python tests/benchmarks/compare_launches.py SHARDS [--steps 50] [--configs cpu2 fsdp ...] [key=value ...]
+
+Compared with one process of one thread: --steps steps from the beginning, as many from its checkpoint, and a run that
+goes through all configurations, 10 steps under each, and ends in one process. Windows and learning rates must be equal.
+Losses differ by the order of summation, and by what training makes of that: a row tells how much that is for one
+process with two threads. Exit code 1 where windows differ, or losses by more than 1e-3. On GPUs, name the
+configurations for them: --configs ddp fsdp deepspeed_zero2.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ("cpu2", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp")
+
+
+def run(config: str, directory: Path, stop_at: int, options: argparse.Namespace, threads: int = 1) -> None:
+    """Train to `stop_at`, in one process where `config` is empty."""
+    launcher = [sys.executable]
+    if config:
+        launcher += ["-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+        launcher += ["--num_processes", str(options.processes), "--config_file", f"{ROOT}/launch/{config}.yaml"]
+    settings = [f"data.shards={options.shards}", f"run.dir={directory}", f"run.stop_at={stop_at}", "validation.every=0"]
+    settings += ["tracking.progress=false", "train.precision=float32", *options.overrides]
+    command = [*launcher, str(ROOT / "recipes" / "quickstart.yaml"), *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{config or 'one process'}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+
+
+def log(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+def difference(found: list[dict], expected: list[dict]) -> float:
+    """The largest relative difference of losses. SystemExit where the windows are others."""
+    for line, other in zip(found, expected, strict=True):
+        if (line["step"], line["windows"], line["lr"]) != (other["step"], other["windows"], other["lr"]):
+            raise SystemExit(f"step {other['step']}: other windows")
+    return max(abs(line["loss"] / other["loss"] - 1) for line, other in zip(found, expected, strict=True))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--configs", nargs="+", default=CONFIGS)
+    options = parser.parse_args()
+    steps, chain = options.steps, [*options.configs, ""]
+    with tempfile.TemporaryDirectory() as folder:
+        whole, half = Path(folder) / "whole", Path(folder) / "half"
+        run("", whole, steps, options)
+        shutil.copytree(whole, half)
+        run("", whole, max(2 * steps, 10 * len(chain)), options)
+        expected, worst = log(whole), 0.0
+        print(f"{steps} steps, {options.processes} processes; largest relative difference of losses from one process's")
+        print("                   from the start   from step", steps)
+        for config, threads in [("", 2), *((config, 1) for config in options.configs)]:
+            fresh, further = (Path(folder) / f"{config}{part}" for part in ("fresh", "further"))
+            shutil.copytree(half, further)
+            run(config, fresh, steps, options, threads)
+            run(config, further, 2 * steps, options, threads)
+            found = [difference(log(fresh), expected[:steps]), difference(log(further), expected[: 2 * steps])]
+            worst = max(worst, *found)
+            print(f"  {config or 'two threads':<16} {found[0]:14.1e} {found[1]:14.1e}", flush=True)
+        for number, config in enumerate(chain, start=1):
+            run(config, Path(folder) / "chain", 10 * number, options)
+        found = [difference(log(Path(folder) / "chain"), expected[: 10 * len(chain)])]
+        print(f"one run, 10 steps each under {', '.join(options.configs)}, one process: {found[0]:.1e}")
+    return 0 if max(worst, found[0]) <= 1e-3 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""What training takes of each GPU's memory, as Markdown tables: model state by way of spreading, activations by grid.
+
+    python tests/benchmarks/memory_table.py [--gpus 8]
+
+Nothing is measured: parameters are counted, and activations are the bytes that autograd keeps for the backward pass,
+both on torch's fake tensors, which have shapes but no memory. bf16 is counted with the casts of CPU autocast. Left out:
+CUDA's context and kernels' workspaces (1 to 2 GB), what backward holds for a moment, and the allocator's fragments.
+"""
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from data_pipeline.cards.registry import Card, load_registry
+from fm.model import DatasetSpec, ModelConfig, WaveLiTFM
+from fm.recipe import load_recipe
+from fm.runtime import ZERO_BUCKET
+from fm.settings import Recipe
+from fm.unroll import Unroll
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "fm_pretrain.yaml"
+FLOAT = 4  # bytes; parameters, gradients, moments and averages are float32
+DEEPSPEED_BUCKET = ZERO_BUCKET * FLOAT  # reduce_bucket_size, whatever the size of the model
+DEEPSPEED_LIVE = 1_000_000_000 * FLOAT  # stage3_max_live_parameters
+WIDTH_FACTOR = 5  # of the large model; its depth is what then makes a billion parameters
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes on a GPU."""
+
+    parameters: float
+    gradients: float
+    moments: float
+    average: float
+    buffers: float  # for the exchange of gradients and parameters, at the libraries' defaults
+
+    def cells(self, copy: float) -> list[float]:
+        """With the sum on all GPUs, and on that of the main process, which keeps a `copy` for validation."""
+        parts = [self.parameters, self.gradients, self.moments, self.average, self.buffers]
+        return [*parts, sum(parts), sum(parts) + copy]
+
+
+def states(whole: float, block: float, gpus: int) -> dict[str, State]:
+    """For `whole` bytes of parameters, `block` of them in one block."""
+    part = whole / gpus
+    live = min(whole, DEEPSPEED_LIVE)
+    return {
+        "DDP": State(whole, whole, 2 * whole, whole, whole),  # buckets as large as the gradients
+        "ZeRO-1": State(whole + part, whole, 2 * part, whole, DEEPSPEED_BUCKET),  # its part of the parameters twice
+        "ZeRO-2": State(whole + part, part, 2 * part, whole, DEEPSPEED_BUCKET),
+        "ZeRO-3": State(part, part, 2 * part, part, DEEPSPEED_BUCKET + live),  # gathered and kept, at most
+        "FSDP2": State(part, part, 2 * part, part, 4 * block),  # two blocks gathered, and their gradients
+    }
+
+
+def spec(card: Card) -> DatasetSpec:
+    """The card's channels with statistics that do not matter here."""
+    names = card.state_channels + card.constant_channels
+    stats = {key: dict.fromkeys(names, 1.0) for key in ("mean", "std", "mean_delta", "std_delta")}
+    return DatasetSpec(card.name, card.state_channels, card.constant_channels, card.boundary, stats)
+
+
+def build(config: ModelConfig, cards: list[Card]) -> WaveLiTFM:
+    with FakeTensorMode():
+        return WaveLiTFM(config, [spec(card) for card in cards])
+
+
+def block_parameters(model: WaveLiTFM) -> int:
+    return sum(parameter.numel() for parameter in model.blocks[0].parameters())
+
+
+def scaled(config: ModelConfig, cards: list[Card], parameters: int) -> ModelConfig:
+    """A wider model with heads as wide as before, and the least depth that makes so many parameters."""
+    wide = replace(config, width=WIDTH_FACTOR * config.width, heads=WIDTH_FACTOR * config.heads, depth=1)
+    model = build(wide, cards)
+    block = block_parameters(model)
+    return replace(wide, depth=1 + -(-(parameters - model.num_parameters()) // block))
+
+
+def kept_bytes(recipe: Recipe, model: WaveLiTFM, card: Card, windows: int, autocast: torch.dtype | None) -> int:
+    """Bytes of the storages that one forward pass of the training objective keeps for backward."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+        return tensor
+
+    objective = Unroll(model, recipe.loss, autocast)
+    mode = next(model.parameters()).fake_mode  # type: ignore[attr-defined]
+    with mode, saved_tensors_hooks(pack, lambda tensor: tensor):
+        fields = torch.zeros(windows, recipe.window_length, len(card.state_channels), *card.grid)
+        constants = torch.zeros(windows, len(card.constant_channels), *card.grid)
+        forced = torch.ones(windows, recipe.window_length - 1, dtype=torch.bool)
+        terms = objective(fields, constants, forced, card.name)
+    assert terms["loss"].requires_grad
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def activations(recipe: Recipe, model: WaveLiTFM, card: Card, autocast: torch.dtype | None) -> int:
+    """Of one window among several; what does not grow with them, such as weights and their casts, is left out."""
+    two, three = (kept_bytes(recipe, model, card, windows, autocast) for windows in (2, 3))
+    return three - two
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.3g}"
+
+
+def print_table(header: list[str], rows: list[list[str]], texts: int) -> None:
+    """Markdown; the first `texts` columns are text, the others numbers."""
+    print(f"| {' | '.join(header)} |")
+    print(f"|{'|'.join(':---' if i < texts else '---:' for i in range(len(header)))}|")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpus", type=int, default=8)
+    options = parser.parse_args()
+    recipe = load_recipe(RECIPE)
+    cards = list(load_registry().cards.values())
+    config = recipe.model or ModelConfig()
+    models = [build(size, cards) for size in (config, scaled(config, cards, 1_000_000_000))]
+    names = ["10M", "1B"]
+    for name, model in zip(names, models, strict=True):
+        size = f"width {model.config.width}, depth {model.config.depth}, heads {model.config.heads}"
+        print(f"- {name}: {model.num_parameters():,} parameters, {size}, {len(cards)} datasets")
+    print(f"\nGB on each of {options.gpus} GPUs, float32, without activations:\n")
+    rows = []
+    for name, model in zip(names, models, strict=True):
+        whole = FLOAT * model.num_parameters()
+        for way, state in states(whole, FLOAT * block_parameters(model), options.gpus).items():
+            rows.append([name, way, *map(gigabytes, state.cells(copy=whole))])
+    header = "model, way, parameters, gradients, moments, averaged weights, exchange, sum, main process"
+    print_table(header.split(", "), rows, texts=2)
+    print("GB of activations per window, on the GPU that computes it, however the model is spread:\n")
+    grids = [pick(cards, key=lambda card: card.tokens) for pick in (min, max)]
+    rows = []
+    for name, model in zip(names, models, strict=True):
+        for card in grids:
+            cells = [gigabytes(activations(recipe, model, card, dtype)) for dtype in (None, torch.bfloat16)]
+            rows.append([name, card.name, f"{card.grid[0]} x {card.grid[1]}", *cells])
+    print_table(["model", "dataset", "grid", "float32", "bf16"], rows, texts=3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Small runs on real shards: their recipe, their process and launcher, what they leave."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fm.recipe import resolve
+from fm.settings import Recipe, dump_recipe
+
+ROOT = Path(__file__).parents[2]
+DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]
+
+
+def small(shards: Path, directory: Path, **sections: dict[str, Any]) -> Recipe:
+    """A run of seconds; keyword sections are merged into it."""
+    document: dict[str, Any] = {
+        "run": {"name": "small", "dir": str(directory)},
+        "data": {"shards": str(shards), "datasets": DATASETS},
+        "model": {"width": 16, "depth": 1, "heads": 2, "wavelet": "haar"},
+        "train": {
+            "steps": 8,
+            "global_batch": 4,
+            "learning_rate": 3e-3,
+            "warmup_steps": 2,
+            "decay": 0.5,
+            "decay_every": 100,
+        },
+        "checkpoint": {"every": 3},
+        "validation": {"every": 0, "protocol": "thirds"},
+        "tracking": {"every": 2, "progress": False},
+    }
+    for name, section in sections.items():
+        document[name] = {**(document.get(name) or {}), **section}
+    if "finetune" in sections:
+        document["model"] = None
+    return resolve(document, "the test")
+
+
+def log(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+def accelerate(config: str, *options: str) -> list[str]:
+    """The launcher for `start`: two processes on this machine under a configuration of launch/."""
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
+    return [*launcher, "--config_file", str(ROOT / "launch" / f"{config}.yaml"), "--main_process_port", "0", *options]
+
+
+def start(recipe: Recipe, *launcher: str, **options: Any) -> subprocess.Popen[str]:
+    """Run the recipe as a user does, in its own process."""
+    file = recipe.run.directory.with_suffix(".yaml")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(dump_recipe(recipe))
+    command = [*(launcher or (sys.executable,)), str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out + err
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+
+
+def last_weights(directory: Path) -> dict[str, bytes]:
+    newest = max((directory / "checkpoints").glob("step_*"))
+    return {
+        name: (newest / name).read_bytes() for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+    }
