@@ -39,13 +39,14 @@ class Parallel(ABC):
     def clip(self, max_norm: float) -> Tensor:
         """Scale the gradients to a norm of at most `max_norm`; returns the norm before, a scalar. Collective."""
 
-    @abstractmethod
     def move(self, datasets: Collection[str]) -> None:
         """An optimiser step; what only other datasets use stays as it is. Collective."""
+        self.optimizer.let_rest(datasets)
+        self.optimizer.step()
 
-    @abstractmethod
     def forget(self) -> None:
         """Drop the gradients. Collective."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     @abstractmethod
     def shards(self) -> dict[str, Tensor]:

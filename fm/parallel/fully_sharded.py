@@ -4,7 +4,7 @@ torch's `fully_shard` is used directly: accelerate's wrapping of it leaves it ou
 CPU and GPU run the same code.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
@@ -45,13 +45,6 @@ class FullySharded(Parallel):
     def clip(self, max_norm: float) -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    def move(self, datasets: Collection[str]) -> None:
-        self.optimizer.let_rest(datasets)
-        self.optimizer.step()
-
-    def forget(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
 
     def shards(self) -> dict[str, Tensor]:
         return {name: _sharded(parameter).to_local().detach() for name, parameter in self.model.named_parameters()}

@@ -1,6 +1,6 @@
 """Every process holds the whole model: one process, or DistributedDataParallel."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,13 +32,6 @@ class Replicated(Parallel):
 
     def clip(self, max_norm: float) -> Tensor:
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-
-    def move(self, datasets: Collection[str]) -> None:
-        self.optimizer.let_rest(datasets)
-        self.optimizer.step()
-
-    def forget(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
 
     def shards(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}

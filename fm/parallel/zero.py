@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO: moments (stage 1), gradients (2) and parameters (3) in slices.
 
-DeepSpeed flattens each group of the optimiser. Since the groups are the parameters that the same datasets use, those
-that only other datasets use rest in a step, as they do without DeepSpeed, which leaves them without a gradient.
+DeepSpeed gives what a step's datasets do not use a gradient of zero, where torch gives none, and flattens each group of
+the optimiser. The groups are the parameters that the same datasets use, so those of other datasets can rest in a step.
 """
 
 from collections.abc import Collection, Iterator, Mapping
