@@ -80,6 +80,8 @@ class RunRecord(AbstractContextManager):
         if step:
             known = {field.name for field in fields(StepResult)}
             self._since = [StepResult(**saved) for saved in self._events.saved["pending"] if saved.keys() == known]
+            for text in self._events.refusals:
+                self._board.text("events", text, step)
             self._tell("start", f"continued from step {step}", step)
         else:
             self._events.write("start", step, text="started")

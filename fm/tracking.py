@@ -68,6 +68,9 @@ class EventLog:
         self.saved: Mapping[str, Any] = {"scalars": {}, "texts": [], "pending": []}  # at `resume_step`
         if saves and saves[-1].keys() >= self.saved.keys():
             self.saved = saves[-1]
+        # what earlier roll backs to `resume_step` said, after its checkpoint was written
+        refusals = [line["text"] for line in lines if line.get("kind") == "guard" and line["step"] == resume_step]
+        self.refusals = [text for text in refusals if ["events", text] not in self.saved["texts"]]
 
     def write(self, kind: str, step: int, **facts: Any) -> None:
         """Append one line; NaN and infinity are written as Python's json does."""

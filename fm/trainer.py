@@ -41,7 +41,7 @@ class RollBack(Exception):
     """The run returns to its last checkpoint, and passes over the steps in `refused` this time."""
 
     def __init__(self, refusal: Refusal, refused: set[int]) -> None:
-        super().__init__(refusal.reason)
+        super().__init__(f"step {refusal.step} refused")
         self.refusal, self.refused = refusal, refused
 
 

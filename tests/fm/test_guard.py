@@ -165,6 +165,11 @@ def test_a_roll_back_passes_the_step_over_and_says_so(spoilt: Path, tmp_path: Pa
     (first, *_) = lines_of(back, "guard")
     assert first["step"] == (stopped[1] - 1) // 4 * 4  # the checkpoint that it went back to
     assert last_weights(back) == last_weights(skip)
+    board = EventAccumulator(str(back / "tensorboard"), {"tensors": 0})  # all of them
+    board.Reload()
+    told = [event.tensor_proto.string_val[0].decode() for event in board.Tensors("events/text_summary")]
+    # as sets: event files of one second have no order in TensorBoard, which then shows what another has replaced
+    assert {text for text in told if "refused" in text} == {event["text"] for event in lines_of(back, "guard")}
     assert [(line["step"], line["windows"]) for line in log(back)] == [
         (line["step"], line["windows"]) for line in log(skip)
     ]
