@@ -26,7 +26,7 @@ class Refusal:
     step: int  # its number, counted from 1
     reason: str
     action: str  # guard.action
-    windows: Mapping[str, Sequence[int]]  # dataset -> window ids of the global mini-batch
+    windows: Mapping[str, Sequence[int]]  # dataset -> window ids in the global batch
 
     @property
     def text(self) -> str:
@@ -101,7 +101,7 @@ class Guard:
 
 def _norm_of(datasets: Sequence[str]) -> str:
     """A step's gradient is that of its datasets together."""
-    return f"gradient norm of {'+'.join(sorted(set(datasets)))}" if len(datasets) == 1 else "gradient norm"
+    return f"gradient norm of {datasets[0]}" if len(datasets) == 1 else "gradient norm"
 
 
 def _log(value: float) -> float:

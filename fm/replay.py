@@ -1,12 +1,12 @@
 """`fm replay RUN --step N`: one step of a run again, from the state before it, and what went through it; read only.
 
 The state is the incident's, if the guard refused the step, else that of the newest checkpoint before it, from which the
-steps between are run again. On the machine that trained, and in as many processes, the numbers are those of the run.
+steps between are run again, in one process: where several trained, the numbers differ by the order of summation.
 """
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,10 +67,12 @@ def replay(run: Path, step: int, shards: str | None = None) -> Replay:
     state = _state_before(run, step)
     with tempfile.TemporaryDirectory(prefix="fm-replay-") as folder:
         trainer = Trainer(_harmless(recipe, folder), make_accelerator(recipe.train.clip), checkpoint=state)
-        again = _run_to(trainer, step - 1)
-        draws = trainer.division.draws_of(step - 1)
-        gradient = _gradient(trainer, draws)
-        statistics = [_statistics(trainer, draw) for draw in draws]
+        batches = trainer.batches()
+        again = _run_to(trainer, step - 1, batches)
+        losses, _ = trainer.gradient(batches)  # (draws, 3)
+        draws = zip(trainer.division.draws_of(step - 1), losses[:, 0].tolist(), strict=True)
+        statistics = [_statistics(trainer, draw, loss) for draw, loss in draws]
+        gradient = _gradient_norms(trainer)
     return Replay(step, state, again, statistics, gradient, _logged(run / "log.jsonl", step))
 
 
@@ -114,11 +116,10 @@ def _harmless(recipe: Recipe, folder: str) -> Recipe:
     return replace(recipe, run=replace(recipe.run, dir=folder, stop_at=None), guard=guard)
 
 
-def _run_to(trainer: Trainer, step: int) -> int:
+def _run_to(trainer: Trainer, step: int, batches: Iterator[Batch]) -> int:
     """Take the steps up to `step`; returns how many."""
     again = step - trainer.step
     record = RunRecord(trainer.recipe, trainer.mixing.schedule, None, trainer.step, "")
-    batches = trainer.batches()
     with progress_bar(step, trainer.step, "replay", shown=again > 0) as bar:
         while True:
             if trainer.mixing.changes_at(trainer.step):
@@ -129,12 +130,8 @@ def _run_to(trainer: Trainer, step: int) -> int:
             bar.update()
 
 
-def _gradient(trainer: Trainer, draws: Sequence[Draw]) -> dict[str, float]:
-    """Gradient norm of the step by part of the model: blocks by number, heads and task vectors by dataset."""
-    for draw in draws:
-        fields, constants, forced = _inputs(trainer, draw)
-        loss = trainer.state.parallel.objective(fields, constants, forced, draw.dataset)["loss"]
-        (loss / len(draws)).backward()
+def _gradient_norms(trainer: Trainer) -> dict[str, float]:
+    """By part of the model: blocks by number, heads and task vectors by dataset."""
     squares: dict[str, float] = {}
     for name, parameter in trainer.state.parallel.model.named_parameters():
         if parameter.grad is not None:
@@ -144,10 +141,11 @@ def _gradient(trainer: Trainer, draws: Sequence[Draw]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _statistics(trainer: Trainer, draw: Draw) -> DrawStatistics:
+def _statistics(trainer: Trainer, draw: Draw, loss: float) -> DrawStatistics:
     model, reader = trainer.state.parallel.model, trainer.readers[draw.dataset]
-    fields, constants, forced = _inputs(trainer, draw)
-    terms = trainer.state.parallel.objective(fields, constants, forced, draw.dataset)
+    length = trainer.recipe.window_length
+    batch = reader.batch(draw.windows, length, draw=draw.index).to(trainer.accelerator.device)
+    fields, constants = batch.fields, batch.constants
     first, target = model.normalise(fields[:, 0], draw.dataset), model.normalise(fields[:, 1], draw.dataset)
     prediction = model(first, model.normalise_constants(constants, draw.dataset), draw.dataset)
     squared = (prediction - target).square()  # (B, C, H, W)
@@ -162,16 +160,10 @@ def _statistics(trainer: Trainer, draw: Draw) -> DrawStatistics:
         for c, name in enumerate(reader.manifest.state_channels)
     ]
     errors = squared.mean(dim=(1, 2, 3)).tolist()
-    trajectories, frames = reader.index(trainer.recipe.window_length).locate(draw.windows)
+    trajectories, frames = reader.index(length).locate(draw.windows)
     windows = zip(draw.windows.tolist(), trajectories.tolist(), frames.tolist(), errors, strict=True)
     ordered = sorted(windows, key=lambda window: -window[3] if math.isfinite(window[3]) else -math.inf)
-    return DrawStatistics(draw.dataset, float(terms["loss"]), channels, ordered)
-
-
-def _inputs(trainer: Trainer, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
-    batch: Batch = trainer.readers[draw.dataset].batch(draw.windows, trainer.recipe.window_length, draw=draw.index)
-    batch = batch.to(trainer.accelerator.device)
-    return batch.fields, batch.constants, trainer.forced(draw.index).to(batch.fields.device)
+    return DrawStatistics(draw.dataset, loss, channels, ordered)
 
 
 def _range(values: Tensor) -> tuple[float, float]:

@@ -3,14 +3,14 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, str_to_bool
+from accelerate.utils import DistributedType, broadcast, str_to_bool
 
 from data_pipeline.errors import UserError
 
@@ -64,6 +64,15 @@ def make_accelerator(clip: float) -> Accelerator:
             "or ACCELERATE_USE_CPU; leave that out, DeepSpeed finds out by itself that there is no GPU"
         )
     return accelerator
+
+
+def as_main_process_finds(accelerator: Accelerator, look: Callable[[], int | None]) -> int | None:
+    """What `look` returns on the main process; others may see a shared folder as it was a moment ago. Collective."""
+    found = look() if accelerator.is_main_process else None
+    if accelerator.num_processes == 1:
+        return found
+    number = int(broadcast(torch.tensor([-1 if found is None else int(found)], device=accelerator.device)))
+    return None if number < 0 else number
 
 
 def asked_for(what: str) -> bool:

@@ -244,6 +244,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.sampling.scheme == "adaptive" and self.validation.every == 0:
             raise ValueError("sampling.scheme: adaptive follows the validation scores, expected validation.every > 0")
+        if self.guard.action == "rollback" and self.checkpoint.resume == "never":
+            raise ValueError("guard.action: rollback returns to a checkpoint, expected checkpoint.resume: auto")
 
     @property
     def window_length(self) -> int:

@@ -21,14 +21,21 @@ from data_pipeline.windows.batch import Batch
 from data_pipeline.windows.division import Division, Piece
 from data_pipeline.windows.loader import scheduled_batches, sources
 from data_pipeline.windows.schedule import Draw
-from fm.checkpoint import newest_checkpoint
+from fm.checkpoint import newest_checkpoint, read_state, step_directory
 from fm.checkpoint_writer import CheckpointWriter, keep_incident
 from fm.guard import Guard, Refusal
 from fm.inputs import build_model, check_same_shards, open_split, shard_digests
 from fm.mixing import Mixing
 from fm.optim import learning_rate
 from fm.record import RunRecord, StepResult
-from fm.runtime import EXIT_DONE, EXIT_INTERRUPTED, StopSignal, make_accelerator, naming_lost_processes
+from fm.runtime import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    StopSignal,
+    as_main_process_finds,
+    make_accelerator,
+    naming_lost_processes,
+)
 from fm.settings import Recipe, changed_settings, recipe_to_dict
 from fm.specs import check_names
 from fm.state import TrainingState
@@ -113,15 +120,13 @@ class Trainer:
         model = build_model(recipe, self.readers, self.registry)
         self.say = self.accelerator.print
         if checkpoint is None and recipe.checkpoint.resume == "auto":
-            checkpoint = newest_checkpoint(self.checkpoints, self.say)
+            checkpoint = self._newest_checkpoint()
         self.state = TrainingState(recipe, model, self.accelerator, checkpoint)
         if checkpoint is not None and self.state.facts is not None:
             self._take_up(checkpoint, self.state.facts)
         self.guard.refused.update(passed_over)
         self._check_division()
-        # read by all processes before they meet again, and so before the main one makes up for it
-        self.owes_validation = self._killed_while_validating_the_end()
-        self.accelerator.wait_for_everyone()
+        self.owes_validation = bool(as_main_process_finds(self.accelerator, self._killed_while_validating_the_end))
 
     @property
     def step(self) -> int:
@@ -164,7 +169,7 @@ class Trainer:
         parallel.optimizer.set_learning_rate(lr)
         draws = self.division.draws_of(self.step)
         datasets = tuple(draw.dataset for draw in draws)
-        losses, waited = self._gradient(batches)
+        losses, waited = self.gradient(batches)
         every_rank, stopped = self._agree(losses, parallel.clip(settings.clip), stop.received)
         mean = every_rank[:, :-1].sum(dim=0).view(-1, 3)  # (draws, 3)
         norm = float(every_rank[:, -1].max())
@@ -237,16 +242,12 @@ class Trainer:
                 pin_memory=self.accelerator.device.type == "cuda",
             )
 
-    def forced(self, draw: int) -> torch.Tensor:
-        """The teacher-forcing coins of a draw of the current step, (batch, K) bool."""
-        settings, finetune = self.recipe.train, self.recipe.finetune
-        prob = forcing_prob(self.step, settings.steps, finetune) if finetune else 1.0
-        steps = self.recipe.window_length - 1
-        return torch.from_numpy(forcing_coins(self.recipe.run.seed, draw, settings.batch, steps, prob))
+    def gradient(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, float]:
+        """Forward and backward of this process's pieces of the current step, which leave their gradient.
 
-    def _gradient(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, float]:
-        """Forward and backward of this process's pieces: its parts of loss, mse and wavelet_l1 of each draw (draws, 3)
-        that the sum over processes completes, and the seconds it waited for data."""
+        Returns its parts of each draw's loss, mse and wavelet_l1 (draws, 3), which add up to the whole over the
+        processes, and the seconds it waited for data.
+        """
         pieces = self.division.pieces(self.step)
         losses, waited = torch.zeros(self.division.draws, 3, device=self.accelerator.device), 0.0
         for number, piece in enumerate(pieces):
@@ -264,12 +265,19 @@ class Trainer:
     def _forward_backward(self, batch: Batch, piece: Piece, last: bool) -> dict[str, torch.Tensor]:
         """Losses and gradient of one piece. Processes average gradients, so this one's counts as many times more."""
         parallel, settings = self.state.parallel, self.recipe.train
-        forced = self.forced(piece.draw)[piece.places].to(batch.fields.device)
+        forced = self._forced(piece).to(batch.fields.device)
         weight = len(piece.places) * self.accelerator.num_processes / settings.global_batch
         with parallel.accumulate(last):
             terms = parallel.objective(batch.fields, batch.constants, forced, batch.dataset)
             parallel.backward(terms["loss"] * weight)
         return terms
+
+    def _forced(self, piece: Piece) -> torch.Tensor:
+        """The teacher-forcing coins of a piece's windows, (b, K) bool."""
+        settings, finetune = self.recipe.train, self.recipe.finetune
+        prob = forcing_prob(self.step, settings.steps, finetune) if finetune else 1.0
+        coins = forcing_coins(self.recipe.run.seed, piece.draw, settings.batch, self.recipe.window_length - 1, prob)
+        return torch.from_numpy(coins[piece.places])
 
     def _agree(self, losses: torch.Tensor, norm: torch.Tensor, stop: bool) -> tuple[torch.Tensor, bool]:
         """Losses (draws x 3) and gradient norm of every process, (processes, n); whether any was stopped."""
@@ -286,7 +294,10 @@ class Trainer:
         if reason is None:
             return False
         action = self.recipe.guard.action
-        refusal = Refusal(number, reason, action, {draw.dataset: draw.windows.tolist() for draw in draws})
+        windows: dict[str, list[int]] = {}
+        for draw in draws:  # of which several may be of one dataset
+            windows.setdefault(draw.dataset, []).extend(draw.windows.tolist())
+        refusal = Refusal(number, reason, action, windows)
         snapshot = self.state.snapshot(self._facts())
         if snapshot is not None:
             keep_incident(self.directory / "incidents", snapshot, self.say)
@@ -300,7 +311,8 @@ class Trainer:
             )
         self.guard.refuse(number)
         if action == "rollback":
-            self.writer.wait()
+            self._report_save(self.writer.wait(), record)
+            self.accelerator.wait_for_everyone()  # until the checkpoint that all go back to is there
             raise RollBack(refusal, self.guard.refused)
         record.refusal(refusal, number)
         return True
@@ -327,6 +339,14 @@ class Trainer:
                 f"sampling.draw: per_rank gives processes different numbers of forward passes, but with "
                 f"{self.state.parallel.name} each needs all processes; use launch/ddp.yaml, or sampling.draw=global"
             )
+
+    def _newest_checkpoint(self) -> Path | None:
+        def look() -> int | None:
+            found = newest_checkpoint(self.checkpoints, self.say)
+            return None if found is None else read_state(found)["step"]
+
+        step = as_main_process_finds(self.accelerator, look)
+        return None if step is None else step_directory(self.checkpoints, step)
 
     def _facts(self) -> dict:
         """What state.json holds beside the step, as JSON."""

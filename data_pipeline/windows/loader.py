@@ -82,10 +82,11 @@ class _Windows:
 
     @staticmethod
     def _drawn(division: Division, start: int, stop: int) -> Iterator[tuple[Draw, np.ndarray]]:
-        draw: Draw | None = None
+        # Tables of its own: what looks ahead into the next pass of a dataset would undo those of this one.
+        schedule, draw = division.schedule.copy(), None
         for piece in division.all_pieces(start, stop):
             if draw is None or draw.index != piece.draw:
-                draw = division.schedule.draw(piece.draw)
+                draw = schedule.draw(piece.draw)
             yield draw, piece.places
 
     def num_threads(self, workers: int) -> int:

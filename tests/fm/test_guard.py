@@ -141,6 +141,18 @@ def test_a_spike_stops_the_run_and_says_which_windows(spoilt: Path, stopped: tup
     assert any(b"refused" in e.tensor_proto.string_val[0] for e in board.Tensors("events/text_summary"))
 
 
+def test_windows_of_two_draws_of_one_dataset_are_all_named(spoilt: Path, tmp_path: Path) -> None:
+    batches = {"steps": 24, "global_batch": 4, "draws": 2, "micro_batch": 1}
+    assert train(guarded(spoilt, tmp_path / "run", "skip", train=batches)) == 0
+    refused = lines_of(tmp_path / "run", "guard")
+    assert refused
+    assert {len(event["windows"][DATASETS[0]]) for event in refused} == {4}
+    last = replay(tmp_path / "run", refused[-1]["refused"])
+    assert last.again == 0
+    assert [draw.dataset for draw in last.draws] == DATASETS[:1] * 2
+    assert sum(draw.loss for draw in last.draws) / 2 == last.logged
+
+
 def test_skipped_steps_leave_the_weights_alone(spoilt: Path, tmp_path: Path, stopped: tuple[Path, int]) -> None:
     directory, step = tmp_path / "run", stopped[1]
     assert train(guarded(spoilt, directory, "skip", checkpoint={"every": 1, "keep": 100})) == 0
@@ -190,6 +202,11 @@ def test_processes_refuse_and_roll_back_together(
     assert found == pytest.approx(expected, rel=1e-4)
     again = [replay(run, stopped[1]).draws[0].loss for run in (together, alone)]
     assert again[0] == pytest.approx(again[1], rel=1e-4)
+
+
+def test_a_roll_back_needs_checkpoints_to_return_to(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"rollback returns to a checkpoint, expected checkpoint\.resume: auto"):
+        guarded(tmp_path, tmp_path / "run", "rollback", checkpoint={"resume": "never"})
 
 
 def test_a_roll_back_before_the_first_checkpoint_begins_again(spoilt: Path, tmp_path: Path) -> None:
