@@ -18,11 +18,12 @@ from data_pipeline.cards.registry import load_registry
 from data_pipeline.errors import UserError
 from data_pipeline.files import only_process
 from data_pipeline.windows.batch import Batch
-from data_pipeline.windows.division import Division, Piece
+from data_pipeline.windows.division import Division
 from data_pipeline.windows.loader import scheduled_batches, sources
 from data_pipeline.windows.schedule import Draw
 from fm.checkpoint import newest_checkpoint, read_state, step_directory
 from fm.checkpoint_writer import CheckpointWriter, keep_incident
+from fm.gradient import step_gradient
 from fm.guard import Guard, Refusal
 from fm.inputs import build_model, check_same_shards, open_split, shard_digests
 from fm.mixing import Mixing
@@ -40,7 +41,6 @@ from fm.settings import Recipe, changed_settings, recipe_to_dict
 from fm.specs import check_names
 from fm.state import TrainingState
 from fm.tracking import lacks_validation
-from fm.unroll import forcing_coins, forcing_prob
 from fm.validation import validate
 
 
@@ -243,41 +243,8 @@ class Trainer:
             )
 
     def gradient(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, float]:
-        """Forward and backward of this process's pieces of the current step, which leave their gradient.
-
-        Returns its parts of each draw's loss, mse and wavelet_l1 (draws, 3), which add up to the whole over the
-        processes, and the seconds it waited for data.
-        """
-        pieces = self.division.pieces(self.step)
-        losses, waited = torch.zeros(self.division.draws, 3, device=self.accelerator.device), 0.0
-        for number, piece in enumerate(pieces):
-            fetch = time.perf_counter()
-            batch = next(batches).to(self.accelerator.device, non_blocking=True)
-            waited += time.perf_counter() - fetch
-            assert batch.draw == piece.draw
-            assert batch.dataset == self.division.schedule.source(piece.draw).name  # else shares have changed since
-            terms = self._forward_backward(batch, piece, last=number == len(pieces) - 1)
-            share = len(piece.places) / self.recipe.train.batch
-            found = torch.stack([terms["loss"].detach(), terms["mse"], terms["wavelet_l1"]])
-            losses[piece.draw - self.step * self.division.draws] += share * found
-        return losses, waited
-
-    def _forward_backward(self, batch: Batch, piece: Piece, last: bool) -> dict[str, torch.Tensor]:
-        """Losses and gradient of one piece. Processes average gradients, so this one's counts as many times more."""
-        parallel, settings = self.state.parallel, self.recipe.train
-        forced = self._forced(piece).to(batch.fields.device)
-        weight = len(piece.places) * self.accelerator.num_processes / settings.global_batch
-        with parallel.accumulate(last):
-            terms = parallel.objective(batch.fields, batch.constants, forced, batch.dataset)
-            parallel.backward(terms["loss"] * weight)
-        return terms
-
-    def _forced(self, piece: Piece) -> torch.Tensor:
-        """The teacher-forcing coins of a piece's windows, (b, K) bool."""
-        settings, finetune = self.recipe.train, self.recipe.finetune
-        prob = forcing_prob(self.step, settings.steps, finetune) if finetune else 1.0
-        coins = forcing_coins(self.recipe.run.seed, piece.draw, settings.batch, self.recipe.window_length - 1, prob)
-        return torch.from_numpy(coins[piece.places])
+        """That of the current step (fm/gradient.py): losses (draws, 3), and the seconds waited for data."""
+        return step_gradient(self.recipe, self.state, self.division, self.accelerator, batches)
 
     def _agree(self, losses: torch.Tensor, norm: torch.Tensor, stop: bool) -> tuple[torch.Tensor, bool]:
         """Losses (draws x 3) and gradient norm of every process, (processes, n); whether any was stopped."""
