@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.files import atomic_file
 from data_pipeline.windows.schedule import Schedule
+from fm.evaluation.validation import ValidationResult, protocol_windows
 from fm.guard import Refusal
 from fm.model import WaveLiTFM
 from fm.settings import Recipe, dump_recipe
 from fm.tracking import Dashboard, EventLog, StepLog, progress_bar, write_process
-from fm.validation import ValidationResult, protocol_windows
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.windows.batch import Batch
 from data_pipeline.windows.schedule import Draw
 from fm.checkpoint import list_checkpoints, verify_checkpoint
-from fm.recipe import load_recipe
+from fm.recipe_file import load_recipe
 from fm.record import RunRecord
 from fm.runtime import StopSignal, make_accelerator
 from fm.settings import Recipe

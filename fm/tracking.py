@@ -37,6 +37,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data_pipeline.files import atomic_file
+from fm.report.spectra import radial_spectrum
 
 _OF_A_PROCESS = ("start", "end")  # true whatever step a later process continues from
 _MADE_AGAIN = ("validation", "shares", "warning")  # at a checkpoint's own step, by a run that continues there
@@ -228,17 +229,6 @@ class Dashboard:
         scale = max(1, round(256 / max(upright.shape[:2])))
         large = upright.repeat(scale, axis=0).repeat(scale, axis=1)
         self.writer.add_image(tag, (large * 255).astype(np.uint8), step, dataformats="HWC")
-
-
-def radial_spectrum(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Power of a field (X, Y) in rings of the wavenumber, counted in cycles per grid length of the shorter axis."""
-    nx, ny = values.shape
-    power = np.abs(np.fft.fft2(values - values.mean()) / values.size) ** 2
-    shorter = min(nx, ny)
-    kx, ky = np.fft.fftfreq(nx) * shorter, np.fft.fftfreq(ny) * shorter
-    ring = np.rint(np.hypot(kx[:, None], ky[None, :])).astype(int)
-    rings = np.arange(1, shorter // 2 + 1)
-    return rings, np.bincount(ring.ravel(), weights=power.ravel(), minlength=shorter)[rings]
 
 
 def _layout(datasets: list[str], windows: list[str]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from data_pipeline.windows.loader import scheduled_batches, sources
 from data_pipeline.windows.schedule import Draw
 from fm.checkpoint import newest_checkpoint, read_state, step_directory
 from fm.checkpoint_writer import CheckpointWriter, keep_incident
+from fm.evaluation.validation import validate
 from fm.gradient import step_gradient
 from fm.guard import Guard, Refusal
 from fm.inputs import build_model, check_same_shards, open_split, shard_digests
@@ -41,7 +42,6 @@ from fm.settings import Recipe, changed_settings, recipe_to_dict
 from fm.specs import check_names
 from fm.state import TrainingState
 from fm.tracking import lacks_validation
-from fm.validation import validate
 
 
 class RollBack(Exception):

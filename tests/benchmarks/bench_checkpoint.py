@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from fm.recipe import load_recipe
+from fm.recipe_file import load_recipe
 from fm.runtime import StopSignal, make_accelerator
 from fm.trainer import Trainer
 

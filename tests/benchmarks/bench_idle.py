@@ -33,7 +33,7 @@ from data_pipeline.windows.division import WAYS, Division, Piece
 from data_pipeline.windows.loader import open_readers, scheduled_batches, sources
 from data_pipeline.windows.schedule import Schedule
 from fm.model import WaveLiTFM
-from fm.recipe import load_recipe
+from fm.recipe_file import load_recipe
 from fm.specs import dataset_specs
 from fm.unroll import Unroll
 

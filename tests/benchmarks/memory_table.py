@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from data_pipeline.cards.registry import Card, load_registry
 from fm.model import DatasetSpec, ModelConfig, WaveLiTFM
-from fm.recipe import load_recipe
+from fm.recipe_file import load_recipe
 from fm.runtime import ZERO_BUCKET
 from fm.settings import Recipe
 from fm.unroll import Unroll

@@ -39,7 +39,7 @@ from data_pipeline.paper import DATASETS
 from data_pipeline.windows.division import Division, assign_by_cost
 from data_pipeline.windows.schedule import Schedule, Source, sampling_shares
 from fm.model import DatasetSpec, WaveLiTFM
-from fm.recipe import load_recipe
+from fm.recipe_file import load_recipe
 from fm.settings import Recipe
 
 PAPER_SECONDS = 41 * 3600  # of fm_pretrain.yaml's steps and batch

@@ -10,8 +10,8 @@ import pytest
 from faulty_server import FaultyServer
 
 from data_pipeline.errors import UserError
-from fm.recipe import resolve
-from fm.runs import evaluate_run
+from fm.evaluation.runs import evaluate_run
+from fm.recipe_file import resolve
 from fm.settings import Recipe, dump_recipe
 from fm.trainer import train
 

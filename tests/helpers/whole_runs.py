@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fm.recipe import resolve
+from fm.recipe_file import resolve
 from fm.settings import Recipe, dump_recipe
 
 ROOT = Path(__file__).parents[2]

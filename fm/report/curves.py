@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from fm.protocol import Protocol
-from fm.scoring import DatasetErrors, Errors
+from fm.scores.errors import DatasetErrors, Errors
+from fm.scores.protocol import Protocol
 
 # Distinct to colour-blind readers (Okabe and Ito 2008).
 LINES: dict[str, dict[str, Any]] = {

@@ -14,13 +14,15 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_file
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.windows.reader import ShardReader
-from fm.curves import growth_figure
-from fm.measure import one_step_errors, one_step_windows, rollout_errors, rollout_steps
+from fm.evaluation.measure import one_step_errors, one_step_windows, rollout_errors, rollout_steps
 from fm.model import WaveLiTFM
-from fm.pictures import Sample, overview, strip
-from fm.protocol import Protocol
-from fm.report import score_table
-from fm.scoring import DatasetErrors, ErrorFile, score
+from fm.report.curves import growth_figure
+from fm.report.sample import Sample
+from fm.report.strips import overview, strip
+from fm.scores.errors import DatasetErrors, ErrorFile
+from fm.scores.protocol import Protocol
+from fm.scores.scoring import score
+from fm.scores.tables import score_table
 from fm.specs import check_channels
 
 SHOWN_STEPS = 6
@@ -119,7 +121,9 @@ def _measure(
     windows = one_step_windows(reader, protocol)
     one_step = one_step_errors(model, reader, windows, device, batch_size, bar.update)
     rollouts = rollout_errors(model, reader, trajectories, protocol, device, batch_size, bar.update, recorder)
-    errors = DatasetErrors(manifest.state_channels, np.array(trajectories), one_step, rollouts, manifest.digest)
+    errors = DatasetErrors(
+        manifest.state_channels, np.array(trajectories), one_step, rollouts, manifest.digest, manifest.grid
+    )
     if not recorder.steps:
         return errors, None
     truth, prediction = (np.stack(fields) for fields in zip(*recorder.fields, strict=True))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
-from fm.protocol import PROTOCOLS, Protocol, Window, get_protocol
-from fm.scoring import DatasetErrors, ErrorFile, Errors, aggregate, geometric_mean, score
+from fm.scores.errors import DatasetErrors, ErrorFile, Errors
+from fm.scores.protocol import PROTOCOLS, Protocol, Window, get_protocol
+from fm.scores.scoring import aggregate, geometric_mean, score
 
 PLAIN = Protocol("plain", 1, {"all": Window(1, 2)}, eps=0.0)
 
@@ -25,7 +26,9 @@ def errors_of(model: np.ndarray, persistence: float = 4.0) -> Errors:
 def dataset_of(rollout: np.ndarray, one_step: np.ndarray | None = None) -> DatasetErrors:
     channels = tuple(f"c{index}" for index in range(rollout.shape[2]))
     one_step = rollout if one_step is None else one_step
-    return DatasetErrors(channels, np.arange(len(rollout)) + 10, errors_of(one_step), errors_of(rollout), "d" * 64)
+    return DatasetErrors(
+        channels, np.arange(len(rollout)) + 10, errors_of(one_step), errors_of(rollout), "d" * 64, (16, 16)
+    )
 
 
 def score_of(rollout: np.ndarray, protocol: Protocol = PLAIN) -> dict:
@@ -177,7 +180,7 @@ def test_bad_error_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"expected the errors\.npz of an evaluation"):
             ErrorFile.load(path)
     np.savez(path, head=np.array(json.dumps({"format": 99})))
-    with pytest.raises(UserError, match="format 1, got 99"):
+    with pytest.raises(UserError, match="format 2, got 99"):
         ErrorFile.load(path)
 
 

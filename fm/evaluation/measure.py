@@ -1,6 +1,6 @@
 """Runs the model over one dataset and measures its errors, window by window and rollout by rollout.
 
-Beside the model: persistence and the mean field (see fm/scoring.py), on the same frames. Everything is in physical
+Beside the model: persistence and the mean field (fm/scores/errors.py), on the same frames. Everything is in physical
 units. Windows, and the rollouts of different trajectories, run in batches: the grids of a dataset are all equal.
 """
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from data_pipeline.windows.reader import ShardReader
 from fm.metrics import squared_error_and_variance
 from fm.model import WaveLiTFM
-from fm.protocol import Protocol
 from fm.rollout import rollout
-from fm.scoring import Errors
+from fm.scores.errors import Errors
+from fm.scores.protocol import Protocol
 
 # Called once a batch of rollouts and step: trajectory ids, 1-based step, prediction and truth (B, C, H, W).
 Watcher = Callable[[Sequence[int], int, Tensor, Tensor], None]

@@ -11,10 +11,10 @@ import torch
 from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import find_checkpoint, load_pretrained, verify_checkpoint
-from fm.evaluate import evaluate_model
-from fm.protocol import get_protocol
-from fm.recipe import resolve
-from fm.report import compare_table, score_table
+from fm.evaluation.evaluate import evaluate_model
+from fm.recipe_file import resolve
+from fm.scores.protocol import get_protocol
+from fm.scores.tables import compare_table, score_table
 
 
 def evaluate_run(

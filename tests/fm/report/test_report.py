@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
-from fm.curves import growth_curve, growth_figure
-from fm.pictures import Sample, diverging_map, error_scale, field_scale, overview, strip
-from fm.protocol import PROTOCOLS
-from fm.report import compare_table, markdown, number, score_table
-from fm.scoring import DatasetErrors, ErrorFile, Errors, score
+from fm.report.curves import growth_curve, growth_figure
+from fm.report.sample import Sample
+from fm.report.strips import diverging_map, error_scale, field_scale, overview, strip
+from fm.scores.errors import DatasetErrors, ErrorFile, Errors
+from fm.scores.protocol import PROTOCOLS
+from fm.scores.scoring import score
+from fm.scores.tables import compare_table, markdown, number, score_table
 
 
 def scores_of(**levels: float) -> dict:
@@ -19,7 +21,7 @@ def scores_of(**levels: float) -> dict:
     datasets = {}
     for name, level in levels.items():
         errors = Errors(*(np.full((3, 9, 2), value) for value in (1.0, level**2, 1.0, 1.0)))
-        datasets[name] = DatasetErrors(("a", "b"), np.arange(3), errors, errors, name)
+        datasets[name] = DatasetErrors(("a", "b"), np.arange(3), errors, errors, name, (16, 16))
     return score(ErrorFile(PROTOCOLS["thirds"], datasets))
 
 
@@ -63,7 +65,9 @@ def test_the_score_table_marks_divergence_and_missing_windows() -> None:
     model = np.full((3, 9, 1), 0.25)
     model[0, 7:] = np.inf
     ones = np.ones_like(model)
-    part = DatasetErrors(("a",), np.array([4, 5, 6]), Errors(*[ones] * 4), Errors(ones, model, ones, ones), "x")
+    part = DatasetErrors(
+        ("a",), np.array([4, 5, 6]), Errors(*[ones] * 4), Errors(ones, model, ones, ones), "x", (16, 16)
+    )
     file = ErrorFile(PROTOCOLS["thirds"], {"shear_flow": part})
     *_, last = cells(score_table(score(file)), "shear_flow")
     assert last[4:6] == ["0.5000 (1 of 3 diverged)", "-"]
@@ -173,7 +177,7 @@ def test_the_growth_figure_marks_failures() -> None:
     model[2, 4:] = np.nan
     ones = np.ones_like(model)
     errors = Errors(ones, model, ones, ones)
-    part = DatasetErrors(("a", "b"), np.arange(3), errors, errors, "x")
+    part = DatasetErrors(("a", "b"), np.arange(3), errors, errors, "x", (16, 16))
     figure = growth_figure({"shear_flow": part}, PROTOCOLS["thirds"])
     figure.draw_without_rendering()
     (axes,) = figure.axes

@@ -19,24 +19,12 @@ from matplotlib.image import AxesImage
 from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
+from fm.report.sample import Sample
+
 DIVERGING = "blue_red_uniform"
 ROWS = ("truth", "prediction", "error")
 TEXT_SIZE = 7.5  # points
 _GAP = 0.06  # inches between panels, as are all lengths below
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One channel of one rollout at a few steps. Fields (n, H, W) in physical units."""
-
-    dataset: str
-    channel: str
-    trajectory: int
-    dt: float  # physical time between frames
-    steps: tuple[int, ...]  # rollout steps, 1-based and ascending
-    truth: np.ndarray
-    prediction: np.ndarray
-    vrmse: np.ndarray  # (n,) of this channel
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_pipeline.errors import UserError
-from fm.protocol import Protocol
+from fm.scores.protocol import Protocol
 
 DASH = "-"
 

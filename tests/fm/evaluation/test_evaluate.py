@@ -17,11 +17,12 @@ from data_pipeline.errors import UserError
 from data_pipeline.shards.build import build_shards
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
-from fm.evaluate import evaluate_model, shown_steps
-from fm.measure import one_step_errors, one_step_windows, rollout_errors
+from fm.evaluation.evaluate import evaluate_model, shown_steps
+from fm.evaluation.measure import one_step_errors, one_step_windows, rollout_errors
 from fm.model import DatasetSpec, ModelConfig, WaveLiTFM
-from fm.protocol import PROTOCOLS, get_protocol
-from fm.scoring import ErrorFile, score
+from fm.scores.errors import ErrorFile
+from fm.scores.protocol import PROTOCOLS, get_protocol
+from fm.scores.scoring import score
 
 CPU = torch.device("cpu")
 THIRDS = PROTOCOLS["thirds"]

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from data_pipeline.windows.reader import ShardReader
-from fm.evaluate import Recorder, shown_channel
-from fm.measure import one_step_errors, one_step_windows, rollout_errors, rollout_steps
+from fm.evaluation.evaluate import Recorder, shown_channel
+from fm.evaluation.measure import one_step_errors, one_step_windows, rollout_errors, rollout_steps
 from fm.model import WaveLiTFM
-from fm.protocol import Protocol, get_protocol
-from fm.scoring import DatasetErrors, ErrorFile, score
+from fm.scores.errors import DatasetErrors, ErrorFile
+from fm.scores.protocol import Protocol, get_protocol
+from fm.scores.scoring import score
 from fm.settings import ValidationSettings
 
 
@@ -26,7 +27,7 @@ class Frames:
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """Scores as `fm.scoring.score` gives them, and one picture per dataset."""
+    """Scores as `fm.scores.scoring.score` gives them, and one picture per dataset."""
 
     scores: Mapping[str, Any]
     frames: Mapping[str, Frames]
@@ -78,8 +79,8 @@ def validate(
         recorder = _recorder(reader, protocol)
         one_step = one_step_errors(model, reader, one_step_windows(reader, protocol), device)
         rollouts = rollout_errors(model, reader, trajectories, protocol, device, watch=recorder)
-        channels, digest = reader.manifest.state_channels, reader.manifest.digest
-        datasets[name] = DatasetErrors(channels, np.array(trajectories, np.int64), one_step, rollouts, digest)
+        manifest, ids = reader.manifest, np.array(trajectories, np.int64)
+        datasets[name] = DatasetErrors(manifest.state_channels, ids, one_step, rollouts, manifest.digest, manifest.grid)
         if recorder.fields:
             frames[name] = Frames(*recorder.fields[0])
     return ValidationResult(score(ErrorFile(protocol, datasets)), frames)

@@ -14,8 +14,8 @@ from faulty_server import FaultyServer
 import fm as fm_package
 from data_pipeline.errors import UserError
 from fm.checkpoint import find_checkpoint, load_pretrained
-from fm.recipe import resolve
-from fm.runs import compare_runs, evaluate_run
+from fm.evaluation.runs import compare_runs, evaluate_run
+from fm.recipe_file import resolve
 from fm.trainer import train
 
 DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]

@@ -1,0 +1,136 @@
+"""What one evaluation stores: the errors of each (trajectory, step, channel), from which every score is made.
+
+Of each predictor it keeps the mean squared error, and of the target the variance:
+
+    VRMSE = sqrt(mean over x, y of (prediction - truth)^2 / (variance of the truth over x, y + eps))
+
+with the unbiased variance, as The Well defines it. Beside the model stand two predictors that know no physics.
+`persistence` repeats the last frame it saw: the input of a one-step window, the initial frame held through a rollout.
+`mean_field` is the target frame's own spatial mean, so its VRMSE is 1 by definition, but for eps and the n-1 in the
+variance: a model above 1 does worse than any single number.
+
+Array legend: R trajectories, S steps, C state channels.
+"""
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.errors import UserError
+from data_pipeline.files import atomic_file
+from fm.scores.protocol import Protocol
+
+FORMAT = 2  # 2: the grid of each dataset
+PREDICTORS = ("model", "persistence", "mean_field")
+TASKS = ("one_step", "rollout")
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Errors of one task (one-step or rollout) on one dataset, float64, squared physical units, each (R, S, C).
+
+    Step index t is, one-step, the window that predicts frame t + 1 from frame t; in a rollout, prediction number t + 1.
+    All are NaN at a step that was not measured: beyond the end of a trajectory, or a window left out of a subset.
+    """
+
+    variance: np.ndarray  # of the target over x, y, unbiased; always finite where measured
+    model: np.ndarray  # mean squared error over x, y, as are the next two
+    persistence: np.ndarray
+    mean_field: np.ndarray
+
+    @classmethod
+    def empty(cls, num_trajectories: int, num_steps: int, num_channels: int) -> "Errors":
+        """All NaN, to be filled in: arrays (R, S, C)."""
+        return cls(*(np.full((num_trajectories, num_steps, num_channels), np.nan) for _ in range(4)))
+
+    @property
+    def present(self) -> np.ndarray:
+        """(R, S) bool: the steps that were measured."""
+        return ~np.isnan(self.variance).any(axis=-1)
+
+    @property
+    def steps(self) -> np.ndarray:
+        """(R,) int64: how many steps of each trajectory were measured."""
+        return self.present.sum(axis=1)
+
+    def vrmse(self, predictor: str, eps: float) -> np.ndarray:
+        """VRMSE (R, S, C) of a predictor: +inf where a prediction was not finite, NaN where there is no such step."""
+        error = np.sqrt(getattr(self, predictor) / (self.variance + eps))
+        return np.where(self.present[..., None] & ~np.isfinite(error), np.inf, error)
+
+    def first_failures(self) -> np.ndarray:
+        """(R,) int64: the 1-based step at which the model first was not finite, 0 where it always was."""
+        failed = self.present & ~np.isfinite(self.model).all(axis=-1)
+        return np.where(failed.any(axis=1), failed.argmax(axis=1) + 1, 0) if failed.size else np.zeros_like(self.steps)
+
+
+@dataclass(frozen=True)
+class DatasetErrors:
+    """All errors of one dataset."""
+
+    channels: tuple[str, ...]
+    trajectories: np.ndarray  # ids (R,)
+    one_step: Errors
+    rollout: Errors
+    data_digest: str  # of the manifest of the shards
+    grid: tuple[int, int]  # (H, W)
+
+
+@dataclass(frozen=True)
+class ErrorFile:
+    """What one evaluation measured, with the protocol it ran under and, as plain JSON, whose errors they are."""
+
+    protocol: Protocol
+    datasets: dict[str, DatasetErrors]
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write a plain .npz, without pickled objects; complete or not at all. UserError when the disk is full."""
+        head = {"format": FORMAT, "protocol": self.protocol.to_json(), "datasets": sorted(self.datasets)}
+        head["origin"] = self.origin
+        arrays: dict[str, Any] = {"head": np.array(json.dumps(head, sort_keys=True))}
+        for name, errors in sorted(self.datasets.items()):
+            arrays[f"{name}/channels"] = np.array(errors.channels, np.str_)
+            arrays[f"{name}/data_digest"] = np.array(errors.data_digest)
+            arrays[f"{name}/grid"] = np.array(errors.grid, np.int64)
+            arrays[f"{name}/trajectories"] = np.asarray(errors.trajectories, np.int64)
+            for task in TASKS:
+                for part in dataclasses.fields(Errors):
+                    arrays[f"{name}/{task}/{part.name}"] = getattr(getattr(errors, task), part.name)
+        with atomic_file(path) as file:
+            np.savez(file, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> "ErrorFile":
+        """Read `save`'s file. UserError where it is missing, damaged, or of another format."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+            head = json.loads(str(arrays["head"]))
+        except FileNotFoundError:
+            raise UserError(f"{path}: expected an error file, found none: `fm evaluate RUN` writes it") from None
+        except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"{path}: expected the errors.npz of an evaluation, got {error!r}; evaluate again"
+            ) from None
+        if head["format"] != FORMAT:
+            raise UserError(f"{path}: expected an error file of format {FORMAT}, got {head['format']}: evaluate again")
+        datasets = {name: _unpack(arrays, name) for name in head["datasets"]}
+        return cls(Protocol.from_json(head["protocol"]), datasets, head["origin"])
+
+
+def _unpack(arrays: Mapping[str, np.ndarray], name: str) -> DatasetErrors:
+    tasks = {
+        task: Errors(**{part.name: arrays[f"{name}/{task}/{part.name}"] for part in dataclasses.fields(Errors)})
+        for task in TASKS
+    }
+    channels = tuple(str(channel) for channel in arrays[f"{name}/channels"])
+    digest = str(arrays[f"{name}/data_digest"])
+    height, width = arrays[f"{name}/grid"].tolist()
+    return DatasetErrors(channels, arrays[f"{name}/trajectories"], **tasks, data_digest=digest, grid=(height, width))
