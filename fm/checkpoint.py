@@ -21,7 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from data_pipeline.errors import UserError
+from fm.baselines.baseline import Baseline
 from fm.model import WaveLiTFM
+from fm.surrogate import BASELINE, Surrogate, read_description
 
 FORMAT_VERSION = 2
 _STEP = re.compile(r"step_(\d{8,})")
@@ -94,7 +96,7 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(path: Path, model: WaveLiTFM, average: WaveLiTFM) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def load_checkpoint(path: Path, model: Surrogate, average: Surrogate) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Fill model and averaged model from a verified checkpoint; returns what state.json holds, and the moments.
 
     Raises UserError if the architecture, the datasets or their statistics are not those of `model`.
@@ -106,20 +108,24 @@ def load_checkpoint(path: Path, model: WaveLiTFM, average: WaveLiTFM) -> tuple[d
     return state, _read_tensors(path / "optimizer.safetensors")
 
 
-def load_pretrained(path: Path) -> WaveLiTFM:
+def load_pretrained(path: Path) -> Surrogate:
     """The averaged model of a run directory's newest whole checkpoint, or of a checkpoint directory, on the CPU.
 
-    UserError where there is none or its files do not fit together.
+    A WaveLiT or a baseline, as model.json says. UserError where there is none or its files do not fit together.
     """
     checkpoint = find_checkpoint(path)
     try:
-        return WaveLiTFM.from_pretrained(checkpoint)
+        kind = Baseline if BASELINE in read_description(checkpoint) else WaveLiTFM
+        return kind.from_pretrained(checkpoint)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{checkpoint}: cannot be loaded as a model: {error}") from error
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint meant by a run directory (its newest whole one) or a checkpoint directory. UserError if none."""
+    """The checkpoint meant by a run directory or a checkpoint directory. UserError if there is none.
+
+    A run directory means its newest whole checkpoint, or if finetune.gate watched over it the best compromise.
+    """
     if (path / "model.json").is_file():
         return path
     newest = newest_checkpoint(path / "checkpoints", print)
@@ -128,7 +134,9 @@ def find_checkpoint(path: Path) -> Path:
             f"no checkpoint found: looked for {path / 'model.json'} and {path / 'checkpoints' / 'step_*'}.\n"
             "Expected a run directory (such as runs/quickstart) or one of its checkpoints."
         )
-    return newest
+    finetune = read_state(newest)["recipe"].get("finetune") or {}
+    best = newest_checkpoint(path / "best", print) if finetune.get("gate") is not None else None
+    return best or newest
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:

@@ -111,6 +111,15 @@ def keep_incident(root: Path, snapshot: Snapshot, report: Callable[[str], None])
         report(f"what `fm replay` needs could not be kept: {error}")
 
 
+def keep_best(root: Path, snapshot: Snapshot) -> None:
+    """Write the best compromise of a run (fm/gate.py) in place of the one before. UserError as `write_checkpoint`."""
+    best = write_checkpoint(root, snapshot)
+    for path in list_checkpoints(root).values():
+        if path != best:
+            path.rename(root / f".deleting_{path.name}")
+    _remove_leftovers(root)
+
+
 class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     """Saves a run's checkpoints from a thread. As a context it ends when the save in flight has ended.
 

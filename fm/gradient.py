@@ -5,15 +5,16 @@ Each window counts 1 / train.global_batch, whichever process takes it, in howeve
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from data_pipeline.windows.batch import Batch
 from data_pipeline.windows.division import Division, Piece
+from fm.curriculum import forcing_coins, forcing_prob, input_noise, unroll_length
 from fm.settings import Recipe
 from fm.state import TrainingState
-from fm.unroll import forcing_coins, forcing_prob
 
 
 def step_gradient(
@@ -32,11 +33,11 @@ def step_gradient(
         waited += time.perf_counter() - fetch
         assert batch.draw == piece.draw
         assert batch.dataset == division.schedule.source(piece.draw).name  # else shares have changed since it was read
-        forced = _forced(recipe, state.step, piece).to(accelerator.device)
+        inputs = _inputs(recipe, state.step, piece, batch)
         # processes average their gradients, so each counts as many times more
         weight = len(piece.places) * accelerator.num_processes / recipe.train.global_batch
         with state.parallel.accumulate(last=number == len(pieces) - 1):
-            terms = state.parallel.objective(batch.fields, batch.constants, forced, batch.dataset)
+            terms = state.parallel.objective(**inputs)
             state.parallel.backward(terms["loss"] * weight)
         share = len(piece.places) / recipe.train.batch
         found = torch.stack([terms["loss"].detach(), terms["mse"], terms["wavelet_l1"]])
@@ -44,8 +45,22 @@ def step_gradient(
     return losses, waited
 
 
-def _forced(recipe: Recipe, step: int, piece: Piece) -> torch.Tensor:
-    """The teacher-forcing coins of a piece's windows, (b, K) bool."""
-    prob = forcing_prob(step, recipe.train.steps, recipe.finetune) if recipe.finetune else 1.0
-    coins = forcing_coins(recipe.run.seed, piece.draw, recipe.train.batch, recipe.window_length - 1, prob)
-    return torch.from_numpy(coins[piece.places])
+def _inputs(recipe: Recipe, step: int, piece: Piece, batch: Batch) -> dict[str, Any]:
+    """What the objective takes: the piece's windows, as long as this step's unroll, with its coins and its noise."""
+    seed, train, finetune, device = recipe.run.seed, recipe.train, recipe.finetune, batch.fields.device
+    length, prob = 1, 0.0
+    if finetune is not None:
+        length = unroll_length(step, train.steps, finetune, batch.dataset)
+        prob = forcing_prob(step, train.steps, finetune)
+    coins = forcing_coins(seed, piece.draw, train.batch, length, prob)[piece.places]
+    noise = None
+    if train.jitter:
+        shape = (length, *batch.fields.shape[2:])
+        noise = input_noise(seed, piece.draw, piece.places, shape, train.jitter, device)
+    return {
+        "fields": batch.fields[:, : length + 1],
+        "constants": batch.constants,
+        "forced": torch.from_numpy(coins).to(device),
+        "dataset": batch.dataset,
+        "noise": noise,
+    }

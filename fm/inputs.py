@@ -1,16 +1,19 @@
 """What a run starts from: readers of its shards, and a model that fits them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_pipeline.cards.registry import Registry
 from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
+from fm.baselines.baseline import Baseline
+from fm.baselines.config import BaselineConfig
 from fm.checkpoint import load_pretrained
-from fm.model import ModelConfig, WaveLiTFM
+from fm.model import DatasetSpec, ModelConfig, WaveLiTFM
 from fm.settings import Recipe
 from fm.specs import dataset_specs
+from fm.surrogate import Surrogate
 
 
 def open_split(recipe: Recipe, registry: Registry, split: str) -> dict[str, ShardReader]:
@@ -20,12 +23,20 @@ def open_split(recipe: Recipe, registry: Registry, split: str) -> dict[str, Shar
     return open_readers(data.shards, data.datasets, split, data.verify, stream, known=tuple(registry.cards))
 
 
-def build_model(recipe: Recipe, readers: Mapping[str, ShardReader], registry: Registry) -> WaveLiTFM:
+def check_unrolls(recipe: Recipe, readers: Mapping[str, ShardReader]) -> None:
+    """UserError where finetune.unroll_override names a dataset that is not trained on."""
+    unknown = sorted(set(recipe.finetune.unroll_override) - set(readers)) if recipe.finetune else []
+    if unknown:
+        known = ", ".join(sorted(readers))
+        raise UserError(f"finetune.unroll_override: expected datasets of this run ({known}), got {unknown[0]!r}")
+
+
+def build_model(recipe: Recipe, readers: Mapping[str, ShardReader], registry: Registry) -> Surrogate:
     """A new model, or when finetuning the pretrained one. UserError where recipe, shards and it do not fit together."""
-    finetune, config = recipe.finetune, recipe.model
+    finetune, config = recipe.finetune, recipe.baseline or recipe.model
     specs = dataset_specs(readers, registry)
     if finetune is None:
-        return WaveLiTFM(config or ModelConfig(), specs)
+        return new_model(config, specs)
     pretrained = load_pretrained(Path(finetune.pretrained))
     if config is not None and config != pretrained.config:
         raise UserError(
@@ -33,6 +44,13 @@ def build_model(recipe: Recipe, readers: Mapping[str, ShardReader], registry: Re
             f"Recipe: {config}\nPretrained: {pretrained.config}\nLeave the section out to take the pretrained one."
         )
     return pretrained.adapted_to(specs)
+
+
+def new_model(config: ModelConfig | BaselineConfig | None, specs: Sequence[DatasetSpec]) -> Surrogate:
+    """A model with new weights: the baseline, or a WaveLiT, of the default sizes where the recipe gives none."""
+    if isinstance(config, BaselineConfig):
+        return Baseline(config, specs)
+    return WaveLiTFM(config or ModelConfig(), specs)
 
 
 def shard_digests(readers: Mapping[str, ShardReader]) -> dict[str, str]:

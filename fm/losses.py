@@ -8,7 +8,7 @@ from fm.nn.dwt import analysis
 
 
 class LossTerms(NamedTuple):
-    """Scalars: `total` carries the gradient, the parts are detached for logging."""
+    """One number a window, (B,): `total` carries the gradient, the parts are detached for logging."""
 
     total: Tensor
     mse: Tensor
@@ -25,13 +25,13 @@ def wavelit_loss(
 ) -> LossTerms:
     """mse_weight * mean e^2 + wavelet_weight * sum over subbands of mean |DWT(e)|, e = (prediction - target) * scale.
 
-    prediction and target (B, C, H, W) normalised, scale (C, 1, 1) from `WaveLiTFM.residual_scale`; float32 whatever the
+    prediction and target (B, C, H, W) normalised, scale (C, 1, 1) from `Surrogate.residual_scale`; float32 whatever the
     autocast state. ValueError if the shapes differ: broadcasting would hide a mistake.
     """
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must have one shape")
     error = (prediction.float() - target.float()) * scale
     coefficients = analysis(error, wavelet)  # (B, C, 4, h, w)
-    mse = error.square().mean()
-    wavelet_l1 = coefficients.abs().mean() * coefficients.shape[-3]
+    mse = error.square().flatten(1).mean(1)
+    wavelet_l1 = coefficients.abs().flatten(1).mean(1) * coefficients.shape[-3]
     return LossTerms(mse_weight * mse + wavelet_weight * wavelet_l1, mse.detach(), wavelet_l1.detach())

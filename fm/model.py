@@ -11,33 +11,21 @@ Fields are (B, C, H, W). Statistics, wavelets, norms and the ridge solve are flo
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
 from math import sqrt
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fm.model_config import PRESETS, DatasetSpec, ModelConfig, check_keys
+from fm.model_config import PRESETS, DatasetSpec, ModelConfig
 from fm.nn.dwt import NOT_PERIODIC, Periodic, analysis, patches, synthesis, unpatches
 from fm.nn.heads import Head
 from fm.nn.lifting import Lifting
 from fm.nn.pyramid import Pyramid, pyramid_tables
+from fm.surrogate import BASELINE, MIN_GRID, Surrogate
 
 __all__ = ["MIN_GRID", "PRESETS", "DatasetSpec", "ModelConfig", "WaveLiTFM"]
-
-MODEL_FILE = "model.json"
-WEIGHTS_FILE = "model.safetensors"
-EMA_FILE = "ema.safetensors"
-FORMAT = 1
-STD_FLOOR = 1e-4  # the_well's
-DELTA_FLOOR = 1e-2  # of the channel's std, so that a channel that hardly moves is not amplified more than 100 times
-MIN_GRID = 16
 
 # Initial weights, see init_weights.
 LIFTING_STD = 0.2
@@ -46,79 +34,41 @@ CPE_GAIN = 0.15  # of the usual 1/3: these convolutions act on the residual stre
 COARSE_INIT = 0.1  # weight of each coarse level beside 1 for the fine one
 
 
-class Moments(nn.Module):
-    """Statistics of one dataset as float32 buffers (C, 1, 1); rebuilt from the specification, never in the weights."""
-
-    mean: Tensor
-    std: Tensor
-    constant_mean: Tensor
-    constant_std: Tensor
-    delta_scale: Tensor
-    delta_shift: Tensor
-
-    def __init__(self, spec: DatasetSpec, delta: bool) -> None:
-        super().__init__()
-        mean, std = (spec.moment(key, spec.state_channels) for key in ("mean", "std"))
-        std = std.clamp_min(STD_FLOOR)
-        scale, shift = torch.ones_like(std), torch.zeros_like(std)
-        if delta:
-            scale = (spec.moment("std_delta", spec.state_channels).clamp_min(STD_FLOOR) / std).clamp_min(DELTA_FLOOR)
-            shift = spec.moment("mean_delta", spec.state_channels) / std
-        tensors = {
-            "mean": mean,
-            "std": std,
-            "constant_mean": spec.moment("mean", spec.constant_channels),
-            "constant_std": spec.moment("std", spec.constant_channels).clamp_min(STD_FLOOR),
-            "delta_scale": scale,
-            "delta_shift": shift,
-        }
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor.float(), persistent=False)
-
-
-class WaveLiTFM(nn.Module):
+class WaveLiTFM(Surrogate):
     """The model for the given datasets; `seed` draws the initial weights, each named part from its own generator."""
 
+    section = "model"
+    config: ModelConfig
+
     def __init__(self, config: ModelConfig, datasets: Sequence[DatasetSpec], seed: int = 0) -> None:
-        super().__init__()
-        if not datasets or len({spec.name for spec in datasets}) != len(datasets):
-            raise ValueError(f"datasets must be one or more with different names, got {[s.name for s in datasets]}")
+        super().__init__(datasets, config.predict, config.predict_override, config.wavelet)
         self.config = config
-        self.specs = {spec.name: spec for spec in sorted(datasets, key=lambda spec: spec.name)}
-        self.delta = {name: config.predict_override.get(name, config.predict) == "delta" for name in self.specs}
         width, subbands = config.width, config.subbands
-        self.moments = nn.ModuleDict({name: Moments(spec, self.delta[name]) for name, spec in self.specs.items()})
         channels = [c for spec in datasets for c in (*spec.state_channels, *spec.constant_channels)]
         self.lifting = Lifting(channels, subbands, width)
         self.task_vectors = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name in self.specs})
         self.blocks = nn.ModuleList(Pyramid(config.block(), config.pyramid_levels) for _ in range(config.depth))
         self.heads = nn.ModuleDict(
-            {name: Head(width, len(spec.state_channels), subbands) for name, spec in self.specs.items()}
+            {
+                name: Head(width, len(spec.state_channels), subbands, config.pointwise)
+                for name, spec in self.specs.items()
+            }
         )
         self.init_weights(seed)
 
-    def forward(self, state: Tensor, constants: Tensor, dataset: str) -> Tensor:
-        """The next state.
-
-        state (B, C, H, W) and constants (B, K, H, W) normalised, channels in the order of the dataset's specification;
-        returns (B, C, H, W), normalised, float32. ValueError for another channel count, an odd side, or one below 16.
-        """
-        spec = self._spec(dataset)
-        self._check_inputs(spec, state, constants)
-        size = state.shape[-2:]
+    def output(self, state: Tensor, constants: Tensor, spec: DatasetSpec) -> Tensor:
+        """What the head of the dataset says, (B, C, H, W); see `Surrogate.output`."""
         periodic = spec.periodic if self.config.padding == "boundary" else NOT_PERIODIC
         coefficients = self._tokenize(torch.cat([state, constants], dim=1).float(), spec)  # (B, C + K, S, h, w)
         x = self.lifting(coefficients, (*spec.state_channels, *spec.constant_channels))  # (B, h, w, D)
-        x = x + self.task_vectors[dataset]
+        x = x + self.task_vectors[spec.name]
         head_width = self.config.width // self.config.heads
         ropes = pyramid_tables(x.shape[1], x.shape[2], self.config.pyramid_levels, head_width, x.device)
         for block in self.blocks:
             x = block(x, ropes, periodic)
-        output = self._untokenize(self.heads[dataset](x).float(), spec, size)  # (B, C, H, W)
-        if not self.delta[dataset]:
-            return output
-        moments = self._moments(dataset)
-        return torch.addcmul(state.float() + moments.delta_shift, output, moments.delta_scale)
+        head = cast(Head, self.heads[spec.name])
+        output = self._untokenize(head(x).float(), spec, state.shape[-2:])  # (B, C, H, W)
+        return output if head.pointwise is None else output + head.of_points(state)
 
     def _tokenize(self, x: Tensor, spec: DatasetSpec) -> Tensor:
         """Fields (B, C, H, W) to coefficients (B, C, S, h, w)."""
@@ -136,60 +86,6 @@ class WaveLiTFM(nn.Module):
     def _wraps(self, spec: DatasetSpec) -> Periodic:
         return spec.periodic if self.config.extension == "boundary" else NOT_PERIODIC
 
-    def _spec(self, dataset: str) -> DatasetSpec:
-        if dataset not in self.specs:
-            raise ValueError(f"the model has no dataset {dataset!r}: it knows {', '.join(self.specs)}")
-        return self.specs[dataset]
-
-    def _moments(self, dataset: str) -> Moments:
-        return cast(Moments, self.moments[self._spec(dataset).name])
-
-    def _check_inputs(self, spec: DatasetSpec, state: Tensor, constants: Tensor) -> None:
-        for tensor, names, role in (
-            (state, spec.state_channels, "state"),
-            (constants, spec.constant_channels, "constant"),
-        ):
-            if tensor.ndim != 4 or tensor.shape[1] != len(names):
-                raise ValueError(
-                    f"dataset {spec.name}: expected {role} fields (B, {len(names)}, H, W) for channels "
-                    f"({', '.join(names)}), got {tuple(tensor.shape)}"
-                )
-        height, width = state.shape[-2:]
-        if constants.shape[-2:] != state.shape[-2:]:
-            raise ValueError(
-                f"dataset {spec.name}: constants on {tuple(constants.shape[-2:])}, state on {height} x {width}"
-            )
-        if height % 2 or width % 2 or min(height, width) < MIN_GRID:
-            raise ValueError(
-                f"dataset {spec.name}: the grid must have even sides of at least {MIN_GRID}, got {height} x {width}"
-            )
-
-    def normalise(self, fields: Tensor, dataset: str) -> Tensor:
-        """State fields (..., C, H, W) in raw units to zero mean and unit variance, float32."""
-        moments = self._moments(dataset)
-        return (fields.float() - moments.mean) / moments.std
-
-    def denormalise(self, fields: Tensor, dataset: str) -> Tensor:
-        """Inverse of `normalise`."""
-        moments = self._moments(dataset)
-        return fields.float() * moments.std + moments.mean
-
-    def normalise_constants(self, constants: Tensor, dataset: str) -> Tensor:
-        """Constant fields (B, K, H, W) in raw units to zero mean and unit variance, float32."""
-        moments = self._moments(dataset)
-        return (constants.float() - moments.constant_mean) / moments.constant_std
-
-    def residual_scale(self, dataset: str) -> Tensor:
-        """(C, 1, 1): what the loss multiplies errors of normalised next states by; std / std_delta, or 1 for states."""
-        return self._moments(dataset).delta_scale.reciprocal()
-
-    def parameters_by_datasets(self) -> dict[frozenset[str], list[nn.Parameter]]:
-        """The parameters in groups that the same datasets use in their forward passes, by those datasets."""
-        groups: dict[frozenset[str], list[nn.Parameter]] = {}
-        for name, parameter in self.named_parameters():
-            groups.setdefault(self._datasets_using(name), []).append(parameter)
-        return groups
-
     def _datasets_using(self, parameter: str) -> frozenset[str]:
         part, _, rest = parameter.partition(".")
         if part == "lifting":
@@ -197,10 +93,6 @@ class WaveLiTFM(nn.Module):
             users = (s.name for s in self.specs.values() if channel in (*s.state_channels, *s.constant_channels))
             return frozenset(users)
         return frozenset({rest.partition(".")[0]} if part in ("task_vectors", "heads") else self.specs)
-
-    def num_parameters(self) -> int:
-        """All trainable numbers, of every dataset."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -234,89 +126,21 @@ class WaveLiTFM(nn.Module):
         A dataset that this model knows keeps its statistics, so its predictions do not change. ValueError if its
         channels differ.
         """
-        for spec in datasets:
-            known = self.specs.get(spec.name, spec)
-            own, given = ((s.state_channels, s.constant_channels) for s in (known, spec))
-            if own != given:
-                raise ValueError(f"dataset {spec.name}: the model has the channels {own}, the data {given}")
+        self._check_channels(datasets)
         model = WaveLiTFM(self.config, [self.specs.get(spec.name, spec) for spec in datasets])
         weights = self.state_dict()
         model.load_state_dict({name: weights.get(name, tensor) for name, tensor in model.state_dict().items()})
         return model
 
-    def description(self) -> dict[str, Any]:
-        """What model.json holds: format, configuration and dataset specifications, as JSON types."""
-        datasets = [spec.to_json() for spec in self.specs.values()]
-        return {"format": FORMAT, "config": json.loads(json.dumps(asdict(self.config))), "datasets": datasets}
-
-    def save_pretrained(
-        self, directory: Path | str, weights: str = WEIGHTS_FILE, state: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """Write model.json (configuration and dataset specifications) and `weights` (safetensors) into `directory`.
-
-        `state` replaces the model's own weights, with the same keys (an EMA, say).
-        """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / MODEL_FILE).write_text(json.dumps(self.description(), indent=1) + "\n")
-        tensors = self.state_dict() if state is None else dict(state)
-        self._check_state({name: tuple(tensor.shape) for name, tensor in tensors.items()}, "the state to be saved")
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / weights)
-
     @classmethod
-    def from_pretrained(cls, directory: Path | str, weights: str | None = None) -> "WaveLiTFM":
-        """A model on the CPU from a directory with model.json and weights: `weights`, or the EMA's, or the model's own.
+    def _described(cls, description: Mapping[str, Any], where: str) -> "WaveLiTFM":
+        if BASELINE in description:
+            raise ValueError(f"{where} is of the baseline {description[BASELINE]!r}, not of a WaveLiT")
+        config = ModelConfig.from_json(description["config"], where)
+        return cls(config, [DatasetSpec.from_json(spec) for spec in description["datasets"]])
 
-        FileNotFoundError if a file is missing; ValueError if model.json is of another format or the weights do not fit.
-        """
-        directory = Path(directory)
-        description = read_description(directory)
-        if weights is None:
-            weights = EMA_FILE if (directory / EMA_FILE).exists() else WEIGHTS_FILE
-        check_keys(f"config of {directory / MODEL_FILE}", description["config"], (f.name for f in fields(ModelConfig)))
-        config = ModelConfig(**description["config"])
-        model = cls(config, [DatasetSpec.from_json(spec) for spec in description["datasets"]])
-        model.load_weights(directory / weights)
-        return model
-
-    def load_weights(self, file: Path | str) -> None:
-        """Load a safetensors file whose keys and shapes must be exactly the model's."""
-        file = Path(file)
-        if not file.is_file():
-            raise FileNotFoundError(f"no weights at {file}")
-        try:
-            tensors = load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
-        self._check_state({name: tuple(tensor.shape) for name, tensor in tensors.items()}, str(file))
-        self.load_state_dict(tensors)
-
-    def _check_state(self, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        problems = [f"missing {name} {own[name]}" for name in own if name not in shapes]
-        problems += [f"unexpected {name} {shapes[name]}" for name in shapes if name not in own]
-        problems += [
-            f"{name} is {shapes[name]}, the model's is {own[name]}"
-            for name in own
-            if name in shapes and shapes[name] != own[name]
-        ]
-        if problems:
-            listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-            raise ValueError(
-                f"{where} does not fit the model (width {self.config.width}, depth {self.config.depth}): {listed}"
-            )
-
-
-def read_description(directory: Path | str) -> dict[str, Any]:
-    """model.json as a dict with keys format, config, datasets."""
-    file = Path(directory) / MODEL_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"no {MODEL_FILE} in {directory}: expected a directory written by save_pretrained")
-    description = json.loads(file.read_text())
-    check_keys(str(file), description, ("format", "config", "datasets"))
-    if description["format"] != FORMAT:
-        raise ValueError(f"{file} has format {description['format']}, this version reads {FORMAT}")
-    return description
+    def _sizes(self) -> str:
+        return f"width {self.config.width}, depth {self.config.depth}"
 
 
 def _noise(seed: int, name: str, shape: torch.Size) -> Tensor:

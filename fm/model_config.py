@@ -14,6 +14,7 @@ from fm.nn.linear_attention import RIDGE_MODES
 from fm.nn.mixer import BlockConfig
 
 BOUNDARY_TYPES = ("WALL", "OPEN", "PERIODIC")
+LATER = ("pointwise",)  # options of ModelConfig that files written before them do not have
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,9 @@ class ModelConfig:
     extension: str = "reflect"  # of the wavelets: reflect, or boundary (wrap on periodic axes)
     predict: str = "delta"  # delta (the change, in units of its own std) or state (the next frame)
     predict_override: Mapping[str, str] = field(default_factory=dict)  # dataset -> delta or state
+    # Each head also maps the state's channels point by point, C x C, where a step is (partly) such a map, as a rotation
+    # of two channels into each other; not the paper's
+    pointwise: bool = False
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads"):
@@ -132,6 +136,18 @@ class ModelConfig:
         """The part that one block needs."""
         return BlockConfig(**{f.name: getattr(self, f.name) for f in fields(BlockConfig)})
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, strings and numbers; an option that came later is left out where it is at its default."""
+        later = {f.name for f in fields(self) if f.name in LATER and getattr(self, f.name) == f.default}
+        values = json.loads(json.dumps(asdict(self)))
+        return {name: value for name, value in values.items() if name not in later}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], where: str) -> "ModelConfig":
+        """Inverse of `to_json`. ValueError, naming `where`, for unknown or missing keys."""
+        check_keys(f"config of {where}", value, (f.name for f in fields(cls)), optional=LATER)
+        return cls(**value)
+
 
 # The blocks of width 256, depth 10 hold 9.3M; the joint model's wider MLP brings it, with lifting and heads, to 10M.
 PRESETS = {
@@ -141,9 +157,9 @@ PRESETS = {
 }
 
 
-def check_keys(where: str, value: Mapping[str, Any], names: Iterable[str]) -> None:
-    """ValueError, naming `where`, unless the keys of `value` are exactly `names`."""
-    expected = set(names)
-    if set(value) != expected:
-        missing, unexpected = sorted(expected - set(value)), sorted(set(value) - expected)
+def check_keys(where: str, value: Mapping[str, Any], names: Iterable[str], optional: Iterable[str] = ()) -> None:
+    """ValueError, naming `where`, unless the keys of `value` are exactly `names`, of which `optional` may be absent."""
+    known = set(names) | set(optional)
+    missing, unexpected = sorted(known - set(value) - set(optional)), sorted(set(value) - known)
+    if missing or unexpected:
         raise ValueError(f"{where}: missing keys {missing}, unexpected keys {unexpected}")

@@ -33,7 +33,7 @@ class GroupedAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, groups: Mapping[frozenset[str], Sequence[torch.nn.Parameter]], settings: TrainSettings) -> None:
-        """`groups` are the parameters by the datasets that use them (`WaveLiTFM.parameters_by_datasets`)."""
+        """`groups` are the parameters by the datasets that use them (`Surrogate.parameters_by_datasets`)."""
         self.fused = next(iter(groups.values()))[0].device.type == "cuda"
         super().__init__(
             [{"params": params, "datasets": datasets, "rests": False} for datasets, params in groups.items()],

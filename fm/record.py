@@ -1,6 +1,5 @@
 """The record of a run: recipe.yaml, run.json, logs, TensorBoard, the console. Main process only; silent elsewhere."""
 
-import resource
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -15,8 +14,10 @@ from data_pipeline.files import atomic_file
 from data_pipeline.windows.schedule import Schedule
 from fm.evaluation.validation import ValidationResult, protocol_windows
 from fm.guard import Refusal
-from fm.model import WaveLiTFM
+from fm.report.cosines import Cosines
+from fm.runtime import peak_memory_bytes
 from fm.settings import Recipe, dump_recipe
+from fm.surrogate import Surrogate
 from fm.tracking import Dashboard, EventLog, StepLog, progress_bar, write_process
 
 
@@ -34,7 +35,7 @@ class StepResult:
     grad_norm: float  # before clipping
     lr: float
     samples: int  # windows
-    model_calls: int  # forward passes of the unroll
+    model_calls: tuple[int, ...]  # forward passes of the unroll, one number per draw
     data_seconds: float
     seconds: float
     stop: bool  # a process was asked to stop
@@ -46,8 +47,9 @@ class StepResult:
     @property
     def tokens(self) -> int:
         """Token updates: windows x model calls x H W / 4."""
-        per_draw = self.samples // len(self.grids) * self.model_calls
-        return sum(per_draw * h * w // 4 for h, w in self.grids)
+        windows = self.samples // len(self.grids)
+        calls = zip(self.grids, self.model_calls, strict=True)
+        return sum(windows * count * h * w // 4 for (h, w), count in calls)
 
 
 class RunRecord(AbstractContextManager):
@@ -57,18 +59,19 @@ class RunRecord(AbstractContextManager):
     one. `spread` says how the model is spread over processes.
     """
 
-    def __init__(self, recipe: Recipe, schedule: Schedule, model: WaveLiTFM | None, step: int, spread: str) -> None:
+    def __init__(self, recipe: Recipe, schedule: Schedule, model: Surrogate | None, step: int, spread: str) -> None:
         self.recipe, self.schedule, self.active = recipe, schedule, model is not None
         self._flops: dict[str, float] = {}  # dataset -> training FLOPs of one model call on one window
         self._since: list[StepResult] = []  # steps since the last scalars
         self._repeated: set[str] = set()  # datasets that a warning was given for
         self._done = step  # optimiser steps
+        self.ended: str | None = None  # why the run is over before its last step, if it is
         if model is None:
             return
         self.model = model
         directory = recipe.run.directory
         directory.mkdir(parents=True, exist_ok=True)
-        text = dump_recipe(replace(recipe, model=model.config))
+        text = dump_recipe(replace(recipe, **{model.section: model.config}))
         with atomic_file(directory / "recipe.yaml", durable=False) as file:
             file.write(text.encode())
         write_process(directory / "run.json", spread)
@@ -147,9 +150,8 @@ class RunRecord(AbstractContextManager):
         if not self.active:
             return
         self._board.scalars(result.scalars(), step)
-        for dataset, frames in result.frames.items():
-            self._board.fields(dataset, frames.truth, frames.prediction, step)
-            self._board.spectrum(dataset, frames.truth, frames.prediction, step)
+        for sample in result.samples.values():
+            self._board.rollout(sample, step)
         ratio = result.mean_ratio
         self._events.write("validation", step, mean_ratio=ratio, datasets=result.one_step())
         self.say(
@@ -157,6 +159,12 @@ class RunRecord(AbstractContextManager):
             if ratio
             else f"step {step}: validated"
         )
+
+    def cosines(self, cosines: Cosines, step: int) -> None:
+        """Log how the gradients of the datasets agreed after `step` steps."""
+        if self.active:
+            self._board.cosines(cosines, step)
+            self._events.write("cosine", step, **cosines.to_json())
 
     def shares(self, schedule: Schedule, unscored: Sequence[str], step: int) -> None:
         """Log that `schedule` takes over after `step` steps; `unscored` datasets had no usable validation score."""
@@ -181,6 +189,8 @@ class RunRecord(AbstractContextManager):
         if error is not None:
             reason = str(error).strip().partition("\n")[0]
             return {"state": "failed", "text": f"{type(error).__name__}: {reason}" if reason else type(error).__name__}
+        if self.ended is not None:
+            return {"state": "finished", "text": self.ended}
         if self._done < self.recipe.train.steps:
             return {"state": "interrupted", "text": f"ended after step {self._done}, as asked"}
         return {"state": "finished", "text": f"finished after step {self._done}"}
@@ -216,7 +226,7 @@ class RunRecord(AbstractContextManager):
             "throughput/tokens_per_s": sum(s.tokens for s in steps) / elapsed,
             "throughput/tflops": sum(self._step_flops(s) for s in steps) / elapsed / 1e12,
             "throughput/data_wait_fraction": sum(s.data_seconds for s in steps) / elapsed,
-            "throughput/peak_memory_gb": _peak_memory_bytes() / 1e9,
+            "throughput/peak_memory_gb": peak_memory_bytes() / 1e9,
         }
         for name, share in self.schedule.shares.items():
             values[f"sampling/target_share/{name}"] = share
@@ -230,8 +240,8 @@ class RunRecord(AbstractContextManager):
     def _step_flops(self, step: StepResult) -> float:
         windows = step.samples // len(step.datasets)
         return sum(
-            windows * step.model_calls * self._call_flops(name, grid)
-            for name, grid in zip(step.datasets, step.grids, strict=True)
+            windows * calls * self._call_flops(name, grid)
+            for name, grid, calls in zip(step.datasets, step.grids, step.model_calls, strict=True)
         )
 
     def _call_flops(self, dataset: str, grid: tuple[int, int]) -> float:
@@ -254,11 +264,3 @@ def repeat_warning(dataset: str, passes: float, limit: float, steps: int) -> str
         "learnt by heart. Add trajectories, lower its share (sampling.scheme, sampling.weights) or train.steps, or "
         "raise the limit (null: no limit)."
     )
-
-
-def _peak_memory_bytes() -> float:
-    """Peak of the GPU's allocator, or of this process on a CPU."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

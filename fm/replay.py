@@ -143,7 +143,7 @@ def _gradient_norms(trainer: Trainer) -> dict[str, float]:
 @torch.no_grad()
 def _statistics(trainer: Trainer, draw: Draw, loss: float) -> DrawStatistics:
     model, reader = trainer.state.parallel.model, trainer.readers[draw.dataset]
-    length = trainer.recipe.window_length
+    length = trainer.lengths[draw.dataset]
     batch = reader.batch(draw.windows, length, draw=draw.index).to(trainer.accelerator.device)
     fields, constants = batch.fields, batch.constants
     first, target = model.normalise(fields[:, 0], draw.dataset), model.normalise(fields[:, 1], draw.dataset)

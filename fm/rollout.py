@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fm.model import WaveLiTFM
+from fm.surrogate import Surrogate
 
 
-def rollout(model: WaveLiTFM, dataset: str, initial: Tensor, constants: Tensor, steps: int) -> Iterator[Tensor]:
+def rollout(model: Surrogate, dataset: str, initial: Tensor, constants: Tensor, steps: int) -> Iterator[Tensor]:
     """Yield the next `steps` states (B, C, H, W) in raw units, without gradients.
 
     initial (B, C, H, W) and constants (B, K, H, W) in raw units. The state stays normalised from step to step. Nothing

@@ -1,7 +1,9 @@
 """Processes, devices, precision and signals: what a run stands on."""
 
 import os
+import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,6 +97,14 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """What matrix products are cast to, or None; `precision` is auto (bf16 on a GPU that has it), float32 or bf16."""
     auto = precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if precision == "bf16" or auto else None
+
+
+def peak_memory_bytes() -> float:
+    """Peak of the GPU's allocator, or of this process on a CPU."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def _connect_restarted(backend: str) -> None:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from data_pipeline.windows.streaming import StreamSettings
+from fm.baselines.config import BaselineConfig
 from fm.model import ModelConfig
 
 
@@ -107,6 +108,7 @@ class TrainSettings:
     weight_decay: float = 1e-5  # decoupled
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW's
     clip: float = 1.0  # global gradient norm
+    jitter: float = 0.0  # Gaussian noise on true input frames, in units of each channel's std
     ema: float = 0.999  # decay of the averaged weights; ramps up as (1 + step) / (10 + step)
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else float32
 
@@ -123,6 +125,8 @@ class TrainSettings:
         for name in ("learning_rate", "clip"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        if self.jitter < 0:
+            raise ValueError(f"jitter: expected a number of at least 0, got {self.jitter}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay: expected a factor in (0, 1], got {self.decay}")
         if not 0 <= self.ema < 1:
@@ -169,16 +173,44 @@ class FinetuneSettings:
     """Rollout finetuning from a pretrained checkpoint (paper Appendix G)."""
 
     pretrained: str  # run or checkpoint directory; its EMA weights and architecture are the start
-    objective: Literal["scheduled_sampling"] = "scheduled_sampling"
+    # What a window's K model steps teach (fm/unroll.py). scheduled_sampling: inputs are the truth by chance, less and
+    # less often; bptt: never but the first; causal_bptt: as bptt, later steps weigh little until earlier ones are
+    # right; pushforward: as bptt, only the last step has a gradient
+    objective: Literal["scheduled_sampling", "bptt", "causal_bptt", "pushforward"] = "scheduled_sampling"
     unroll_steps: int = 4  # K: model steps per window
-    forcing_start: float = 1.0  # probability of feeding the truth at the first training step
-    forcing_end: float = 0.0  # and at the last; linear in between
+    unroll_override: dict[str, int] = field(default_factory=dict)  # dataset -> K
+    unroll_start: int | None = None  # K of the first training step, which then grows to its full length; null: at once
+    unroll_growth: float = 0.5  # share of the run in which K grows
+    forcing: Literal["linear", "cosine", "inverse_sigmoid"] = "linear"  # scheduled_sampling: from start to end
+    forcing_start: float = 1.0  # scheduled_sampling: probability of feeding the truth at the first training step
+    forcing_end: float = 0.0  # and at the last
+    causal_eps: float = 1.0  # causal_bptt: weight of model step k is exp(-causal_eps x loss of the steps before it)
+    checkpoint_activations: bool = False  # keep only the states between model steps: less memory, a third more work
+    rehearse: bool = True  # before step 0, take the longest unroll on the largest grid once, to see that it fits
+    # Most that one-step VRMSE (geometric mean over datasets, valid split) may be of the pretrained model's, 1.1 say;
+    # null: whatever. The best rollouts within it are kept in <run>/best (fm/gate.py)
+    gate: float | None = None
+    gate_action: Literal["stop", "keep_best"] = "stop"  # where it is more: end the run, or only keep the best
 
     def __post_init__(self) -> None:
         _at_least("unroll_steps", self.unroll_steps, 1)
+        for name, steps in self.unroll_override.items():
+            _at_least(f"unroll_override.{name}", steps, 1)
+        if self.unroll_start is not None:
+            _at_least("unroll_start", self.unroll_start, 1)
+        if not 0 < self.unroll_growth <= 1:
+            raise ValueError(f"unroll_growth: expected a share of the run in (0, 1], got {self.unroll_growth}")
         for name in ("forcing_start", "forcing_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a probability, got {getattr(self, name)}")
+        if self.causal_eps < 0:
+            raise ValueError(f"causal_eps: expected a number of at least 0, got {self.causal_eps}")
+        if self.gate is not None and self.gate < 1:
+            raise ValueError(f"gate: expected a factor of at least 1, or null, got {self.gate}")
+
+    def unroll_of(self, dataset: str) -> int:
+        """K of a dataset at its full length."""
+        return self.unroll_override.get(dataset, self.unroll_steps)
 
 
 @dataclass(frozen=True)
@@ -220,9 +252,12 @@ class TrackingSettings:
 
     every: int = 10  # optimiser steps between TensorBoard scalars (log.jsonl has every step)
     progress: bool = True  # progress bar on the main process
+    # optimiser steps between measurements of how the datasets' gradients agree (fm/conflict.py); 0 means never
+    gradient_cosine_every: int = 0
 
     def __post_init__(self) -> None:
         _at_least("every", self.every, 1)
+        _at_least("gradient_cosine_every", self.gradient_cosine_every, 0)
 
 
 @dataclass(frozen=True)
@@ -234,6 +269,7 @@ class Recipe:
     train: TrainSettings
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     model: ModelConfig | None = None  # null: the defaults, or when finetuning the pretrained architecture
+    baseline: BaselineConfig | None = None  # in place of model: another network, for comparison
     loss: LossSettings = field(default_factory=LossSettings)
     guard: GuardSettings = field(default_factory=GuardSettings)
     finetune: FinetuneSettings | None = None
@@ -242,15 +278,20 @@ class Recipe:
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
 
     def __post_init__(self) -> None:
+        if self.model is not None and self.baseline is not None:
+            raise ValueError("model and baseline: expected one of the two sections, got both")
         if self.sampling.scheme == "adaptive" and self.validation.every == 0:
             raise ValueError("sampling.scheme: adaptive follows the validation scores, expected validation.every > 0")
         if self.guard.action == "rollback" and self.checkpoint.resume == "never":
             raise ValueError("guard.action: rollback returns to a checkpoint, expected checkpoint.resume: auto")
 
-    @property
-    def window_length(self) -> int:
-        """Frames a training window holds: the input and one target per model step."""
-        return 1 + (self.finetune.unroll_steps if self.finetune else 1)
+        watches = self.validation.every > 0 and self.validation.rollouts > 0
+        if self.finetune is not None and self.finetune.gate is not None and not watches:
+            raise ValueError("finetune.gate needs validation.every > 0 and validation.rollouts > 0")
+
+    def window_length(self, dataset: str) -> int:
+        """Frames that a training window of a dataset holds: the input and one target per model step."""
+        return 1 + (self.finetune.unroll_of(dataset) if self.finetune else 1)
 
 
 FIRST_LINE = 'launch: 0; from fm.recipe import run; run(__file__); r"""'

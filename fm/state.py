@@ -11,10 +11,10 @@ from torch import Tensor
 from fm.checkpoint import load_checkpoint
 from fm.checkpoint_writer import Snapshot, take_snapshot
 from fm.ema import EMA
-from fm.model import WaveLiTFM
 from fm.parallel.spread import spread
 from fm.runtime import autocast_dtype
 from fm.settings import Recipe
+from fm.surrogate import Surrogate
 from fm.unroll import Unroll
 
 
@@ -25,7 +25,7 @@ class TrainingState:
     depend on the processes, so neither does which of them may take it up.
     """
 
-    def __init__(self, recipe: Recipe, model: WaveLiTFM, accelerator: Accelerator, checkpoint: Path | None) -> None:
+    def __init__(self, recipe: Recipe, model: Surrogate, accelerator: Accelerator, checkpoint: Path | None) -> None:
         average = copy.deepcopy(model).eval().requires_grad_(False)
         self.facts: dict[str, Any] | None = None
         moments: Mapping[str, Tensor] = {}
@@ -34,14 +34,15 @@ class TrainingState:
         self.step = int(self.facts["step"]) if self.facts else 0
         device = accelerator.device
         autocast = autocast_dtype(recipe.train.precision, device)
-        self.parallel = spread(accelerator, Unroll(model.to(device), recipe.loss, autocast), recipe.train)
+        objective = Unroll(model.to(device), recipe.loss, recipe.finetune, autocast)
+        self.parallel = spread(accelerator, objective, recipe.train)
         average.to(device)
         shards = {name: self.parallel.shard(name, whole) for name, whole in average.named_parameters()}
         self.ema = EMA(shards, recipe.train.ema)
         self.parallel.load_moments(moments)
         self._average = average if accelerator.is_main_process else None  # whole, for validation
 
-    def averaged_model(self) -> WaveLiTFM | None:
+    def averaged_model(self) -> Surrogate | None:
         """The model with averaged weights on the main process, None on others. Collective."""
         whole = self.parallel.gather(self.ema.average)
         if self._average is not None:

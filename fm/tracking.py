@@ -11,6 +11,7 @@ Both logs hold one JSON object a line and are cut back to the checkpoint that a 
         save        scalars, texts, pending   before a checkpoint is written: what TensorBoard has of this step, and the
                                               steps whose means it does not have yet
         validation  mean_ratio, datasets      {name: {"vrmse", "over_persistence"}}, one step, averaged weights
+        cosine      datasets, matrix, norms   of the datasets' gradients (fm/conflict.py); null where one is zero
         guard       text, refused, reason, action, windows   a refused step; windows: {dataset: [window ids]}
         shares, warning, message     text
         end         state, text               finished | interrupted | failed; a killed process leaves none
@@ -30,17 +31,21 @@ from typing import Any, TextIO
 import numpy as np
 import psutil
 import torch
-from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data_pipeline.files import atomic_file
-from fm.report.spectra import radial_spectrum
+from fm.report.cosines import Cosines, cosine_figure
+from fm.report.sample import Sample
+from fm.report.spectra import draw_spectra
+from fm.report.strips import ROWS, error_scale, field_scale
+from fm.report.video import gif
 
 _OF_A_PROCESS = ("start", "end")  # true whatever step a later process continues from
-_MADE_AGAIN = ("validation", "shares", "warning")  # at a checkpoint's own step, by a run that continues there
+_MADE_AGAIN = ("validation", "cosine", "shares", "warning")  # at a checkpoint's own step, by a run that continues there
 
 
 class StepLog:
@@ -198,28 +203,49 @@ class Dashboard:
         if step != self._step:
             self._step, self._scalars, self._texts = step, {}, []
 
-    def fields(self, dataset: str, truth: np.ndarray, prediction: np.ndarray, step: int) -> None:
-        """Images of one field (X, Y): truth and prediction on the truth's colour range, and the error."""
-        low, high = float(truth.min()), float(truth.max())
-        spread = max(high - low, 1e-12)
-        error = prediction - truth
-        limit = max(float(np.abs(error).max()), 1e-12)
-        self._image(f"{dataset}/truth", colormaps["viridis"]((truth - low) / spread), step)
-        self._image(f"{dataset}/prediction", colormaps["viridis"]((prediction - low) / spread), step)
-        self._image(f"{dataset}/error", colormaps["RdBu_r"](0.5 + 0.5 * error / limit), step)
+    def rollout(self, sample: Sample, step: int) -> None:
+        """Pictures of a rollout: three fields and their spectra a third of the way into it, and all of it moving."""
+        still = sample.at([len(sample.steps) // 3])
+        self.fields(still, step)
+        self.spectrum(still, step)
+        # 16 steps of 3 panels of 64 x 64 pixels are 200 000 pixels: 80 to 140 kB, 205 kB if they are nothing but noise.
+        # Nine datasets and 100 validations, in a run of a million steps, are 9 x 100 x 0.205 MB = 185 MB at most.
+        self.video(sample.dataset, gif(sample, side=64, labelled=False), step)
 
-    def spectrum(self, dataset: str, truth: np.ndarray, prediction: np.ndarray, step: int) -> None:
-        """Radially averaged power spectra of truth, prediction and error for one field (X, Y)."""
+    def fields(self, sample: Sample, step: int) -> None:
+        """Images of the sample's first step: truth and prediction on the truth's colour range, and the error."""
+        truth, prediction = sample.truth[0], sample.prediction[0]
+        error = prediction - truth
+        scales = (field_scale(truth), field_scale(truth), error_scale(error, truth))
+        for name, field, scale in zip(ROWS, (truth, prediction, error), scales, strict=True):
+            self._image(f"{sample.dataset}/{name}", scale.cmap(scale.norm(field)), step)
+
+    def spectrum(self, sample: Sample, step: int) -> None:
+        """Power spectra of the sample's first step: truth, prediction and error."""
         figure = Figure(figsize=(4, 3), dpi=100, layout="constrained")
         axes = figure.subplots()
-        for label, values in (("truth", truth), ("prediction", prediction), ("error", prediction - truth)):
-            wavenumber, power = radial_spectrum(values)
-            axes.loglog(wavenumber, np.maximum(power, 1e-20), label=label)
-        axes.set(xlabel="cycles per grid length", ylabel="power", title=dataset)
+        draw_spectra(axes, sample.at([0]))
+        axes.set(ylabel="power", title=sample.dataset)
         axes.legend(frameon=False)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        self.writer.add_image(f"{dataset}/spectrum", np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+        self.writer.add_image(f"{sample.dataset}/spectrum", pixels, step, dataformats="HWC")
+
+    def video(self, dataset: str, animation: bytes, step: int) -> None:
+        """A GIF among the images, as it is: a browser plays it."""
+        width, height = (int.from_bytes(animation[at : at + 2], "little") for at in (6, 8))
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=animation)
+        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=f"{dataset}/rollout", image=image)]), step)
+
+    def cosines(self, cosines: Cosines, step: int) -> None:
+        """A heat map of the cosines between the datasets' gradients, and each dataset's mean with the others."""
+        means = cosines.with_others()
+        self.scalars({f"gradients/mean_cosine/{name}": value for name, value in means.items()}, step)
+        canvas = FigureCanvasAgg(cosine_figure(cosines, f"step {step}"))
+        canvas.figure.set_dpi(100)
+        canvas.draw()
+        self.writer.add_image("gradients/cosine", np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")
 
     def close(self) -> None:
         self.writer.close()

@@ -8,7 +8,6 @@ depend on the history of shares too, which the checkpoints hold.
 import hashlib
 import time
 from collections.abc import Collection, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,27 +15,28 @@ from accelerate import Accelerator
 
 from data_pipeline.cards.registry import load_registry
 from data_pipeline.errors import UserError
-from data_pipeline.files import only_process
 from data_pipeline.windows.batch import Batch
 from data_pipeline.windows.division import Division
 from data_pipeline.windows.loader import scheduled_batches, sources
 from data_pipeline.windows.schedule import Draw
 from fm.checkpoint import newest_checkpoint, read_state, step_directory
-from fm.checkpoint_writer import CheckpointWriter, keep_incident
-from fm.evaluation.validation import validate
+from fm.checkpoint_writer import CheckpointWriter, keep_best, keep_incident
+from fm.conflict import check_gradient_cosines, gradient_cosines
+from fm.curriculum import unroll_length
+from fm.evaluation.validation import ValidationResult, validate
+from fm.gate import Gate
 from fm.gradient import step_gradient
 from fm.guard import Guard, Refusal
-from fm.inputs import build_model, check_same_shards, open_split, shard_digests
+from fm.inputs import build_model, check_same_shards, check_unrolls, open_split, shard_digests
 from fm.mixing import Mixing
 from fm.optim import learning_rate
 from fm.record import RunRecord, StepResult
+from fm.rehearsal import rehearse
 from fm.runtime import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
     StopSignal,
     as_main_process_finds,
-    make_accelerator,
-    naming_lost_processes,
 )
 from fm.settings import Recipe, changed_settings, recipe_to_dict
 from fm.specs import check_names
@@ -50,46 +50,6 @@ class RollBack(Exception):
     def __init__(self, refusal: Refusal, refused: set[int]) -> None:
         super().__init__(f"step {refusal.step} refused")
         self.refusal, self.refused = refusal, refused
-
-
-def train(recipe: Recipe) -> int:
-    """Run a recipe to its end, to run.stop_at, or to the first signal that asks it to stop.
-
-    Returns the exit code; UserError for what the user can mend.
-    """
-    back: RollBack | None = None
-    with StopSignal().listen() as stop:
-        with naming_lost_processes():
-            accelerator = make_accelerator(recipe.train.clip)
-        while True:
-            try:
-                return _train(recipe, accelerator, stop, back)
-            except RollBack as again:
-                back = again
-                accelerator.free_memory()
-
-
-def _train(recipe: Recipe, accelerator: Accelerator, stop: StopSignal, back: RollBack | None) -> int:
-    with naming_lost_processes():
-        trainer = Trainer(recipe, accelerator, passed_over=back.refused if back else ())
-    say = trainer.say
-    if trainer.step >= recipe.train.steps and not trainer.owes_validation:
-        say(f"{trainer.directory} is finished at step {trainer.step}; nothing to train.")
-        return EXIT_DONE
-    if recipe.run.stop_at is not None and trainer.step >= recipe.run.stop_at:
-        say(f"{trainer.directory} is at step {trainer.step}, where run.stop_at ends it.")
-        return EXIT_DONE
-    if trainer.step:
-        say("\n  changed since: ".join([f"continuing {trainer.directory} from step {trainer.step}", *trainer.changes]))
-    alone = only_process(trainer.directory, "training") if accelerator.is_main_process else nullcontext()
-    with naming_lost_processes():
-        with alone, trainer.open_record() as record, trainer.writer, naming_lost_processes():  # the record has its name
-            if back is not None:
-                record.refusal(back.refusal, trainer.step)
-            code = trainer.train(stop, record)
-        accelerator.wait_for_everyone()  # a launcher ends the others when the first has ended
-    accelerator.end_training()
-    return code
 
 
 class Trainer:
@@ -113,8 +73,10 @@ class Trainer:
         check_names(recipe.data.datasets, self.registry)
         self.readers = open_split(recipe, self.registry, "train")
         self.valid_readers = open_split(recipe, self.registry, "valid") if recipe.validation.every else {}
-        self.mixing = Mixing(recipe, sources(self.readers, recipe.window_length))
-        self.guard = Guard(recipe.guard)
+        check_unrolls(recipe, self.readers)
+        self.lengths = {name: recipe.window_length(name) for name in self.readers}
+        self.mixing = Mixing(recipe, sources(self.readers, self.lengths))
+        self.guard, self.gate = Guard(recipe.guard), Gate(recipe.finetune)
         self.division = self._divide()
         self.changes: list[str] = []  # settings that differ from those the run began with
         model = build_model(recipe, self.readers, self.registry)
@@ -126,6 +88,7 @@ class Trainer:
             self._take_up(checkpoint, self.state.facts)
         self.guard.refused.update(passed_over)
         self._check_division()
+        check_gradient_cosines(recipe, self.state.parallel)
         self.owes_validation = bool(as_main_process_finds(self.accelerator, self._killed_while_validating_the_end))
 
     @property
@@ -143,9 +106,14 @@ class Trainer:
         settings = self.recipe.train
         batches = self.batches()
         every = self.recipe.validation.every
-        if self.owes_validation or (every and self.step and self.step % every == 0):
+        if self.recipe.finetune and self.recipe.finetune.rehearse and self.step < settings.steps:
+            record.say(rehearse(self.recipe, self.state, self.division, self.readers, self.accelerator.device))
+        self.compare_gradients(record)  # the checkpoint was written before this step's comparison
+        if self.gate.active and not self.gate.knows_pretrained:
+            self.validate(record)
+        elif self.owes_validation or (every and self.step and self.step % every == 0):
             self.validate(record)  # the checkpoint was written before this step's validation
-        while self.step < settings.steps:
+        while self.step < settings.steps and not self.gate.ends:
             result = self.train_step(batches, stop, record)
             record.step(result)
             last = self.step == settings.steps
@@ -156,8 +124,12 @@ class Trainer:
                 why = "interrupted" if result.stop else "run.stop_at"
                 record.say(f"{why}: saved step {self.step}; the same command continues from here.")
                 return EXIT_INTERRUPTED if result.stop else EXIT_DONE
+            self.compare_gradients(record)
             if every and (self.step % every == 0 or (last and self.step > every)):
                 self.validate(record)
+        if self.gate.ends:
+            self.save(record, wait=True)
+            record.ended = f"ended by finetune.gate after step {self.step}"
         return EXIT_DONE
 
     def train_step(self, batches: Iterator[Batch], stop: StopSignal, record: RunRecord) -> StepResult:
@@ -190,7 +162,7 @@ class Trainer:
             grad_norm=norm,
             lr=lr,
             samples=settings.global_batch,
-            model_calls=self.recipe.window_length - 1,
+            model_calls=tuple(self._unroll_length(name) for name in datasets),
             data_seconds=waited,
             seconds=time.perf_counter() - started,
             stop=stopped,
@@ -213,16 +185,26 @@ class Trainer:
 
     def validate(self, record: RunRecord) -> None:
         """Score the averaged weights on the valid split, on the main process; all processes meet here."""
-        ratios = None
-        model = self.state.averaged_model()
+        result, model = None, self.state.averaged_model()
         if model is not None:
             result = validate(model, self.valid_readers, self.recipe.validation, self.accelerator.device)
             record.validation(result, self.step)
-            ratios = result.ratios()
+        if self.gate.active:
+            self._pass_gate(result, record)
         if self.mixing.changes_at(self.step):
-            unscored = self.mixing.follow(ratios, self.step, self.accelerator)
+            unscored = self.mixing.follow(result.ratios() if result else None, self.step, self.accelerator)
             self.division = self._divide()
             record.shares(self.mixing.schedule, unscored, self.step)
+        self.accelerator.wait_for_everyone()
+
+    def compare_gradients(self, record: RunRecord) -> None:
+        """Log how the datasets' gradients agree, at multiples of tracking.gradient_cosine_every; all processes meet."""
+        every = self.recipe.tracking.gradient_cosine_every
+        if not every or not self.step or self.step % every:
+            return
+        if self.accelerator.is_main_process:
+            parallel, device = self.state.parallel, self.accelerator.device
+            record.cosines(gradient_cosines(self.recipe, parallel, self.readers, self.step, device), self.step)
         self.accelerator.wait_for_everyone()
 
     def batches(self) -> Iterator[Batch]:
@@ -235,7 +217,7 @@ class Trainer:
             yield from scheduled_batches(
                 self.readers,
                 self.division,
-                length=self.recipe.window_length,
+                length=self.lengths,
                 start=self.step,
                 stop=self.mixing.known_until(self.step),
                 workers=self.recipe.data.workers,
@@ -245,6 +227,21 @@ class Trainer:
     def gradient(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, float]:
         """That of the current step (fm/gradient.py): losses (draws, 3), and the seconds waited for data."""
         return step_gradient(self.recipe, self.state, self.division, self.accelerator, batches)
+
+    def _pass_gate(self, result: ValidationResult | None, record: RunRecord) -> None:
+        """Judge a validation, which the main process has, and keep the best compromise. Collective."""
+        verdict = self.gate.judge(result, self.step) if result else None
+        if verdict is not None:
+            record.event(verdict.text, self.step)
+        if self.gate.share(verdict, self.accelerator):
+            snapshot = self.state.snapshot(self._facts())
+            if snapshot is not None:
+                keep_best(self.directory / "best", snapshot)
+
+    def _unroll_length(self, dataset: str) -> int:
+        """Model steps of the current step's windows of a dataset."""
+        finetune = self.recipe.finetune
+        return unroll_length(self.step - 1, self.recipe.train.steps, finetune, dataset) if finetune else 1
 
     def _agree(self, losses: torch.Tensor, norm: torch.Tensor, stop: bool) -> tuple[torch.Tensor, bool]:
         """Losses (draws x 3) and gradient norm of every process, (processes, n); whether any was stopped."""
@@ -323,6 +320,7 @@ class Trainer:
             "shards": shard_digests(self.readers),
             "sampling": self.mixing.state(),
             "guard": self.guard.state(),
+            "gate": self.gate.state(),
         }
 
     def _take_up(self, checkpoint: Path, facts: dict) -> None:
@@ -330,6 +328,8 @@ class Trainer:
         check_same_shards(facts["shards"], self.readers, checkpoint)
         self.mixing.restore(facts["sampling"], self.step)
         self.guard.restore(facts["guard"])
+        if "gate" in facts:
+            self.gate.restore(facts["gate"])
         self.division = self._divide()
         self.changes = changed_settings(facts["recipe"], recipe_to_dict(self.recipe))
 

@@ -1,81 +1,106 @@
-"""Training objectives: a model rolled out over a window, and the loss of its steps.
+"""Training objectives: a model rolled out over a window, and the loss of its steps (paper Appendix G).
 
-The objective owns the model, so that one forward of the (DDP-wrapped) objective spans the whole unroll.
+Model step k = 1 ... K makes frame k of the window from its input: frame k - 1 of the truth, or the model's own last
+prediction. With the loss L_k of step k against the truth, and every mean over the windows of a batch:
+
+    scheduled_sampling  mean over k of L_k; inputs are the truth by chance (Bengio et al. 2015)
+    bptt                mean over k of L_k; only the first input is the truth
+    causal_bptt         mean over k of exp(-eps * sum over j < k of L_j) L_k, the weights without gradient: later steps
+                        count once earlier ones are right (Wang, Sankaran and Perdikaris 2024). Each window has its own
+    pushforward         L_K, and no gradient through the steps before K (Brandstetter, Worrall and Welling 2022)
+
+Gradients flow through predictions that are inputs, but for pushforward. K = 1 is one-step training, whatever the
+objective.
 """
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from data_pipeline.hashing import stream_key, uniform
-from fm.losses import wavelit_loss
-from fm.model import WaveLiTFM
+from fm.losses import LossTerms, wavelit_loss
 from fm.settings import FinetuneSettings, LossSettings
-
-
-def forcing_prob(step: int, steps: int, settings: FinetuneSettings) -> float:
-    """Probability of teacher forcing at optimiser step `step` of `steps`: linear from forcing_start to forcing_end."""
-    fraction = step / max(steps - 1, 1)
-    return settings.forcing_start + (settings.forcing_end - settings.forcing_start) * min(fraction, 1.0)
-
-
-def forcing_coins(seed: int, draw: int, batch: int, unroll_steps: int, prob: float) -> np.ndarray:
-    """Which inputs of a global batch are the truth: (batch, unroll_steps) bool.
-
-    The first input always is. A coin is a hash of (seed, draw, slot in the global batch, model step), so it does not
-    depend on the number of processes and a resumed run throws the same ones.
-    """
-    slots = np.arange(batch * unroll_steps, dtype=np.uint64)
-    coins = uniform(stream_key("teacher forcing", seed, draw), slots).reshape(batch, unroll_steps) < prob
-    coins[:, 0] = True
-    return coins
+from fm.surrogate import Surrogate
 
 
 class Unroll(nn.Module):
-    """Mean loss over the K model steps of a window of K + 1 frames.
+    """Loss over the K model steps of windows of K + 1 frames.
 
-    Each step's input is the truth where `forced`, else the model's own prediction, through which gradients flow
-    (scheduled sampling, paper Appendix G). K = 1 is one-step pretraining.
+    It owns the model, so that one forward of the (DDP-wrapped) objective spans the whole unroll.
     """
 
-    def __init__(self, model: WaveLiTFM, weights: LossSettings, autocast: torch.dtype | None = None) -> None:
-        """`autocast` is what matrix products are cast to, if anything."""
+    def __init__(
+        self,
+        model: Surrogate,
+        weights: LossSettings,
+        finetune: FinetuneSettings | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        """`finetune` names the objective, None is one-step training; `autocast` is what products are cast to."""
         super().__init__()
         self.model = model
         self.weights = weights
         self.autocast = autocast
+        self.kind = finetune.objective if finetune else "bptt"
+        self.causal_eps = finetune.causal_eps if finetune else 0.0
+        self.checkpoints = finetune is not None and finetune.checkpoint_activations
 
-    def forward(self, fields: Tensor, constants: Tensor, forced: Tensor, dataset: str) -> Mapping[str, Tensor]:
+    def forward(
+        self, fields: Tensor, constants: Tensor, forced: Tensor, dataset: str, noise: Tensor | None = None
+    ) -> Mapping[str, Tensor]:
         """Losses of one batch.
 
-        fields (B, K + 1, C, H, W) and constants (B, c, H, W) in raw units, forced (B, K) bool.
-        Returns scalars: loss (with gradient), mse and wavelet_l1 (unweighted, detached).
+        fields (B, K + 1, C, H, W) and constants (B, c, H, W) in raw units; forced (B, K) bool, where the input is the
+        truth; noise (B, K, C, H, W), normalised, is added to inputs that are.
+        Returns scalars: loss (with gradient), mse and wavelet_l1 (means over windows and model steps, detached).
         """
         # Not around the caller: DeepSpeed ends an autocast that it does not know of.
         with torch.autocast(fields.device.type, self.autocast, enabled=self.autocast is not None):
-            return self._losses(fields, constants, forced, dataset)
+            terms = self._unrolled(fields, constants, forced, dataset, noise)
+        total = torch.stack([term.total for term in terms])  # (K, B), or (1, B) for pushforward
+        if self.kind == "causal_bptt":
+            total = total * causal_weights(total, self.causal_eps)
+        parts = {name: torch.stack([getattr(term, name) for term in terms]).mean() for name in ("mse", "wavelet_l1")}
+        return {"loss": total.mean(), **parts}
 
-    def _losses(self, fields: Tensor, constants: Tensor, forced: Tensor, dataset: str) -> Mapping[str, Tensor]:
+    def _unrolled(
+        self, fields: Tensor, constants: Tensor, forced: Tensor, dataset: str, noise: Tensor | None
+    ) -> list[LossTerms]:
+        """The losses of the model steps that have one."""
         fields = self.model.normalise(fields, dataset)
         constants = self.model.normalise_constants(constants, dataset)
-        scale = self.model.residual_scale(dataset)
+        last = fields.shape[1] - 2
         terms = []
         prediction = fields[:, 0]
-        for k in range(fields.shape[1] - 1):
-            truth = forced[:, k, None, None, None]
-            state = fields[:, k] if k == 0 else torch.where(truth, fields[:, k], prediction)
-            prediction = self.model(state, constants, dataset)
-            terms.append(
-                wavelit_loss(
-                    prediction,
-                    fields[:, k + 1],
-                    scale,
-                    mse_weight=self.weights.mse,
-                    wavelet_weight=self.weights.wavelet_l1,
-                    wavelet=self.model.config.wavelet,
-                )
-            )
-        mean = {name: torch.stack([getattr(t, name) for t in terms]).mean() for name in ("total", "mse", "wavelet_l1")}
-        return {"loss": mean["total"], "mse": mean["mse"].detach(), "wavelet_l1": mean["wavelet_l1"].detach()}
+        for k in range(last + 1):
+            truth = fields[:, k] if noise is None else fields[:, k] + noise[:, k]
+            state = truth if k == 0 else torch.where(forced[:, k, None, None, None], truth, prediction)
+            if self.kind == "pushforward" and k < last:
+                with torch.no_grad():
+                    prediction = self.model(state, constants, dataset)
+                continue
+            prediction = self._step(state, constants, dataset)
+            terms.append(self._loss(prediction, fields[:, k + 1], dataset))
+        return terms
+
+    def _step(self, state: Tensor, constants: Tensor, dataset: str) -> Tensor:
+        if not self.checkpoints:
+            return self.model(state, constants, dataset)
+        return checkpoint(self.model, state, constants, dataset, use_reentrant=False)
+
+    def _loss(self, prediction: Tensor, target: Tensor, dataset: str) -> LossTerms:
+        return wavelit_loss(
+            prediction,
+            target,
+            self.model.residual_scale(dataset),
+            mse_weight=self.weights.mse,
+            wavelet_weight=self.weights.wavelet_l1,
+            wavelet=self.model.wavelet,
+        )
+
+
+def causal_weights(losses: Tensor, eps: float) -> Tensor:
+    """exp(-eps * sum of the losses of earlier steps), without gradient; losses and weights (K, B)."""
+    losses = losses.detach()
+    return torch.exp(-eps * (losses.cumsum(0) - losses))

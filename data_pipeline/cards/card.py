@@ -13,8 +13,10 @@ from data_pipeline.strict_yaml import Node
 BOUNDARY_TYPES = ("WALL", "OPEN", "PERIODIC")
 CHANNELS_PER_ORDER = (1, 2, 4)  # scalar; x, y; xx, xy, yx, yy
 PATCH = 2 * 2  # grid points per token: one level of the wavelet transform halves each axis
+CONSERVED = {"mean": None, "mean_square": None, "divergence": 2}  # kind -> how many channels it is of; None: any
 
 Boundary = tuple[tuple[str, str], tuple[str, str]]  # ((x lower, x upper), (y lower, y upper))
+Domain = tuple[tuple[float, float], tuple[float, float]]  # (lower, upper end) of x, of y, in physical units
 Range = tuple[float | None, float | None]  # lowest and highest value, both included; None: no limit
 
 
@@ -35,6 +37,18 @@ class Field:
     name: str
     order: int
     role: str  # "state" or "constant"
+    channels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Conserved:
+    """A quantity that the equations keep as it was.
+
+    `mean`: the mean over the grid of each channel; `mean_square`: that of the sum of the channels' squares;
+    `divergence`: of the velocity (x, y), which is 0.
+    """
+
+    kind: str
     channels: tuple[str, ...]
 
 
@@ -67,6 +81,9 @@ class Card:
     quirks: tuple[str, ...]
     ranges: Mapping[str, Range]  # channel -> the values that good data lie within; not every channel has one
     published: tuple[PublishedTable, ...]
+    domain: Domain | None = None  # what the published grid covers; None where the card does not say
+    test_trajectories: int | None = None  # of the published test split; None if not known
+    conserved: tuple[Conserved, ...] = ()
 
     @property
     def state_fields(self) -> tuple[Field, ...]:
@@ -123,7 +140,10 @@ class Card:
 
 REQUIRED = ("name", "description", "state", "boundary", "grid", "dt")
 PROSE = ("equations", "source", "citation", "license")
-OPTIONAL = ("abbreviation", "constant", "scalars", "train", "ranges", "quirks", "published", *PROSE)
+OPTIONAL = (
+    *("abbreviation", "constant", "scalars", "domain", "train", "test_trajectories", "ranges", "conserved", "quirks"),
+    *("published", *PROSE),
+)
 
 
 def read_channels(root: Node, known: Mapping[str, Channel]) -> dict[str, Channel]:
@@ -160,6 +180,9 @@ def read_card(root: Node, name: str, channels: Mapping[str, Channel]) -> Card:
         ranges=_ranges(node["ranges"], (*state, *constant)) if "ranges" in node else {},
         quirks=tuple(item.text() for item in node["quirks"].elements()) if "quirks" in node else (),
         published=tuple(_published(item) for item in node["published"].elements()) if "published" in node else (),
+        domain=_domain(node["domain"]) if "domain" in node else None,
+        test_trajectories=node["test_trajectories"].count() if "test_trajectories" in node else None,
+        conserved=_conserved(node["conserved"], state) if "conserved" in node else (),
         **prose,
     )
 
@@ -209,6 +232,32 @@ def _boundary(node: Node) -> Boundary:
 def _grid(node: Node) -> tuple[int, int]:
     x, y = (size.count(2) for size in node.elements(2))
     return x, y
+
+
+def _domain(node: Node) -> Domain:
+    axes = node.record(("x", "y"))
+    ends = []
+    for axis in ("x", "y"):
+        lower, upper = (end.real() for end in axes[axis].elements(2))
+        if lower >= upper:
+            axes[axis].fail("the lower end first, [lower, upper]")
+        ends.append((lower, upper))
+    return ends[0], ends[1]
+
+
+def _conserved(node: Node, state: Sequence[Field]) -> tuple[Conserved, ...]:
+    own = [channel for field in state for channel in field.channels]
+    found = []
+    for item in node.elements():
+        entry = item.record(("kind", "channels"))
+        kind = entry["kind"].choice(CONSERVED, "a kind of conserved quantity")
+        names = tuple(one.choice(own, "a state channel of this card") for one in entry["channels"].elements())
+        if not names or len(set(names)) < len(names):
+            entry["channels"].fail("at least one channel, each once")
+        if CONSERVED[kind] not in (None, len(names)):
+            entry["channels"].fail("the two channels of a velocity, x then y")
+        found.append(Conserved(kind, names))
+    return tuple(found)
 
 
 def _ranges(node: Node, fields: Sequence[Field]) -> dict[str, Range]:

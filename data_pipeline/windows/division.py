@@ -83,6 +83,12 @@ class Division:
             for at in range(0, len(places), size)
         ]
 
+    @property
+    def largest_piece(self) -> int:
+        """Most windows that a process takes through the model at once."""
+        share = self.schedule.batch // self._world_size if self._way == "global" else self.schedule.batch
+        return min(share, self._micro_batch or share)
+
     def draws_of(self, step: int) -> list[Draw]:
         """The mini-batches of step `step`, over all processes."""
         return [self.schedule.draw(index) for index in range(step * self.draws, (step + 1) * self.draws)]

@@ -28,7 +28,7 @@ AHEAD = 2  # batches that each thread is ahead
 def scheduled_batches(
     readers: Mapping[str, ShardReader],
     division: Division,
-    length: int,
+    length: int | Mapping[str, int],
     start: int,
     stop: int,
     workers: int = 0,
@@ -36,7 +36,8 @@ def scheduled_batches(
 ) -> Iterator[Batch]:
     """One process's batches of steps start, start + 1, ... stop - 1: a batch for each of its pieces, in their order.
 
-    `workers` threads read ahead; with 0 a batch is read when it is asked for. Batches and their order are the same.
+    Windows have `length` frames, which may differ by dataset. `workers` threads read ahead; with 0 a batch is read when
+    it is asked for. Batches and their order are the same.
     Raises UserError, naming the draw and its windows, for a damaged shard or a server that stays away.
     """
     if workers < 0:
@@ -71,12 +72,13 @@ class _Windows:
         self,
         readers: Mapping[str, ShardReader],
         division: Division,
-        length: int,
+        length: int | Mapping[str, int],
         start: int,
         stop: int,
         pin_memory: bool,
     ) -> None:
-        self._readers, self._length, self._pin_memory = dict(readers), length, pin_memory
+        self._readers, self._pin_memory = dict(readers), pin_memory
+        self._lengths = {name: length_of(name, length) for name in readers}
         self._draws_ahead = max((reader.source.draws_ahead for reader in readers.values()), default=0)
         self._pieces = self._drawn(division, start, stop)
 
@@ -111,16 +113,16 @@ class _Windows:
 
     def read(self, draw: Draw, places: np.ndarray) -> Batch:
         """A piece's batch. Raises UserError, naming draw and windows, for a damaged shard or a server that is away."""
-        windows = draw.windows[places]
+        windows, length = draw.windows[places], self._lengths[draw.dataset]
         try:
-            batch = self._readers[draw.dataset].batch(windows, self._length, draw=draw.index)
+            batch = self._readers[draw.dataset].batch(windows, length, draw=draw.index)
         except UserError as error:
-            wanted = f"windows {', '.join(map(str, windows.tolist()))} of {self._length} frames of {draw.dataset}"
+            wanted = f"windows {', '.join(map(str, windows.tolist()))} of {length} frames of {draw.dataset}"
             raise UserError(f"{error}\nThis was met by draw {draw.index}: {wanted}") from error
         return batch.pin_memory() if self._pin_memory else batch
 
     def _announce(self, draw: Draw, places: np.ndarray) -> bool:
-        return self._readers[draw.dataset].announce(draw.windows[places], self._length)
+        return self._readers[draw.dataset].announce(draw.windows[places], self._lengths[draw.dataset])
 
 
 def open_readers(
@@ -179,11 +181,16 @@ def _no_shards(shards: Path | RemoteFolder, missing: Sequence[str], split: str) 
     )
 
 
-def sources(readers: Mapping[str, ShardReader], length: int) -> list[Source]:
+def sources(readers: Mapping[str, ShardReader], length: int | Mapping[str, int]) -> list[Source]:
     """What the schedule needs to know of each dataset, for windows of `length` frames, by name."""
     found = []
     for name, reader in sorted(readers.items()):
-        index = reader.index(length)
+        index = reader.index(length_of(name, length))
         height, width = reader.manifest.grid
         found.append(Source(name, len(index), height * width // 4, index.shard_windows))
     return found
+
+
+def length_of(dataset: str, length: int | Mapping[str, int]) -> int:
+    """Frames of the windows of a dataset."""
+    return length if isinstance(length, int) else length[dataset]

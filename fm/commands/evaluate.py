@@ -1,29 +1,47 @@
 """fm evaluate: measure a run, and write its report."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from fm.commands.arguments import Commands
 
 
 def add(commands: Commands) -> None:
-    evaluate = commands.add_parser("evaluate", help="score a run's averaged weights: one-step and rollout VRMSE")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score a run's averaged weights: one-step and rollout VRMSE",
+        description="Score a run's averaged weights, one step and rolled out, and write a report. Interrupted, the "
+        "same command goes on. Several processes share the work: `accelerate launch --config_file launch/cpu2.yaml "
+        "-m fm evaluate RUN` (launch/README.md). Exit codes: 0 done, 2 your mistake, 3 another process is lost, 130 "
+        "interrupted.",
+    )
     evaluate.add_argument("run", type=Path, help="run directory, or one of its checkpoints")
     evaluate.add_argument("--shards", help="folder or URL of the shards to score on (default: the recipe's)")
     evaluate.add_argument("--out", type=Path, help="folder of the report (default: RUN/report)")
-    evaluate.add_argument("--protocol", help="named protocol (default: the recipe's validation.protocol)")
+    evaluate.add_argument(
+        "--protocol", help="named protocol, or a .yaml file with one (default: the recipe's validation.protocol)"
+    )
     evaluate.add_argument("--split", help="split to score (default: the protocol's, test)")
     evaluate.add_argument(
         "--windows",
         type=int,
         metavar="N",
-        help="score N evenly spaced one-step windows per dataset, as validation does (default: all)",
+        help="score N evenly spaced one-step windows per dataset, as validation does (default: the protocol's, all)",
     )
     evaluate.set_defaults(command=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
     from fm.evaluation.runs import evaluate_run
+    from fm.runtime import EXIT_DONE, EXIT_INTERRUPTED, EXIT_LOST, ProcessLost
 
-    evaluate_run(options.run, options.shards, options.out, options.protocol, options.split, options.windows)
-    return 0
+    try:
+        evaluate_run(options.run, options.shards, options.out, options.protocol, options.split, options.windows)
+    except KeyboardInterrupt:
+        print("\ninterrupted; what is finished is kept: the same command goes on", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+    except ProcessLost as lost:
+        print(f"\nerror: {lost}. What is finished is kept: the same command goes on", file=sys.stderr, flush=True)
+        return EXIT_LOST
+    return EXIT_DONE

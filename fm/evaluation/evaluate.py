@@ -1,36 +1,41 @@
-"""Evaluation: measure once, store the errors, derive the scores, the tables and the pictures from them."""
+"""Evaluation: measure once, store the errors, derive the scores, the tables and the pictures from them.
 
+Its items (fm/evaluation/items.py) are divided among the processes; each leaves a part when it is finished
+(fm/evaluation/parts.py). When all are there, the main process makes the report of them. Killed at any moment, an
+evaluation goes on from its parts.
+"""
+
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from data_pipeline.errors import UserError
-from data_pipeline.files import atomic_file
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.files import only_process
 from data_pipeline.windows.reader import ShardReader
-from fm.evaluation.measure import one_step_errors, one_step_windows, rollout_errors, rollout_steps
-from fm.model import WaveLiTFM
-from fm.report.curves import growth_figure
-from fm.report.sample import Sample
-from fm.report.strips import overview, strip
+from fm.evaluation.items import Item, divide, list_items
+from fm.evaluation.measure import as_errors, measure_rollouts, measure_windows, one_step_length, rollout_steps
+from fm.evaluation.parts import Part, Parts, remove_parts
+from fm.evaluation.shown import as_sample, longest_recorder
+from fm.report.sample import Domain, Sample
+from fm.report.write import write_report
 from fm.scores.errors import DatasetErrors, ErrorFile
 from fm.scores.protocol import Protocol
 from fm.scores.scoring import score
-from fm.scores.tables import score_table
 from fm.specs import check_channels
-
-SHOWN_STEPS = 6
-DPI = 160
+from fm.surrogate import Surrogate
 
 
 def evaluate_model(
-    model: WaveLiTFM,
+    model: Surrogate,
     readers: Mapping[str, ShardReader],
     out: Path,
     protocol: Protocol,
@@ -38,106 +43,130 @@ def evaluate_model(
     batch_size: int = 8,
     progress: bool = True,
     origin: Mapping[str, Any] | None = None,
+    domains: Mapping[str, Domain] | None = None,
+    accelerator: Accelerator | None = None,
 ) -> dict[str, Any]:
     """Score the model on every reader's dataset under the protocol; returns what scores.json holds.
 
-    One-step over the protocol's windows of the split, one rollout per trajectory. Writes errors.npz, scores.json,
-    scores.md and pictures/{<dataset>,overview,growth}.png under `out`. `origin` (plain JSON) says whose scores they are
-    and is stored with them. The model stays on `device`; its training mode is put back.
+    One-step over the protocol's windows of the split, one rollout per trajectory. Writes the files of
+    `fm.report.write.write_report` under `out`; what an interrupted evaluation of the same model, data and protocol has
+    left there is not measured again. With an `accelerator` all its processes call this and share the work. `origin`
+    (plain JSON) says whose scores they are and is stored with them; `domains`, by dataset, are the axes of pictures.
+    The model stays on `device`; its training mode is put back.
     Raises UserError where model, data and protocol do not fit together, or the disk is full.
     """
     readers = dict(sorted(readers.items()))
     _check(model, readers, protocol)
-    work = sum(len(one_step_windows(r, protocol)) + sum(_all_steps(r, protocol)) for r in readers.values())
-    datasets, samples = {}, []
-    training = model.training
-    model.to(device).eval()
-    try:
-        with tqdm(total=work, desc="evaluate", unit="frame", disable=not progress, leave=False) as bar:
-            for name, reader in readers.items():
-                bar.set_postfix_str(name)
-                datasets[name], sample = _measure(model, reader, protocol, device, batch_size, bar)
-                samples += [sample] if sample else []
-    finally:
-        model.train(training)
-    errors = ErrorFile(protocol, datasets, dict(origin or {}))
-    scores = score(errors)
-    write_report(out, errors, scores, samples)
+    rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    wait: Callable[[], object] = accelerator.wait_for_everyone if accelerator else lambda: None
+    job = _Job(model, readers, protocol, device, batch_size)
+    items, parts = list_items(readers, protocol, batch_size), Parts(out, job.identity())
+    with only_process(out, "evaluation") if rank == 0 else nullcontext():
+        if rank == 0:
+            parts.prepare()
+        wait()
+        parts.check()
+        _measure_share(job, items, parts, rank, processes, progress)
+        wait()
+        if rank == 0:
+            datasets, samples = job.collect(items, parts, domains or {})
+            errors = ErrorFile(protocol, datasets, dict(origin or {}))
+            write_report(out, errors, score(errors), samples)
+            remove_parts(out)
+        wait()
+    scores: dict[str, Any] = json.loads((out / "scores.json").read_text())
     return scores
 
 
-def write_report(out: Path, errors: ErrorFile, scores: Mapping[str, Any], samples: list[Sample]) -> None:
-    """The files of one evaluation. An older scores.json goes first, the new one comes last: where it is, all is."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "scores.json").unlink(missing_ok=True)
-    errors.save(out / "errors.npz")
-    figures = {"overview": overview(samples)} if samples else {}
-    figures["growth"] = growth_figure(errors.datasets, errors.protocol)
-    figures |= {sample.dataset: strip(sample) for sample in samples}
-    for name, figure in figures.items():
-        with atomic_file(out / "pictures" / f"{name}.png") as file:
-            figure.savefig(file, format="png", dpi=DPI)
-    pictures = "\n".join(f"![{name}](pictures/{name}.png)\n" for name in figures)
-    _write_text(out / "scores.md", f"# Scores\n\n{score_table(scores)}\n{pictures}")
-    _write_text(out / "scores.json", json.dumps(scores, indent=1, allow_nan=False) + "\n")
+@dataclass(frozen=True)
+class _Job:
+    """What is measured, and where."""
+
+    model: Surrogate
+    readers: Mapping[str, ShardReader]
+    protocol: Protocol
+    device: torch.device
+    batch_size: int
+
+    def identity(self) -> dict[str, Any]:
+        """What the errors depend on, but for rounding: parts of another identity may not be taken over."""
+        digest = hashlib.sha256(json.dumps(self.model.description(), sort_keys=True).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+        return {
+            "model": digest.hexdigest(),
+            "protocol": self.protocol.to_json(),
+            "data": {name: reader.manifest.digest for name, reader in self.readers.items()},
+            "batch_size": self.batch_size,
+        }
+
+    def measure(self, item: Item, advance: Callable[[int], object]) -> Part:
+        """The errors of one item. `advance` is told how many predictions were made."""
+        reader = self.readers[item.dataset]
+        if item.task == "one_step":
+            windows = np.array(item.ids, np.int64)
+            return Part(measure_windows(self.model, reader, windows, self.device, self.batch_size, advance))
+        shown = longest_recorder(reader, self.protocol)
+        measured = measure_rollouts(self.model, reader, item.ids, self.protocol, self.device, advance, shown)
+        return Part(measured, np.stack(shown.fields, axis=1) if shown.fields else None)
+
+    def collect(
+        self, items: Sequence[Item], parts: Parts, domains: Mapping[str, Domain]
+    ) -> tuple[dict[str, DatasetErrors], list[Sample]]:
+        """What all parts hold: the errors of each dataset, and what pictures show of it."""
+        datasets, samples = {}, []
+        for name, reader in self.readers.items():
+            found = [(item, parts.require(item)) for item in items if item.dataset == name]
+            datasets[name] = self._errors(reader, found)
+            kept = longest_recorder(reader, self.protocol)
+            vrmse = datasets[name].rollout.vrmse("model", self.protocol.eps)[kept.trajectory]
+            shown = [part.shown for _, part in found if part.shown is not None]
+            samples += [as_sample(reader, kept, fields, vrmse, domains.get(name)) for fields in shown]
+        return datasets, samples
+
+    def _errors(self, reader: ShardReader, found: Sequence[tuple[Item, Part]]) -> DatasetErrors:
+        manifest, trajectories = reader.manifest, list(range(reader.num_trajectories))
+        horizon = max(rollout_steps(reader, trajectory, self.protocol) for trajectory in trajectories)
+        tasks = {
+            task: as_errors(
+                [part.measured for item, part in found if item.task == task],
+                trajectories,
+                length,
+                len(manifest.state_channels),
+            )
+            for task, length in (("one_step", one_step_length(reader)), ("rollout", horizon))
+        }
+        ids = np.array(trajectories, np.int64)
+        return DatasetErrors(manifest.state_channels, ids, **tasks, data_digest=manifest.digest, grid=manifest.grid)
 
 
-class Recorder:
-    """Keeps one channel of one trajectory's rollout at a few steps: a watcher for `rollout_errors`."""
-
-    def __init__(self, trajectory: int, channel: int, steps: tuple[int, ...]) -> None:
-        self.trajectory, self.channel, self.steps = trajectory, channel, steps
-        self.fields: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def __call__(self, trajectories: Sequence[int], step: int, prediction: Tensor, truth: Tensor) -> None:
-        if step in self.steps and self.trajectory in trajectories:
-            row = trajectories.index(self.trajectory)
-            self.fields.append((truth[row, self.channel].cpu().numpy(), prediction[row, self.channel].cpu().numpy()))
-
-
-def shown_channel(manifest: Manifest) -> int:
-    """The channel that pictures show: the first with std above a tenth of its rms, else the first.
-
-    The Well lists scalar fields first, but active_matter's first, a concentration, is all but constant.
-    """
-    std, rms = manifest.stats["std"], manifest.stats["rms"]
-    varying = [index for index, name in enumerate(manifest.state_channels) if std[name] > 0.1 * rms[name]]
-    return varying[0] if varying else 0
-
-
-def shown_steps(horizon: int, count: int = SHOWN_STEPS) -> tuple[int, ...]:
-    """About `count` steps, evenly from the first to the last."""
-    return tuple(np.unique(np.linspace(1, horizon, count).round().astype(int)).tolist())
-
-
-def _measure(
-    model: WaveLiTFM, reader: ShardReader, protocol: Protocol, device: torch.device, batch_size: int, bar: tqdm
-) -> tuple[DatasetErrors, Sample | None]:
-    """The errors of one dataset and, of the longest rollout, what its strip shows (None where there is no rollout)."""
-    manifest, trajectories = reader.manifest, list(range(reader.num_trajectories))
-    steps = _all_steps(reader, protocol)
-    longest = int(np.argmax(steps))
-    recorder = Recorder(longest, shown_channel(manifest), shown_steps(steps[longest]) if steps[longest] else ())
-    windows = one_step_windows(reader, protocol)
-    one_step = one_step_errors(model, reader, windows, device, batch_size, bar.update)
-    rollouts = rollout_errors(model, reader, trajectories, protocol, device, batch_size, bar.update, recorder)
-    errors = DatasetErrors(
-        manifest.state_channels, np.array(trajectories), one_step, rollouts, manifest.digest, manifest.grid
+def _measure_share(job: _Job, items: Sequence[Item], parts: Parts, rank: int, processes: int, progress: bool) -> None:
+    """Measure what this process has to do; the main one's bar counts the frames of all."""
+    share = [item for item in divide(items, processes)[rank] if parts.load(item) is None]
+    kept = parts.finished(items)
+    if rank == 0 and kept:
+        print(f"{parts.folder}: {len(kept)} of {len(items)} parts are there, measuring the rest")
+    bar = tqdm(
+        total=sum(item.frames for item in items),
+        initial=sum(item.frames for item in kept),
+        desc="evaluate" if processes == 1 else f"evaluate ({processes} processes)",
+        unit="frame",
+        disable=rank > 0 or not progress,
+        leave=False,
     )
-    if not recorder.steps:
-        return errors, None
-    truth, prediction = (np.stack(fields) for fields in zip(*recorder.fields, strict=True))
-    vrmse = rollouts.vrmse("model", protocol.eps)[longest, np.array(recorder.steps) - 1, recorder.channel]
-    channel = manifest.state_channels[recorder.channel]
-    dt = manifest.trajectories[longest].dt
-    return errors, Sample(manifest.dataset, channel, longest, dt, recorder.steps, truth, prediction, vrmse)
+    training = job.model.training
+    job.model.to(job.device).eval()
+    try:
+        with bar:
+            for item in share:
+                bar.set_postfix_str(f"{item.dataset}, {item.task}")
+                parts.save(item, job.measure(item, bar.update))
+                bar.update(sum(one.frames for one in parts.finished(items)) - bar.n)  # what others have finished
+    finally:
+        job.model.train(training)
 
 
-def _all_steps(reader: ShardReader, protocol: Protocol) -> list[int]:
-    return [rollout_steps(reader, trajectory, protocol) for trajectory in range(reader.num_trajectories)]
-
-
-def _check(model: WaveLiTFM, readers: Mapping[str, ShardReader], protocol: Protocol) -> None:
+def _check(model: Surrogate, readers: Mapping[str, ShardReader], protocol: Protocol) -> None:
     if protocol.context != 1:
         raise UserError(
             f"protocol {protocol.name}: expected context 1, the frames this model sees; got {protocol.context}"
@@ -157,8 +186,3 @@ def _check(model: WaveLiTFM, readers: Mapping[str, ShardReader], protocol: Proto
             )
         spec = model.specs[name]
         check_channels(reader, spec.state_channels, spec.constant_channels, "the model was trained on")
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_file(path) as file:
-        file.write(text.encode())

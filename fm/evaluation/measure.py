@@ -1,11 +1,12 @@
 """Runs the model over one dataset and measures its errors, window by window and rollout by rollout.
 
 Beside the model: persistence and the mean field (fm/scores/errors.py), on the same frames. Everything is in physical
-units. Windows, and the rollouts of different trajectories, run in batches: the grids of a dataset are all equal.
+units and float32, whatever the precision of the training. Windows, and the rollouts of different trajectories, run in
+batches: the grids of a dataset are all equal.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -13,13 +14,37 @@ from torch import Tensor
 
 from data_pipeline.windows.reader import ShardReader
 from fm.metrics import squared_error_and_variance
-from fm.model import WaveLiTFM
 from fm.rollout import rollout
 from fm.scores.errors import Errors
 from fm.scores.protocol import Protocol
+from fm.surrogate import Surrogate
 
 # Called once a batch of rollouts and step: trajectory ids, 1-based step, prediction and truth (B, C, H, W).
 Watcher = Callable[[Sequence[int], int, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Errors of N predicted frames, and their places in the `Errors` of a dataset and task."""
+
+    trajectories: np.ndarray  # ids (N,) int64
+    steps: np.ndarray  # index on the step axis (N,) int64
+    values: np.ndarray  # (N, 4, C) float64: the parts of `Errors`, in their order
+
+    @classmethod
+    def joined(cls, parts: Sequence["Measured"]) -> "Measured":
+        return cls(*(np.concatenate([getattr(part, one.name) for part in parts]) for one in fields(cls)))
+
+
+def as_errors(parts: Sequence[Measured], trajectories: Sequence[int], num_steps: int, num_channels: int) -> Errors:
+    """All that was measured of these trajectories, (number of them, num_steps, C); what was not stays NaN."""
+    errors = Errors.empty(len(trajectories), num_steps, num_channels)
+    row_of = {trajectory: row for row, trajectory in enumerate(trajectories)}
+    for part in parts:
+        rows = np.array([row_of[trajectory] for trajectory in part.trajectories.tolist()], np.int64)
+        for index, one in enumerate(fields(Errors)):
+            getattr(errors, one.name)[rows, part.steps] = part.values[:, index]
+    return errors
 
 
 def one_step_windows(reader: ShardReader, protocol: Protocol) -> np.ndarray:
@@ -29,30 +54,9 @@ def one_step_windows(reader: ShardReader, protocol: Protocol) -> np.ndarray:
     return np.linspace(0, total - 1, count).round().astype(np.int64)
 
 
-def one_step_errors(
-    model: WaveLiTFM,
-    reader: ShardReader,
-    windows: np.ndarray,
-    device: torch.device,
-    batch_size: int = 8,
-    advance: Callable[[int], object] = lambda count: None,
-) -> Errors:
-    """Errors of the one-step windows with these ids, of all trajectories: (R, longest trajectory - 1, C).
-
-    Windows left out stay NaN. `advance` is told how many windows were done, batch by batch.
-    """
-    longest = max(reader.num_frames(index) for index in range(reader.num_trajectories))
-    errors = Errors.empty(reader.num_trajectories, longest - 1, len(reader.manifest.state_channels))
-    batches = np.array_split(windows, -(-len(windows) // batch_size))
-    for number, ids in enumerate(batches):
-        if number + 1 < len(batches):
-            reader.announce(batches[number + 1], 2)  # from a URL it comes while the model works
-        batch = reader.batch(ids, 2).to(device)
-        source, target = batch.fields[:, 0], batch.fields[:, 1]
-        (prediction,) = rollout(model, reader.manifest.dataset, source, batch.constants, 1)
-        _store(errors, reader.index(2).locate(ids), prediction, source, target)
-        advance(len(ids))
-    return errors
+def one_step_length(reader: ShardReader) -> int:
+    """Step axis of the one-step errors: the windows of the longest trajectory."""
+    return max(reader.num_frames(index) for index in range(reader.num_trajectories)) - 1
 
 
 def rollout_steps(reader: ShardReader, trajectory: int, protocol: Protocol) -> int:
@@ -61,48 +65,105 @@ def rollout_steps(reader: ShardReader, trajectory: int, protocol: Protocol) -> i
     return steps if protocol.max_steps is None else min(steps, protocol.max_steps)
 
 
+def rollout_batches(
+    reader: ShardReader, trajectories: Sequence[int], protocol: Protocol, batch_size: int
+) -> list[list[int]]:
+    """The trajectories that have a rollout, longest first, so that rollouts of about one length share a batch."""
+    steps = {trajectory: rollout_steps(reader, trajectory, protocol) for trajectory in trajectories}
+    order = sorted((trajectory for trajectory in trajectories if steps[trajectory]), key=lambda one: -steps[one])
+    return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+
+
+def one_step_errors(
+    model: Surrogate,
+    reader: ShardReader,
+    windows: np.ndarray,
+    device: torch.device,
+    batch_size: int = 8,
+) -> Errors:
+    """Errors of the one-step windows with these ids, of all trajectories: (R, longest trajectory - 1, C).
+
+    Windows left out stay NaN.
+    """
+    measured = measure_windows(model, reader, windows, device, batch_size)
+    everything = range(reader.num_trajectories)
+    return as_errors([measured], everything, one_step_length(reader), len(reader.manifest.state_channels))
+
+
 def rollout_errors(
-    model: WaveLiTFM,
+    model: Surrogate,
     reader: ShardReader,
     trajectories: Sequence[int],
     protocol: Protocol,
     device: torch.device,
     batch_size: int = 8,
-    advance: Callable[[int], object] = lambda count: None,
     watch: Watcher = lambda trajectories, step, prediction, truth: None,
 ) -> Errors:
-    """Errors of one rollout of each of these trajectories: (number of them, longest rollout, C), in their order.
+    """Errors of one rollout of each of these trajectories: (number of them, longest rollout, C), in their order."""
+    batches = rollout_batches(reader, trajectories, protocol, batch_size)
+    measured = [measure_rollouts(model, reader, ids, protocol, device, watch=watch) for ids in batches]
+    longest = max((rollout_steps(reader, trajectory, protocol) for trajectory in trajectories), default=0)
+    return as_errors(measured, trajectories, longest, len(reader.manifest.state_channels))
 
-    A rollout that stops being finite goes on: its errors say so. `advance` is told how many predictions were done.
+
+def measure_windows(
+    model: Surrogate,
+    reader: ShardReader,
+    windows: np.ndarray,
+    device: torch.device,
+    batch_size: int,
+    advance: Callable[[int], object] = lambda count: None,
+) -> Measured:
+    """One prediction of each one-step window with these ids. `advance` is told how many were made, batch by batch."""
+    parts = []
+    batches = np.array_split(windows, -(-len(windows) // batch_size))
+    for number, ids in enumerate(batches):
+        if number + 1 < len(batches):
+            reader.announce(batches[number + 1], 2)  # from a URL it comes while the model works
+        batch = reader.batch(ids, 2).to(device)
+        source, target = batch.fields[:, 0], batch.fields[:, 1]
+        (prediction,) = rollout(model, reader.manifest.dataset, source, batch.constants, 1)
+        parts.append(Measured(*reader.index(2).locate(ids), _values(prediction, source, target)))
+        advance(len(ids))
+    return Measured.joined(parts)
+
+
+def measure_rollouts(
+    model: Surrogate,
+    reader: ShardReader,
+    trajectories: Sequence[int],
+    protocol: Protocol,
+    device: torch.device,
+    advance: Callable[[int], object] = lambda count: None,
+    watch: Watcher = lambda trajectories, step, prediction, truth: None,
+) -> Measured:
+    """The rollouts of one of `rollout_batches`. `advance` is told how many predictions were made, step by step.
+
+    A rollout that stops being finite goes on: its errors say so.
     """
     steps = [rollout_steps(reader, trajectory, protocol) for trajectory in trajectories]
-    errors = Errors.empty(len(trajectories), max(steps, default=0), len(reader.manifest.state_channels))
-    # Longest first, so that rollouts of about one length share a batch.
-    order = sorted((row for row in range(len(steps)) if steps[row]), key=lambda row: -steps[row])
-    for rows in (order[at : at + batch_size] for at in range(0, len(order), batch_size)):
-        ids = [trajectories[row] for row in rows]
-        first = protocol.start + protocol.context - 1
-        initial = _stack([reader.trajectory_frames(index, first, 1)[0] for index in ids], device)  # (B, C, H, W)
-        constants = _stack([reader.constants(index) for index in ids], device)
-        predictions = rollout(model, reader.manifest.dataset, initial, constants, steps[rows[0]])
-        for step, prediction in enumerate(predictions, start=1):
-            going = sum(steps[row] >= step for row in rows)  # the first ones: they are the longest
-            truth = _stack([reader.trajectory_frames(index, first + step, 1)[0] for index in ids[:going]], device)
-            places = (np.array(rows[:going]), np.full(going, step - 1))
-            _store(errors, places, prediction[:going], initial[:going], truth)
-            watch(ids[:going], step, prediction[:going], truth)
-            advance(going)
-    return errors
+    first = protocol.start + protocol.context - 1
+    initial = _stack([reader.trajectory_frames(index, first, 1)[0] for index in trajectories], device)  # (B, C, H, W)
+    constants = _stack([reader.constants(index) for index in trajectories], device)
+    parts = []
+    predictions = rollout(model, reader.manifest.dataset, initial, constants, steps[0])
+    for step, prediction in enumerate(predictions, start=1):
+        going = sum(length >= step for length in steps)  # the first ones: they are the longest
+        ids = trajectories[:going]
+        truth = _stack([reader.trajectory_frames(index, first + step, 1)[0] for index in ids], device)
+        values = _values(prediction[:going], initial[:going], truth)
+        parts.append(Measured(np.array(ids, np.int64), np.full(going, step - 1), values))
+        watch(ids, step, prediction[:going], truth)
+        advance(going)
+    return Measured.joined(parts)
 
 
 def _stack(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
     return torch.from_numpy(np.stack(arrays)).to(device)
 
 
-def _store(
-    errors: Errors, places: tuple[np.ndarray, np.ndarray], prediction: Tensor, held: Tensor, truth: Tensor
-) -> None:
-    """Put the errors of a batch (B, C, H, W) where they belong: places = (rows (B,), steps (B,))."""
+def _values(prediction: Tensor, held: Tensor, truth: Tensor) -> np.ndarray:
+    """Errors (B, 4, C) of a batch (B, C, H, W), beside those of a frame that is held."""
     squared, variance = squared_error_and_variance(prediction, truth)  # (B, C)
     persistence, _ = squared_error_and_variance(held, truth)
     cells = truth.shape[-2] * truth.shape[-1]
@@ -112,5 +173,4 @@ def _store(
         "persistence": persistence,
         "mean_field": variance * (cells - 1) / cells,  # the biased variance: mean squared distance from the own mean
     }
-    for part in fields(Errors):
-        getattr(errors, part.name)[places] = columns[part.name].cpu().numpy()
+    return torch.stack([columns[one.name] for one in fields(Errors)], dim=1).cpu().numpy()

@@ -1,20 +1,25 @@
-"""What is done with a run once it is trained: score it, and compare it with another."""
+"""What is done with a run once it is trained: score it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data_pipeline.cards.registry import load_registry
 from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import find_checkpoint, load_pretrained, verify_checkpoint
 from fm.evaluation.evaluate import evaluate_model
+from fm.evaluation.parts import remove_parts
 from fm.recipe_file import resolve
-from fm.scores.protocol import get_protocol
-from fm.scores.tables import compare_table, score_table
+from fm.report.sample import Domain
+from fm.runtime import as_main_process_finds, make_accelerator, naming_lost_processes
+from fm.scores.protocol import load_protocol
+from fm.scores.tables import score_table
+from fm.settings import Recipe
 
 
 def evaluate_run(
@@ -27,17 +32,18 @@ def evaluate_run(
 ) -> Path:
     """Score the averaged weights of a run's newest checkpoint and print the table. Returns the report's folder.
 
-    `shards`, `protocol` default to the recipe's, `split` to the protocol's, `out` to <run>/report. With `windows`, so
-    many one-step windows of each dataset are scored, not all. A report of the same weights, data and protocol is not
-    made again. UserError if there is no checkpoint or there are no shards.
+    Under a launcher all processes share the work. `shards`, `protocol` (a name or a file) default to the recipe's,
+    `split` to the protocol's, `out` to <run>/report. With `windows`, so many one-step windows of each dataset are
+    scored, not all. A report of the same weights, data and protocol is not made again; one that was interrupted goes
+    on. UserError if there is no checkpoint or there are no shards.
     """
     if windows is not None and windows < 1:
         raise UserError(f"--windows: expected at least 1 one-step window per dataset, got {windows}")
     checkpoint = find_checkpoint(run)
     state = verify_checkpoint(checkpoint)
     recipe = resolve(state["recipe"], str(checkpoint / "state.json"))
-    chosen = get_protocol(protocol or recipe.validation.protocol)
-    chosen = replace(chosen, split=split or chosen.split, one_step_windows=windows)
+    chosen = load_protocol(protocol or recipe.validation.protocol)
+    chosen = replace(chosen, split=split or chosen.split, one_step_windows=windows or chosen.one_step_windows)
     model = load_pretrained(checkpoint)
     stream = recipe.data.stream(recipe.sampling.shuffle, recipe.sampling.shards_per_block)
     readers = open_readers(shards or recipe.data.shards, sorted(model.specs), chosen.split, stream=stream)
@@ -52,20 +58,38 @@ def evaluate_run(
         "protocol": chosen.to_json(),
         "data": {name: reader.manifest.digest for name, reader in readers.items()},
     }
-    found = _read_scores(out / "scores.json") if (out / "scores.json").is_file() else None
-    if found is not None and _identity(found) == json.loads(json.dumps(identity)):
-        print(f"{out} already holds the scores of {checkpoint.name}:\n\n{score_table(found)}")
-        return out
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scores = evaluate_model(model, readers, out, chosen, device, origin=origin)
-    print(f"{checkpoint}, averaged weights:\n\n{score_table(scores)}\nreport: {out}")
+    with naming_lost_processes():
+        accelerator = make_accelerator(recipe.train.clip)  # nothing is clipped; DeepSpeed wants to be told
+        say = print if accelerator.is_main_process else lambda text: None
+        if as_main_process_finds(accelerator, lambda: _holds(out, identity)):
+            if accelerator.is_main_process:
+                remove_parts(out)  # of an evaluation that was killed when all but this was done
+            say(f"{out} already holds the scores of {checkpoint.name}:\n\n{score_table(_read_scores(out))}")
+        else:
+            # float64 sums, which Apple's GPUs do not have
+            device = accelerator.device if accelerator.device.type == "cuda" else torch.device("cpu")
+            domains = _domains(recipe, sorted(readers), say)
+            scores = evaluate_model(
+                model, readers, out, chosen, device, origin=origin, domains=domains, accelerator=accelerator
+            )
+            say(f"{checkpoint}, averaged weights:\n\n{score_table(scores)}\nreport: {out}")
+        accelerator.end_training()
     return out
 
 
-def compare_runs(before: Path, after: Path) -> str:
-    """The table of two evaluated runs side by side. UserError where one is not evaluated or they do not compare."""
-    first, second = (_read_scores(run / "report" / "scores.json") for run in (before, after))
-    return compare_table(first, second)
+def _domains(recipe: Recipe, datasets: Sequence[str], say: Callable[[str], object]) -> dict[str, Domain]:
+    """The physical extent of each dataset whose card tells. A model can be scored where its cards are not at hand."""
+    try:
+        cards = load_registry(recipe.data.registry).cards
+    except UserError as error:
+        say(f"pictures will have no physical axes: {error}")
+        return {}
+    return {name: domain for name in datasets if name in cards and (domain := cards[name].domain) is not None}
+
+
+def _holds(out: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether the report is there already."""
+    return (out / "scores.json").is_file() and _identity(_read_scores(out)) == json.loads(json.dumps(identity))
 
 
 def _identity(scores: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +97,8 @@ def _identity(scores: Mapping[str, Any]) -> dict[str, Any]:
     return {"origin": scores.get("origin"), "protocol": scores["protocol"], "data": data}
 
 
-def _read_scores(file: Path) -> dict[str, Any]:
+def _read_scores(out: Path) -> dict[str, Any]:
+    file = out / "scores.json"
     try:
         scores = json.loads(file.read_text())
         _identity(scores)

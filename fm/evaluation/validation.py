@@ -8,29 +8,24 @@ import numpy as np
 import torch
 
 from data_pipeline.windows.reader import ShardReader
-from fm.evaluation.evaluate import Recorder, shown_channel
 from fm.evaluation.measure import one_step_errors, one_step_windows, rollout_errors, rollout_steps
-from fm.model import WaveLiTFM
+from fm.evaluation.shown import Recorder, shown_channel
+from fm.report.sample import Sample, spread_over
 from fm.scores.errors import DatasetErrors, ErrorFile
 from fm.scores.protocol import Protocol, get_protocol
 from fm.scores.scoring import score
 from fm.settings import ValidationSettings
+from fm.surrogate import Surrogate
 
-
-@dataclass(frozen=True)
-class Frames:
-    """One channel a third of the way into a rollout, physical units: truth and prediction (H, W)."""
-
-    truth: np.ndarray
-    prediction: np.ndarray
+SHOWN_STEPS = 16  # of one rollout, for TensorBoard's pictures
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """Scores as `fm.scores.scoring.score` gives them, and one picture per dataset."""
+    """Scores as `fm.scores.scoring.score` gives them, and of each dataset one rollout to look at."""
 
     scores: Mapping[str, Any]
-    frames: Mapping[str, Frames]
+    samples: Mapping[str, Sample]
 
     @property
     def mean_ratio(self) -> float | None:
@@ -69,11 +64,11 @@ def protocol_windows(name: str) -> list[str]:
 
 
 def validate(
-    model: WaveLiTFM, readers: Mapping[str, ShardReader], settings: ValidationSettings, device: torch.device
+    model: Surrogate, readers: Mapping[str, ShardReader], settings: ValidationSettings, device: torch.device
 ) -> ValidationResult:
     """Score `settings.windows` windows, evenly spaced, and `settings.rollouts` rollouts of each dataset."""
     protocol = replace(get_protocol(settings.protocol), split="valid", one_step_windows=settings.windows)
-    datasets, frames = {}, {}
+    datasets, samples = {}, {}
     for name, reader in sorted(readers.items()):
         trajectories = list(range(min(settings.rollouts, reader.num_trajectories)))
         recorder = _recorder(reader, protocol)
@@ -82,10 +77,27 @@ def validate(
         manifest, ids = reader.manifest, np.array(trajectories, np.int64)
         datasets[name] = DatasetErrors(manifest.state_channels, ids, one_step, rollouts, manifest.digest, manifest.grid)
         if recorder.fields:
-            frames[name] = Frames(*recorder.fields[0])
-    return ValidationResult(score(ErrorFile(protocol, datasets)), frames)
+            samples[name] = _sample(reader, recorder, rollouts.vrmse("model", protocol.eps)[0])
+    return ValidationResult(score(ErrorFile(protocol, datasets)), samples)
 
 
 def _recorder(reader: ShardReader, protocol: Protocol) -> Recorder:
-    step = max(1, rollout_steps(reader, 0, protocol) // 3)
-    return Recorder(0, shown_channel(reader.manifest), (step,))
+    """Keeps some steps of the first trajectory."""
+    shown = spread_over(rollout_steps(reader, 0, protocol), SHOWN_STEPS)
+    return Recorder(0, shown_channel(reader.manifest), tuple(index + 1 for index in shown))
+
+
+def _sample(reader: ShardReader, recorder: Recorder, vrmse: np.ndarray) -> Sample:
+    """What the recorder has kept; `vrmse` (S, C) of its trajectory."""
+    manifest = reader.manifest
+    truth, prediction = (np.stack(fields) for fields in zip(*recorder.fields, strict=True))
+    return Sample(
+        dataset=manifest.dataset,
+        channel=manifest.state_channels[recorder.channel],
+        trajectory=recorder.trajectory,
+        dt=manifest.trajectories[recorder.trajectory].dt,
+        steps=recorder.steps,
+        truth=truth,
+        prediction=prediction,
+        vrmse=vrmse[np.array(recorder.steps) - 1, recorder.channel],
+    )

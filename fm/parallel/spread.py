@@ -2,6 +2,7 @@
 
 from accelerate import Accelerator
 
+from data_pipeline.errors import UserError
 from fm.optim import GroupedAdamW
 from fm.parallel.base import Parallel
 from fm.parallel.fully_sharded import FullySharded
@@ -13,7 +14,15 @@ from fm.unroll import Unroll
 
 
 def spread(accelerator: Accelerator, objective: Unroll, settings: TrainSettings) -> Parallel:
-    """The objective, on its device, and a new optimiser, spread over the processes. Collective."""
+    """The objective, on its device, and a new optimiser, spread over the processes. Collective.
+
+    UserError where the model's own code does not allow what the launch configuration asks for.
+    """
+    if not len(objective.model.blocks) and (asked_for("FSDP") or asked_for("DEEPSPEED")):
+        raise UserError(
+            "baselines train in one process or under DDP (launch/ddp.yaml, launch/cpu2.yaml): their networks cannot be "
+            "sharded; the launch configuration asks for FSDP or DeepSpeed"
+        )
     if asked_for("FSDP"):
         reshard = fsdp_reshards()
         if accelerator.num_processes > 1:

@@ -1,8 +1,9 @@
 """Pictures of rollouts: strips of truth, prediction and error, and one overview of all datasets.
 
-Drawn through matplotlib's objects alone (no pyplot, no global state). x runs to the right and y upwards, cells are
-square, colour limits are the same in all panels of a field. Maps are perceptually uniform: viridis for a field of one
-sign, a diverging map of even lightness steps for a field of both signs and for errors. What is not finite is grey.
+Drawn through matplotlib's objects alone (no pyplot, no global state). x runs to the right and y upwards. A panel has
+the shape of the domain, or square cells where the domain is not known. Colour limits are the same in all panels of a
+field. Maps are perceptually uniform: viridis for a field of one sign, a diverging map of even lightness steps for a
+field of both signs and for errors. What is not finite is grey.
 """
 
 from collections.abc import Sequence
@@ -19,10 +20,12 @@ from matplotlib.image import AxesImage
 from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-from fm.report.sample import Sample
+from fm.report.sample import Domain, Sample, spread_over
 
 DIVERGING = "blue_red_uniform"
 ROWS = ("truth", "prediction", "error")
+SHOWN_STEPS = 6
+NOT_FINITE = "#B0B0B0"
 TEXT_SIZE = 7.5  # points
 _GAP = 0.06  # inches between panels, as are all lengths below
 
@@ -49,6 +52,12 @@ class Sheet:
 
     def text(self, x: float, y: float, text: str, **style: Any) -> None:
         self.figure.text(x / self.size[0], y / self.size[1], text, **{"fontsize": TEXT_SIZE, **style})
+
+    def title(self, x: float, sample: Sample) -> None:
+        """What is shown, and what the panels cover, in the upper left corner."""
+        name = f"{sample.dataset}, {sample.channel}, trajectory {sample.trajectory}"
+        self.text(x, self.size[1] - 0.06, name, va="top", fontsize=TEXT_SIZE + 1.5)
+        self.text(x, self.size[1] - 0.23, sample.extent_text, va="top", color="#595959")
 
     def compass(self) -> None:
         """Arrows of x and y in the lower left corner."""
@@ -124,19 +133,25 @@ def error_scale(error: np.ndarray, truth: np.ndarray) -> Scale:
 
 
 def strip(sample: Sample) -> Figure:
-    """Truth, prediction and error (prediction - truth) of one rollout; wide grids stack the steps downwards."""
-    _, across, up = sample.truth.shape
-    return _strip_down(sample) if across >= 2 * up else _strip_across(sample)
+    """Truth, prediction and error (prediction - truth) at SHOWN_STEPS; wide domains stack the steps downwards."""
+    shown = sample.at(spread_over(len(sample.steps), SHOWN_STEPS))
+    return _strip_down(shown) if is_wide(shown) else _strip_across(shown)
+
+
+def is_wide(sample: Sample) -> bool:
+    """Whether the domain is so wide that its pictures look better below each other than side by side."""
+    across, up = sample.lengths
+    return across >= 2 * up
 
 
 def _strip_across(sample: Sample) -> Figure:
     """Rows truth, prediction, error; one column a step; colour bars on the right."""
-    count, across, up = sample.truth.shape
+    count, (across, up) = len(sample.steps), sample.lengths
     width = min(1.2, 2.0 * across / up)
     height = width * up / across
     left, bottom = 0.45, 0.42
     right = left + count * (width + _GAP)
-    sheet = Sheet(right + 0.75, bottom + 3 * (height + _GAP) + 0.52)
+    sheet = Sheet(right + 0.75, bottom + 3 * (height + _GAP) + 0.66)
     axes = [
         [
             sheet.axes(left + column * (width + _GAP), bottom + (2 - row) * (height + _GAP), width, height)
@@ -147,24 +162,24 @@ def _strip_across(sample: Sample) -> Figure:
     field, error = _draw(axes, sample, range(count))
     for column, step in enumerate(sample.steps):
         axes[0][column].set_title(f"step {step}\nt + {step * sample.dt:.3g}", fontsize=TEXT_SIZE, pad=3)
-        note = f"VRMSE{' ' if width > 0.9 else chr(10)}{_short(sample.vrmse[column])}"
+        note = f"VRMSE{' ' if width > 0.9 else chr(10)}{short(sample.vrmse[column])}"
         axes[2][column].set_xlabel(note, fontsize=TEXT_SIZE, labelpad=3)
     for row, name in enumerate(ROWS):
         axes[row][0].set_ylabel(name, fontsize=TEXT_SIZE + 1, labelpad=4)
     sheet.colour_bar(field, (right + 0.04, bottom + height + _GAP, 0.09, 2 * height + _GAP))
     sheet.colour_bar(error, (right + 0.04, bottom, 0.09, height))
-    sheet.text(left, sheet.size[1] - 0.1, _title(sample), va="top", fontsize=TEXT_SIZE + 1.5)
+    sheet.title(left, sample)
     sheet.compass()
     return sheet.figure
 
 
 def _strip_down(sample: Sample) -> Figure:
     """Columns truth, prediction, error; one row a step; colour bars below."""
-    count, across, up = sample.truth.shape
+    count, (across, up) = len(sample.steps), sample.lengths
     width = 2.35
     height = width * up / across
     left, bottom = 0.62, 0.36
-    sheet = Sheet(left + 3 * (width + _GAP) + 0.5, bottom + count * (height + _GAP) + 0.38)
+    sheet = Sheet(left + 3 * (width + _GAP) + 0.5, bottom + count * (height + _GAP) + 0.52)
     axes = [
         [
             sheet.axes(left + row * (width + _GAP), bottom + (count - 1 - n) * (height + _GAP), width, height)
@@ -176,13 +191,13 @@ def _strip_down(sample: Sample) -> Figure:
     for n, step in enumerate(sample.steps):
         label = f"step {step}\nt + {step * sample.dt:.3g}"
         axes[0][n].set_ylabel(label, fontsize=TEXT_SIZE, rotation=0, ha="right", va="center", labelpad=5)
-        note = f"VRMSE\n{_short(sample.vrmse[n])}"
+        note = f"VRMSE\n{short(sample.vrmse[n])}"
         axes[2][n].text(1.03, 0.5, note, fontsize=TEXT_SIZE, va="center", transform=axes[2][n].transAxes)
     for row, name in enumerate(ROWS):
         axes[row][0].set_title(name, fontsize=TEXT_SIZE + 1, pad=3)
     sheet.colour_bar(field, (left + 0.25 * width, bottom - 0.13, 1.5 * width + _GAP, 0.08))
     sheet.colour_bar(error, (left + 2 * (width + _GAP) + 0.1 * width, bottom - 0.13, 0.8 * width, 0.08))
-    sheet.text(left, sheet.size[1] - 0.08, _title(sample), va="top", fontsize=TEXT_SIZE + 1.5)
+    sheet.title(left, sample)
     sheet.compass()
     return sheet.figure
 
@@ -197,7 +212,7 @@ def overview(samples: Sequence[Sample]) -> Figure:
         _draw(axes, sample, [index])
         head = f"{_wrapped(sample.dataset)}\n{sample.channel}, step {sample.steps[index]}"
         sheet.text(x + cell / 2, bottom + 3 * (cell + _GAP) + 0.02, head, ha="center", va="bottom")
-        sheet.text(x + cell / 2, 0.08, f"VRMSE {_short(sample.vrmse[index])}", ha="center", va="bottom")
+        sheet.text(x + cell / 2, 0.08, f"VRMSE {short(sample.vrmse[index])}", ha="center", va="bottom")
     for row, name in enumerate(ROWS):
         y = bottom + (2 - row) * (cell + _GAP) + cell / 2
         sheet.text(0.13, y, name, rotation=90, ha="center", va="center", fontsize=TEXT_SIZE + 1)
@@ -210,16 +225,23 @@ def _draw(axes: Sequence[Sequence[Axes]], sample: Sample, indices: Sequence[int]
     scales = (field_scale(sample.truth), field_scale(sample.truth), error_scale(error, sample.truth))
     for panels, fields, scale in zip(axes, (sample.truth, sample.prediction, error), scales, strict=True):
         for panel, index in zip(panels, indices, strict=True):
-            _panel(panel, fields[index], scale)
+            _panel(panel, fields[index], scale, sample.extent)
     return axes[0][0].images[0], axes[2][0].images[0]
 
 
-def _panel(axes: Axes, field: np.ndarray, scale: Scale) -> None:
+def _panel(axes: Axes, field: np.ndarray, scale: Scale, extent: Domain) -> None:
     """One field (H, W), axis 0 = x to the right, axis 1 = y upwards."""
     shown = np.ma.masked_invalid(field.T)
     # One kernel for all panels, enlarged or reduced: the default changes with the size in pixels.
-    axes.imshow(shown, origin="lower", cmap=scale.cmap, norm=scale.norm, interpolation="hanning")
-    axes.set_facecolor("#B0B0B0")
+    axes.imshow(
+        shown,
+        origin="lower",
+        cmap=scale.cmap,
+        norm=scale.norm,
+        interpolation="hanning",
+        extent=(*extent[0], *extent[1]),
+    )
+    axes.set_facecolor(NOT_FINITE)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
@@ -237,9 +259,6 @@ def _wrapped(name: str) -> str:
     return f"{name[:middle]}\n{name[middle:]}"
 
 
-def _title(sample: Sample) -> str:
-    return f"{sample.dataset}, {sample.channel}, trajectory {sample.trajectory}"
-
-
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """A VRMSE in a picture."""
     return f"{value:.3g}" if np.isfinite(value) else "not finite"

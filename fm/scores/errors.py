@@ -15,7 +15,7 @@ Array legend: R trajectories, S steps, C state channels.
 import dataclasses
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from data_pipeline.files import atomic_file
 from fm.scores.protocol import Protocol
 
 FORMAT = 2  # 2: the grid of each dataset
+FILE_NAME = "errors.npz"
 PREDICTORS = ("model", "persistence", "mean_field")
 TASKS = ("one_step", "rollout")
 
@@ -59,6 +60,10 @@ class Errors:
         """(R,) int64: how many steps of each trajectory were measured."""
         return self.present.sum(axis=1)
 
+    def until(self, num_steps: int | None) -> "Errors":
+        """The first so many steps; all where None."""
+        return Errors(*(getattr(self, part.name)[:, :num_steps] for part in dataclasses.fields(Errors)))
+
     def vrmse(self, predictor: str, eps: float) -> np.ndarray:
         """VRMSE (R, S, C) of a predictor: +inf where a prediction was not finite, NaN where there is no such step."""
         error = np.sqrt(getattr(self, predictor) / (self.variance + eps))
@@ -81,6 +86,11 @@ class DatasetErrors:
     data_digest: str  # of the manifest of the shards
     grid: tuple[int, int]  # (H, W)
 
+    def rollout_vrmse(self, trajectory: int, channel: str, steps: Sequence[int], eps: float) -> np.ndarray:
+        """VRMSE (n,) of the model at n 1-based steps of one rollout, of one channel."""
+        row = self.trajectories.tolist().index(trajectory)
+        return self.rollout.vrmse("model", eps)[row, np.array(steps) - 1, self.channels.index(channel)]
+
 
 @dataclass(frozen=True)
 class ErrorFile:
@@ -94,7 +104,7 @@ class ErrorFile:
         """Write a plain .npz, without pickled objects; complete or not at all. UserError when the disk is full."""
         head = {"format": FORMAT, "protocol": self.protocol.to_json(), "datasets": sorted(self.datasets)}
         head["origin"] = self.origin
-        arrays: dict[str, Any] = {"head": np.array(json.dumps(head, sort_keys=True))}
+        arrays: dict[str, Any] = {"head": np.array(json.dumps(head))}  # windows keep their order
         for name, errors in sorted(self.datasets.items()):
             arrays[f"{name}/channels"] = np.array(errors.channels, np.str_)
             arrays[f"{name}/data_digest"] = np.array(errors.data_digest)
@@ -113,16 +123,34 @@ class ErrorFile:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
             head = json.loads(str(arrays["head"]))
+            if head["format"] != FORMAT:
+                raise UserError(
+                    f"{path}: expected an error file of format {FORMAT}, got {head['format']}: evaluate again"
+                )
+            datasets = {name: _unpack(arrays, name) for name in head["datasets"]}
+            return cls(Protocol.from_json(head["protocol"]), datasets, head["origin"])
         except FileNotFoundError:
             raise UserError(f"{path}: expected an error file, found none: `fm evaluate RUN` writes it") from None
-        except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        except UserError:
+            raise
+        except (KeyError, ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"{path}: expected the errors.npz of an evaluation, got {error!r}; evaluate again"
             ) from None
-        if head["format"] != FORMAT:
-            raise UserError(f"{path}: expected an error file of format {FORMAT}, got {head['format']}: evaluate again")
-        datasets = {name: _unpack(arrays, name) for name in head["datasets"]}
-        return cls(Protocol.from_json(head["protocol"]), datasets, head["origin"])
+
+
+def find_errors(place: Path) -> Path:
+    """The error file of a run, of a report's folder, or the file itself. UserError naming where it was looked for."""
+    if place.is_file():
+        return place
+    candidates = [place / FILE_NAME, place / "report" / FILE_NAME]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise UserError(
+        f"{place}: expected a run that was evaluated, a report's folder or an {FILE_NAME}; looked for "
+        f"{' and '.join(map(str, candidates))}: `fm evaluate RUN` writes it"
+    )
 
 
 def _unpack(arrays: Mapping[str, np.ndarray], name: str) -> DatasetErrors:
@@ -131,6 +159,10 @@ def _unpack(arrays: Mapping[str, np.ndarray], name: str) -> DatasetErrors:
         for task in TASKS
     }
     channels = tuple(str(channel) for channel in arrays[f"{name}/channels"])
+    for task, errors in tasks.items():
+        shapes = {getattr(errors, part.name).shape for part in dataclasses.fields(Errors)}
+        if len(shapes) != 1 or errors.variance.ndim != 3 or errors.variance.shape[2] != len(channels):
+            raise ValueError(f"{name}/{task}: arrays of {sorted(shapes)} for {len(channels)} channels")
     digest = str(arrays[f"{name}/data_digest"])
     height, width = arrays[f"{name}/grid"].tolist()
     return DatasetErrors(channels, arrays[f"{name}/trajectories"], **tasks, data_digest=digest, grid=(height, width))

@@ -1,15 +1,24 @@
 """A named protocol: what a score means. Start frame, context, windows, eps, averages, split; printed with every number.
 
 Published rollout scores differ in each of these, mostly in silence, so that numbers of one name cannot be compared.
-Here a protocol is a value, stored with the errors it was measured under and with the scores made from them.
+Here a protocol is a value, stored with the errors it was measured under and with the scores made from them. It has one
+of the names in PROTOCOLS, or stands in a file of the user's own:
+
+    name: early
+    version: 1
+    windows: {"1:5": [1, 5], first_third: {first: 1, last: 1, parts: 3}}
+    eps: 1.0e-5  # this and any other field of Protocol, where it is not the default
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from data_pipeline import strict_yaml
 from data_pipeline.errors import UserError
+from data_pipeline.strict_yaml import Node
 
 STATISTICS = ("mean", "median")
 ORDERS = ("per_step", "per_trajectory")
@@ -67,6 +76,14 @@ class Protocol:
             raise ValueError(f"protocol {self.name}: expected one_step_windows >= 1, got {self.one_step_windows}")
         if self.start < 0 or self.context < 1 or self.eps < 0 or (self.max_steps is not None and self.max_steps < 1):
             raise ValueError(f"protocol: expected start >= 0, context >= 1, eps >= 0, max_steps >= 1, got {self}")
+        if not self.windows:
+            raise ValueError(f"protocol {self.name}: expected at least one window, got none")
+        reach = max((window.last for window in self.windows.values() if not window.parts), default=0)
+        if self.max_steps is not None and self.max_steps < reach:
+            raise ValueError(
+                f"protocol {self.name}: expected max_steps that cover the windows, {reach} at least, got "
+                f"{self.max_steps}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "windows": {k: dataclasses.asdict(w) for k, w in self.windows.items()}}
@@ -118,20 +135,93 @@ PROTOCOLS: dict[str, Protocol] = {
 def get_protocol(name: str) -> Protocol:
     """The protocol of that name; UserError listing the valid ones."""
     if name not in PROTOCOLS:
-        raise UserError(f"protocol: expected one of {', '.join(PROTOCOLS)}; got {name!r}")
+        raise UserError(
+            f"protocol: expected one of {', '.join(PROTOCOLS)}; got {name!r}. One of your own is a file that ends in "
+            ".yaml"
+        )
     return PROTOCOLS[name]
 
 
-def check_same_rollouts(measured: Protocol, wanted: Protocol) -> None:
-    """UserError unless errors measured under one protocol can be read under another: same frames, reaching as far."""
+def load_protocol(name_or_path: str | Path) -> Protocol:
+    """The named protocol, or the one in a file that ends in .yaml or .yml.
+
+    UserError, with file, key and value, for a name that is not known and for a file that is not a protocol's.
+    """
+    if not str(name_or_path).endswith((".yaml", ".yml")):
+        return get_protocol(str(name_or_path))
+    root = strict_yaml.load(Path(name_or_path))
+    entries = root.record(_REQUIRED, _OPTIONAL)
+    if entries["name"].value in PROTOCOLS:
+        entries["name"].fail(f"a name of its own, not one of {', '.join(PROTOCOLS)}", "Choose another.")
+    try:
+        return Protocol(**{key: (_REQUIRED | _OPTIONAL)[key](node) for key, node in entries.items()})
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{root.file}: {error}") from error
+
+
+def _window(node: Node) -> Window:
+    if isinstance(node.value, list):
+        parts = dict(zip(("first", "last"), node.elements(2), strict=True))
+    else:
+        parts = node.record(("first", "last"), ("parts",))
+    try:
+        return Window(**{key: part.count() for key, part in parts.items()})
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{node.file}: {node.path}: {error}") from error
+
+
+def _windows(node: Node) -> dict[str, Window]:
+    entries = node.entries()
+    for name, entry in entries.items():
+        if name.replace("_", " ") == "one step":
+            entry.fail(f"another name for a window than {name!r}", "That is what the one-step scores are called.")
+    return {name: _window(entry) for name, entry in entries.items()}
+
+
+def _statistic(node: Node) -> str:
+    return node.choice(STATISTICS, "a statistic")
+
+
+def _count_or_null(node: Node) -> int | None:
+    return None if node.value is None else node.count()
+
+
+_REQUIRED: dict[str, Callable[[Node], Any]] = {"name": Node.name, "version": Node.count, "windows": _windows}
+_OPTIONAL: dict[str, Callable[[Node], Any]] = {
+    "start": lambda node: node.count(0),
+    "context": Node.count,
+    "max_steps": _count_or_null,
+    "one_step_windows": _count_or_null,
+    "eps": Node.real,
+    "channels": _statistic,
+    "steps": _statistic,
+    "trajectories": _statistic,
+    "order": lambda node: node.choice(ORDERS, "an order of averages"),
+    "split": Node.name,
+}
+
+
+def check_same_rollouts(measured: Protocol, wanted: Protocol, longest: int | None = None) -> None:
+    """UserError unless errors measured under one protocol can be read under another: same frames, reaching as far.
+
+    `longest`: steps of the longest rollout that was measured. Where it fell short of the measured protocol's limit, all
+    rollouts went to the end of their trajectories, so the limit limits nothing.
+    """
     for name in ("split", "start", "context", "one_step_windows"):
         if getattr(measured, name) != getattr(wanted, name):
             raise UserError(
                 f"protocol {wanted.name} needs {name} {getattr(wanted, name)!r}; these errors were measured under "
                 f"{measured.name} with {name} {getattr(measured, name)!r}: evaluate again with that protocol"
             )
-    if measured.max_steps is not None and (wanted.max_steps is None or wanted.max_steps > measured.max_steps):
+    limit = measured.max_steps
+    if limit is None or (longest is not None and longest < limit):
+        return
+    if wanted.max_steps is None or wanted.max_steps > limit:
         raise UserError(
             f"protocol {wanted.name} needs rollouts of {wanted.max_steps or 'all'} steps; these errors were measured "
-            f"under {measured.name} with at most {measured.max_steps}: evaluate again with that protocol"
+            f"under {measured.name} with at most {limit}: evaluate again with that protocol"
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fm.scores.errors import FORMAT, PREDICTORS, DatasetErrors, ErrorFile
+from fm.scores.errors import FORMAT, PREDICTORS, DatasetErrors, ErrorFile, Errors
 from fm.scores.protocol import Protocol, Window, check_same_rollouts
 
 _STATISTICS: dict[str, Callable[..., Any]] = {"mean": np.mean, "median": np.median}
@@ -49,7 +49,8 @@ def score(errors: ErrorFile, protocol: Protocol | None = None) -> dict[str, Any]
     UserError where the protocol needs other rollouts than the file holds.
     """
     protocol = protocol or errors.protocol
-    check_same_rollouts(errors.protocol, protocol)
+    longest = max((int(part.rollout.steps.max(initial=0)) for part in errors.datasets.values()), default=0)
+    check_same_rollouts(errors.protocol, protocol, longest)
     datasets = {name: _score_dataset(part, protocol) for name, part in sorted(errors.datasets.items())}
     windows = {
         window: geometric_mean(
@@ -71,15 +72,17 @@ def score(errors: ErrorFile, protocol: Protocol | None = None) -> dict[str, Any]
 
 
 def _score_dataset(errors: DatasetErrors, protocol: Protocol) -> dict[str, Any]:
-    failures = zip(errors.trajectories.tolist(), errors.rollout.first_failures().tolist(), strict=True)
+    rollout = errors.rollout.until(protocol.max_steps)  # the file may reach further than the protocol looks
+    failures = zip(errors.trajectories.tolist(), rollout.first_failures().tolist(), strict=True)
+    windows = protocol.windows.items()
     return {
         "data_digest": errors.data_digest,
         "grid": list(errors.grid),
         "channels": list(errors.channels),
         "trajectories": len(errors.trajectories),
-        "horizon": int(errors.rollout.steps.max(initial=0)),
+        "horizon": int(rollout.steps.max(initial=0)),
         "one_step": _score_one_step(errors, protocol),
-        "windows": {name: _score_window(errors, window, protocol) for name, window in protocol.windows.items()},
+        "windows": {name: _score_window(rollout, window, errors.channels, protocol) for name, window in windows},
         "diverged": {str(trajectory): step for trajectory, step in failures if step},
     }
 
@@ -91,15 +94,17 @@ def _score_one_step(errors: DatasetErrors, protocol: Protocol) -> dict[str, Any]
     return _columns(vrmse, errors.channels, protocol)
 
 
-def _score_window(errors: DatasetErrors, window: Window, protocol: Protocol) -> dict[str, Any] | None:
+def _score_window(
+    rollout: Errors, window: Window, channels: Sequence[str], protocol: Protocol
+) -> dict[str, Any] | None:
     """Scores over the trajectories that cover the whole window; None where none does."""
-    steps = window.steps(int(errors.rollout.steps.max(initial=0)))
+    steps = window.steps(int(rollout.steps.max(initial=0)))
     if steps is None:
         return None
     first, last = steps
-    covered = errors.rollout.steps >= last
-    vrmse = {name: errors.rollout.vrmse(name, protocol.eps)[covered, first - 1 : last] for name in PREDICTORS}
-    return {"first": first, "last": last, **_columns(vrmse, errors.channels, protocol)}
+    covered = rollout.steps >= last
+    vrmse = {name: rollout.vrmse(name, protocol.eps)[covered, first - 1 : last] for name in PREDICTORS}
+    return {"first": first, "last": last, **_columns(vrmse, channels, protocol)}
 
 
 def _columns(vrmse: Mapping[str, np.ndarray], channels: Sequence[str], protocol: Protocol) -> dict[str, Any]:

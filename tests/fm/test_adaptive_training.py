@@ -20,7 +20,7 @@ from fm.mixing import Mixing
 from fm.model import ModelConfig, WaveLiTFM
 from fm.record import RunRecord, StepResult, repeat_warning
 from fm.settings import Recipe
-from fm.trainer import train
+from fm.training import train
 
 ADAPTIVE: dict[str, dict[str, Any]] = {
     "sampling": {"scheme": "adaptive", "power": 2.0, "floor": 0.05},
@@ -269,7 +269,7 @@ def finished_step(step: int) -> StepResult:
         grad_norm=1.0,
         lr=1e-3,
         samples=8,
-        model_calls=1,
+        model_calls=(1, 1),
         data_seconds=0.0,
         seconds=1.0,
         stop=False,

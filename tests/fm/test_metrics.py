@@ -7,6 +7,9 @@ from the_well.benchmark.metrics import VRMSE
 from the_well.data.datasets import WellMetadata
 
 from fm.metrics import squared_error_and_variance, vrmse
+from fm.scores.errors import DatasetErrors, ErrorFile, Errors
+from fm.scores.protocol import PROTOCOLS
+from fm.scores.scoring import score
 
 
 def the_wells_vrmse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -34,6 +37,35 @@ def test_equals_the_wells(scale: float) -> None:
     ours, theirs = vrmse(prediction, target), the_wells_vrmse(prediction, target)
     assert ours.shape == (4, 5, 3)
     np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-6)
+
+
+def test_equals_the_wells_where_the_target_hardly_varies() -> None:
+    """Constant, then with the standard deviation of active_matter's concentration, then of a channel of its own."""
+    generator = torch.Generator().manual_seed(0)
+    noise, error = torch.randn(2, 4, 5, 3, 32, 48, generator=generator)
+    target = 0.1 + noise * torch.tensor([0.0, 3e-3, 1.0])[:, None, None]
+    prediction = target + 1e-3 * error
+    ours = vrmse(prediction, target)
+    np.testing.assert_allclose(ours.numpy(), the_wells_vrmse(prediction, target).numpy(), rtol=1e-5)
+    assert ours[..., 0].mean().item() == pytest.approx(1e-3 / 1e-7**0.5, rel=0.01)
+
+
+def test_stored_errors_average_to_the_wells() -> None:
+    """From float64 squares and variances by trajectory, step and channel: the_well's VRMSE, averaged by NumPy."""
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = 1e3 * torch.randn(2, 5, 7, 3, 32, 48, generator=generator) + 1e4
+    target[0, 0, 0] = 1e4  # of no variance
+    squared, variance = (part.numpy() for part in squared_error_and_variance(prediction, target))
+    assert squared.dtype == variance.dtype == np.float64
+    errors = Errors(variance, squared, variance, variance)
+    part = DatasetErrors(("a", "b", "c"), np.arange(5), errors, errors, "x", (32, 48))
+    cells = score(ErrorFile(PROTOCOLS["thirds"], {"x": part}))["datasets"]["x"]
+    frames = the_wells_vrmse(prediction.double(), target.double()).numpy().mean(-1)  # (R, S)
+    assert cells["one_step"]["median"] == pytest.approx(np.median(frames), rel=1e-9)
+    assert cells["one_step"]["mean"] == pytest.approx(frames.mean(), rel=1e-9)
+    last = cells["windows"]["last_third"]
+    assert (last["first"], last["last"]) == (5, 7)
+    assert last["median"] == pytest.approx(np.median(frames[:, 4:], axis=0).mean(), rel=1e-9)
 
 
 def test_the_mean_field_scores_about_one_and_a_perfect_one_zero() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from handmade import STATE_CHANNELS, make_inputs, make_spec, stir
 from fm.losses import wavelit_loss
 from fm.model import PRESETS, DatasetSpec, ModelConfig, WaveLiTFM
 from fm.nn.dwt import analysis
+from fm.nn.heads import POINTWISE_GAIN
 
 SMALL = ModelConfig(width=16, depth=2, heads=2)
 MIXED = ["acoustic_scattering_maze", "active_matter", "rayleigh_benard"]
@@ -48,6 +50,7 @@ def test_presets_have_the_size_of_their_name(preset: str, names: list[str], mill
         {"ridge": "least_squares", "padding": "zeros"},
         {"kernel_gate": False, "lepe": False, "cpe": False, "mila": False},
         {"predict": "state"},
+        {"pointwise": True},
     ],
 )
 @pytest.mark.parametrize("grid", [(16, 16), (18, 22)])
@@ -57,7 +60,7 @@ def test_every_switch_trains_on_any_even_grid(changes: dict, grid: tuple[int, in
         state, constants = make_inputs(model.specs[name], *grid)
         prediction = model(state, constants, name)
         assert prediction.shape == state.shape
-        wavelit_loss(prediction, torch.zeros_like(state), model.residual_scale(name)).total.backward()
+        wavelit_loss(prediction, torch.zeros_like(state), model.residual_scale(name)).total.mean().backward()
     for name, parameter in model.named_parameters():
         absent = name.startswith(("heads.active_matter", "task_vectors.active_matter")) or name.split(".")[-1] in (
             set(model.specs["active_matter"].state_channels) - {"velocity_x", "velocity_y"}
@@ -333,3 +336,38 @@ def test_tokens_are_the_wavelet_coefficients() -> None:
     torch.testing.assert_close(model(state, constants, spec.name), state, atol=1e-5, rtol=0)
     tokens = model.lifting(analysis(state, "bior2.2"), spec.state_channels)
     torch.testing.assert_close(tokens[:, 2, 3, 4:8], analysis(state, "bior2.2")[:, 1, :, 2, 3], atol=1e-6, rtol=0)
+
+
+def test_a_pointwise_head_is_a_rotation_exactly() -> None:
+    """helmholtz_staircase: each step rotates (re, im) by 2 pi / 49 at every point, here in raw units."""
+    spec = make_spec("helmholtz_staircase")
+    angle = torch.tensor(2 * math.pi / 49, dtype=torch.float64)
+    turn = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
+    mean, std, std_delta = (spec.moment(key, spec.state_channels)[:, 0, 0] for key in ("mean", "std", "std_delta"))
+    shift = (turn - torch.eye(2)) @ mean  # a rotation about zero moves the mean
+    stats = {**spec.stats, "mean_delta": dict(zip(spec.state_channels, shift.tolist(), strict=True))}
+    config = dataclasses.replace(SMALL, pointwise=True)
+    model = WaveLiTFM(config, [dataclasses.replace(spec, stats=stats)])
+    assert [n for n, _ in model.named_parameters() if "pointwise" in n] == [f"heads.{spec.name}.pointwise"]
+    with torch.no_grad():
+        model.heads[spec.name].pointwise.copy_((turn - torch.eye(2)) * std / std_delta[:, None] / POINTWISE_GAIN)
+    raw = torch.randn(2, 2, 18, 22)
+    state, constants = model.normalise(raw, spec.name), torch.randn(2, 1, 18, 22)
+    expected = torch.einsum("ij,bjhw->bihw", turn.float(), raw)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            prediction = model.denormalise(model(state, constants, spec.name), spec.name)
+        torch.testing.assert_close(prediction, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_a_pointwise_head_is_off_by_default_and_starts_at_nothing(tmp_path: Path) -> None:
+    """model.json says it where it is on only, so that files of before are what they were."""
+    plain, pointwise = small_model(), small_model(config=dataclasses.replace(SMALL, pointwise=True))
+    extra = set(pointwise.state_dict()) - set(plain.state_dict())
+    assert extra == {f"heads.{name}.pointwise" for name in MIXED}
+    state, constants = make_inputs(plain.specs["rayleigh_benard"])
+    assert torch.equal(plain(state, constants, "rayleigh_benard"), pointwise(state, constants, "rayleigh_benard"))
+    assert "pointwise" not in plain.description()["config"]
+    for model in (plain, pointwise):
+        model.save_pretrained(tmp_path / "model")
+        assert WaveLiTFM.from_pretrained(tmp_path / "model").config == model.config

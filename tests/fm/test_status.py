@@ -17,7 +17,7 @@ from whole_runs import DATASETS, finish, log, small, start, wait_for
 from data_pipeline.errors import UserError
 from fm.settings import Recipe
 from fm.status import read_status, status_text
-from fm.trainer import train
+from fm.training import train
 
 VALIDATED: dict[str, dict[str, Any]] = {
     "train": {"steps": 12},

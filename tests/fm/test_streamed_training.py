@@ -13,7 +13,7 @@ from data_pipeline.errors import UserError
 from fm.evaluation.runs import evaluate_run
 from fm.recipe_file import resolve
 from fm.settings import Recipe, dump_recipe
-from fm.trainer import train
+from fm.training import train
 
 DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]
 

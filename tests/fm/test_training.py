@@ -16,9 +16,7 @@ from whole_runs import DATASETS, accelerate, finish, last_weights, log, small, s
 
 from data_pipeline.errors import UserError
 from fm.checkpoint import verify_checkpoint
-from fm.settings import FinetuneSettings
-from fm.trainer import train
-from fm.unroll import forcing_coins, forcing_prob
+from fm.training import train
 
 
 def test_a_run_lowers_the_loss_and_leaves_what_scripts_rely_on(tiny_shards: Path, tmp_path: Path) -> None:
@@ -226,18 +224,6 @@ def test_a_non_finite_step_stops_the_run_or_is_skipped(tiny_shards: Path, tmp_pa
         train(small(tiny_shards, tmp_path / "skip", train=hot, guard={"action": "skip", "max_events": 2}))
     assert len(log(tmp_path / "skip")) == len(log(tmp_path / "stop")) + 2
     assert log(tmp_path / "skip")[-1]["loss"] is None
-
-
-def test_teacher_forcing_falls_linearly_and_its_coins_depend_on_nothing_else() -> None:
-    settings = FinetuneSettings(pretrained="x")
-    assert [forcing_prob(step, 5, settings) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
-    coins = forcing_coins(0, 7, 1000, 4, 0.3)
-    assert coins[:, 0].all()
-    assert coins[:, 1:].mean() == pytest.approx(0.3, abs=0.03)
-    assert (coins == forcing_coins(0, 7, 1000, 4, 0.3)).all()
-    assert (coins != forcing_coins(0, 8, 1000, 4, 0.3)).any()
-    assert forcing_coins(0, 7, 8, 3, 1.0).all()
-    assert not forcing_coins(0, 7, 8, 3, 0.0)[:, 1:].any()
 
 
 def test_finetuning_starts_from_the_averaged_weights_and_moves_them(tiny_shards: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,11 @@ from data_pipeline.errors import UserError
 from data_pipeline.shards.build import build_shards
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
-from fm.evaluation.evaluate import evaluate_model, shown_steps
+from fm.evaluation.evaluate import evaluate_model
 from fm.evaluation.measure import one_step_errors, one_step_windows, rollout_errors
+from fm.evaluation.shown import SHOWN_STEPS, longest_recorder
 from fm.model import DatasetSpec, ModelConfig, WaveLiTFM
+from fm.report.sample import load_samples, spread_over
 from fm.scores.errors import ErrorFile
 from fm.scores.protocol import PROTOCOLS, get_protocol
 from fm.scores.scoring import score
@@ -74,7 +75,9 @@ def test_all_eight_datasets_are_scored_and_written(report: tuple[Path, dict], re
     out, scores = report
     assert len(readers) == 8
     assert list(scores["datasets"]) == sorted(readers)
-    assert sorted(path.name for path in out.iterdir()) == ["errors.npz", "pictures", "scores.json", "scores.md"]
+    names = {path.name for path in out.iterdir()}
+    assert {"errors.npz", "pictures", "scores.json", "scores.md"} <= names
+    assert "parts" not in names
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -142,6 +145,28 @@ def test_the_batch_size_does_not_matter(model: WaveLiTFM, readers: dict[str, Sha
     np.testing.assert_allclose(one.model, many.model, rtol=1e-3)
     one, many = (rollout_errors(model, reader, everything, THIRDS, CPU, size) for size in (1, 5))
     np.testing.assert_allclose(one.model[:, :3], many.model[:, :3], rtol=1e-2)
+
+
+def test_what_pictures_show_is_a_rollout_and_its_truth(
+    report: tuple[Path, dict], readers: dict[str, ShardReader]
+) -> None:
+    samples = load_samples(report[0] / "samples.npz")
+    assert [sample.dataset for sample in samples] == sorted(readers)
+    for sample in samples:
+        reader = readers[sample.dataset]
+        channel = reader.manifest.state_channels.index(sample.channel)
+        run = frames(reader, sample.trajectory)
+        assert sample.steps == tuple(range(1, len(run)))
+        np.testing.assert_array_equal(sample.truth, run[1:, channel])
+        np.testing.assert_allclose(sample.vrmse, vrmse(sample.prediction, sample.truth), rtol=1e-4)
+    assert samples[1].channel != readers["active_matter"].manifest.state_channels[0]  # it is all but constant
+
+
+def test_of_a_long_rollout_some_steps_are_shown(readers: dict[str, ShardReader]) -> None:
+    reader, steps = readers["shear_flow"], spread_over(100, SHOWN_STEPS)
+    assert (len(steps), steps[0], steps[-1]) == (24, 0, 99)
+    assert np.ptp(np.diff(steps)) <= 1
+    assert longest_recorder(reader, dataclasses.replace(THIRDS, max_steps=3)).steps == (1, 2, 3)
 
 
 def test_a_subset_of_windows_leaves_the_others_out(model: WaveLiTFM, readers: dict[str, ShardReader]) -> None:
@@ -261,8 +286,3 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     other = make_model({"active_matter": readers["active_matter"]})
     refused("model knows .active_matter., got shear_flow", other, {"shear_flow": reader})
     refused("trained on the state channels concentration", model, {"active_matter": reader})
-
-
-@pytest.mark.parametrize(("horizon", "steps"), [(40, (1, 9, 17, 24, 32, 40)), (4, (1, 2, 3, 4)), (1, (1,))])
-def test_shown_steps_span_the_rollout(horizon: int, steps: Sequence[int]) -> None:
-    assert shown_steps(horizon) == steps

@@ -14,9 +14,10 @@ from faulty_server import FaultyServer
 import fm as fm_package
 from data_pipeline.errors import UserError
 from fm.checkpoint import find_checkpoint, load_pretrained
-from fm.evaluation.runs import compare_runs, evaluate_run
+from fm.evaluation.runs import evaluate_run
 from fm.recipe_file import resolve
-from fm.trainer import train
+from fm.scores.compare import load_scores
+from fm.training import train
 
 DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]
 
@@ -72,6 +73,21 @@ def test_another_checkpoint_protocol_or_folder_is_evaluated_anew(run: Path, tmp_
     assert scores["datasets"][DATASETS[0]]["windows"] == {"1:20": None, "21:60": None}  # 8 steps do not cover them
 
 
+def test_a_protocol_from_a_file_and_cards_that_are_not_at_hand(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "early.yaml"
+    file.write_text('{name: early, version: 3, windows: {"1:2": [1, 2]}, max_steps: 2, one_step_windows: 5}')
+    monkeypatch.setenv("WAVELIT_REGISTRY", str(tmp_path / "gone"))
+    evaluate_run(run, out=tmp_path / "report", protocol=str(file))
+    said = capsys.readouterr().out
+    assert f"pictures will have no physical axes: {tmp_path / 'gone'}: expected a folder of your own cards" in said
+    scores = json.loads((tmp_path / "report" / "scores.json").read_text())
+    assert (scores["protocol"]["name"], scores["protocol"]["version"]) == ("early", 3)
+    for part in scores["datasets"].values():
+        assert (part["one_step"]["count"], part["horizon"], list(part["windows"])) == (5, 2, ["1:2"])
+
+
 def test_a_subset_of_windows_from_a_url_says_that_it_is_not_the_full_score(
     run: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,17 +104,18 @@ def test_a_subset_of_windows_from_a_url_says_that_it_is_not_the_full_score(
     assert scores["protocol"]["one_step_windows"] == 3
     assert [part["one_step"]["count"] for part in scores["datasets"].values()] == [3, 3]
     evaluate_run(run)
-    with pytest.raises(UserError, match=r"under one protocol(.|\n)*over all windows(.|\n)*at most 3 evenly spaced"):
-        compare_runs(run, tmp_path)
+    with pytest.raises(UserError, match=r"report.errors\.npz: protocol thirds needs one_step_windows None; these"):
+        load_scores([run, tmp_path])
     with pytest.raises(UserError, match="--windows: expected at least 1 one-step window per dataset, got 0"):
         evaluate_run(run, windows=0)
 
 
 def test_compare_puts_two_runs_side_by_side(run: Path) -> None:
     evaluate_run(run)
-    table = compare_runs(run, run)
-    assert all(name in table for name in DATASETS)
-    assert fm("compare", str(run), str(run)).stdout.strip() == table.strip()
+    done = fm("compare", str(run), str(run))
+    assert done.returncode == 0, done.stderr
+    assert "| two_steps (1) | two_steps (2) | change |" in done.stdout
+    assert all(name in done.stdout for name in DATASETS)
 
 
 def test_weights_load_on_a_machine_without_shards(run: Path) -> None:
@@ -113,7 +130,7 @@ def test_weights_load_on_a_machine_without_shards(run: Path) -> None:
     ("arguments", "message"),
     [
         (("evaluate", "nowhere"), "no checkpoint found: looked for nowhere/model.json"),
-        (("compare", "nowhere", "nowhere"), "no scores at nowhere/report/scores.json"),
+        (("compare", "nowhere", "nowhere"), "looked for nowhere/errors.npz and nowhere/report/errors.npz"),
         (("train", "nowhere.yaml"), "cannot read the recipe nowhere.yaml"),
     ],
 )
@@ -129,13 +146,6 @@ def test_wrong_protocol_and_missing_shards_are_explained(run: Path, tmp_path: Pa
         evaluate_run(run, protocol="mine")
     with pytest.raises(UserError, match="no test shards under"):
         evaluate_run(run, shards=tmp_path)
-
-
-def test_a_report_that_is_not_one_is_named(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "scores.json").write_text("{}")
-    with pytest.raises(UserError, match=r"not a report.s scores\.json"):
-        compare_runs(tmp_path, run)
 
 
 def test_a_checkpoint_whose_files_do_not_fit_is_refused(run: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from data_pipeline.errors import UserError
 from fm.runtime import _deepspeed_plugin, fsdp_reshards
 from fm.settings import Recipe
 from fm.status import read_status
-from fm.trainer import train
+from fm.training import train
 
 STEPS = 21
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -75,6 +75,23 @@ def test_a_run_is_the_same_under_every_configuration(
         for key, value in expected.items():
             scale = float(value.abs().max()) or 1.0
             assert float((found[key] - value).abs().max()) < 1e-3 * scale, key
+
+
+def test_finetuning_is_the_same_on_two_processes(tiny_shards: Path, tmp_path: Path, alone: Path) -> None:
+    """A growing unroll with noise, weights by window, checkpointed activations, and the gate's verdict on all."""
+    finetune = {"objective": "causal_bptt", "unroll_steps": 3, "unroll_start": 2, "checkpoint_activations": True}
+    sections: dict[str, dict[str, Any]] = {
+        **SECTIONS,
+        "finetune": {"pretrained": str(alone), "gate": 1.5, "gate_action": "keep_best", **finetune},
+        "train": {"steps": 6, "global_batch": 8, "draws": 2, "jitter": 0.02},
+        "validation": {"every": 3, "windows": 2, "rollouts": 1},
+    }
+    assert train(small(tiny_shards, tmp_path / "one", **sections)) == 0
+    code, output = launched(small(tiny_shards, tmp_path / "two", **sections), "cpu2")
+    assert code == 0, output
+    assert_same_run(tmp_path / "two", tmp_path / "one", steps=6)
+    best = [path.name for run in ("one", "two") for path in (tmp_path / run / "best").iterdir()]
+    assert best[0] == best[1]
 
 
 def test_a_run_goes_on_under_any_other_configuration(tiny_shards: Path, tmp_path: Path, alone: Path) -> None:

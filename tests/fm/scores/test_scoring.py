@@ -164,6 +164,7 @@ def test_the_error_file_comes_back_as_it_was(tmp_path: Path) -> None:
                 getattr(getattr(theirs, task), part.name), getattr(getattr(ours, task), part.name)
             )
     assert score(loaded) == score(file)
+    assert list(loaded.protocol.windows) == ["first_third", "middle_third", "last_third"]
     file.save(tmp_path / "again.npz")
     assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "errors.npz").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.npz", "errors.npz"]
@@ -179,6 +180,17 @@ def test_bad_error_files_are_refused(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"expected the errors\.npz of an evaluation"):
             ErrorFile.load(path)
+    path.write_bytes(whole)
+    with np.load(path) as file:
+        arrays = dict(file)
+    name = "shear_flow/rollout/model"
+    for change in ({name: np.ones((1, 3, 1))}, {name: np.ones((1, 2))}, {"head": np.array("[]")}):
+        np.savez(path, **{**arrays, **change})
+        with pytest.raises(UserError, match=r"expected the errors\.npz of an evaluation"):
+            ErrorFile.load(path)
+    np.savez(path, **{key: array for key, array in arrays.items() if key != name})
+    with pytest.raises(UserError, match=r"expected the errors\.npz of an evaluation"):
+        ErrorFile.load(path)
     np.savez(path, head=np.array(json.dumps({"format": 99})))
     with pytest.raises(UserError, match="format 2, got 99"):
         ErrorFile.load(path)
@@ -192,6 +204,22 @@ def test_another_protocol_reads_the_file_only_where_the_frames_are_the_same() ->
         score(file, PROTOCOLS["well"])
     with pytest.raises(UserError, match="needs rollouts of 60 steps"):
         score(ErrorFile(PROTOCOLS["appendix_g"], file.datasets), PROTOCOLS["wavelit"])
+    tail = dataclasses.replace(PROTOCOLS["wavelit"], max_steps=61)
+    with pytest.raises(UserError, match="needs rollouts of 61 steps"):
+        score(ErrorFile(PROTOCOLS["wavelit"], file.datasets), tail)
     subset = dataclasses.replace(PROTOCOLS["thirds"], one_step_windows=8)
     with pytest.raises(UserError, match=r"needs one_step_windows None; these errors .* with one_step_windows 8"):
         score(ErrorFile(subset, file.datasets), PROTOCOLS["thirds"])
+
+
+def test_rollouts_that_all_ended_before_the_limit_serve_any_protocol_of_their_frames() -> None:
+    file = ErrorFile(PROTOCOLS["wavelit"], {"shear_flow": dataset_of(np.full((2, 59, 1), 0.5))})
+    assert score(file, PROTOCOLS["thirds"])["datasets"]["shear_flow"]["horizon"] == 59
+
+
+def test_steps_beyond_the_protocols_limit_count_for_nothing() -> None:
+    rollout = np.array([[[1.0], [2.0], [3.0], [math.inf]]])
+    part = score_of(rollout, dataclasses.replace(PLAIN, windows={"last": Window(2, 2, 2)}, max_steps=2))
+    assert (part["horizon"], part["diverged"]) == (2, {})
+    assert (part["windows"]["last"]["first"], part["windows"]["last"]["median"]) == (2, 2.0)
+    assert dataset_of(rollout).rollout_vrmse(10, "c0", (2, 4), 0.0).tolist() == [2.0, math.inf]

@@ -1,0 +1,196 @@
+"""Takes the measurements of one model on one dataset: rollouts, what its steps do to small errors, scales, floors."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.cards.card import Card
+from data_pipeline.miniwell.twins import twin_distance
+from data_pipeline.windows.reader import ShardReader
+from fm.diagnosis.conservation import grid_spacing, measure_drifts
+from fm.diagnosis.floors import PointwiseMap
+from fm.diagnosis.growth import first_step, fit_recurrence
+from fm.diagnosis.jacobian import Step, largest_singular_value, tangent_growth
+from fm.diagnosis.result import Diagnosis, Floors, Growth, Stability
+from fm.diagnosis.scales import measure_bands, measure_spectra
+from fm.diagnosis.subject import Subject
+from fm.metrics import vrmse
+
+NUM_JACOBIANS = 9  # states along a path at which the largest singular value is computed
+NUM_SPECTRA = 3
+FIT_WINDOWS = 256  # of the train split, evenly spaced, that the pointwise map is fitted to
+SCORE_WINDOWS = 128  # of the test split, evenly spaced, that one-step predictors are compared on
+BATCH = 16
+
+Advance = Callable[[int], object]
+
+
+def work(num_steps: int) -> int:
+    """How often `diagnose` calls `advance`, in all, for rollouts of so many steps."""
+    return 4 * num_steps + 2 * len(_jacobian_frames(num_steps)) + 1
+
+
+def diagnose(
+    subject: Subject,
+    train: ShardReader,
+    card: Card,
+    trajectories: Sequence[int],
+    twins: np.ndarray | None = None,
+    origin: dict[str, object] | None = None,
+    advance: Advance = lambda count: None,
+) -> Diagnosis:
+    """Measure a model on trajectories (R) of one length, from their first frames.
+
+    `train` reads the train split; `twins` (R, 2, T, C, H, W) are the trajectories and their twins, if there are any;
+    `origin` says whose numbers these are.
+    """
+    manifest, num_steps = subject.reader.manifest, subject.reader.num_frames(trajectories[0]) - 1
+    truth = subject.states(trajectories, num_steps + 1)
+    rollout = _roll_out(subject, trajectories, truth[:, 0], num_steps, advance)
+    raw_truth, raw_rollout = subject.physical(truth), subject.physical(rollout)
+    std = np.array([manifest.stats["std"][name] for name in manifest.state_channels])
+    spacing = grid_spacing(card, manifest.grid) or (1.0, 1.0)
+    later = truth[:, 1:].numpy(), rollout[:, 1:].numpy()
+    return Diagnosis(
+        dataset=subject.dataset,
+        origin=dict(origin or {}),
+        trajectories=tuple(trajectories),
+        dt=manifest.trajectories[trajectories[0]].dt,
+        growth=_growth(subject, trajectories, truth, rollout, raw_truth, raw_rollout, advance),
+        stability=_stability(subject, trajectories, truth, rollout, twins, std, advance),
+        spectra=measure_spectra(*later, _shown_steps(num_steps), spacing),
+        bands=measure_bands(*later, subject.model.specs[subject.dataset].periodic),
+        drifts=measure_drifts(card, manifest.state_channels, raw_truth, raw_rollout, std),
+        floors=_floors(subject, train, advance),
+    )
+
+
+def _roll_out(
+    subject: Subject, trajectories: Sequence[int], initial: Tensor, num_steps: int, advance: Advance
+) -> Tensor:
+    """The initial state and the next ones, (R, K + 1, C, H, W), normalised, on the CPU."""
+    step, states = subject.step(trajectories), [initial]
+    state = initial.to(subject.device)
+    for _ in range(num_steps):
+        with torch.no_grad():
+            state = step(state)
+        states.append(state.cpu())
+        advance(1)
+    return torch.stack(states, dim=1)
+
+
+def _growth(
+    subject: Subject,
+    trajectories: Sequence[int],
+    truth: Tensor,
+    rollout: Tensor,
+    raw_truth: np.ndarray,
+    raw_rollout: np.ndarray,
+    advance: Advance,
+) -> Growth:
+    """Errors of rollouts (R, K + 1, C, H, W), normalised and in physical units, and of single steps."""
+    step, single = subject.step(trajectories), []
+    for state, following in zip(_inputs(truth), truth[:, 1:].unbind(1), strict=True):
+        with torch.no_grad():
+            single.append(_rms(step(state.to(subject.device)).cpu() - following))
+        advance(1)
+    errors, one_step = _rms(rollout[:, 1:] - truth[:, 1:]), np.stack(single, axis=1)
+    scores = vrmse(torch.from_numpy(raw_rollout[:, 1:]), torch.from_numpy(raw_truth[:, 1:])).mean(-1).numpy()
+    return Growth(
+        rollout=errors,
+        one_step=one_step,
+        vrmse=scores,
+        recurrence=fit_recurrence(errors, one_step),
+        failed=first_step(~(scores <= 1)),
+        not_finite=first_step(~np.isfinite(errors)),
+    )
+
+
+def _stability(
+    subject: Subject,
+    trajectories: Sequence[int],
+    truth: Tensor,
+    rollout: Tensor,
+    twins: np.ndarray | None,
+    std: np.ndarray,
+    advance: Advance,
+) -> Stability:
+    """Growth of one small difference along truth and rollout: the twins', where there are any, else noise."""
+    step, true_flow = subject.step(trajectories), None
+    start = torch.randn(truth[:, 0].shape, generator=torch.Generator().manual_seed(0))
+    if twins is not None:
+        difference = (twins[:, 1, 0] - twins[:, 0, 0]) / std[:, None, None]
+        start = torch.from_numpy(difference / np.abs(difference).max()).float()
+        distance = np.stack([twin_distance(pair, std) for pair in twins])  # (R, T)
+        true_flow = distance[:, 1:] / distance[:, :-1]
+    along = [
+        tangent_growth(step, (_told(state, advance).to(subject.device) for state in _inputs(path)), start.to(path))
+        for path in (truth, rollout)
+    ]
+    frames = _jacobian_frames(truth.shape[1] - 1)
+    first = subject.step(trajectories[:1])
+    largest = [_largest(first, path[:1], frames, subject.device, advance) for path in (truth, rollout)]
+    return Stability(along[0], along[1], true_flow, frames, largest[0], largest[1])
+
+
+def _largest(step: Step, path: Tensor, frames: Sequence[int], device: torch.device, advance: Advance) -> np.ndarray:
+    """Largest singular values along the path of one trajectory (1, K + 1, C, H, W)."""
+    vector = torch.randn(path[:, 0].shape, generator=torch.Generator().manual_seed(0)).to(device)
+    found = []
+    for frame in frames:
+        value, vector = largest_singular_value(step, path[:, frame].to(device), vector)
+        found.append(value)
+        advance(1)
+    return np.array(found)
+
+
+def _floors(subject: Subject, train: ShardReader, advance: Advance) -> Floors:
+    """One-step VRMSE of the model and of what is simpler, on the same windows."""
+    pairs = (subject.pairs(train, ids) for ids in _window_batches(train, FIT_WINDOWS))
+    pointwise = PointwiseMap.fit((source.numpy(), target.numpy()) for source, target in pairs)
+    scores: dict[str, list[np.ndarray]] = {"model": [], "pointwise": [], "persistence": []}
+    for ids in _window_batches(subject.reader, SCORE_WINDOWS):
+        source, target = subject.pairs(subject.reader, ids)
+        step = subject.step(subject.reader.index(2).locate(ids)[0].tolist())
+        with torch.no_grad():
+            predicted = {"model": step(source.to(subject.device)), "persistence": source}
+        predicted["pointwise"] = torch.from_numpy(pointwise(source.numpy()))
+        for name, states in predicted.items():
+            raw, wanted = (torch.from_numpy(subject.physical(part)) for part in (states, target))
+            scores[name].append(vrmse(raw, wanted).mean(-1).numpy())
+    advance(1)
+    medians = {name: float(np.median(np.concatenate(parts))) for name, parts in scores.items()}
+    return Floors(windows=sum(len(part) for part in scores["model"]), **medians)
+
+
+def _window_batches(reader: ShardReader, count: int) -> list[np.ndarray]:
+    """Ids of up to `count` evenly spaced windows of two frames, in batches."""
+    total = len(reader.index(2))
+    ids = np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
+    return np.array_split(ids, -(-len(ids) // BATCH))
+
+
+def _inputs(path: Tensor) -> Iterable[Tensor]:
+    """The states (R, C, H, W) of a path that a step starts from."""
+    return path[:, :-1].unbind(1)
+
+
+def _told(state: Tensor, advance: Advance) -> Tensor:
+    advance(1)
+    return state
+
+
+def _rms(states: Tensor) -> np.ndarray:
+    """(..., C, H, W) to the root mean square, (...) float64."""
+    return states.double().square().mean((-3, -2, -1)).sqrt().numpy()
+
+
+def _jacobian_frames(num_steps: int) -> tuple[int, ...]:
+    return tuple(np.unique(np.linspace(0, num_steps - 1, NUM_JACOBIANS).round().astype(int)).tolist())
+
+
+def _shown_steps(num_steps: int) -> tuple[int, ...]:
+    """A few steps, evenly in the logarithm: early ones tell how it begins."""
+    return tuple(np.unique(np.geomspace(1, num_steps, NUM_SPECTRA).round().astype(int)).tolist())

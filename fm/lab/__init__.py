@@ -1,0 +1,1 @@
+"""Experiments over runs: sweeps of variants, and what training together does."""

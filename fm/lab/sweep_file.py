@@ -1,0 +1,209 @@
+"""A sweep: one YAML file that names variants of a recipe, and the runs that they become.
+
+    title: The parts of the block
+    base: ../quickstart.yaml         # a recipe, relative to this file
+    overrides: {train.steps: 400}    # of all variants, keys as on the command line
+    variants:
+      full: {}
+      no ridge: {model.ridge: none}
+      another model: {base: ../baselines/fno.yaml, train.learning_rate: 1.0e-3}
+      pretrained: {only_evaluate: true}  # not trained: the model that finetune.pretrained names
+
+`Sweep` says what else a file may hold. What is nearer wins: command line, variant, overrides, recipe.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data_pipeline import strict_yaml
+from data_pipeline.errors import UserError
+from data_pipeline.strict_yaml import Node
+from fm.recipe_file import load_recipe
+from fm.scores.protocol import PROTOCOLS
+from fm.settings import Recipe
+
+_OPTIONAL = ("paper", "note", "base", "overrides", "seeds", "seconds", "protocol", "windows", "published")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table."""
+
+    name: str
+    base: Path  # its recipe
+    overrides: Mapping[str, Any]  # its own, dotted keys
+    only_evaluate: bool = False  # nothing is trained: the row is the model that finetune.pretrained names
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder's."""
+        return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file, checked."""
+
+    file: Path
+    title: str
+    variants: tuple[Variant, ...]
+    overrides: Mapping[str, Any]  # of all variants, dotted keys
+    paper: str | None = None  # where the paper's numbers are from
+    note: str | None = None  # a remark that is printed with the table
+    seeds: tuple[int, ...] = (0,)  # each variant is trained with each
+    seconds: float | None = None  # of training per variant, for which a probe chooses train.steps; null: the recipe's
+    protocol: str = "thirds"  # named protocol of the scores
+    windows: int | None = None  # one-step windows scored per dataset, evenly spaced; null: all
+    published: Mapping[str, float] | None = None  # variant -> the paper's number, lower is better; those that are known
+
+    def variant(self, name: str) -> Variant:
+        """The variant of that name; UserError with the nearest one."""
+        names = [variant.name for variant in self.variants]
+        if name not in names:
+            raise UserError(f"{self.file}: no variant {name!r}. {strict_yaml.nearest(name, names)}")
+        return self.variants[names.index(name)]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A variant with a seed: one run."""
+
+    variant: Variant
+    seed: int
+    directory: Path  # the run's
+    overrides: tuple[str, ...]  # key=value, all of them
+    recipe: Recipe  # resolved
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def report(self) -> Path:
+        return self.directory / "report"
+
+    def with_overrides(self, **sections: Mapping[str, Any]) -> "Trial":
+        """The same trial with more settings: section -> key -> value."""
+        more = [_text(f"{name}.{key}", value) for name, section in sections.items() for key, value in section.items()]
+        return _trial(self.variant, self.seed, self.directory, (*self.overrides, *more))
+
+
+def load_sweep(name: str | Path) -> Sweep:
+    """Read a sweep file, given with or without its .yaml. UserError names the key that is wrong."""
+    path = Path(name)
+    file = path if path.is_file() else path.with_name(f"{path.name}.yaml")
+    given = strict_yaml.load(file).record(("title", "variants"), _OPTIONAL)
+    given = {key: node for key, node in given.items() if node.value is not None}
+    overrides = _settings(given["overrides"].entries()) if "overrides" in given else {}
+    sweep = Sweep(file, given["title"].text(), _variants(given, file.parent), overrides)
+    values: dict[str, Any] = {key: given[key].text() for key in ("paper", "note") if key in given}
+    if "protocol" in given:
+        values["protocol"] = given["protocol"].choice(PROTOCOLS, "a named protocol")
+    if "seeds" in given:
+        values["seeds"] = _seeds(given["seeds"])
+    if "seconds" in given:
+        values["seconds"] = given["seconds"].number()
+        if "train.steps" in overrides:
+            given["seconds"].fail("no seconds beside train.steps", "Give one of them: a probe chooses the steps.")
+    if "windows" in given:
+        values["windows"] = given["windows"].count()
+    if "published" in given:
+        names = [variant.name for variant in sweep.variants]
+        values["published"] = {key: node.number() for key, node in given["published"].record((), names).items()}
+    return replace(sweep, **values)
+
+
+def plan(sweep: Sweep, out: Path, overrides: Sequence[str] = ()) -> list[Trial]:
+    """Every run of a sweep, under the folder `out`, in the file's order; `overrides` are the command line's.
+
+    UserError where one of them is no valid recipe, where an override would undo what makes a variant one, or where
+    they would be scored on different shards.
+    """
+    for override in overrides:
+        _check_override(override, sweep)
+    trials = []
+    for variant in sweep.variants:
+        for seed in sweep.seeds[:1] if variant.only_evaluate else sweep.seeds:
+            directory = out / (variant.slug if variant.only_evaluate else f"{variant.slug}_seed{seed}")
+            own = {"run.name": directory.name, "run.dir": str(directory), "run.seed": seed, "tracking.progress": False}
+            nearer = [_text(key, value) for key, value in {**sweep.overrides, **variant.overrides}.items()]
+            owned = [_text(key, value) for key, value in own.items()]
+            trials.append(_trial(variant, seed, directory, (*nearer, *overrides, *owned)))
+    shards = {trial.recipe.data.shards: trial.name for trial in trials}
+    if len(shards) > 1:
+        which = ", ".join(f"{name} {place}" for place, name in shards.items())
+        raise UserError(f"{sweep.file}: expected one folder of shards for all variants, got {which}: give data.shards")
+    return trials
+
+
+def _trial(variant: Variant, seed: int, directory: Path, overrides: tuple[str, ...]) -> Trial:
+    try:
+        recipe = load_recipe(variant.base, overrides)
+    except UserError as error:
+        raise UserError(f"variant {variant.name!r}: {error}") from error
+    if variant.only_evaluate and recipe.finetune is None:
+        raise UserError(
+            f"variant {variant.name!r}: only_evaluate is for sweeps of finetuning, expected finetune.pretrained in "
+            f"{variant.base}"
+        )
+    return Trial(variant, seed, directory, overrides, recipe)
+
+
+def _variants(given: Mapping[str, Node], folder: Path) -> tuple[Variant, ...]:
+    variants: dict[str, Variant] = {}
+    for name, node in given["variants"].entries().items():
+        own = node.entries()
+        base = own.pop("base", given.get("base"))
+        if base is None:
+            node.fail("a base, since the file has none", "Name a recipe in the variant, or for all in the file.")
+        only_evaluate = own.pop("only_evaluate", None)
+        if only_evaluate is not None and only_evaluate.value is not True:
+            only_evaluate.fail("true, or no such key")
+        variant = Variant(name, folder / base.text(), _settings(own), only_evaluate is not None)
+        if not variant.slug or variant.slug in variants:
+            node.fail("a variant whose name differs from the others in letters or digits", "They name its folder.")
+        variants[variant.slug] = variant
+    if not variants:
+        given["variants"].fail("at least one variant")
+    return tuple(variants.values())
+
+
+def _settings(entries: Mapping[str, Node]) -> dict[str, Any]:
+    for key, node in entries.items():
+        if _section(key) == "run":
+            node.fail("no key of run", "A sweep names, places and seeds its own runs (seeds, --out).")
+    return {key: node.value for key, node in entries.items()}
+
+
+def _seeds(node: Node) -> tuple[int, ...]:
+    seeds = tuple(element.count(minimum=0) for element in node.elements())
+    if not seeds or len(set(seeds)) < len(seeds):
+        node.fail("one or more different seeds")
+    return seeds
+
+
+def _check_override(override: str, sweep: Sweep) -> None:
+    key = override.partition("=")[0]
+    if _section(key) == "run":
+        raise UserError(f"override {override!r}: a sweep names, places and seeds its own runs (--out, seeds)")
+    if key == "train.steps" and sweep.seconds is not None:
+        raise UserError(f"override {override!r}: a probe chooses train.steps for {sweep.seconds:g} seconds")
+    for variant in sweep.variants:
+        touched = [own for own in variant.overrides if f"{own}.".startswith(f"{key}.") or key.startswith(f"{own}.")]
+        if touched:
+            raise UserError(
+                f"override {override!r}: {touched[0]} is what variant {variant.name!r} of {sweep.file} sets; expected "
+                "a setting that all variants share"
+            )
+
+
+def _section(key: str) -> str:
+    return key.partition(".")[0]
+
+
+def _text(key: str, value: Any) -> str:
+    return f"{key}={json.dumps(value, ensure_ascii=False, default=str)}"  # JSON is YAML

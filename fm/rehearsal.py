@@ -1,0 +1,57 @@
+"""The longest unroll on the largest grid, once, before step 0: what does not fit in memory fails now and not at night.
+
+An unroll grows with its curriculum and differs by dataset, so the step that needs the most memory may come late.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from data_pipeline.errors import UserError
+from data_pipeline.windows.division import Division
+from data_pipeline.windows.reader import ShardReader
+from fm.runtime import peak_memory_bytes
+from fm.settings import Recipe
+from fm.state import TrainingState
+
+
+def rehearse(
+    recipe: Recipe, state: TrainingState, division: Division, readers: Mapping[str, ShardReader], device: torch.device
+) -> str:
+    """Forward and backward of the piece that needs the most memory; returns what to say of it. Collective.
+
+    Neither weights nor moments change. UserError where memory does not suffice.
+    """
+    dataset, length = longest_unroll(recipe, readers)
+    reader, count = readers[dataset], division.largest_piece
+    height, width = reader.manifest.grid
+    what = f"{length} model steps of {count} windows of {dataset} ({height} x {width})"
+    windows = np.arange(count) % len(reader.index(length + 1))
+    batch = reader.batch(windows, length + 1).to(device)
+    forced = torch.zeros(count, length, dtype=torch.bool, device=device)
+    try:
+        with state.parallel.accumulate(last=True):
+            terms = state.parallel.objective(batch.fields, batch.constants, forced, dataset)
+            state.parallel.backward(terms["loss"])
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"not enough memory for {what}, the largest unroll of this run ({str(error).splitlines()[0]}).\n"
+            "Set train.micro_batch (fewer windows at once) or finetune.checkpoint_activations=true (a third more "
+            f"work), or shorten the unroll (finetune.unroll_steps, or unroll_override: {{{dataset}: ...}})."
+        ) from error
+    state.parallel.forget()
+    return f"the largest unroll fits: {what}; peak memory so far {peak_memory_bytes() / 1e9:.1f} GB"
+
+
+def longest_unroll(recipe: Recipe, readers: Mapping[str, ShardReader]) -> tuple[str, int]:
+    """The dataset with the most tokens in an unroll of full length, and that length."""
+    lengths = {name: recipe.window_length(name) - 1 for name in readers}
+    dataset = max(lengths, key=lambda name: lengths[name] * int(np.prod(readers[name].manifest.grid)))
+    return dataset, lengths[dataset]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

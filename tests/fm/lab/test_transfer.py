@@ -1,0 +1,211 @@
+"""Training together beside training alone: the arithmetic by hand, the reading and the report on real runs."""
+
+import csv
+import io
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from whole_runs import DATASETS, log, small
+
+from data_pipeline.errors import UserError
+from fm.__main__ import main as fm
+from fm.lab.learning_curves import LearningCurve, TrainedRun, read_run
+from fm.lab.transfer import compare
+from fm.lab.transfer_figure import transfer_figure
+from fm.lab.transfer_report import describe, transfer
+from fm.report.cosines import Cosines
+from fm.scores.formats import render
+from fm.training import train
+
+MAZE, WAVES = DATASETS
+OFTEN = {"every": 2, "windows": 3, "rollouts": 0}
+
+
+def curve(*points: tuple[float, float]) -> LearningCurve:
+    return LearningCurve(*np.array(points, np.float64).T)
+
+
+def run_of(name: str, curves: Mapping[str, LearningCurve], **sections: Any) -> TrainedRun:
+    """A run as its directory would tell it."""
+    recipe = small(Path("shards"), Path(name), **sections)
+    return TrainedRun(Path(name), recipe, {dataset: f"digest of {dataset}" for dataset in curves}, 1000, curves, [])
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`together`, of two datasets and 10 steps of 2 draws; `maze` and `waves`, of one each and one draw of 4."""
+    root = tmp_path_factory.mktemp("runs")
+    pair = {"train": {"steps": 10, "global_batch": 8, "draws": 2}, "tracking": {"gradient_cosine_every": 4}}
+    assert train(small(tiny_shards, root / "together", **pair, validation=OFTEN)) == 0
+    for name, dataset in (("maze", MAZE), ("waves", WAVES)):
+        assert train(small(tiny_shards, root / name, data={"datasets": [dataset]}, validation=OFTEN)) == 0
+    return root
+
+
+def copy_of(run: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(run, tmp_path / run.name)
+
+
+def rewrite(file: Path, change: Any) -> None:
+    """Put every line of a log through `change`; None leaves it out."""
+    lines = [change(json.loads(line)) for line in file.read_text().splitlines()]
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines if line is not None))
+
+
+def test_between_validations_vrmse_is_linear_in_the_logarithm_of_windows() -> None:
+    found = curve((10, 1.0), (1000, 0.5), (1000, 0.4), (4000, math.inf))
+    assert found.at(100) == pytest.approx(0.75)
+    assert found.at(10) == 1.0
+    assert found.at(1000) == 0.4  # of two validations after the same windows, the later one
+    assert found.at(2000) == found.at(4000) == math.inf
+    assert curve((8, 0.3)).at(8) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("alone", "verdict"), [(0.51, "equal"), (0.49, "equal"), (0.52, "helps"), (0.48, "hurts"), (math.inf, "helps")]
+)
+def test_runs_are_compared_at_the_largest_number_of_windows_both_have_seen(alone: float, verdict: str) -> None:
+    together = run_of("fm", {MAZE: curve((10, 1.0), (100, 0.5), (1000, 0.1)), WAVES: curve((5, 1.0))})
+    found = compare(together, run_of("bespoke", {MAZE: curve((20, 0.9), (100, alone))}))
+    assert (found.dataset, found.windows) == (MAZE, 100)
+    assert (found.joint_vrmse, found.bespoke_vrmse) == (0.5, alone)
+    assert found.ratio == pytest.approx(0.5 / alone)
+    assert found.verdict == verdict
+
+
+def test_what_has_diverged_alone_and_together() -> None:
+    together = run_of("fm", {MAZE: curve((10, math.inf))})
+    assert compare(together, run_of("bespoke", {MAZE: curve((10, 0.5))})).verdict == "hurts"
+    neither = compare(together, run_of("bespoke", {MAZE: curve((10, math.inf))}))
+    assert neither.verdict == "neither finite"
+    text = render(describe(together, [neither]), "md")
+    assert "| not finite | not finite |" in text
+    assert "neither finite: 1." in text
+    better = compare(run_of("fm", {MAZE: curve((10, 0.5))}), run_of("bespoke", {MAZE: curve((10, math.inf))}))
+    assert "- helps: 1.\n" in render(describe(together, [better]), "md")  # and no mean of ratios
+
+
+def test_nothing_is_extrapolated() -> None:
+    together = run_of("fm", {MAZE: curve((10, 1.0), (40, 0.5))})
+    late = compare(together, run_of("late", {MAZE: curve((50, 0.4), (90, 0.3))}))
+    assert (late.windows, late.verdict) == (None, "not comparable")
+    never = compare(together, replace(run_of("never", {MAZE: curve((1, 1.0))}), curves={}))
+    text = render(describe(together, [late, never]), "md")
+    assert f"{MAZE}: validated after 10 to 40 windows of it in fm, after 50 to 90 windows in late. Train on" in text
+    assert "before any window in never" in text
+    transfer_figure(together, [late, never]).draw_without_rendering()
+
+
+def test_the_table_by_hand() -> None:
+    cosines = [Cosines((MAZE, WAVES), np.array([[1, c], [c, 1]]), np.array([1.0, 2.0])) for c in (0.5, -0.25)]
+    together = run_of("fm", {MAZE: curve((10, 0.2)), WAVES: curve((10, 0.9))}, train={"learning_rate": 0.01})
+    together = replace(together, cosines=[(4, cosines[0]), (8, cosines[1])])
+    alone = [run_of("a", {MAZE: curve((10, 0.4))}), run_of("b", {WAVES: curve((10, 0.3))})]
+    document = describe(together, [compare(together, run) for run in alone])
+    first, second = document.tables[0].rows
+    assert first == [MAZE, "a", 10, 0.2, 0.4, 0.5, "helps", 1000, -0.25, 0.125]
+    assert second[5:7] == [pytest.approx(3.0), "hurts"]
+    notes = "\n".join(document.notes)
+    assert f"helps: 1, hurts: 1. Geometric mean of joint / bespoke: {math.sqrt(1.5):.4f}." in notes
+    assert "below 0.97" in notes
+    assert "above 1.03" in notes
+    assert "over all of 2 measurements" in notes
+    assert "Settings of a, b -> fm: train.learning_rate: 0.003 -> 0.01." in notes
+    assert "protocol thirds" in document.about
+
+
+def test_two_runs_alone_are_two_rows_and_a_missing_one_is_told() -> None:
+    together = run_of("fm", {MAZE: curve((10, 0.2), (20, 0.1)), WAVES: curve((10, 0.9))})
+    alone = [run_of(name, {MAZE: curve((10, 0.4), (20, level))}) for name, level in (("a", 0.1), ("b", 0.3))]
+    comparisons = [compare(together, run) for run in alone]
+    document = describe(together, comparisons)
+    assert [row[1] for row in document.tables[0].rows] == ["a", "b"]
+    command = f"accelerate launch RECIPE 'data.datasets=[{WAVES}]' run.name=bespoke_{WAVES}"
+    assert f"No run of {WAVES} alone; `{command}` makes one." in document.notes
+    (axes,) = transfer_figure(together, comparisons).axes
+    assert [line.get_label() for line in axes.lines].count("alone") == 2
+    assert axes.lines[0].get_xdata().tolist() == [10, 20]
+
+
+@pytest.mark.parametrize(
+    ("bespoke", "message"),
+    [
+        (run_of("x", {MAZE: curve((1, 1.0)), WAVES: curve((1, 1.0))}), "expected runs of one dataset after the first"),
+        (run_of("x", {"shear_flow": curve((1, 1.0))}), f"datasets of fm \\({MAZE}, {WAVES}\\), got x of shear_flow"),
+        (run_of("x", {MAZE: curve((1, 1.0))}, validation={"windows": 5}), "got validation.windows=64 in fm and 5 in x"),
+        (run_of("x", {MAZE: curve((1, 1.0))}, validation={"protocol": "wavelit"}), "validation.protocol=thirds in fm"),
+        (replace(run_of("x", {MAZE: curve((1, 1.0))}), shards={MAZE: "other"}), f"expected the same {MAZE} data"),
+    ],
+)
+def test_runs_that_do_not_compare(bespoke: TrainedRun, message: str) -> None:
+    together = run_of("fm", {MAZE: curve((1, 1.0)), WAVES: curve((1, 1.0))})
+    with pytest.raises(UserError, match=message):
+        compare(together, bespoke)
+
+
+def test_curves_are_the_validations_against_the_windows_drawn(runs: Path) -> None:
+    together, maze = read_run(runs / "together"), read_run(runs / "maze")
+    events = [json.loads(line) for line in (runs / "together/events.jsonl").read_text().splitlines()]
+    validations = [line for line in events if line["kind"] == "validation"]
+    assert [line["step"] for line in validations] == [2, 4, 6, 8, 10]
+    names = [line["dataset"] for line in log(runs / "together")]
+    assert any(name.count("+") for name in names)
+    for dataset in DATASETS:  # two draws of four windows a step
+        seen = [4 * "+".join(names[: line["step"]]).split("+").count(dataset) for line in validations]
+        scores = [line["datasets"][dataset]["vrmse"] for line in validations]
+        points = [(windows, score) for windows, score in zip(seen, scores, strict=True) if windows]
+        found = together.curves[dataset]
+        assert list(zip(found.windows.tolist(), found.vrmse.tolist(), strict=True)) == points
+    assert maze.curves[MAZE].windows.tolist() == [8, 16, 24, 32]
+    assert [step for step, _ in together.cosines] == [4, 8]
+    assert together.parameters > maze.parameters > 0
+
+
+def test_the_command_prints_the_table_and_writes_the_report(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["transfer", *(str(runs / name) for name in ("together", "waves", "maze"))]
+    assert fm(arguments) == 0
+    printed = capsys.readouterr().out
+    folder = runs / "together/report/transfer"
+    assert printed in (folder / "transfer.md").read_text()
+    assert {path.name for path in folder.iterdir()} == {"transfer.md", "transfer.json", "transfer.png", "cosines.png"}
+    found = json.loads((folder / "transfer.json").read_text())
+    assert [one["dataset"] for one in found["comparisons"]] == DATASETS
+    for one in found["comparisons"]:
+        ours, theirs = found["joint"]["curves"][one["dataset"]], one["bespoke"]["curves"][one["dataset"]]
+        assert one["windows"] == min(ours["windows"][-1], theirs["windows"][-1])
+        assert one["ratio"] == pytest.approx(one["joint_vrmse"] / one["bespoke_vrmse"])
+        assert one["verdict"] in printed
+    assert [line["step"] for line in found["cosines"]] == [4, 8]
+    assert fm([*arguments, "--format", "csv", "--out", str(runs / "csv")]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [int(row["windows seen"]) for row in rows] == [one["windows"] for one in found["comparisons"]]
+    assert (runs / "csv/transfer.json").is_file()
+
+
+def test_what_a_directory_must_hold(runs: Path, tmp_path: Path, tiny_shards: Path) -> None:
+    with pytest.raises(UserError, match=r"absent: not a run directory, it has no log\.jsonl"):
+        read_run(tmp_path / "absent")
+    assert train(small(tiny_shards, tmp_path / "unscored", train={"steps": 2})) == 0
+    with pytest.raises(UserError, match=r"expected validations in events\.jsonl, found none; train it with validation"):
+        transfer(runs / "together", [tmp_path / "unscored"])
+    damaged = copy_of(runs / "maze", tmp_path)
+    rewrite(damaged / "log.jsonl", lambda line: line if line["step"] != 3 else None)
+    with pytest.raises(UserError, match="expected a line for each of the steps 1 to 8, the last validation's"):
+        read_run(damaged)
+    torn = copy_of(runs / "waves", tmp_path)
+    rewrite(torn / "events.jsonl", lambda line: {k: v for k, v in line.items() if k != "datasets"})
+    with pytest.raises(UserError, match=r"events\.jsonl: a damaged line \(KeyError: 'datasets'\); remove it"):
+        read_run(torn)
+
+
+def test_a_format_that_is_none_is_refused_before_anything_is_written(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected one of md, csv, json, latex, got 'pdf'"):
+        transfer(runs / "together", [runs / "maze"], tmp_path / "out", "pdf")
+    assert not (tmp_path / "out").exists()

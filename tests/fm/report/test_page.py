@@ -1,0 +1,108 @@
+"""The page of an evaluation: complete, self-contained, and honest about what diverged."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from error_files import error_file
+from samples import ramp_sample
+from test_html import Reader
+
+from fm.report.page import page
+from fm.report.video import gif
+from fm.scores.errors import ErrorFile
+from fm.scores.protocol import PROTOCOLS
+from fm.scores.scoring import score
+
+ORIGIN = {"checkpoint": "runs/demo/checkpoints/step_00000150", "step": 150, "weights": "5ea1"}
+
+
+def page_of(errors: ErrorFile, names: tuple[str, ...] = ()) -> str:
+    """With a sample and a video of each of these datasets."""
+    samples = [ramp_sample(dataset=name, domain=((0.0, 1.0), (-1.0, 1.0))) for name in names]
+    videos = {sample.dataset: gif(sample, side=40) for sample in samples}
+    pictures = {name: gif(ramp_sample(), side=20, labelled=False) for name in ("overview", "growth", "spectra", *names)}
+    return page(errors, score(errors), samples, pictures, videos)
+
+
+@pytest.fixture(scope="module")
+def whole() -> str:
+    return page_of(
+        replace(error_file(shear_flow=0.25, active_matter=1.5), origin=ORIGIN), ("active_matter", "shear_flow")
+    )
+
+
+def test_nothing_comes_from_elsewhere(whole: str) -> None:
+    read = Reader(whole)
+    assert not read.of("script")
+    assert not read.of("link")
+    sources = [str(value) for _, attributes in read.tags for key, value in attributes.items() if key in ("src", "href")]
+    assert all(source.startswith(("data:image/", "#")) for source in sources)
+    assert "url(" not in whole
+    assert "@import" not in whole
+
+
+def test_links_lead_to_sections_and_pictures_have_words(whole: str) -> None:
+    read = Reader(whole)
+    anchors = {attributes["id"] for _, attributes in read.tags if "id" in attributes}
+    assert {str(link["href"])[1:] for link in read.of("a")} <= anchors
+    images = read.of("img")
+    assert len(images) == 3 + 2 * 2
+    assert all(len(str(image["alt"])) > 10 for image in images)
+    assert len(read.of("figcaption")) == len(images)
+    assert len(read.of("caption")) == len(read.of("table"))
+
+
+def test_the_title_says_whose_scores_they_are(whole: str) -> None:
+    texts = Reader(whole).texts
+    assert texts.count("Evaluation of demo at step 150") == 2  # of the window, of the page
+    assert {"runs/demo/checkpoints/step_00000150", "5ea1", "2 datasets, 6 trajectories, test split"} <= set(texts)
+    assert any("protocol thirds v1: VRMSE in physical units, eps 1e-07" in text for text in texts)
+
+
+def test_ratios_are_shaded_by_the_side_of_1_they_are_on(whole: str) -> None:
+    assert re.findall(r'<td class="(\w+)">([\d.]+)</td>', whole) == [
+        ("worse", "1.5000"), ("better", "0.2500"),  # one step
+        *[("worse", "1.5000")] * 3, *[("better", "0.2500")] * 3,
+    ]  # fmt: skip
+    assert Reader(whole).texts.count("1 of 2") == 2 * 4  # below persistence, below the mean field, in each block
+
+
+def test_digests_and_commands_give_the_numbers_again(whole: str) -> None:
+    assert {"digest of shear_flow", "digest of active_matter"} <= set(Reader(whole).texts)
+    assert "fm score errors.npz --protocol thirds --eps 1e-07 --out DIR" in whole
+    assert "fm evaluate RUN --protocol thirds --split test --out DIR" in whole
+    subset = replace(PROTOCOLS["thirds"], one_step_windows=8)
+    assert "--split test --windows 8 --out" in page_of(error_file(subset, shear_flow=0.25))
+
+
+def test_a_diverged_rollout_is_counted_and_named() -> None:
+    errors = error_file(shear_flow=0.25)
+    part = errors.datasets["shear_flow"]
+    model = part.rollout.model.copy()
+    model[2, 7:] = np.inf
+    broken = replace(part, rollout=replace(part.rollout, model=model))
+    texts = Reader(page_of(replace(errors, datasets={"shear_flow": broken}))).texts
+    assert "1 of 3 rollouts diverged." in texts
+    assert "shear_flow: trajectory 2 at step 8" in texts
+    assert texts.count("0.2500 (1 of 3 diverged)") == 2  # in the table of rollouts and in that of channels
+    assert "None of 3 rollouts diverged: all predictions are finite." in Reader(page_of(errors)).texts
+
+
+def test_names_are_escaped_and_missing_pictures_left_out() -> None:
+    errors = replace(error_file(**{"a<i>b": 0.5}), origin={"checkpoint": "<script>alert(1)</script>"})
+    text = page(errors, score(errors), [], {}, {})
+    read = Reader(text)
+    assert not read.of("script")
+    assert not read.of("i")
+    assert not read.of("img")
+    assert "a<i>b" in read.texts
+
+
+def test_eps_is_shown_where_it_matters() -> None:
+    assert "8 of 8 scores change by less than 1%: none is above that." in page_of(error_file(shear_flow=0.25))
+    small = page_of(error_file(shear_flow=0.25, variance=1e-5))
+    assert "0 of 8 scores change by less than 1%; the others:" in small
+    # variance 1e-5: sqrt((1e-5 + 1e-7) / (1e-5 + 1e-5)) = 0.711
+    assert Reader(small).texts.count("0.7106") == 8

@@ -1,0 +1,187 @@
+"""Rollout finetuning on real shards: objectives, horizons, the rehearsal and the one-step gate, as whole runs."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from whole_runs import DATASETS, last_weights, log, small
+
+from data_pipeline.errors import UserError
+from data_pipeline.windows.loader import open_readers
+from fm.checkpoint import find_checkpoint
+from fm.rehearsal import longest_unroll
+from fm.settings import Recipe
+from fm.training import train
+
+VALIDATED = {"every": 2, "windows": 2, "rollouts": 1, "protocol": "thirds"}
+
+
+@pytest.fixture(scope="module")
+def pretrained(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("pretrained") / "run"
+    assert train(small(tiny_shards, run)) == 0
+    return run
+
+
+def recipe(shards: Path, run: Path, pretrained: Path, **sections: dict[str, Any]) -> Recipe:
+    finetune = {"pretrained": str(pretrained), "unroll_steps": 3, **sections.pop("finetune", {})}
+    return small(shards, run, finetune=finetune, **sections)
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in log(run)]
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_objectives_train_and_differ(tiny_shards: Path, tmp_path: Path, pretrained: Path) -> None:
+    first = {}
+    for objective in ("scheduled_sampling", "bptt", "causal_bptt", "pushforward"):
+        run = tmp_path / objective
+        settings = recipe(tiny_shards, run, pretrained, finetune={"objective": objective}, train={"steps": 2})
+        assert train(settings) == 0
+        first[objective] = losses(run)
+    # with the truth fed throughout the first step has the smallest errors; the last of three has the largest
+    assert first["scheduled_sampling"][0] < first["bptt"][0] < first["pushforward"][0]
+    assert first["causal_bptt"][0] < first["bptt"][0]
+    windows = {line["windows"] for objective in first for line in log(tmp_path / objective)[:1]}
+    assert len(windows) == 1
+
+
+def test_a_growing_horizon_with_noise_resumes_bit_for_bit_in_pieces(
+    tiny_shards: Path, tmp_path: Path, pretrained: Path
+) -> None:
+    settings = {
+        "finetune": {"unroll_start": 1, "unroll_override": {DATASETS[0]: 2}, "checkpoint_activations": True},
+        "train": {"steps": 6, "jitter": 0.05},
+    }
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train(recipe(tiny_shards, whole, pretrained, **settings)) == 0
+    stopped = recipe(tiny_shards, broken, pretrained, **settings)
+    assert train(replace(stopped, run=replace(stopped.run, stop_at=4))) == 0
+    assert train(stopped) == 0
+    assert log(whole) == log(broken)
+    assert last_weights(whole) == last_weights(broken)
+    plain = tmp_path / "plain"
+    settings["finetune"] = {**settings["finetune"], "checkpoint_activations": False}
+    settings["train"] = {**settings["train"], "micro_batch": 1}
+    assert train(recipe(tiny_shards, plain, pretrained, **settings)) == 0
+    assert losses(plain) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_jitter_changes_pretraining_too(tiny_shards: Path, tmp_path: Path) -> None:
+    assert train(small(tiny_shards, tmp_path / "still", train={"steps": 1})) == 0
+    assert train(small(tiny_shards, tmp_path / "noisy", train={"steps": 1, "jitter": 0.3})) == 0
+    assert losses(tmp_path / "noisy")[0] > losses(tmp_path / "still")[0]
+
+
+def test_an_unroll_for_a_dataset_that_is_not_there_is_refused(
+    tiny_shards: Path, tmp_path: Path, pretrained: Path
+) -> None:
+    with pytest.raises(UserError, match=r"unroll_override: expected datasets of this run \(.*\), got 'shear_flow'"):
+        train(recipe(tiny_shards, tmp_path / "run", pretrained, finetune={"unroll_override": {"shear_flow": 2}}))
+
+
+def test_the_rehearsal_takes_the_unroll_with_the_most_tokens(
+    tiny_shards: Path, tmp_path: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readers = open_readers(tiny_shards, None, "train")
+    settings = recipe(tiny_shards, tmp_path, pretrained, finetune={"unroll_override": {"helmholtz_staircase": 8}})
+    grids = {name: reader.manifest.grid for name, reader in readers.items()}
+    assert longest_unroll(settings, readers) == ("helmholtz_staircase", 8), grids
+    assert longest_unroll(small(tiny_shards, tmp_path), {DATASETS[0]: readers[DATASETS[0]]}) == (DATASETS[0], 1)
+    rehearsed = recipe(tiny_shards, tmp_path / "a", pretrained, train={"steps": 2})
+    assert train(rehearsed) == 0
+    said = capsys.readouterr().err
+    assert "the largest unroll fits: 3 model steps of 4 windows of" in said
+    silent = recipe(tiny_shards, tmp_path / "b", pretrained, train={"steps": 2}, finetune={"rehearse": False})
+    assert train(silent) == 0
+    assert "the largest unroll fits" not in capsys.readouterr().err
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")  # a rehearsal leaves no trace
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
+def test_what_does_not_fit_in_memory_fails_before_the_first_step(
+    tiny_shards: Path, tmp_path: Path, pretrained: Path
+) -> None:
+    script = textwrap.dedent(f"""
+        import resource, sys, torch
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parents[1] / "helpers")!r})
+        from whole_runs import small
+        from fm.recipe import main
+        from fm.settings import dump_recipe
+        finetune = {{"pretrained": {str(pretrained)!r}, "unroll_steps": 6}}
+        recipe = small(Path({str(tiny_shards)!r}), Path({str(tmp_path / "run")!r}), finetune=finetune,
+                       train={{"global_batch": 512}})
+        Path({str(tmp_path / "recipe.yaml")!r}).write_text(dump_recipe(recipe))
+        torch.set_num_threads(1)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 700_000_000,) * 2)
+        sys.exit(main({str(tmp_path / "recipe.yaml")!r}, []))
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert "not enough memory for 6 model steps of 512 windows of" in done.stderr
+    assert "finetune.checkpoint_activations=true" in done.stderr
+    assert not log(tmp_path / "run")
+
+
+def test_the_gate_ends_a_run_that_forgets_and_keeps_the_pretrained_model(
+    tiny_shards: Path, tmp_path: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    hot = {"train": {"learning_rate": 0.3, "warmup_steps": 0, "clip": 100.0}, "validation": VALIDATED}
+    gated = recipe(tiny_shards, run, pretrained, finetune={"gate": 1.05}, **hot)
+    assert train(gated) == 0
+    assert len(log(run)) == 2  # the first validation after the pretrained model's
+    assert [event["step"] for event in events(run, "validation")] == [0, 2]
+    assert "more than finetune.gate=1.05" in events(run, "message")[-1]["text"]
+    assert events(run, "end")[-1]["text"] == "ended by finetune.gate after step 2"
+    best = find_checkpoint(run)
+    assert best == run / "best" / "step_00000000"
+    before = load_file(find_checkpoint(pretrained) / "ema.safetensors")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(best / "ema.safetensors").items())
+    capsys.readouterr()
+    assert train(gated) == 0
+    assert "was ended by finetune.gate at step 2; raise it to go on" in capsys.readouterr().out
+    wider = recipe(tiny_shards, run, pretrained, finetune={"gate": 1e9}, **hot)
+    assert train(wider) == 0
+    assert len(log(run)) == 8
+    on = tmp_path / "on"
+    assert train(recipe(tiny_shards, on, pretrained, finetune={"gate": 1.05, "gate_action": "keep_best"}, **hot)) == 0
+    assert len(log(on)) == 8
+    assert find_checkpoint(on).name == "step_00000000"
+
+
+def test_the_gate_keeps_better_rollouts_and_resumes(tiny_shards: Path, tmp_path: Path, pretrained: Path) -> None:
+    gated = recipe(tiny_shards, tmp_path / "run", pretrained, finetune={"gate": 2.0}, validation=VALIDATED)
+    assert train(replace(gated, run=replace(gated.run, stop_at=5))) == 0
+    assert train(gated) == 0
+    unbroken = recipe(tiny_shards, tmp_path / "unbroken", pretrained, finetune={"gate": 2.0}, validation=VALIDATED)
+    assert train(unbroken) == 0
+    scores, best = {}, find_checkpoint(tmp_path / "run")
+    assert best.parent == tmp_path / "run" / "best"
+    assert find_checkpoint(tmp_path / "unbroken").name == best.name
+    said = [event["text"] for event in events(tmp_path / "run", "message") if "pretrained model's" in event["text"]]
+    marked = [index for index, text in enumerate(said) if text.endswith("; the best rollouts so far")]
+    scores = dict(zip(range(len(said)), said, strict=True))
+    assert int(best.name.removeprefix("step_")) == 2 * max(marked), scores
+    plain = recipe(tiny_shards, tmp_path / "run", pretrained, validation=VALIDATED, train={"steps": 9})
+    assert train(plain) == 0  # without the gate, the newest checkpoint is the run's
+    assert find_checkpoint(tmp_path / "run").name == "step_00000009"
+
+
+def test_a_gate_without_validation_is_refused(tiny_shards: Path, tmp_path: Path, pretrained: Path) -> None:
+    with pytest.raises(UserError, match=r"finetune\.gate needs validation\.every > 0 and validation\.rollouts > 0"):
+        recipe(tiny_shards, tmp_path, pretrained, finetune={"gate": 1.1})

@@ -1,0 +1,63 @@
+"""What every surrogate is, seen on the smallest one: a network that is one number."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from handmade import make_inputs, make_spec
+from torch import Tensor, nn
+
+from fm.model_config import DatasetSpec
+from fm.rollout import rollout
+from fm.surrogate import Surrogate
+
+SPEC = make_spec("shear_flow")
+
+
+class Scaled(Surrogate):
+    """Says `factor` times the state."""
+
+    def __init__(self, predict: str, **override: str) -> None:
+        super().__init__([SPEC, make_spec("rayleigh_benard")], predict, override, "haar")
+        self.factor = nn.Parameter(torch.tensor(0.5))
+
+    def output(self, state: Tensor, constants: Tensor, spec: DatasetSpec) -> Tensor:
+        return self.factor * state
+
+
+def moments(statistic: str) -> Tensor:
+    return SPEC.moment(statistic, SPEC.state_channels).float()
+
+
+def test_the_output_is_the_next_state_or_its_change_in_units_of_its_deviation() -> None:
+    state, constants = make_inputs(SPEC)
+    assert torch.equal(Scaled("state")(state, constants, SPEC.name), 0.5 * state)
+    model = Scaled("delta", rayleigh_benard="state")
+    raw = model.denormalise(state, SPEC.name)
+    change = model.denormalise(model(state, constants, SPEC.name), SPEC.name) - raw
+    expected = 0.5 * state * moments("std_delta") + moments("mean_delta")
+    torch.testing.assert_close(change, expected, atol=1e-5, rtol=1e-4)
+    state, constants = make_inputs(make_spec("rayleigh_benard"))
+    assert torch.equal(model(state, constants, "rayleigh_benard"), 0.5 * state)
+
+
+def test_a_rollout_needs_no_more_than_a_surrogate() -> None:
+    model = Scaled("state")
+    initial, constants = make_inputs(SPEC)
+    states = list(rollout(model, SPEC.name, initial, constants, 3))
+    expected = (initial - moments("mean")) / 8 + moments("mean")
+    torch.testing.assert_close(states[2], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_unless_it_says_otherwise_all_datasets_use_all_parameters() -> None:
+    model = Scaled("delta")
+    assert model.parameters_by_datasets() == {frozenset({"shear_flow", "rayleigh_benard"}): [model.factor]}
+    assert model.num_parameters() == 1
+    assert model.wavelet == "haar"
+
+
+@pytest.mark.parametrize("datasets", [[], [SPEC, SPEC], [SPEC, dataclasses.replace(SPEC, boundary=SPEC.boundary)]])
+def test_datasets_must_have_names_of_their_own(datasets: list[Any]) -> None:
+    with pytest.raises(ValueError, match="datasets must be one or more with different names"):
+        Surrogate(datasets, "delta", {}, "haar")
