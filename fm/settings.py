@@ -238,7 +238,7 @@ class ValidationSettings:
     every: int = 5000  # optimiser steps, and the last step of a run that is longer; 0 means never
     windows: int = 64  # one-step windows per dataset, evenly spaced over the split
     rollouts: int = 1  # trajectories per dataset; 0 means none
-    protocol: str = "wavelit"  # named protocol: its windows are the rollout_vrmse tags, and evaluation's default
+    protocol: str = "wavelit"  # name or YAML file: its windows are the rollout_vrmse tags, and evaluation's default
 
     def __post_init__(self) -> None:
         for name in ("every", "rollouts"):

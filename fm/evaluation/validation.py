@@ -12,7 +12,7 @@ from fm.evaluation.measure import one_step_errors, one_step_windows, rollout_err
 from fm.evaluation.shown import Recorder, shown_channel
 from fm.report.sample import Sample, spread_over
 from fm.scores.errors import DatasetErrors, ErrorFile
-from fm.scores.protocol import Protocol, get_protocol
+from fm.scores.protocol import Protocol, load_protocol
 from fm.scores.scoring import score
 from fm.settings import ValidationSettings
 from fm.surrogate import Surrogate
@@ -59,15 +59,15 @@ class ValidationResult:
 
 
 def protocol_windows(name: str) -> list[str]:
-    """Names of the rollout windows of a named protocol. UserError for an unknown protocol."""
-    return list(get_protocol(name).windows)
+    """Names of the rollout windows of a protocol, by its name or file. UserError where there is none."""
+    return list(load_protocol(name).windows)
 
 
 def validate(
     model: Surrogate, readers: Mapping[str, ShardReader], settings: ValidationSettings, device: torch.device
 ) -> ValidationResult:
     """Score `settings.windows` windows, evenly spaced, and `settings.rollouts` rollouts of each dataset."""
-    protocol = replace(get_protocol(settings.protocol), split="valid", one_step_windows=settings.windows)
+    protocol = replace(load_protocol(settings.protocol), split="valid", one_step_windows=settings.windows)
     datasets, samples = {}, {}
     for name, reader in sorted(readers.items()):
         trajectories = list(range(min(settings.rollouts, reader.num_trajectories)))
