@@ -112,12 +112,12 @@ def keep_incident(root: Path, snapshot: Snapshot, report: Callable[[str], None])
 
 
 def keep_best(root: Path, snapshot: Snapshot) -> None:
-    """Write the best compromise of a run (fm/gate.py) in place of the one before. UserError as `write_checkpoint`."""
+    """Write the best compromise of a run (fm/gate.py) in place of the one before. UserError as the two above."""
     best = write_checkpoint(root, snapshot)
-    for path in list_checkpoints(root).values():
-        if path != best:
+    for step, path in list_checkpoints(root).items():
+        if step > snapshot.step:  # of a run that has gone back since
             path.rename(root / f".deleting_{path.name}")
-    _remove_leftovers(root)
+    prune_checkpoints(root, best, keep=1, keep_every=None)
 
 
 class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):

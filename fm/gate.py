@@ -2,8 +2,9 @@
 
 Before the first step the pretrained model is validated. From then on, a validation's worsening is the geometric mean
 over datasets of one-step VRMSE over the pretrained model's. Validations whose worsening is at most finetune.gate are
-compromises, and the best of them is the one with the lowest rollout VRMSE: the geometric mean, over datasets and the
-protocol's windows, of the ratio to persistence. Its checkpoint is kept in <run>/best. The pretrained model is one too.
+compromises. The best of them has the fewest diverged rollout scores, and among these the lowest rollout VRMSE: the
+geometric mean, over datasets and the protocol's windows, of the ratio to persistence. Its checkpoint is kept in
+<run>/best. The pretrained model is one too.
 """
 
 import math
@@ -13,10 +14,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from data_pipeline.errors import UserError
 from fm.evaluation.validation import ValidationResult
 from fm.runtime import as_main_process_finds
 from fm.scores.scoring import geometric_mean
-from fm.settings import FinetuneSettings
+from fm.settings import FinetuneSettings, ValidationSettings
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Verdict:
     worsening: float  # one-step VRMSE over the pretrained model's, geometric mean; inf where one is not finite
     worst: str  # the dataset that has worsened most
     limit: float
+    diverged: int  # rollout scores, by dataset and window, that are not finite
     passed: bool
     best: bool  # no validation that passed had better rollouts
 
@@ -37,19 +40,22 @@ class Verdict:
     @property
     def text(self) -> str:
         what = f"one-step VRMSE is {self.worsening:.3f} times the pretrained model's (most on {self.worst})"
+        what += f", {self.diverged} rollout scores diverged" if self.diverged else ""
         if not self.passed:
             return f"{what}, more than finetune.gate={self.limit:g}"
         return f"{what}{'; the best rollouts so far' if self.best else ''}"
 
 
 class Gate:
-    """Judges validations. Its state is part of the checkpoint."""
+    """Judges validations. Its state is part of the checkpoint, and of the best one, which may be newer."""
 
-    def __init__(self, settings: FinetuneSettings | None) -> None:
+    def __init__(self, settings: FinetuneSettings | None, validation: ValidationSettings) -> None:
         self.limit = settings.gate if settings else None
         self._stops = settings is not None and settings.gate_action == "stop"
+        # what scores must agree in to be compared
+        self._scored = [validation.protocol, validation.windows, validation.rollouts]
         self._before: dict[str, float | None] | None = None  # one-step VRMSE of the pretrained model, by dataset
-        self._best: dict[str, float] | None = None  # step and score of the best compromise
+        self._best: dict[str, float] | None = None  # worsening, diverged and score of the best compromise
         self._failed = False  # whether the last validation did not pass
 
     @property
@@ -74,13 +80,14 @@ class Gate:
         ratios = {name: _ratio(now[name], self._before.get(name)) for name in now}
         worsening = geometric_mean(list(ratios.values())) or math.inf
         passed = worsening <= self.limit
-        score = _rollout_score(result)
-        best = passed and (self._best is None or score < self._best["score"])
+        diverged, score = _rollout_score(result)
+        found = {"worsening": worsening, "diverged": diverged, "score": score}
+        best = passed and (self._best is None or _order(found) < _order(self._best))
         if best:
-            self._best = {"step": step, "score": score}
+            self._best = found
         self._failed = not passed
         worst = max(ratios, key=lambda name: ratios[name] or math.inf)
-        return Verdict(worsening, worst, self.limit, passed, best)
+        return Verdict(worsening, worst, self.limit, diverged, passed, best)
 
     def share(self, verdict: Verdict | None, accelerator: Accelerator) -> bool:
         """Let all processes know the main one's verdict; returns whether it is the best so far. Collective."""
@@ -90,16 +97,43 @@ class Gate:
         return code >= 2
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON; an infinite score is null."""
-        found = (self._best or {}).items()
-        best = {key: value if math.isfinite(value) else None for key, value in found} or None
-        return {"before": self._before, "best": best, "failed": self._failed, "limit": self.limit}
+        """What a checkpoint keeps, as JSON."""
+        return {
+            "before": self._before,
+            "best": self._best,
+            "failed": self._failed,
+            "limit": self.limit,
+            "scored": self._scored,
+        }
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Take up the `state` of a checkpoint. Under another limit the last validation is not held against the run."""
-        self._before, best = saved["before"], saved["best"]
-        self._best = best and {key: math.inf if value is None else value for key, value in best.items()}
+    def restore(self, saved: Mapping[str, Any] | None, best: Mapping[str, Any] | None, step: int) -> None:
+        """Take up the `state` of a checkpoint of `step`, and that of the best one, if there is one.
+
+        Under another limit the last validation is not held against the run, and a best that exceeds it is dropped.
+        UserError where the pretrained model was not measured, or not as validations are now.
+        """
+        if not self.active:
+            return
+        if saved is None or saved["before"] is None:
+            raise UserError(
+                f"finetune.gate: the run is at step {step} and began without it, so the pretrained model was not "
+                "measured. Leave it out, or start afresh in another folder with run.dir=..."
+            )
+        if saved["scored"] != self._scored:
+            raise UserError(
+                f"finetune.gate: the pretrained model was validated with protocol, windows and rollouts "
+                f"{saved['scored']}, now they are {self._scored}. Put them back (validation.*), leave the gate out, or "
+                "start afresh in another folder with run.dir=..."
+            )
+        self._before = saved["before"]
         self._failed = saved["failed"] and saved["limit"] == self.limit
+        found = [state["best"] for state in (saved, best) if state is not None and state["best"] is not None]
+        within = [one for one in found if one["worsening"] <= (self.limit or math.inf)]
+        self._best = min(within, key=_order, default=None)
+
+
+def _order(found: Mapping[str, float]) -> tuple[float, float]:
+    return found["diverged"], found["score"]
 
 
 def _ratio(now: float | None, before: float | None) -> float | None:
@@ -109,7 +143,14 @@ def _ratio(now: float | None, before: float | None) -> float | None:
     return None if now is None else max(now, 1e-30) / max(before, 1e-30)
 
 
-def _rollout_score(result: ValidationResult) -> float:
-    """inf where a rollout has diverged; windows that rollouts do not cover are left out."""
+def _rollout_score(result: ValidationResult) -> tuple[int, float]:
+    """How many rollout scores have diverged, and the mean of the others; windows not covered are left out."""
     cells = [cell for part in result.scores["datasets"].values() for cell in part["windows"].values()]
-    return geometric_mean([cell["ratio_to_persistence"] for cell in cells if cell is not None]) or math.inf
+    ratios = [cell["ratio_to_persistence"] for cell in cells if cell is not None]
+    if not ratios:
+        raise UserError(
+            f"finetune.gate: no trajectory of the valid split covers a window of the protocol "
+            f"{result.scores['protocol']['name']}; choose another (validation.protocol=thirds fits any length)"
+        )
+    finite = [ratio for ratio in ratios if ratio is not None]
+    return len(ratios) - len(finite), geometric_mean(finite) or 0.0

@@ -24,11 +24,21 @@ def open_split(recipe: Recipe, registry: Registry, split: str) -> dict[str, Shar
 
 
 def check_unrolls(recipe: Recipe, readers: Mapping[str, ShardReader]) -> None:
-    """UserError where finetune.unroll_override names a dataset that is not trained on."""
-    unknown = sorted(set(recipe.finetune.unroll_override) - set(readers)) if recipe.finetune else []
+    """UserError where an unroll is of a dataset that is not trained on, or longer than all of its trajectories."""
+    if recipe.finetune is None:
+        return
+    unknown = sorted(set(recipe.finetune.unroll_override) - set(readers))
     if unknown:
         known = ", ".join(sorted(readers))
         raise UserError(f"finetune.unroll_override: expected datasets of this run ({known}), got {unknown[0]!r}")
+    for name, reader in readers.items():
+        longest = max(reader.num_frames(trajectory) for trajectory in range(reader.num_trajectories))
+        if longest < recipe.window_length(name):
+            raise UserError(
+                f"finetune.unroll_steps: {recipe.window_length(name) - 1} model steps take "
+                f"{recipe.window_length(name)} frames, but the longest trajectory of {name} has {longest}; shorten "
+                f"them, or for this dataset alone: finetune.unroll_override.{name}={longest - 1}"
+            )
 
 
 def build_model(recipe: Recipe, readers: Mapping[str, ShardReader], registry: Registry) -> Surrogate:
@@ -36,7 +46,7 @@ def build_model(recipe: Recipe, readers: Mapping[str, ShardReader], registry: Re
     finetune, config = recipe.finetune, recipe.baseline or recipe.model
     specs = dataset_specs(readers, registry)
     if finetune is None:
-        return new_model(config, specs)
+        return new_model(config, specs, recipe.run.seed)
     pretrained = load_pretrained(Path(finetune.pretrained))
     if config is not None and config != pretrained.config:
         raise UserError(
@@ -46,11 +56,11 @@ def build_model(recipe: Recipe, readers: Mapping[str, ShardReader], registry: Re
     return pretrained.adapted_to(specs)
 
 
-def new_model(config: ModelConfig | BaselineConfig | None, specs: Sequence[DatasetSpec]) -> Surrogate:
+def new_model(config: ModelConfig | BaselineConfig | None, specs: Sequence[DatasetSpec], seed: int = 0) -> Surrogate:
     """A model with new weights: the baseline, or a WaveLiT, of the default sizes where the recipe gives none."""
     if isinstance(config, BaselineConfig):
-        return Baseline(config, specs)
-    return WaveLiTFM(config or ModelConfig(), specs)
+        return Baseline(config, specs, seed)
+    return WaveLiTFM(config or ModelConfig(), specs, seed)
 
 
 def shard_digests(readers: Mapping[str, ShardReader]) -> dict[str, str]:

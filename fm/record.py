@@ -81,8 +81,7 @@ class RunRecord(AbstractContextManager):
         self._board = Dashboard(directory / "tensorboard", schedule.shares, windows, step, self._events.saved)
         self._board.text("recipe", f"```yaml\n{text}```", step)
         if step:
-            known = {field.name for field in fields(StepResult)}
-            self._since = [StepResult(**saved) for saved in self._events.saved["pending"] if saved.keys() == known]
+            self._since = [StepResult(**saved) for saved in self._events.saved["pending"] if _is_result(saved)]
             for text in self._events.refusals:
                 self._board.text("events", text, step)
             self._tell("start", f"continued from step {step}", step)
@@ -90,6 +89,8 @@ class RunRecord(AbstractContextManager):
             self._events.write("start", step, text="started")
         self._bar = progress_bar(recipe.train.steps, step, recipe.run.name, shown=recipe.tracking.progress)
         self._warn_of_repeats(recipe.train.steps, step)
+        for ignored in recipe.finetune.ignored() if recipe.finetune else ():
+            self.say(f"warning: finetune.{ignored}")
         if recipe.sampling.scheme == "adaptive" and recipe.train.steps <= recipe.validation.every:
             self.say(
                 f"sampling.scheme: adaptive changes nothing in {recipe.train.steps} steps, since the first validation "
@@ -159,6 +160,12 @@ class RunRecord(AbstractContextManager):
             if ratio
             else f"step {step}: validated"
         )
+
+    def verdict(self, text: str, step: int) -> None:
+        """Log what the gate says of a validation after `step` steps."""
+        if self.active:
+            self._tell("gate", text, step)
+            self.say(f"step {step}: {text}")
 
     def cosines(self, cosines: Cosines, step: int) -> None:
         """Log how the gradients of the datasets agreed after `step` steps."""
@@ -255,6 +262,11 @@ class RunRecord(AbstractContextManager):
                 self.model(state, constants, dataset)
             self._flops[dataset] = 3.0 * counter.get_total_flops()
         return self._flops[dataset]
+
+
+def _is_result(saved: dict[str, Any]) -> bool:
+    """Whether an entry is a step's result as this version writes them; model_calls was one number once."""
+    return saved.keys() == {field.name for field in fields(StepResult)} and isinstance(saved["model_calls"], list)
 
 
 def repeat_warning(dataset: str, passes: float, limit: float, steps: int) -> str:

@@ -28,30 +28,41 @@ def rehearse(
     height, width = reader.manifest.grid
     what = f"{length} model steps of {count} windows of {dataset} ({height} x {width})"
     windows = np.arange(count) % len(reader.index(length + 1))
-    batch = reader.batch(windows, length + 1).to(device)
-    forced = torch.zeros(count, length, dtype=torch.bool, device=device)
     try:
+        batch = reader.batch(windows, length + 1).to(device)
+        inputs = {"forced": torch.zeros(count, length, dtype=torch.bool, device=device), "dataset": dataset}
+        noise = torch.zeros_like(batch.fields[:, 1:]) if recipe.train.jitter else None
         with state.parallel.accumulate(last=True):
-            terms = state.parallel.objective(batch.fields, batch.constants, forced, dataset)
+            terms = state.parallel.objective(batch.fields, batch.constants, noise=noise, **inputs)
             state.parallel.backward(terms["loss"])
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
         raise UserError(
-            f"not enough memory for {what}, the largest unroll of this run ({str(error).splitlines()[0]}).\n"
+            f"not enough memory for {what}, the largest unroll of this run ({str(error).partition(chr(10))[0]}).\n"
             "Set train.micro_batch (fewer windows at once) or finetune.checkpoint_activations=true (a third more "
-            f"work), or shorten the unroll (finetune.unroll_steps, or unroll_override: {{{dataset}: ...}})."
+            f"work), or shorten the unroll (finetune.unroll_steps, or unroll_override: {{{dataset}: ...}}). "
+            "finetune.rehearse=false goes on without this check."
         ) from error
     state.parallel.forget()
     return f"the largest unroll fits: {what}; peak memory so far {peak_memory_bytes() / 1e9:.1f} GB"
 
 
 def longest_unroll(recipe: Recipe, readers: Mapping[str, ShardReader]) -> tuple[str, int]:
-    """The dataset with the most tokens in an unroll of full length, and that length."""
+    """The dataset whose unroll of full length needs the most memory, and that length.
+
+    It has the most tokens over all its model steps, or where only one is held for the backward pass, in that one.
+    """
+    finetune = recipe.finetune
+    holds_one = finetune is not None and (finetune.checkpoint_activations or finetune.objective == "pushforward")
     lengths = {name: recipe.window_length(name) - 1 for name in readers}
-    dataset = max(lengths, key=lambda name: lengths[name] * int(np.prod(readers[name].manifest.grid)))
+    tokens = {name: int(np.prod(readers[name].manifest.grid)) for name in readers}
+    costs = {name: (tokens[name] if holds_one else tokens[name] * lengths[name], lengths[name]) for name in readers}
+    dataset = max(costs, key=lambda name: costs[name])
     return dataset, lengths[dataset]
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+def _is_out_of_memory(error: Exception) -> bool:
+    said = str(error)  # by torch's allocator on a CPU, and by oneDNN
+    symptoms = "allocate memory" in said or "could not create a primitive" in said
+    return symptoms or isinstance(error, MemoryError | torch.OutOfMemoryError)

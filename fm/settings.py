@@ -4,7 +4,7 @@ Each field's comment is its documentation; checks that span fields live in `__po
 the recipe loader turns into a message with the key's path.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -208,6 +208,22 @@ class FinetuneSettings:
         if self.gate is not None and self.gate < 1:
             raise ValueError(f"gate: expected a factor of at least 1, or null, got {self.gate}")
 
+    def ignored(self) -> list[str]:
+        """Settings that were given and that nothing reads, each with the reason."""
+        of_objective = {"forcing": "scheduled_sampling", "forcing_start": "scheduled_sampling"}
+        of_objective |= {"forcing_end": "scheduled_sampling", "causal_eps": "causal_bptt"}
+        reasons = {
+            name: f"finetune.objective is {self.objective}, only {owner} reads it"
+            for name, owner in of_objective.items()
+            if owner != self.objective
+        }
+        if self.unroll_start is None:
+            reasons["unroll_growth"] = "finetune.unroll_start is not given"
+        if self.gate is None:
+            reasons["gate_action"] = "finetune.gate is not given"
+        given = {one.name for one in fields(self) if one.name in reasons and getattr(self, one.name) != one.default}
+        return [f"{name} is ignored: {reason}" for name, reason in reasons.items() if name in given]
+
     def unroll_of(self, dataset: str) -> int:
         """K of a dataset at its full length."""
         return self.unroll_override.get(dataset, self.unroll_steps)
@@ -306,8 +322,8 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 def changed_settings(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
     """Lines "key: old -> new" for the settings in which two resolved recipes differ."""
     lines = []
-    for key in after:
-        old, new = before.get(key), after[key]
+    for key in {**before, **after}:
+        old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             lines += changed_settings(old, new, f"{prefix}{key}.")
         elif old != new:

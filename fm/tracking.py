@@ -13,7 +13,7 @@ Both logs hold one JSON object a line and are cut back to the checkpoint that a 
         validation  mean_ratio, datasets      {name: {"vrmse", "over_persistence"}}, one step, averaged weights
         cosine      datasets, matrix, norms   of the datasets' gradients (fm/conflict.py); null where one is zero
         guard       text, refused, reason, action, windows   a refused step; windows: {dataset: [window ids]}
-        shares, warning, message     text
+        shares, warning, gate, message     text
         end         state, text               finished | interrupted | failed; a killed process leaves none
     run.json      the process that trains, or trained last: host, pid, its start, world size, spread, versions
 """
@@ -45,7 +45,13 @@ from fm.report.strips import ROWS, error_scale, field_scale
 from fm.report.video import gif
 
 _OF_A_PROCESS = ("start", "end")  # true whatever step a later process continues from
-_MADE_AGAIN = ("validation", "cosine", "shares", "warning")  # at a checkpoint's own step, by a run that continues there
+_MADE_AGAIN = (
+    "validation",
+    "gate",
+    "cosine",
+    "shares",
+    "warning",
+)  # at a checkpoint's own step, by a run that continues there
 
 
 class StepLog:

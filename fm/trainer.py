@@ -30,6 +30,7 @@ from fm.guard import Guard, Refusal
 from fm.inputs import build_model, check_same_shards, check_unrolls, open_split, shard_digests
 from fm.mixing import Mixing
 from fm.optim import learning_rate
+from fm.recipe_file import resolve
 from fm.record import RunRecord, StepResult
 from fm.rehearsal import rehearse
 from fm.runtime import (
@@ -76,9 +77,10 @@ class Trainer:
         check_unrolls(recipe, self.readers)
         self.lengths = {name: recipe.window_length(name) for name in self.readers}
         self.mixing = Mixing(recipe, sources(self.readers, self.lengths))
-        self.guard, self.gate = Guard(recipe.guard), Gate(recipe.finetune)
+        self.guard, self.gate = Guard(recipe.guard), Gate(recipe.finetune, recipe.validation)
         self.division = self._divide()
         self.changes: list[str] = []  # settings that differ from those the run began with
+        self.saved: int | None = None  # the step of the last save
         model = build_model(recipe, self.readers, self.registry)
         self.say = self.accelerator.print
         if checkpoint is None and recipe.checkpoint.resume == "auto":
@@ -88,7 +90,7 @@ class Trainer:
             self._take_up(checkpoint, self.state.facts)
         self.guard.refused.update(passed_over)
         self._check_division()
-        check_gradient_cosines(recipe, self.state.parallel)
+        check_gradient_cosines(recipe, self.state.parallel, list(self.readers))
         self.owes_validation = bool(as_main_process_finds(self.accelerator, self._killed_while_validating_the_end))
 
     @property
@@ -125,10 +127,11 @@ class Trainer:
                 record.say(f"{why}: saved step {self.step}; the same command continues from here.")
                 return EXIT_INTERRUPTED if result.stop else EXIT_DONE
             self.compare_gradients(record)
-            if every and (self.step % every == 0 or (last and self.step > every)):
+            if self._validated_at(self.step):
                 self.validate(record)
         if self.gate.ends:
-            self.save(record, wait=True)
+            if self.saved != self.step:
+                self.save(record, wait=True)
             record.ended = f"ended by finetune.gate after step {self.step}"
         return EXIT_DONE
 
@@ -162,7 +165,7 @@ class Trainer:
             grad_norm=norm,
             lr=lr,
             samples=settings.global_batch,
-            model_calls=tuple(self._unroll_length(name) for name in datasets),
+            model_calls=tuple(self.unroll_length(self.step - 1, name) for name in datasets),
             data_seconds=waited,
             seconds=time.perf_counter() - started,
             stop=stopped,
@@ -176,7 +179,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._report_save(self.writer.wait(), record)
             record.settle(self.step)
-        snapshot = self.state.snapshot(self._facts())
+        snapshot, self.saved = self.state.snapshot(self._facts()), self.step
         if snapshot is not None:
             self.writer.start(snapshot)
             if wait and (failure := self.writer.wait()):
@@ -188,9 +191,10 @@ class Trainer:
         result, model = None, self.state.averaged_model()
         if model is not None:
             result = validate(model, self.valid_readers, self.recipe.validation, self.accelerator.device)
-            record.validation(result, self.step)
         if self.gate.active:
             self._pass_gate(result, record)
+        if result is not None:
+            record.validation(result, self.step)  # last: a run that was killed before it does all of this again
         if self.mixing.changes_at(self.step):
             unscored = self.mixing.follow(result.ratios() if result else None, self.step, self.accelerator)
             self.division = self._divide()
@@ -232,16 +236,19 @@ class Trainer:
         """Judge a validation, which the main process has, and keep the best compromise. Collective."""
         verdict = self.gate.judge(result, self.step) if result else None
         if verdict is not None:
-            record.event(verdict.text, self.step)
+            record.verdict(verdict.text, self.step)
         if self.gate.share(verdict, self.accelerator):
             snapshot = self.state.snapshot(self._facts())
             if snapshot is not None:
-                keep_best(self.directory / "best", snapshot)
+                try:
+                    keep_best(self.directory / "best", snapshot)
+                except UserError as failure:
+                    self._report_save(failure, record)
 
-    def _unroll_length(self, dataset: str) -> int:
-        """Model steps of the current step's windows of a dataset."""
+    def unroll_length(self, step: int, dataset: str) -> int:
+        """Model steps of a dataset's windows in the step after `step` steps."""
         finetune = self.recipe.finetune
-        return unroll_length(self.step - 1, self.recipe.train.steps, finetune, dataset) if finetune else 1
+        return unroll_length(step, self.recipe.train.steps, finetune, dataset) if finetune else 1
 
     def _agree(self, losses: torch.Tensor, norm: torch.Tensor, stop: bool) -> tuple[torch.Tensor, bool]:
         """Losses (draws x 3) and gradient norm of every process, (processes, n); whether any was stopped."""
@@ -254,7 +261,7 @@ class Trainer:
         number = self.step + 1
         if number in self.guard.refused:
             return True  # passed over, after the run was rolled back
-        reason = self.guard.judge([draw.dataset for draw in draws], losses, norm)
+        reason = self.guard.judge([self._usual_for(draw.dataset) for draw in draws], losses, norm)
         if reason is None:
             return False
         action = self.recipe.guard.action
@@ -281,6 +288,11 @@ class Trainer:
         record.refusal(refusal, number)
         return True
 
+    def _usual_for(self, dataset: str) -> str:
+        """Whose losses a step's are compared with: longer unrolls have larger ones."""
+        grows = self.recipe.finetune is not None and self.recipe.finetune.unroll_start is not None
+        return f"{dataset} over {self.unroll_length(self.step, dataset)} model steps" if grows else dataset
+
     def _report_save(self, failure: UserError | None, record: RunRecord) -> None:
         """Stop the run where a save has failed, or say so and go on (checkpoint.on_error)."""
         if failure is None:
@@ -295,7 +307,8 @@ class Trainer:
         train, process = self.recipe.train, self.accelerator
         way = self.recipe.sampling.draw
         rank, world_size = process.process_index, process.num_processes
-        return Division(self.mixing.schedule, rank, world_size, train.draws, way, train.micro_batch)
+        schedule, calls = self.mixing.schedule, self.unroll_length
+        return Division(schedule, rank, world_size, train.draws, way, train.micro_batch, calls)
 
     def _check_division(self) -> None:
         if self.recipe.sampling.draw == "per_rank" and not self.state.parallel.holds_whole_model:
@@ -328,12 +341,19 @@ class Trainer:
         check_same_shards(facts["shards"], self.readers, checkpoint)
         self.mixing.restore(facts["sampling"], self.step)
         self.guard.restore(facts["guard"])
-        if "gate" in facts:
-            self.gate.restore(facts["gate"])
+        best = newest_checkpoint(self.directory / "best", self.say) if self.gate.active else None
+        self.gate.restore(facts.get("gate"), read_state(best)["gate"] if best else None, self.step)
         self.division = self._divide()
-        self.changes = changed_settings(facts["recipe"], recipe_to_dict(self.recipe))
+        before = resolve(facts["recipe"], str(checkpoint / "state.json"))
+        self.changes = changed_settings(recipe_to_dict(before), recipe_to_dict(self.recipe))
 
     def _killed_while_validating_the_end(self) -> bool:
-        every, steps = self.recipe.validation.every, self.recipe.train.steps
-        due = every and self.step == steps and (steps % every == 0 or steps > every)
-        return bool(due) and lacks_validation(self.directory / "events.jsonl", steps)
+        steps = self.recipe.train.steps
+        due = self.step == steps and self._validated_at(steps)
+        return due and lacks_validation(self.directory / "events.jsonl", steps)
+
+    def _validated_at(self, step: int) -> bool:
+        """Whether there is a validation after `step` steps: every so many, and at the end of a run that is longer."""
+        every = self.recipe.validation.every
+        last = step == self.recipe.train.steps and (step > every or self.gate.active)
+        return every > 0 and (step % every == 0 or last)

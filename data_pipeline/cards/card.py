@@ -59,6 +59,7 @@ class PublishedTable:
     table: str
     protocol: str
     vrmse: Mapping[str, Mapping[str, float]]  # window -> model -> VRMSE
+    context: int = 1  # frames that the models saw
 
 
 @dataclass(frozen=True)
@@ -287,12 +288,13 @@ def _train(node: Node) -> tuple[tuple[int, int], ...]:
 
 def _published(node: Node) -> PublishedTable:
     entries = node.entries()
-    windows = [key for key in entries if key not in ("table", "protocol")]
-    node.record(("table", "protocol"), windows)
+    windows = [key for key in entries if key not in ("table", "protocol", "context")]
+    node.record(("table", "protocol"), ("context", *windows))
     vrmse = {
         window: {model: score.number() for model, score in entries[window].entries().items()} for window in windows
     }
-    return PublishedTable(entries["table"].text(), entries["protocol"].name(), vrmse)
+    context = entries["context"].count() if "context" in entries else 1
+    return PublishedTable(entries["table"].text(), entries["protocol"].name(), vrmse, context)
 
 
 def _listing(fields: Mapping[str, int]) -> str:

@@ -11,7 +11,7 @@ Either way each window counts 1 / (windows in the global batch) in the gradient.
 """
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,8 @@ class Piece:
 class Division:
     """What one process takes of each step: a pure function of the schedule, the step, the rank and the world size.
 
-    `micro_batch` is the most windows of a piece; None means as many as there are. Raises UserError where the windows
+    `micro_batch` is the most windows of a piece; None means as many as there are. `model_calls(step, dataset)` is how
+    often a window goes through the model, which multiplies its cost. Raises UserError where the windows
     cannot be divided: `global` needs a draw that all processes share evenly, `per_rank` a window for every process.
     """
 
@@ -46,13 +47,14 @@ class Division:
         draws: int = 1,
         way: str = "global",
         micro_batch: int | None = None,
+        model_calls: Callable[[int, str], int] = lambda step, dataset: 1,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
         if way not in WAYS:
             raise UserError(f"sampling.draw: no way {way!r} to divide draws. {nearest(way, WAYS)}")
         self.schedule, self.draws, self._rank, self._world_size = schedule, draws, rank, world_size
-        self._way, self._micro_batch = way, micro_batch
+        self._way, self._micro_batch, self._model_calls = way, micro_batch, model_calls
         windows = schedule.batch * draws
         if way == "global" and schedule.batch % world_size:
             of = f"{windows} windows" if draws == 1 else f"{windows} windows in {draws} draws"
@@ -74,7 +76,8 @@ class Division:
             share = batch // self._world_size
             mine = {index: np.arange(self._rank * share, (self._rank + 1) * share) for index in range(self.draws)}
         else:
-            costs = [self.schedule.source(first + index).tokens for index in range(self.draws)]
+            sources = [self.schedule.source(first + index) for index in range(self.draws)]
+            costs = [source.tokens * self._model_calls(step, source.name) for source in sources]
             mine = assign_by_cost(costs, batch, self._world_size)[self._rank]
         return [
             Piece(first + index, places[at : at + size])
@@ -85,8 +88,11 @@ class Division:
 
     @property
     def largest_piece(self) -> int:
-        """Most windows that a process takes through the model at once."""
-        share = self.schedule.batch // self._world_size if self._way == "global" else self.schedule.batch
+        """Most windows of the costliest dataset that a process takes through the model at once.
+
+        Of cheaper ones it may take more with `per_rank`, but not more work.
+        """
+        share = -(-self.schedule.batch // self._world_size)
         return min(share, self._micro_batch or share)
 
     def draws_of(self, step: int) -> list[Draw]:

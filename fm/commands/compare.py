@@ -28,6 +28,8 @@ def _run(options: argparse.Namespace) -> int:
     from fm.scores.protocol import load_protocol
     from fm.scores.published import beside_published, published_document
 
+    if options.out is not None and options.out.is_dir():
+        raise UserError(f"--out {options.out}: expected a file to write, got a folder: name a file in it")
     if bool(options.runs) == options.published:
         raise UserError("compare: expected runs, or --published alone")
     if options.published:

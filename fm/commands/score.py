@@ -31,6 +31,8 @@ def _run(options: argparse.Namespace) -> int:
     measured = ErrorFile.load(file)
     errors, scores = rescore(measured, options.protocol, options.eps)
     if options.out is not None:
+        if options.out.exists() and not options.out.is_dir():
+            raise UserError(f"--out {options.out}: expected a folder to write a report into, got a file")
         if options.out.resolve() == file.resolve().parent and errors.protocol != measured.protocol:
             raise UserError(
                 f"--out {options.out}: expected another folder than that of {file}, whose errors were measured under "
@@ -49,8 +51,15 @@ def _write(out: Path, errors: "ErrorFile", scores: Mapping[str, Any], stored: Pa
 
     samples = []
     for sample in load_samples(stored) if stored.is_file() else []:
-        part = errors.datasets[sample.dataset]
-        vrmse = part.rollout_vrmse(sample.trajectory, sample.channel, sample.steps, errors.protocol.eps)
+        try:
+            part = errors.datasets[sample.dataset]
+            vrmse = part.rollout_vrmse(sample.trajectory, sample.channel, sample.steps, errors.protocol.eps)
+        except (LookupError, ValueError):
+            raise UserError(
+                f"{stored}: expected fields of rollouts in the errors.npz beside it, got {sample.dataset}, trajectory "
+                f"{sample.trajectory}, {sample.channel}, which that does not have: bring the two files of one "
+                "evaluation together, or remove samples.npz for a report without pictures of fields"
+            ) from None
         samples.append(dataclasses.replace(sample, vrmse=vrmse))
     write_tables(out, scores)
     write_report(out, errors, scores, samples)

@@ -61,7 +61,7 @@ def diagnose_run(
         "data": test.manifest.digest[:12],
     }
     known = well or sibling_well(shards)
-    total = work(num_steps) + (len(chosen) if known else 0)
+    total = work(num_steps, len(chosen)) + (len(chosen) if known else 0)
     with tqdm(total=total, desc=f"diagnose {dataset}", leave=False) as bar:
         twins = _twins(test, known, chosen, bar, required=well is not None)
         diagnosis = diagnose(subject, train, card, chosen, twins, origin, bar.update)

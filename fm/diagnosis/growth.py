@@ -44,19 +44,14 @@ class Recurrence:
 def fit_recurrence(errors: np.ndarray, one_step: np.ndarray, limit: float = GROWING) -> Recurrence | None:
     """Least squares for L over the steps until the error first passes `limit`; errors and one_step (R, K).
 
-    None where fewer than MIN_PAIRS pairs of steps are left: nothing can be said of growth then.
+    Steps from the first that is not finite on are left out. None where nothing can be said of growth: `why_unfitted`.
     """
-    inside = np.cumprod(errors < limit, axis=1).sum(axis=1)  # steps below the limit, of each trajectory
-    last = np.minimum(inside + 1, errors.shape[1])  # the step that passes it is what the last of them became
-    before, after, added, epsilons = [], [], [], []
-    for row, stop in enumerate(last):
-        finite = np.isfinite(errors[row, :stop]).all()
-        stop = stop if finite else stop - 1
-        before.append(errors[row, : stop - 1])
-        after.append(errors[row, 1:stop])
-        added.append(one_step[row, 1:stop])
-        epsilons.append(one_step[row, :stop])
-    x, following, new, epsilon = (np.concatenate(parts) for parts in (before, after, added, epsilons))
+    last = _last_steps(errors, one_step, limit)
+    rows = range(len(last))
+    x, following, new, epsilon = (
+        np.concatenate([part[row, first : max(0, last[row] + until)] for row in rows])
+        for part, first, until in ((errors, 0, -1), (errors, 1, 0), (one_step, 1, 0), (one_step, 0, 0))
+    )
     y, squares = following - new, following**2 - new**2
     if len(x) < MIN_PAIRS or not x.all():
         return None
@@ -65,8 +60,39 @@ def fit_recurrence(errors: np.ndarray, one_step: np.ndarray, limit: float = GROW
         factor=float(x @ y / (x @ x)),
         independent_factor=sqrt(max(0.0, float(x**2 @ squares / (x**2 @ x**2)))),
         bound=float((y / x).max()),
-        last_steps=tuple(int(stop) for stop in last),
+        last_steps=tuple(last.tolist()),
     )
+
+
+def why_unfitted(errors: np.ndarray, one_step: np.ndarray, limit: float = GROWING) -> str:
+    """Why `fit_recurrence` finds no law in these errors, as the end of a sentence."""
+    if errors.size - len(errors) < MIN_PAIRS:
+        return f"it takes {MIN_PAIRS} pairs of steps, and the rollouts have {errors.size - len(errors)}"
+    if np.maximum(_last_steps(errors, one_step, limit) - 1, 0).sum() >= MIN_PAIRS:
+        return "a rollout without any error has nothing that could grow"
+    if (_finite_steps(errors, one_step) < _steps_to(errors, limit)).any():
+        return "the errors stop being finite too soon"
+    return "the error is too large from the start"
+
+
+def _last_steps(errors: np.ndarray, one_step: np.ndarray, limit: float) -> np.ndarray:
+    """(R,): how many steps of each trajectory a fit can use."""
+    return np.minimum(_steps_to(errors, limit), _finite_steps(errors, one_step))
+
+
+def _steps_to(errors: np.ndarray, limit: float) -> np.ndarray:
+    """(R,): the step at which each error passes the limit, which is what the last one below it became."""
+    return np.minimum(_leading(errors < limit) + 1, errors.shape[1])
+
+
+def _finite_steps(errors: np.ndarray, one_step: np.ndarray) -> np.ndarray:
+    """(R,): how many steps go by until something is not finite."""
+    return _leading(np.isfinite(errors) & np.isfinite(one_step))
+
+
+def _leading(condition: np.ndarray) -> np.ndarray:
+    """(R, K) to (R,): for how many steps from the first on it holds."""
+    return np.cumprod(condition, axis=1).sum(axis=1)
 
 
 def first_step(condition: np.ndarray) -> tuple[int | None, ...]:
@@ -75,7 +101,9 @@ def first_step(condition: np.ndarray) -> tuple[int | None, ...]:
 
 
 def mean_factor(factors: np.ndarray, first: int = 0) -> float | None:
-    """Geometric mean of growth factors (R, K) over the steps after `first`; None where no step is finite."""
+    """Geometric mean of growth factors (R, K) over the steps after `first`; None where any of them is not finite."""
     late = factors[:, first:]
-    late = late[np.isfinite(late) & (late > 0)]
-    return float(np.exp(np.log(late).mean())) if late.size else None
+    if not late.size or not np.isfinite(late).all():
+        return None
+    with np.errstate(divide="ignore"):  # a step that leaves nothing of an error leaves nothing of the mean
+        return float(np.exp(np.log(late).mean()))

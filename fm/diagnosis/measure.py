@@ -1,6 +1,8 @@
 """Takes the measurements of one model on one dataset: rollouts, what its steps do to small errors, scales, floors."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -9,12 +11,12 @@ from torch import Tensor
 from data_pipeline.cards.card import Card
 from data_pipeline.miniwell.twins import twin_distance
 from data_pipeline.windows.reader import ShardReader
-from fm.diagnosis.conservation import grid_spacing, measure_drifts
+from fm.diagnosis.conservation import Drift, grid_spacing, measure_drifts
 from fm.diagnosis.floors import PointwiseMap
 from fm.diagnosis.growth import first_step, fit_recurrence
 from fm.diagnosis.jacobian import Step, largest_singular_value, tangent_growth
 from fm.diagnosis.result import Diagnosis, Floors, Growth, Stability
-from fm.diagnosis.scales import measure_bands, measure_spectra
+from fm.diagnosis.scales import Bands, Spectra, measure_bands, measure_spectra
 from fm.diagnosis.subject import Subject
 from fm.metrics import vrmse
 
@@ -25,11 +27,23 @@ SCORE_WINDOWS = 128  # of the test split, evenly spaced, that one-step predictor
 BATCH = 16
 
 Advance = Callable[[int], object]
+Part = TypeVar("Part", Growth, Stability, Bands, Drift)
 
 
-def work(num_steps: int) -> int:
-    """How often `diagnose` calls `advance`, in all, for rollouts of so many steps."""
-    return 4 * num_steps + 2 * len(_jacobian_frames(num_steps)) + 1
+@dataclass(frozen=True)
+class _Part:
+    """What is measured of one trajectory: R = 1. The singular values are those of the first trajectory only."""
+
+    growth: Growth
+    stability: Stability
+    spectra: Spectra
+    bands: Bands
+    drifts: tuple[Drift, ...]
+
+
+def work(num_steps: int, num_trajectories: int) -> int:
+    """How often `diagnose` calls `advance`, in all, for so many rollouts of so many steps."""
+    return 4 * num_steps * num_trajectories + 2 * len(_jacobian_frames(num_steps)) + 1
 
 
 def diagnose(
@@ -41,30 +55,80 @@ def diagnose(
     origin: dict[str, object] | None = None,
     advance: Advance = lambda count: None,
 ) -> Diagnosis:
-    """Measure a model on trajectories (R) of one length, from their first frames.
+    """Measure a model on trajectories (R) of one length, from their first frames; states of one are held at a time.
 
     `train` reads the train split; `twins` (R, 2, T, C, H, W) are the trajectories and their twins, if there are any;
     `origin` says whose numbers these are.
     """
-    manifest, num_steps = subject.reader.manifest, subject.reader.num_frames(trajectories[0]) - 1
-    truth = subject.states(trajectories, num_steps + 1)
-    rollout = _roll_out(subject, trajectories, truth[:, 0], num_steps, advance)
-    raw_truth, raw_rollout = subject.physical(truth), subject.physical(rollout)
-    std = np.array([manifest.stats["std"][name] for name in manifest.state_channels])
-    spacing = grid_spacing(card, manifest.grid) or (1.0, 1.0)
-    later = truth[:, 1:].numpy(), rollout[:, 1:].numpy()
+    manifest = subject.reader.manifest
+    parts = [
+        _measure(subject, card, index, None if twins is None else twins[row : row + 1], row, advance)
+        for row, index in enumerate(trajectories)
+    ]
     return Diagnosis(
         dataset=subject.dataset,
         origin=dict(origin or {}),
         trajectories=tuple(trajectories),
         dt=manifest.trajectories[trajectories[0]].dt,
-        growth=_growth(subject, trajectories, truth, rollout, raw_truth, raw_rollout, advance),
-        stability=_stability(subject, trajectories, truth, rollout, twins, std, advance),
+        growth=_joined_growth([part.growth for part in parts]),
+        stability=_joined_stability([part.stability for part in parts]),
+        spectra=_joined_spectra([part.spectra for part in parts]),
+        bands=_joined([part.bands for part in parts], "truth", "prediction", "error"),
+        drifts=tuple(
+            _joined(drifts, "truth", "prediction") for drifts in zip(*(part.drifts for part in parts), strict=True)
+        ),
+        floors=_floors(subject, train, advance),
+    )
+
+
+def _measure(
+    subject: Subject, card: Card, trajectory: int, twins: np.ndarray | None, row: int, advance: Advance
+) -> _Part:
+    """One trajectory, the `row`-th of those chosen; twins (1, 2, T, C, H, W)."""
+    manifest, num_steps = subject.reader.manifest, subject.reader.num_frames(trajectory) - 1
+    alone = [trajectory]
+    truth = subject.states(alone, num_steps + 1)
+    rollout = _roll_out(subject, alone, truth[:, 0], num_steps, advance)
+    raw_truth, raw_rollout = subject.physical(truth), subject.physical(rollout)
+    std = np.array([manifest.stats["std"][name] for name in manifest.state_channels])
+    spacing = grid_spacing(card, manifest.grid) or (1.0, 1.0)
+    later = truth[:, 1:].numpy(), rollout[:, 1:].numpy()
+    return _Part(
+        growth=_growth(subject, alone, truth, rollout, raw_truth, raw_rollout, advance),
+        stability=_stability(subject, alone, truth, rollout, twins, std, row, advance),
         spectra=measure_spectra(*later, _shown_steps(num_steps), spacing),
         bands=measure_bands(*later, subject.model.specs[subject.dataset].periodic),
         drifts=measure_drifts(card, manifest.state_channels, raw_truth, raw_rollout, std),
-        floors=_floors(subject, train, advance),
     )
+
+
+def _joined(parts: Sequence[Part], *names: str) -> Part:
+    """The first of the parts, with these arrays (R, ...) of all."""
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return replace(parts[0], **arrays)
+
+
+def _joined_growth(parts: Sequence[Growth]) -> Growth:
+    joined = _joined(parts, "rollout", "one_step", "vrmse")
+    return replace(
+        joined,
+        recurrence=fit_recurrence(joined.rollout, joined.one_step),
+        failed=tuple(step for part in parts for step in part.failed),
+        not_finite=tuple(step for part in parts for step in part.not_finite),
+    )
+
+
+def _joined_stability(parts: Sequence[Stability]) -> Stability:
+    flow = () if parts[0].true_flow is None else ("true_flow",)
+    return _joined(parts, "along_truth", "along_rollout", *flow)
+
+
+def _joined_spectra(parts: Sequence[Spectra]) -> Spectra:
+    """Averages over trajectories, which all have the same number of fields."""
+    truth, prediction, error = (
+        np.mean(part, axis=0) for part in zip(*((one.truth, one.prediction, one.error) for one in parts), strict=True)
+    )
+    return replace(parts[0], truth=truth, prediction=prediction, error=error)
 
 
 def _roll_out(
@@ -115,11 +179,15 @@ def _stability(
     rollout: Tensor,
     twins: np.ndarray | None,
     std: np.ndarray,
+    row: int,
     advance: Advance,
 ) -> Stability:
-    """Growth of one small difference along truth and rollout: the twins', where there are any, else noise."""
+    """Growth of one small difference along truth and rollout: the twins', where there are any, else noise.
+
+    The singular values, which are costly, are those of the trajectory in row 0; none elsewhere.
+    """
     step, true_flow = subject.step(trajectories), None
-    start = torch.randn(truth[:, 0].shape, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(truth[:, 0].shape, generator=torch.Generator().manual_seed(row))
     if twins is not None:
         difference = (twins[:, 1, 0] - twins[:, 0, 0]) / std[:, None, None]
         start = torch.from_numpy(difference / np.abs(difference).max()).float()
@@ -129,9 +197,8 @@ def _stability(
         tangent_growth(step, (_told(state, advance).to(subject.device) for state in _inputs(path)), start.to(path))
         for path in (truth, rollout)
     ]
-    frames = _jacobian_frames(truth.shape[1] - 1)
-    first = subject.step(trajectories[:1])
-    largest = [_largest(first, path[:1], frames, subject.device, advance) for path in (truth, rollout)]
+    frames = _jacobian_frames(truth.shape[1] - 1) if row == 0 else ()
+    largest = [_largest(step, path, frames, subject.device, advance) for path in (truth, rollout)]
     return Stability(along[0], along[1], true_flow, frames, largest[0], largest[1])
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fm.diagnosis.conservation import Drift
-from fm.diagnosis.growth import UNRELATED, mean_factor
+from fm.diagnosis.growth import UNRELATED, mean_factor, why_unfitted
 from fm.diagnosis.result import Diagnosis
 
 ALIKE = 0.05  # growth factors this close are called the same, and one this close to 1 neither grows nor decays
@@ -76,7 +76,8 @@ def _failure(diagnosis: Diagnosis) -> str:
 def _recurrence(diagnosis: Diagnosis) -> str:
     fit = diagnosis.growth.recurrence
     if fit is None:
-        return "The error is too large from the start for a law of growth to be fitted."
+        reason = why_unfitted(diagnosis.growth.rollout, diagnosis.growth.one_step)
+        return f"No law of growth can be fitted: {reason}."
     steps = sorted(set(fit.last_steps))
     first = f"the first {steps[0]}" if len(steps) == 1 else f"the first {steps[0]} to {steps[-1]}"
     law = (
@@ -96,24 +97,34 @@ def _recurrence(diagnosis: Diagnosis) -> str:
 def _stability(diagnosis: Diagnosis) -> str:
     stability, middle = diagnosis.stability, diagnosis.num_steps // 2
     text = (
-        f"Along the true trajectory a small error grows by {factor(mean_factor(stability.along_truth))} a step in the "
-        f"model, along the model's own rollout by {factor(mean_factor(stability.along_rollout))}"
+        f"Along the true trajectory a small error grows by {_growth(stability.along_truth, ' a step')} in the model, "
+        f"along the model's own rollout by {_growth(stability.along_rollout)}"
     )
-    if stability.true_flow is None:
+    if stability.true_flow is None or mean_factor(stability.true_flow) is None:
         text += "; how fast the true flow lets it grow is not known here."
     else:
         first, later = (
-            [mean_factor(part, steps) for part in (stability.along_truth, stability.true_flow)] for steps in (0, middle)
+            (mean_factor(stability.along_truth, steps), mean_factor(stability.true_flow, steps) or 0.0)
+            for steps in (0, middle)
         )
         text += f"; the true flow lets it grow by {factor(first[1])} (twins): {_compared(*first)}."
         if _compared(*later) != _compared(*first):
             text += f" In the second half it is {factor(later[0])} against {factor(later[1])}: {_compared(*later)}."
-    largest = np.concatenate([stability.largest_along_truth, stability.largest_along_rollout])
-    return f"{text} In its worst direction a single step amplifies by up to {number(float(largest.max()))}."
+    largest = float(np.concatenate([stability.largest_along_truth, stability.largest_along_rollout]).max())
+    most = f"up to {number(largest)}" if np.isfinite(largest) else "a factor that is not finite"
+    return f"{text} In its worst direction a single step amplifies by {most}."
 
 
-def _compared(model: float | None, flow: float | None) -> str:
-    if model is None or flow is None or model > flow * (1 + ALIKE):
+def _growth(factors: np.ndarray, unit: str = "") -> str:
+    """The mean growth factor, or from where on there is none: a mean over the steps before would flatter."""
+    mean = mean_factor(factors)
+    if mean is not None:
+        return f"{factor(mean)}{unit}"
+    return f"factors that are not finite from step {_first(~np.isfinite(factors))} on"
+
+
+def _compared(model: float | None, flow: float) -> str:
+    if model is None or model > flow * (1 + ALIKE):
         return "the model is less stable than the physics"
     if model < flow / (1 + ALIKE):
         return "the model damps what the physics would let grow"
@@ -123,10 +134,15 @@ def _compared(model: float | None, flow: float | None) -> str:
 def _scales(diagnosis: Diagnosis) -> str:
     bands = diagnosis.bands
     truth, prediction, _ = bands.level(1)
-    ratio = np.median(prediction / np.where(truth > 0, truth, np.nan), axis=0)
+    ratio = _median_ratio(prediction, truth)
     text = _lost_first(diagnosis)
     last = float(ratio[-1])
-    if last > SCALE or not np.isfinite(last):
+    if not np.isfinite(last) and not np.isfinite(prediction[:, -1]).all():
+        step = _first(~np.isfinite(prediction))
+        return f"{text} The finest wavelet details are not finite from step {step} on."
+    if not np.isfinite(last) or not truth[:, -1].any():
+        return f"{text} The truth ends without any energy in the finest wavelet details."
+    if last > SCALE:
         step = _last_crossing(~(ratio <= SCALE))
         share = float(np.median(prediction[:, -1] / bands.prediction[:, -1].sum(-1)))
         return (
@@ -145,23 +161,36 @@ def _scales(diagnosis: Diagnosis) -> str:
 def _lost_first(diagnosis: Diagnosis) -> str:
     """At which step the error of the finest and of the coarsest band passes what the truth has there."""
     names = {1: "fine details (level 1)", 0: "the coarse part"}
-    steps = {}
+    steps, errors = {}, []
     for level in names:
         truth, _, error = diagnosis.bands.level(level)
-        lost = np.median(error / np.where(truth > 0, truth, np.nan), axis=0) > 1
-        steps[level] = int(lost.argmax()) + 1 if lost.any() else None
+        steps[level] = _first(~(_median_ratio(error, truth) <= 1))
+        errors.append(error)
     told = [f"{names[level]} from step {step}" if step else f"{names[level]} never" for level, step in steps.items()]
-    if steps[1] == steps[0] is None:
+    broken = _first(~np.isfinite(np.stack(errors)))
+    if steps[1] == steps[0] == broken is None:
         return "At every scale the error stays below the truth's own energy."
-    return f"The error outweighs the truth's own energy in {told[0]}, in {told[1]}."
+    ending = f"; it is not finite from step {broken} on" if broken else ""
+    return f"The error outweighs the truth's own energy in {told[0]}, in {told[1]}{ending}."
+
+
+def _median_ratio(energy: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Medians (K,) over trajectories of energy over the truth's, (R, K) each; nothing over nothing is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.median(np.where(energy == 0, 0.0, energy / truth), axis=0)
 
 
 def _conservation(drifts: tuple[Drift, ...]) -> str:
-    broken, kept = [], []
+    broken: list[str] = []
+    kept: list[str] = []
     for drift in drifts:
         floor, worst = (float(np.median(np.abs(part).max(axis=1))) for part in (drift.truth, drift.prediction))
         if worst <= max(KEPT, DRIFT_FLOOR * floor):
             kept.append(f"the {drift.label}")
+        elif not np.isfinite(worst):
+            broken.append(
+                f"the {drift.label} is not finite from step {_first(~np.isfinite(drift.prediction[:, 1:]))} on"
+            )
         else:
             verb = "is" if drift.kind == "divergence" else "drifts by"
             broken.append(f"the {drift.label} {verb} up to {number(worst)} {drift.unit} (truth: {number(floor)})")
@@ -173,11 +202,19 @@ def _conservation(drifts: tuple[Drift, ...]) -> str:
 
 def _floors(diagnosis: Diagnosis) -> str:
     floors = diagnosis.floors
-    text = f"The one-step error, VRMSE {number(floors.model)}, is {number(floors.model / floors.pointwise)} times"
-    text += f" that of the best linear map of each point's own channels, {number(floors.pointwise)}"
-    if floors.model > floors.pointwise:
+    text = f"The one-step error, VRMSE {number(floors.model)}, is"
+    ratio = floors.model / floors.pointwise if floors.pointwise else np.inf
+    text += f" {number(ratio)} times that" if np.isfinite(ratio) else " to be compared with that"
+    text += f" of the best linear map of each point's own channels, {number(floors.pointwise)}"
+    if not floors.model <= floors.pointwise:
         text += ": one step of this flow is simpler than the model makes it"
     return f"{text}. Persistence has {number(floors.persistence)}."
+
+
+def _first(condition: np.ndarray) -> int | None:
+    """The first step, from 1, at which a condition (..., K) holds anywhere; None where it never does."""
+    places = np.flatnonzero(condition.reshape(-1, condition.shape[-1]).any(axis=0))
+    return int(places[0]) + 1 if places.size else None
 
 
 def _last_crossing(condition: np.ndarray) -> int:

@@ -27,7 +27,7 @@ from fm.evaluation.parts import Part, Parts, remove_parts
 from fm.evaluation.shown import as_sample, longest_recorder
 from fm.report.sample import Domain, Sample
 from fm.report.write import write_report
-from fm.scores.errors import DatasetErrors, ErrorFile
+from fm.scores.errors import DatasetErrors, ErrorFile, check_names
 from fm.scores.protocol import Protocol
 from fm.scores.scoring import score
 from fm.specs import check_channels
@@ -98,6 +98,7 @@ class _Job:
             "protocol": self.protocol.to_json(),
             "data": {name: reader.manifest.digest for name, reader in self.readers.items()},
             "batch_size": self.batch_size,
+            "device": self.device.type,
         }
 
     def measure(self, item: Item, advance: Callable[[int], object]) -> Part:
@@ -175,6 +176,10 @@ def _check(model: Surrogate, readers: Mapping[str, ShardReader], protocol: Proto
         raise UserError("evaluate: expected at least one dataset, got none")
     for name, reader in readers.items():
         manifest = reader.manifest
+        try:
+            check_names(name, manifest.state_channels)
+        except ValueError as error:
+            raise UserError(f"{reader.folder}: {error}: pictures and errors are kept under it") from error
         if manifest.split != protocol.split:
             raise UserError(
                 f"{reader.folder}: protocol {protocol.name} scores the split {protocol.split}, this is {manifest.split}"

@@ -1,17 +1,19 @@
 """Runs the model over one dataset and measures its errors, window by window and rollout by rollout.
 
 Beside the model: persistence and the mean field (fm/scores/errors.py), on the same frames. Everything is in physical
-units and float32, whatever the precision of the training. Windows, and the rollouts of different trajectories, run in
-batches: the grids of a dataset are all equal.
+units and float32, whatever the precision of the training and without a GPU's TF32. Windows, and the rollouts of
+different trajectories, run in batches: the grids of a dataset are all equal.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.errors import UserError
 from data_pipeline.windows.reader import ShardReader
 from fm.metrics import squared_error_and_variance
 from fm.rollout import rollout
@@ -106,6 +108,20 @@ def rollout_errors(
     return as_errors(measured, trajectories, longest, len(reader.manifest.state_channels))
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Neither convolutions nor matrix products in TF32, which keeps 10 bits of a number; afterwards as it was."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
+
+
+@full_float32()
 def measure_windows(
     model: Surrogate,
     reader: ShardReader,
@@ -114,7 +130,10 @@ def measure_windows(
     batch_size: int,
     advance: Callable[[int], object] = lambda count: None,
 ) -> Measured:
-    """One prediction of each one-step window with these ids. `advance` is told how many were made, batch by batch."""
+    """One prediction of each one-step window with these ids. `advance` is told how many were made, batch by batch.
+
+    UserError where the data are not finite.
+    """
     parts = []
     batches = np.array_split(windows, -(-len(windows) // batch_size))
     for number, ids in enumerate(batches):
@@ -123,11 +142,14 @@ def measure_windows(
         batch = reader.batch(ids, 2).to(device)
         source, target = batch.fields[:, 0], batch.fields[:, 1]
         (prediction,) = rollout(model, reader.manifest.dataset, source, batch.constants, 1)
-        parts.append(Measured(*reader.index(2).locate(ids), _values(prediction, source, target)))
+        part = Measured(*reader.index(2).locate(ids), _values(prediction, source, target))
+        _check_truth(reader, part, held=part.steps, truth=part.steps + 1)
+        parts.append(part)
         advance(len(ids))
     return Measured.joined(parts)
 
 
+@full_float32()
 def measure_rollouts(
     model: Surrogate,
     reader: ShardReader,
@@ -139,7 +161,7 @@ def measure_rollouts(
 ) -> Measured:
     """The rollouts of one of `rollout_batches`. `advance` is told how many predictions were made, step by step.
 
-    A rollout that stops being finite goes on: its errors say so.
+    A rollout that stops being finite goes on: its errors say so. UserError where the data are not finite.
     """
     steps = [rollout_steps(reader, trajectory, protocol) for trajectory in trajectories]
     first = protocol.start + protocol.context - 1
@@ -152,10 +174,25 @@ def measure_rollouts(
         ids = trajectories[:going]
         truth = _stack([reader.trajectory_frames(index, first + step, 1)[0] for index in ids], device)
         values = _values(prediction[:going], initial[:going], truth)
-        parts.append(Measured(np.array(ids, np.int64), np.full(going, step - 1), values))
+        part = Measured(np.array(ids, np.int64), np.full(going, step - 1), values)
+        _check_truth(reader, part, held=np.full(going, first), truth=part.steps + first + 1)
+        parts.append(part)
         watch(ids, step, prediction[:going], truth)
         advance(going)
     return Measured.joined(parts)
+
+
+def _check_truth(reader: ShardReader, part: Measured, held: np.ndarray, truth: np.ndarray) -> None:
+    """UserError where a frame of the data (N,), the one held or the true one, is not finite."""
+    columns = [one.name for one in fields(Errors)]
+    for name, frames in (("variance", truth), ("persistence", held)):
+        bad = np.flatnonzero(~np.isfinite(part.values[:, columns.index(name)]).all(axis=1))
+        if bad.size:
+            raise UserError(
+                f"{reader.folder}: {reader.dataset}: expected finite data to score on, got a value that is not in "
+                f"trajectory {part.trajectories[bad[0]]}, frame {frames[bad[0]]}: `data-pipeline audit SHARDS` lists "
+                "all such frames; make the shards of this split without the files that hold them"
+            )
 
 
 def _stack(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """What an evaluation has finished: a file for each item, kept until the report is written.
 
     <report>/parts/
-        identity.json                           whose parts these are: model, protocol, data, batch size
+        identity.json                           whose parts these are: model, protocol, data, batch size, device
         <dataset>-one_step-00000.npz  ...       Measured: trajectories, steps, values
         <dataset>-rollout-00000.npz  ...        of each dataset's first rollouts also `shown`: truth and prediction
 

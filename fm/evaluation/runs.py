@@ -17,6 +17,7 @@ from fm.evaluation.parts import remove_parts
 from fm.recipe_file import resolve
 from fm.report.sample import Domain
 from fm.runtime import as_main_process_finds, make_accelerator, naming_lost_processes
+from fm.scores.errors import FILE_NAME, FORMAT, ErrorFile
 from fm.scores.protocol import load_protocol
 from fm.scores.tables import score_table
 from fm.settings import Recipe
@@ -54,7 +55,7 @@ def evaluate_run(
         "weights": state["files"]["ema.safetensors"]["sha256"],
     }
     identity = {
-        "origin": origin,
+        "weights": _weights(origin),
         "protocol": chosen.to_json(),
         "data": {name: reader.manifest.digest for name, reader in readers.items()},
     }
@@ -88,13 +89,26 @@ def _domains(recipe: Recipe, datasets: Sequence[str], say: Callable[[str], objec
 
 
 def _holds(out: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether the report is there already."""
-    return (out / "scores.json").is_file() and _identity(_read_scores(out)) == json.loads(json.dumps(identity))
+    """Whether the report is there already, whole: of this format, with its page and with errors that can be read."""
+    if not (out / "scores.json").is_file():
+        return False
+    scores = _read_scores(out)
+    try:
+        ErrorFile.load(out / FILE_NAME)
+    except UserError:
+        return False
+    whole = scores.get("format") == FORMAT and (out / "index.html").is_file()
+    return whole and _identity(scores) == json.loads(json.dumps(identity))
 
 
 def _identity(scores: Mapping[str, Any]) -> dict[str, Any]:
     data = {name: part["data_digest"] for name, part in scores["datasets"].items()}
-    return {"origin": scores.get("origin"), "protocol": scores["protocol"], "data": data}
+    return {"weights": _weights(scores["origin"]), "protocol": scores["protocol"], "data": data}
+
+
+def _weights(origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Which weights they are, wherever the checkpoint lies."""
+    return {key: origin.get(key) for key in ("step", "weights")}
 
 
 def _read_scores(out: Path) -> dict[str, Any]:

@@ -9,12 +9,15 @@ What is there is read from these files alone, so a sweep may be killed at any ti
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_file
+from data_pipeline.remote import is_url
+from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
 from fm.checkpoint import find_checkpoint, newest_checkpoint, read_state
 from fm.lab.sweep_file import Sweep, Trial
 from fm.recipe_file import resolve
@@ -75,9 +78,9 @@ def is_trained(trial: Trial) -> bool:
 
 
 def read_scores(trial: Trial, sweep: Sweep) -> dict[str, Any] | None:
-    """The scores of a trial's present weights under the sweep's protocol, or None where there are none yet.
+    """The scores of a trial's present weights and data under the sweep's protocol, or None where there are none.
 
-    UserError where the file is damaged.
+    Data that are not at hand, or at a URL, are not compared. UserError where the file is damaged.
     """
     file = trial.report / "scores.json"
     if not file.is_file():
@@ -85,18 +88,54 @@ def read_scores(trial: Trial, sweep: Sweep) -> dict[str, Any] | None:
     try:
         scores = json.loads(file.read_text())
         measured, of = scores["protocol"], scores["origin"]["weights"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        data = {name: part["data_digest"] for name, part in scores["datasets"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a report's scores.json ({error!r}); remove it, and sweep again") from error
     wanted = replace(get_protocol(sweep.protocol), one_step_windows=sweep.windows).to_json()
     weights = read_state(find_checkpoint(model_of(trial)))["files"]["ema.safetensors"]["sha256"]
-    return scores if measured == wanted and of == weights else None
+    current = measured == wanted and of == weights and _is_present(data, trial, wanted["split"])
+    return scores if current else None
+
+
+def _is_present(data: Mapping[str, str], trial: Trial, split: str) -> bool:
+    """Whether the shards of a trial have these digests, by dataset, as far as they are at hand."""
+    shards = trial.recipe.data.shards
+    if is_url(shards):
+        return True
+    files = {name: Path(shards) / name / split / MANIFEST_NAME for name in data}
+    return all(Manifest.load(file).digest == data[name] for name, file in files.items() if file.is_file())
+
+
+def check_same_data(scores: Mapping[str, Mapping[str, Any]], sweep: Sweep) -> None:
+    """UserError where two runs, by name, were scored on different data of one dataset."""
+    first: dict[str, tuple[str, str]] = {}
+    for run, part in scores.items():
+        for name, dataset in part["datasets"].items():
+            other, digest = first.setdefault(name, (run, dataset["data_digest"]))
+            if dataset["data_digest"] != digest:
+                raise UserError(
+                    f"{sweep.file}: expected all runs scored on the same {name} data, got shards with digests "
+                    f"{digest[:12]} in {other} and {dataset['data_digest'][:12]} in {run}: remove the report folder of "
+                    "the one that is out of date, and sweep again"
+                )
 
 
 def check_unchanged(trial: Trial, sweep: Sweep, out: Path) -> None:
     """UserError where a run has begun with other settings than the sweep gives it now."""
+    changes = find_changes(trial, sweep, out)
+    if changes:
+        lines = "\n  ".join(changes)
+        raise UserError(
+            f"{trial.directory} was trained with other settings than {sweep.file} gives {trial.variant.name!r} now:\n"
+            f"  {lines}\nRemove that folder, or sweep into another one (--out)."
+        )
+
+
+def find_changes(trial: Trial, sweep: Sweep, out: Path) -> list[str]:
+    """In which settings a run that has begun differs from what the sweep gives it now, a line each."""
     checkpoint = newest_checkpoint(trial.directory / "checkpoints", print)
     if checkpoint is None:
-        return
+        return []
     before = recipe_to_dict(resolve(read_state(checkpoint)["recipe"], str(checkpoint / "state.json")))
     after = recipe_to_dict(trial.recipe)
     changes = []
@@ -106,10 +145,4 @@ def check_unchanged(trial: Trial, sweep: Sweep, out: Path) -> None:
         if probe is None or probe.seconds != sweep.seconds:
             changes.append(f"seconds: {probe.seconds if probe else None} -> {sweep.seconds}")
     before["run"]["dir"] = after["run"]["dir"]  # a sweep's folder may be moved
-    changes += changed_settings(before, after)
-    if changes:
-        lines = "\n  ".join(changes)
-        raise UserError(
-            f"{trial.directory} was trained with other settings than {sweep.file} gives {trial.variant.name!r} now:\n"
-            f"  {lines}\nRemove that folder, or sweep into another one (--out)."
-        )
+    return changes + changed_settings(before, after)

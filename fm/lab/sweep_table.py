@@ -1,10 +1,10 @@
 """The table of a sweep: what each variant costs and reaches, and whether the paper's order is ours.
 
 Variants are ranked by the geometric mean over datasets of one-step VRMSE over persistence's. Datasets that not every
-scored variant knows are left out. Scores of several seeds are averaged, and their standard deviation is given.
+scored variant knows are left out. Scores of several seeds are averaged, and their standard deviation is given. A run
+that was trained with other settings than the sweep gives it now is named, and has no part in the table.
 """
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from statistics import mean, stdev
@@ -12,15 +12,16 @@ from typing import Any
 
 from fm.checkpoint import load_pretrained
 from fm.lab.sweep_file import Sweep, Trial
-from fm.lab.sweep_state import model_of, read_scores
+from fm.lab.sweep_state import check_same_data, find_changes, model_of, read_scores
 from fm.scores.formats import DASH, Cell, Document, Marked, Table, number
 from fm.scores.protocol import get_protocol
-from fm.scores.ranks import spearman
+from fm.scores.ranks import mean_ranks, spearman
 from fm.scores.scoring import geometric_mean
 from fm.tracking import parse_lines
 
-DONE, FAILED, NOT_RUN = "done", "failed", "not run"
+DONE, OTHER, FAILED, NOT_RUN = "done", "other settings", "failed", "not run"
 ONE_STEP = "one step"
+MIN_AGREEMENT = 3  # variants: any two are in the same order or in the opposite one
 
 
 def sweep_results(sweep: Sweep, trials: Sequence[Trial], failed: Collection[str] = ()) -> dict[str, Any]:
@@ -28,31 +29,49 @@ def sweep_results(sweep: Sweep, trials: Sequence[Trial], failed: Collection[str]
 
     `variants` has a row per variant: its `runs`, one per seed, and over those that are scored the mean `parameters`,
     `steps` and training `seconds`, and `scores.<block>` with `over_persistence`, its `spread` over seeds and `vrmse` by
-    dataset. A block is "one step" or a window of the protocol; null is what is not finite or not there.
+    dataset, and by dataset how many of the `count` trajectories (or windows) of all seeds `diverged`. A block is "one
+    step" or a window of the protocol; null is what is not finite or not there. `paper_rank` and `rank_beside_paper`
+    are among the variants that are done and have a number of the paper's. UserError where two runs were scored on
+    different data.
     """
-    scores = {trial.name: read_scores(trial, sweep) for trial in trials}
-    known = [set(part["datasets"]) for part in scores.values() if part is not None]
+    scores = {trial.name: part for trial in trials if (part := read_scores(trial, sweep)) is not None}
+    found = {trial.name: find_changes(trial, sweep, trial.directory.parent) for trial in trials if trial.name in scores}
+    changes = {name: lines for name, lines in found.items() if lines}
+    scores = {name: part for name, part in scores.items() if name not in changes}
+    check_same_data(scores, sweep)
+    known = [set(part["datasets"]) for part in scores.values()]
     datasets = sorted(set.intersection(*known)) if known else []
     blocks = [ONE_STEP, *get_protocol(sweep.protocol).windows]
     rows = []
     for variant in sweep.variants:
         mine = [trial for trial in trials if trial.variant == variant]
-        runs = [_run_result(trial, scores[trial.name], trial.name in failed, datasets, blocks) for trial in mine]
+        runs = [
+            _run_result(trial, scores[trial.name], datasets, blocks)
+            if trial.name in scores
+            else _without_scores(trial, changes.get(trial.name, []), trial.name in failed)
+            for trial in mine
+        ]
         rows.append({"variant": variant.name, **_over_seeds(runs, datasets, blocks), "runs": runs})
-    ours = _ranks({row["variant"]: _lead(row) for row in rows if row["status"] == DONE})
-    theirs = _ranks(sweep.published or {})
+    leads = {row["variant"]: _lead(row) for row in rows if row["status"] == DONE}
+    published = sweep.published or {}
+    both = [name for name in leads if name in published]
+    columns = {
+        "rank": _ranks(leads),
+        "paper": published,
+        "paper_rank": _ranks({name: published[name] for name in both}),
+        "rank_beside_paper": _ranks({name: leads[name] for name in both}),
+    }
     for row in rows:
-        name = row["variant"]
-        row |= {"rank": ours.get(name), "paper": (sweep.published or {}).get(name), "paper_rank": theirs.get(name)}
+        row |= {key: column.get(row["variant"]) for key, column in columns.items()}
     return {
         "title": sweep.title,
         "paper": sweep.paper,
         "protocol": replace(get_protocol(sweep.protocol), one_step_windows=sweep.windows).to_json(),
         "seconds": sweep.seconds,
         "blocks": blocks,
-        "references": _references([part for part in scores.values() if part is not None], datasets, blocks),
+        "references": _references(list(scores.values()), datasets, blocks),
         "variants": rows,
-        "spearman": _agreement(rows),
+        "spearman": _agreement([leads[name] for name in both], [published[name] for name in both]),
     }
 
 
@@ -71,24 +90,32 @@ def sweep_document(sweep: Sweep, results: Mapping[str, Any]) -> Document:
         [row["variant"], _place(row), *_costs(row), *(_ratio(row, block, results) for block in blocks)] for row in rows
     ]
     if sweep.published:
-        head += ["paper", "paper's rank"]
-        table = [[*cells, row["paper"], row["paper_rank"]] for cells, row in zip(table, rows, strict=True)]
+        head += ["paper", "paper's rank", "our rank beside it"]
+        table = [
+            [*cells, row["paper"], _rank(row["paper_rank"]), _rank(row["rank_beside_paper"])]
+            for cells, row in zip(table, rows, strict=True)
+        ]
     done = [row for row in rows if row["status"] == DONE]
     tables = [Table("Variants", head, table)]
     tables += [_datasets_table(block, done, results) for block in blocks] if done else []
     return Document(about, tables, _notes(sweep, results))
 
 
+def _without_scores(trial: Trial, changes: Sequence[str], failed: bool) -> dict[str, Any]:
+    run = {"run": str(trial.directory), "seed": trial.seed}
+    if changes:
+        return {**run, "status": OTHER, "changes": list(changes)}
+    return {**run, "status": FAILED if failed else NOT_RUN}
+
+
 def _run_result(
-    trial: Trial, scores: Mapping[str, Any] | None, failed: bool, datasets: Sequence[str], blocks: Sequence[str]
+    trial: Trial, scores: Mapping[str, Any], datasets: Sequence[str], blocks: Sequence[str]
 ) -> dict[str, Any]:
-    result: dict[str, Any] = {"run": str(trial.directory), "seed": trial.seed}
-    if scores is None:
-        return {**result, "status": FAILED if failed else NOT_RUN}
     lead = scores["protocol"]["trajectories"]
     cells = {block: {name: _cell(scores["datasets"][name], block) for name in datasets} for block in blocks}
     return {
-        **result,
+        "run": str(trial.directory),
+        "seed": trial.seed,
         "status": DONE,
         "parameters": load_pretrained(model_of(trial)).num_parameters(),
         "steps": 0 if trial.variant.only_evaluate else scores["origin"]["step"],
@@ -97,6 +124,7 @@ def _run_result(
             block: {
                 "over_persistence": geometric_mean([cell.get("ratio_to_persistence") for cell in part.values()]),
                 "vrmse": {name: cell.get(lead) for name, cell in part.items()},
+                **{key: {name: cell.get(key, 0) for name, cell in part.items()} for key in ("diverged", "count")},
             }
             for block, part in cells.items()
         },
@@ -107,7 +135,8 @@ def _over_seeds(runs: Sequence[Mapping[str, Any]], datasets: Sequence[str], bloc
     """Means over the runs that are scored; a variant is done when one of them is."""
     done = [run for run in runs if run["status"] == DONE]
     if not done:
-        return {"status": FAILED if any(run["status"] == FAILED for run in runs) else NOT_RUN}
+        told = [run["status"] for run in runs]
+        return {"status": next(status for status in (OTHER, FAILED, NOT_RUN) if status in told)}
     return {
         "status": DONE,
         **{key: mean(run[key] for run in done) for key in ("parameters", "steps", "seconds")},
@@ -116,6 +145,10 @@ def _over_seeds(runs: Sequence[Mapping[str, Any]], datasets: Sequence[str], bloc
                 "over_persistence": _mean([run["scores"][block]["over_persistence"] for run in done]),
                 "spread": _spread([run["scores"][block]["over_persistence"] for run in done]),
                 "vrmse": {name: _mean([run["scores"][block]["vrmse"][name] for run in done]) for name in datasets},
+                **{
+                    key: {name: sum(run["scores"][block][key][name] for run in done) for name in datasets}
+                    for key in ("diverged", "count")
+                },
             }
             for block in blocks
         },
@@ -158,19 +191,21 @@ def _lead(row: Mapping[str, Any]) -> float | None:
     return row["scores"][ONE_STEP]["over_persistence"]
 
 
-def _ranks(values: Mapping[str, float | None]) -> dict[str, int]:
-    """1 for the lowest; what is not finite comes last."""
-    finite = {name: math.inf if value is None else value for name, value in values.items()}
-    return {name: rank for rank, name in enumerate(sorted(finite, key=finite.__getitem__), start=1)}
+def _ranks(values: Mapping[str, float | None]) -> dict[str, float]:
+    """1 for the lowest; equal ones share their mean rank, and what is not finite comes last."""
+    return dict(zip(values, mean_ranks([list(values.values())]), strict=True)) if values else {}
 
 
-def _agreement(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    both = [row for row in rows if row["status"] == DONE and row["paper"] is not None]
-    return spearman([_lead(row) for row in both], [row["paper"] for row in both]) if len(both) > 1 else None
+def _agreement(ours: Sequence[float | None], theirs: Sequence[float]) -> float | None:
+    return spearman(ours, theirs) if len(ours) >= MIN_AGREEMENT else None
 
 
 def _place(row: Mapping[str, Any]) -> Cell:
-    return row["rank"] if row["status"] == DONE else row["status"]
+    return _rank(row["rank"]) if row["status"] == DONE else row["status"]
+
+
+def _rank(rank: float | None) -> Cell:
+    return None if rank is None else f"{rank:g}"
 
 
 def _costs(row: Mapping[str, Any]) -> list[Cell]:
@@ -183,15 +218,25 @@ def _ratio(row: Mapping[str, Any], block: str, results: Mapping[str, Any]) -> Ce
     if row["status"] != DONE:
         return None
     score = row["scores"][block]
-    if score["spread"] is not None:
-        return Marked(score["over_persistence"], f"± {number(score['spread'])}")
+    marks = [f"± {number(score['spread'])}"] if score["spread"] is not None else []
+    marks += _diverged(sum(score["diverged"].values()), sum(score["count"].values()))
     covered = all(part[block]["persistence"] is not None for part in results["references"].values())
-    return _finite(score["over_persistence"], covered)
+    return _finite(score["over_persistence"], covered, marks)
 
 
-def _finite(value: float | None, covered: bool) -> Cell:
-    """A score, or why there is none."""
+def _diverged(diverged: int, count: int) -> list[str]:
+    return [f"{diverged} of {count} diverged"] if diverged else []
+
+
+def _finite(value: float | None, covered: bool, marks: Sequence[str]) -> Cell:
+    """A score with its marks, or why there is none."""
+    if marks and covered:
+        return Marked(value, ", ".join(marks))
     return value if value is not None else "diverged" if covered else DASH
+
+
+def _vrmse(score: Mapping[str, Any], name: str, covered: bool) -> Cell:
+    return _finite(score["vrmse"][name], covered, _diverged(score["diverged"][name], score["count"][name]))
 
 
 def _datasets_table(block: str, done: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> Table:
@@ -199,7 +244,7 @@ def _datasets_table(block: str, done: Sequence[Mapping[str, Any]], results: Mapp
     rows = [
         [
             name,
-            *(_finite(row["scores"][block]["vrmse"][name], part[block]["persistence"] is not None) for row in done),
+            *(_vrmse(row["scores"][block], name, part[block]["persistence"] is not None) for row in done),
             part[block]["persistence"],
             part[block]["mean_field"],
         ]
@@ -214,16 +259,29 @@ def _notes(sweep: Sweep, results: Mapping[str, Any]) -> list[str]:
     notes = [sweep.note] if sweep.note else []
     if sweep.paper:
         notes.append(f"Paper: {sweep.paper}.")
+    if sweep.published:
+        notes.append("The paper's numbers are of other data, protocol and unit; only the order may be compared.")
     if sweep.seconds is not None:
         notes.append(f"Each variant has as many steps as {sweep.seconds:g} s would hold, by a probe on this machine.")
     runs = [run for row in results["variants"] for run in row["runs"]]
     for status in (FAILED, NOT_RUN):
         names = [run["run"] for run in runs if run["status"] == status]
         notes += [f"{status}: {', '.join(names)}"] if names else []
-    with_paper = [row for row in results["variants"] if row["status"] == DONE and row["paper"] is not None]
+    notes += [
+        f"{OTHER} than the sweep gives now: {run['run']} ({'; '.join(run['changes'])}). Remove that folder and sweep "
+        "again, or sweep into another one (--out)."
+        for run in runs
+        if run["status"] == OTHER
+    ]
+    with_paper = [row for row in results["variants"] if row["paper_rank"] is not None]
     agreement = "Spearman's rank correlation with the paper's order: "
     if not sweep.published:
         return [*notes, agreement + "not known, the paper's numbers are not at hand."]
     if results["spearman"] is None:
-        return [*notes, agreement + "not known, it takes two variants that are done and have a number of the paper's."]
+        why = (
+            f"it takes {MIN_AGREEMENT} variants that are done and have a number of the paper's, got {len(with_paper)}"
+            if len(with_paper) < MIN_AGREEMENT
+            else "all are equal"
+        )
+        return [*notes, f"{agreement}not known, {why}."]
     return [*notes, f"{agreement}{results['spearman']:.2f} over {len(with_paper)} variants."]

@@ -12,6 +12,7 @@ from fm.lab.transfer import HELPS, HURTS, VERDICTS, Comparison, compare
 from fm.lab.transfer_figure import transfer_figure
 from fm.report.cosines import cosine_figure, mean_cosines
 from fm.scores.formats import Document, Marked, Table, render
+from fm.scores.scoring import geometric_mean
 from fm.settings import changed_settings, recipe_to_dict
 
 DPI = 160
@@ -90,8 +91,11 @@ def _notes(joint: TrainedRun, comparisons: Sequence[Comparison]) -> list[str]:
 def _summary(comparisons: Sequence[Comparison]) -> str:
     verdicts = [one.verdict for one in comparisons]
     counts = ", ".join(f"{verdict}: {verdicts.count(verdict)}" for verdict in VERDICTS if verdict in verdicts)
-    ratios = [one.ratio for one in comparisons if 0 < one.ratio < math.inf]
-    mean = math.exp(math.fsum(math.log(ratio) for ratio in ratios) / len(ratios)) if ratios else None
+    comparable = [one for one in comparisons if one.windows is not None]
+    diverged = [one.dataset for one in comparable if not 0 < one.ratio < math.inf]
+    if diverged:
+        return f"{counts}. No mean of joint / bespoke, a score is not finite or 0: {', '.join(diverged)}."
+    mean = geometric_mean([one.ratio for one in comparable])
     return counts + (f". Geometric mean of joint / bespoke: {mean:.4f}." if mean is not None else ".")
 
 

@@ -61,7 +61,7 @@ def growth_figure(datasets: Mapping[str, DatasetErrors], protocol: Protocol) -> 
 
 
 def _growth_panel(axes: Axes, errors: DatasetErrors, protocol: Protocol) -> None:
-    rollout = errors.rollout
+    rollout = errors.rollout.until(protocol.max_steps)  # the file may reach further than the protocol looks
     steps = np.arange(1, rollout.variance.shape[1] + 1)
     curves = {name: growth_curve(rollout, name, protocol.eps) for name in LINES}
     bottom, top = _limits(curves)

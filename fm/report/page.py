@@ -1,22 +1,23 @@
 """One evaluation as a page: what was measured, the scores, the pictures, and how to get the numbers again."""
 
-import json
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from html import escape
 from pathlib import PurePath
 from typing import Any
 
 import matplotlib
 import numpy as np
+import yaml
 
 from fm.report import html
 from fm.report.curves import QUANTILES
 from fm.report.sample import Sample
 from fm.scores.errors import ErrorFile
 from fm.scores.formats import Cell, Table
-from fm.scores.protocol import Protocol
+from fm.scores.protocol import PROTOCOLS, Protocol
 from fm.scores.sensitivity import eps_effect
 from fm.scores.tables import about, marked, score_document
 
@@ -104,10 +105,18 @@ def _block(part: Mapping[str, Any], block: str) -> Mapping[str, Any] | None:
 
 
 def _divergence(scores: Mapping[str, Any]) -> str:
-    """A diverged rollout is counted and named; no average leaves it out."""
+    """A diverged rollout is counted and named, a one-step prediction counted; no average leaves them out."""
     total = sum(part["trajectories"] for part in scores["datasets"].values())
+    one_step = [part["one_step"] for part in scores["datasets"].values()]
+    failed, windows = (sum(cell[key] for cell in one_step) for key in ("diverged", "count"))
+    single = (
+        f'<p><span class="alarm">{failed} of {windows} one-step predictions are not finite.</span> They count as '
+        "infinitely wrong.</p>"
+        if failed
+        else ""
+    )
     if not scores["diverged"]:
-        return f"<p>None of {total} rollouts diverged: all predictions are finite.</p>"
+        return f"{single}<p>None of {total} rollouts diverged: all their predictions are finite.</p>"
     failures = [
         f"{name}: " + ", ".join(f"trajectory {key} at step {step}" for key, step in part["diverged"].items())
         for name, part in scores["datasets"].items()
@@ -115,8 +124,8 @@ def _divergence(scores: Mapping[str, Any]) -> str:
     ]
     items = "".join(f"<li>{escape(line)}</li>" for line in failures)
     return (
-        f'<p><span class="alarm">{scores["diverged"]} of {total} rollouts diverged.</span> They count as infinitely '
-        f"wrong in every average below.</p>\n<ul>{items}</ul>"
+        f'{single}<p><span class="alarm">{scores["diverged"]} of {total} rollouts diverged.</span> They count as '
+        f"infinitely wrong in every average below.</p>\n<ul>{items}</ul>"
     )
 
 
@@ -185,7 +194,7 @@ def _dataset(
     videos: Mapping[str, bytes],
 ) -> str:
     """Scores by channel, the strip and the video of one dataset."""
-    parts = [f'<h3 id="{_anchor(name)}">{escape(name)}</h3>', _channels(name, scores)]
+    parts = [f'<h3 id="{escape(_anchor(name))}">{escape(name)}</h3>', _channels(name, scores)]
     if sample:
         what = f"{sample.channel} of trajectory {sample.trajectory}"
         where = f"{sample.extent_text}; frames {sample.dt:.4g} apart in time; physical units"
@@ -222,10 +231,11 @@ def _channels(name: str, scores: Mapping[str, Any]) -> str:
 def _eps(errors: ErrorFile) -> str:
     """The scores that depend on eps, and how many do not."""
     whole = eps_effect(errors)
-    rows = [row for row in whole.rows if isinstance(row[-1], float) and abs(math.log(row[-1])) > EPS_MATTERS]
+    ratios = [(row, row[-1]) for row in whole.rows if isinstance(row[-1], float) and row[-1] > 0]
+    rows = [row for row, ratio in ratios if abs(math.log(ratio)) > EPS_MATTERS]
     text = (
         "eps is added to the variance of the target, so that it tells where a field is all but constant. Published "
-        f"numbers differ in it. {len(whole.rows) - len(rows)} of {len(whole.rows)} scores change by less than "
+        f"numbers differ in it. {len(ratios) - len(rows)} of {len(ratios)} scores change by less than "
         f"{100 * EPS_MATTERS:g}%"
     )
     if not rows:
@@ -240,22 +250,40 @@ def _again(errors: ErrorFile, scores: Mapping[str, Any]) -> str:
     protocol = errors.protocol
     rows: list[list[Cell]] = [[name, part["data_digest"]] for name, part in scores["datasets"].items()]
     digests = Table("", ["dataset", "SHA-256 of the shards' manifest"], rows)
-    subset = f" --windows {protocol.one_step_windows}" if protocol.one_step_windows else ""
     commands = (
-        "# from the stored errors beside this page, without the model: any window, average or eps\n"
-        f"fm score errors.npz --protocol {protocol.name} --eps {protocol.eps:g} --out DIR\n\n"
-        "# from the weights\n"
-        f"fm evaluate RUN --protocol {protocol.name} --split {protocol.split}{subset} --out DIR"
+        "# from the stored errors beside this page, without the model; other windows, averages or eps with --protocol\n"
+        "# and --eps\n"
+        f"fm score errors.npz --out DIR\n\n{_from_weights(protocol)}"
     )
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}, matplotlib {matplotlib.__version__}"
+    # As a protocol's file has it: JSON's 1e-07 is a text in YAML, and no parts are left out.
+    windows = {name: {k: v for k, v in asdict(window).items() if v} for name, window in protocol.windows.items()}
+    content = {**protocol.to_json(), "windows": windows}
+    written = yaml.safe_dump(content, default_flow_style=True, sort_keys=False, width=10_000).strip()
     caption = "<b>Data.</b> The same digest means the same bytes."
     return "\n".join(
         [
             f"<pre>{escape(commands)}</pre>",
             html.table(digests, caption, lambda row, column: "digest", names=2),
-            html.facts([("page drawn by", versions), ("protocol", json.dumps(protocol.to_json()))]),
+            html.facts([("page drawn by", versions), ("protocol", written)]),
         ]
     )
+
+
+def _from_weights(protocol: Protocol) -> str:
+    """The commands that measure anew. A protocol that no name and option gives has to be in a file."""
+    known = PROTOCOLS.get(protocol.name, protocol)
+    count, eps = protocol.one_step_windows, protocol.eps  # what options set
+    named = protocol.name in PROTOCOLS and protocol == replace(
+        known, split=protocol.split, one_step_windows=count, eps=eps
+    )
+    subset = f" --windows {count}" if count else ""
+    which = f"{protocol.name} --split {protocol.split}{subset}" if named else "PROTOCOL.yaml"
+    head = "# from the weights" if named else "# from the weights, with the protocol below in a file PROTOCOL.yaml"
+    if known.eps == eps or not named:
+        return f"{head}\nfm evaluate RUN --protocol {which} --out DIR"
+    rescored = f"fm score MEASURED --eps {eps!r} --out DIR"
+    return f"{head}\nfm evaluate RUN --protocol {which} --out MEASURED\n{rescored}"
 
 
 def _anchor(name: str) -> str:

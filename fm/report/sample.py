@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_file
+from fm.scores.errors import DAMAGED, check_names
 
 FORMAT = 1
 Domain = tuple[tuple[float, float], tuple[float, float]]  # (lower, upper) of x, of y
@@ -105,7 +105,7 @@ def load_samples(path: Path) -> list[Sample]:
         return [_unpack(arrays, number, facts) for number, facts in enumerate(head["samples"])]
     except FileNotFoundError:
         raise UserError(f"{path}: expected the samples of an evaluation, found none: `fm evaluate` writes it") from None
-    except (KeyError, ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise UserError(f"{path}: expected the samples.npz of an evaluation, got {error!r}; evaluate again") from None
 
 
@@ -117,6 +117,7 @@ def _unpack(arrays: Mapping[str, np.ndarray], number: int, facts: Mapping[str, A
             f"sample {number}: truth {truth.shape}, prediction {prediction.shape}, vrmse {vrmse.shape} at "
             f"{len(steps)} steps"
         )
+    check_names(facts["dataset"], [facts["channel"]])
     domain = facts["domain"]
     return Sample(
         dataset=facts["dataset"],

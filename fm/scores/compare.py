@@ -81,7 +81,9 @@ def _block_table(runs: Scores, block: str, names: Sequence[str], lead: str) -> T
 
 
 def _summary(runs: Scores, blocks: Sequence[str], names: Sequence[str], lead: str) -> Table:
-    """A row for each block and run: mean rank and wins among the runs, and the ratio to persistence."""
+    """A row for each block and run: how many of its predictions diverged (of one step windows, else rollouts), mean
+    rank and wins among the runs, and the ratio to persistence.
+    """
     rows: list[list[Cell]] = []
     for block in blocks:
         found = [[find_cell(scores, name, block) for scores in runs.values()] for name in names]
@@ -91,9 +93,10 @@ def _summary(runs: Scores, blocks: Sequence[str], names: Sequence[str], lead: st
         for index, label in enumerate(runs):
             ratio = geometric_mean([cells[index]["ratio_to_persistence"] for cells in common])
             rank: list[Cell] = [ranks[index], won[index]] if common else [None, None]
-            rows.append([block, label, len(common), *(rank if len(runs) > 1 else []), ratio])
+            diverged = sum(cells[index]["diverged"] for cells in common)
+            rows.append([block, label, len(common), diverged, *(rank if len(runs) > 1 else []), ratio])
     ranks_and_wins = ["mean rank", "wins"] if len(runs) > 1 else []
-    head = ["scores", "run", "datasets", *ranks_and_wins, "geometric mean of the ratio to persistence"]
+    head = ["scores", "run", "datasets", "diverged", *ranks_and_wins, "geometric mean of the ratio to persistence"]
     return Table("Summary", head, rows)
 
 

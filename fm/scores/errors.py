@@ -14,7 +14,9 @@ Array legend: R trajectories, S steps, C state channels.
 
 import dataclasses
 import json
+import re
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,11 @@ FORMAT = 2  # 2: the grid of each dataset
 FILE_NAME = "errors.npz"
 PREDICTORS = ("model", "persistence", "mean_field")
 TASKS = ("one_step", "rollout")
+PICTURES = ("overview", "growth", "spectra")  # of all datasets; one of a dataset has its name
+DAMAGED = (  # as numpy, zipfile and what reads their arrays say it
+    *(AttributeError, EOFError, LookupError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error),
+)
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -128,12 +135,14 @@ class ErrorFile:
                     f"{path}: expected an error file of format {FORMAT}, got {head['format']}: evaluate again"
                 )
             datasets = {name: _unpack(arrays, name) for name in head["datasets"]}
+            if not isinstance(head["origin"], dict):
+                raise ValueError(f"origin: expected a mapping, got {head['origin']!r}")
             return cls(Protocol.from_json(head["protocol"]), datasets, head["origin"])
         except FileNotFoundError:
             raise UserError(f"{path}: expected an error file, found none: `fm evaluate RUN` writes it") from None
         except UserError:
             raise
-        except (KeyError, ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        except DAMAGED as error:
             raise UserError(
                 f"{path}: expected the errors.npz of an evaluation, got {error!r}; evaluate again"
             ) from None
@@ -153,16 +162,29 @@ def find_errors(place: Path) -> Path:
     )
 
 
+def check_names(dataset: str, channels: Sequence[str]) -> None:
+    """ValueError unless files can be called after a dataset, and its channels are named likewise."""
+    for name in (dataset, *channels):
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"expected a name of letters, digits, _, - and . (not first), got {name!r}")
+    if dataset in PICTURES:
+        raise ValueError(f"expected another name for a dataset than {', '.join(PICTURES)}, got {dataset!r}")
+
+
 def _unpack(arrays: Mapping[str, np.ndarray], name: str) -> DatasetErrors:
     tasks = {
         task: Errors(**{part.name: arrays[f"{name}/{task}/{part.name}"] for part in dataclasses.fields(Errors)})
         for task in TASKS
     }
     channels = tuple(str(channel) for channel in arrays[f"{name}/channels"])
+    check_names(name, channels)
+    ids = arrays[f"{name}/trajectories"]
     for task, errors in tasks.items():
         shapes = {getattr(errors, part.name).shape for part in dataclasses.fields(Errors)}
         if len(shapes) != 1 or errors.variance.ndim != 3 or errors.variance.shape[2] != len(channels):
             raise ValueError(f"{name}/{task}: arrays of {sorted(shapes)} for {len(channels)} channels")
+    if ids.shape != tasks["rollout"].variance.shape[:1]:
+        raise ValueError(f"{name}: {ids.shape} trajectory ids for {len(tasks['rollout'].variance)} rollouts")
     digest = str(arrays[f"{name}/data_digest"])
     height, width = arrays[f"{name}/grid"].tolist()
-    return DatasetErrors(channels, arrays[f"{name}/trajectories"], **tasks, data_digest=digest, grid=(height, width))
+    return DatasetErrors(channels, ids, **tasks, data_digest=digest, grid=(height, width))

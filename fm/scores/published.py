@@ -1,7 +1,7 @@
 """Scores that others published, from the datasets' cards: on their own, or beside ours where they mean the same.
 
-A published number stands beside ours only where protocol, split, grid and number of trajectories are those it was made
-with. Otherwise its place says why not.
+A published number stands beside ours only where protocol, context, split, grid and number of trajectories are those it
+was made with. Otherwise its place says why not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -87,23 +87,28 @@ def _block_tables(
 
 
 def _tables(card: Card, protocol: Protocol) -> list[PublishedTable]:
-    return [table for table in card.published if table.protocol == protocol.name]
+    return [table for table in card.published if (table.protocol, table.context) == (protocol.name, protocol.context)]
 
 
 def _reasons(card: Card, part: Mapping[str, Any], protocol: Protocol) -> list[str]:
     """Why our scores of a dataset mean something else than the published ones; empty if they mean the same."""
     reasons = []
-    if not _tables(card, protocol) or protocol.version != VERSION:
+    contexts = dict.fromkeys(str(table.context) for table in card.published if table.protocol == protocol.name)
+    if not contexts or protocol.version != VERSION:
         followed = dict.fromkeys(f"{table.protocol} v{VERSION}" for table in card.published)
         reasons.append(f"protocol {protocol.name} v{protocol.version}, published under {' and '.join(followed)}")
+    elif not _tables(card, protocol):
+        reasons.append(f"context {protocol.context}, published {' and '.join(contexts)}")
     known = PROTOCOLS.get(protocol.name, protocol)
     for name in (field.name for field in fields(Protocol)):
         ours, theirs = getattr(protocol, name), getattr(known, name)
-        if ours != theirs and name not in ("version", "windows"):
+        if ours != theirs and name not in ("version", "windows", "context"):
             reasons.append(f"{name} {_said(ours)}, published {_said(theirs)}")
     if tuple(part["grid"]) != card.grid:
         reasons.append(f"grid {_size(part['grid'])}, published {_size(card.grid)}")
-    if card.test_trajectories not in (None, part["trajectories"]):
+    if card.test_trajectories is None:
+        reasons.append("the number of published trajectories is not known")
+    elif card.test_trajectories != part["trajectories"]:
         reasons.append(f"{part['trajectories']} trajectories, published {card.test_trajectories}")
     return reasons
 

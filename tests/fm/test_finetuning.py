@@ -99,6 +99,9 @@ def test_the_rehearsal_takes_the_unroll_with_the_most_tokens(
     settings = recipe(tiny_shards, tmp_path, pretrained, finetune={"unroll_override": {"helmholtz_staircase": 8}})
     grids = {name: reader.manifest.grid for name, reader in readers.items()}
     assert longest_unroll(settings, readers) == ("helmholtz_staircase", 8), grids
+    one = {"objective": "pushforward", "unroll_override": {"helmholtz_staircase": 8}}  # holds one model step
+    large = max(grids, key=lambda name: grids[name][0] * grids[name][1])
+    assert longest_unroll(recipe(tiny_shards, tmp_path, pretrained, finetune=one), readers)[0] == large
     assert longest_unroll(small(tiny_shards, tmp_path), {DATASETS[0]: readers[DATASETS[0]]}) == (DATASETS[0], 1)
     rehearsed = recipe(tiny_shards, tmp_path / "a", pretrained, train={"steps": 2})
     assert train(rehearsed) == 0
@@ -123,16 +126,16 @@ def test_what_does_not_fit_in_memory_fails_before_the_first_step(
         from fm.settings import dump_recipe
         finetune = {{"pretrained": {str(pretrained)!r}, "unroll_steps": 6}}
         recipe = small(Path({str(tiny_shards)!r}), Path({str(tmp_path / "run")!r}), finetune=finetune,
-                       train={{"global_batch": 512}})
+                       train={{"global_batch": 2048}})
         Path({str(tmp_path / "recipe.yaml")!r}).write_text(dump_recipe(recipe))
         torch.set_num_threads(1)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + 700_000_000,) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (used + 1_500_000_000,) * 2)
         sys.exit(main({str(tmp_path / "recipe.yaml")!r}, []))
     """)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr
-    assert "not enough memory for 6 model steps of 512 windows of" in done.stderr
+    assert "not enough memory for 6 model steps of 2048 windows of" in done.stderr
     assert "finetune.checkpoint_activations=true" in done.stderr
     assert not log(tmp_path / "run")
 
@@ -146,7 +149,7 @@ def test_the_gate_ends_a_run_that_forgets_and_keeps_the_pretrained_model(
     assert train(gated) == 0
     assert len(log(run)) == 2  # the first validation after the pretrained model's
     assert [event["step"] for event in events(run, "validation")] == [0, 2]
-    assert "more than finetune.gate=1.05" in events(run, "message")[-1]["text"]
+    assert "more than finetune.gate=1.05" in events(run, "gate")[-1]["text"]
     assert events(run, "end")[-1]["text"] == "ended by finetune.gate after step 2"
     best = find_checkpoint(run)
     assert best == run / "best" / "step_00000000"
@@ -170,16 +173,72 @@ def test_the_gate_keeps_better_rollouts_and_resumes(tiny_shards: Path, tmp_path:
     assert train(gated) == 0
     unbroken = recipe(tiny_shards, tmp_path / "unbroken", pretrained, finetune={"gate": 2.0}, validation=VALIDATED)
     assert train(unbroken) == 0
-    scores, best = {}, find_checkpoint(tmp_path / "run")
+    best = find_checkpoint(tmp_path / "run")
     assert best.parent == tmp_path / "run" / "best"
     assert find_checkpoint(tmp_path / "unbroken").name == best.name
-    said = [event["text"] for event in events(tmp_path / "run", "message") if "pretrained model's" in event["text"]]
-    marked = [index for index, text in enumerate(said) if text.endswith("; the best rollouts so far")]
-    scores = dict(zip(range(len(said)), said, strict=True))
-    assert int(best.name.removeprefix("step_")) == 2 * max(marked), scores
+    said = events(tmp_path / "run", "gate")
+    assert [event["step"] for event in said] == [0, 2, 4, 6, 8]
+    marked = [event["step"] for event in said if event["text"].endswith("; the best rollouts so far")]
+    assert int(best.name.removeprefix("step_")) == max(marked)
     plain = recipe(tiny_shards, tmp_path / "run", pretrained, validation=VALIDATED, train={"steps": 9})
     assert train(plain) == 0  # without the gate, the newest checkpoint is the run's
     assert find_checkpoint(tmp_path / "run").name == "step_00000009"
+
+
+def test_the_gate_judges_the_end_of_a_run_shorter_than_validation_every(
+    tiny_shards: Path, tmp_path: Path, pretrained: Path
+) -> None:
+    run, validation = tmp_path / "run", {**VALIDATED, "every": 100}
+    assert train(recipe(tiny_shards, run, pretrained, finetune={"gate": 2.0}, validation=validation)) == 0
+    assert [event["step"] for event in events(run, "gate")] == [0, 8]
+
+
+def test_a_gate_that_was_not_there_from_the_start_is_refused(
+    tiny_shards: Path, tmp_path: Path, pretrained: Path
+) -> None:
+    free = recipe(tiny_shards, tmp_path / "run", pretrained, validation=VALIDATED)
+    assert train(replace(free, run=replace(free.run, stop_at=3))) == 0
+    with pytest.raises(UserError, match="the run is at step 3 and began without it, so the pretrained model was not"):
+        train(recipe(tiny_shards, tmp_path / "run", pretrained, validation=VALIDATED, finetune={"gate": 1.1}))
+
+
+def test_a_gate_needs_windows_that_the_rollouts_cover(tiny_shards: Path, tmp_path: Path, pretrained: Path) -> None:
+    validation = {**VALIDATED, "protocol": "wavelit"}  # 20 steps; the trajectories have 8
+    with pytest.raises(UserError, match="no trajectory of the valid split covers a window of the protocol wavelit"):
+        train(recipe(tiny_shards, tmp_path / "run", pretrained, finetune={"gate": 2.0}, validation=validation))
+
+
+def test_a_kill_before_the_end_of_the_last_validation_repeats_it(
+    tiny_shards: Path, tmp_path: Path, pretrained: Path
+) -> None:
+    run = tmp_path / "run"
+    gated = recipe(tiny_shards, run, pretrained, finetune={"gate": 2.0}, validation={**VALIDATED, "every": 100})
+    assert train(gated) == 0
+    lines = (run / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines][-3:] == ["gate", "validation", "end"]  # best is written between
+    (run / "events.jsonl").write_text("".join(f"{line}\n" for line in lines[:-3]))  # as a kill in the gate leaves it
+    assert train(gated) == 0
+    assert [event["step"] for event in events(run, "gate")] == [0, 8]
+    assert [event["step"] for event in events(run, "validation")] == [0, 8]
+
+
+def test_settings_that_nothing_reads_are_told(
+    tiny_shards: Path, tmp_path: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ignored = {"objective": "bptt", "causal_eps": 2.0, "forcing": "cosine", "gate_action": "keep_best"}
+    assert train(recipe(tiny_shards, tmp_path / "run", pretrained, finetune=ignored, train={"steps": 1})) == 0
+    said = capsys.readouterr().err
+    assert "finetune.causal_eps is ignored: finetune.objective is bptt, only causal_bptt reads it" in said
+    assert "finetune.forcing is ignored: finetune.objective is bptt, only scheduled_sampling reads it" in said
+    assert "finetune.gate_action is ignored: finetune.gate is not given" in said
+    assert "unroll_growth" not in said
+
+
+def test_an_unroll_longer_than_all_trajectories_is_refused(tiny_shards: Path, tmp_path: Path, pretrained: Path) -> None:
+    long = recipe(tiny_shards, tmp_path / "run", pretrained, finetune={"unroll_steps": 12})
+    message = r"12 model steps take 13 frames, but the longest trajectory of \w+ has 9; .*unroll_override\.\w+=8"
+    with pytest.raises(UserError, match=message):
+        train(long)
 
 
 def test_a_gate_without_validation_is_refused(tiny_shards: Path, tmp_path: Path, pretrained: Path) -> None:

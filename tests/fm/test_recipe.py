@@ -12,7 +12,7 @@ from data_pipeline.cards.registry import load_registry
 from data_pipeline.errors import UserError
 from fm.model import DatasetSpec, ModelConfig, WaveLiTFM
 from fm.recipe_file import load_recipe
-from fm.settings import dump_recipe
+from fm.settings import changed_settings, dump_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -134,3 +134,14 @@ def _specs(names: list[str] | None) -> list[DatasetSpec]:
         specs.append(DatasetSpec(card.name, card.state_channels, card.constant_channels, card.boundary, stats))
     assert all(dataclasses.is_dataclass(spec) for spec in specs)
     return specs
+
+
+def test_changed_settings_name_what_was_added_and_taken_away() -> None:
+    before = {"train": {"steps": 5}, "finetune": {"unroll_override": {"maze": 3}}}
+    after = {"train": {"steps": 6}, "finetune": {"unroll_override": {"layer": 2}}}
+    assert changed_settings(before, before) == []
+    assert changed_settings(before, after) == [
+        "train.steps: 5 -> 6",
+        "finetune.unroll_override.maze: 3 -> None",
+        "finetune.unroll_override.layer: None -> 2",
+    ]

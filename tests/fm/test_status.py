@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_runs import fm
-from whole_runs import DATASETS, finish, log, small, start, wait_for
+from whole_runs import DATASETS, finish, fm, log, small, start, wait_for
 
 from data_pipeline.errors import UserError
 from fm.settings import Recipe

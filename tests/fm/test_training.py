@@ -1,10 +1,12 @@
 """Whole runs on real shards: learning, exact resume, interruption, bad input, two processes, finetuning, the record."""
 
+import json
 import os
 import resource
 import shutil
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +282,28 @@ def test_tensorboard_has_the_documented_tags_and_resuming_continues_the_curves(
     assert {f"{name}/{kind}" for name in DATASETS for kind in ("truth", "prediction", "error", "spectrum")} <= images
     assert events.Scalars("throughput/tflops")[-1].value > 0
     assert {"recipe/text_summary", "events/text_summary"} <= set(events.Tags()["tensors"])
+
+
+def test_the_seed_draws_the_initial_weights(tiny_shards: Path, tmp_path: Path) -> None:
+    drawn = {}
+    for seed in (0, 1):
+        run = {"name": "small", "dir": str(tmp_path / f"{seed}"), "seed": seed}
+        # one step with a rate of all but zero: heads are zero at first, so the weights show after it
+        recipe = small(tiny_shards, tmp_path / f"{seed}", run=run, train={"steps": 1, "learning_rate": 1e-30})
+        assert train(recipe) == 0
+        weights = load_file(tmp_path / f"{seed}/checkpoints/step_00000001/model.safetensors")
+        drawn[seed] = next(v for name, v in sorted(weights.items()) if name.startswith("blocks.") and v.ndim > 1)
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_results_that_an_older_version_left_are_passed_over(tiny_shards: Path, tmp_path: Path) -> None:
+    recipe = small(tiny_shards, tmp_path, tracking={"every": 4})
+    assert train(replace(recipe, run=replace(recipe.run, stop_at=3))) == 0
+    events = tmp_path / "events.jsonl"
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    for line in lines:
+        for result in line.get("pending", ()):
+            result["model_calls"] = 1  # as it was before each draw had its own
+    events.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert train(recipe) == 0
+    assert len(log(tmp_path)) == 8

@@ -79,3 +79,10 @@ def last_weights(directory: Path) -> dict[str, bytes]:
     return {
         name: (newest / name).read_bytes() for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
     }
+
+
+def fm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The fm command, as a user types it."""
+    command = [sys.executable, "-m", "fm", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -142,6 +142,8 @@ def test_published_scores_by_protocol_and_window(packaged: Registry) -> None:
     assert card.published_scores("wavelit", "21:60")["Walrus"] == 0.8648
     assert card.published_scores("well", "one_step")["CNextU-net"] == 0.1956
     assert card.published_scores("well", "21:60") == {}
+    contexts = {(table.protocol, table.context) for each in packaged.cards.values() for table in each.published}
+    assert contexts == {("wavelit", 1), ("well", 4)}
     joint = [each.published_scores("wavelit", "one_step")["joint 1.2M sqrt"] for each in packaged.cards.values()]
     assert sum(sorted(joint)[3:5]) / 2 == pytest.approx(0.0285, abs=5e-5)  # the median that Table 10 prints
 
@@ -173,6 +175,7 @@ def test_a_users_card_loads(tmp_path: Path) -> None:
     assert (card.constant_channels, card.scalars, card.dt, card.license) == (("porosity",), ("nu",), 0.5, "")
     assert card.boundary == (("PERIODIC", "PERIODIC"), ("WALL", "OPEN"))
     assert card.published_scores("wavelit", "1:20") == {"U-net": 0.75}
+    assert [table.context for table in card.published] == [1]
     assert (card.domain, card.test_trajectories) == (((0.0, 4.0), (-1.0, 1.0)), 2)
     assert card.conserved == (Conserved("mean", ("temperature",)), Conserved("mean_square", ("S_xx", "S_yy")))
 
@@ -265,6 +268,11 @@ MISTAKES = [
     ("dt: 0.5", "dt: 2020-99-99", r"expected plain YAML"),
     ("frames: 3", "frames: 1", r"train\[1\].frames: expected a whole number of at least 2, got 1"),
     ("protocol: wavelit", "protokol: wavelit", r"published\[0\]: expected the keys table, protocol.*Missing: protocol"),
+    (
+        "protocol: wavelit",
+        "protocol: wavelit\n    context: 0",
+        r"published\[0\].context: expected a whole number of at l",
+    ),
     ('"1:20"', "1:20", r"published\[0\]: expected a text as key, got 80"),
     ("U-net: 0.5", "U-net: good", r"published\[0\].one_step.U-net: expected a number above 0, got 'good'"),
     ("dt: 0.5", "dt: 0.5\ndt: 0.25", r"key 'dt' twice"),

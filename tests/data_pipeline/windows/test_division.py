@@ -87,3 +87,28 @@ def test_a_batch_of_one_window_is_for_one_process() -> None:
 def test_a_rank_outside_the_world_is_a_mistake_of_ours() -> None:
     with pytest.raises(ValueError, match="rank: expected 0 to 1, got 2"):
         Division(schedule(batch=12), rank=2, world_size=2)
+
+
+def test_windows_that_take_more_model_calls_cost_more() -> None:
+    sources = [Source(name, 1000, 4_096, (1000,)) for name in ("long", "short")]
+    plan = Schedule(sources, batch=4, seed=1, scheme="uniform")
+    calls = {"long": 8, "short": 1}
+
+    def work(division: Division, step: int) -> int:
+        return sum(len(piece.places) * calls[plan.source(piece.draw).name] for piece in division.pieces(step))
+
+    divisions = [Division(plan, rank, 2, 4, "per_rank", None, lambda step, name: calls[name]) for rank in (0, 1)]
+    for step in range(30):
+        first, second = (work(division, step) for division in divisions)
+        assert abs(first - second) <= 1  # every draw has an even number of windows of each cost
+
+
+@pytest.mark.parametrize("draws", [1, 2, 4])
+def test_no_piece_of_the_costliest_dataset_is_larger_than_is_said(draws: int) -> None:
+    plan = schedule(batch=8)
+    for world_size in (1, 2, 4, 8):
+        divisions = [Division(plan, rank, world_size, draws, "per_rank") for rank in range(world_size)]
+        pieces = [piece for step in range(60) for division in divisions for piece in division.pieces(step)]
+        largest = max(len(piece.places) for piece in pieces if plan.source(piece.draw).name == "staircase")
+        assert largest == divisions[0].largest_piece
+    assert Division(plan, 0, 2, 1, "global", 3).largest_piece == 3

@@ -1,6 +1,7 @@
 """`fm diagnose` on a real run, and its measurements against plain loops."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from fm.checkpoint import load_pretrained
 from fm.diagnosis.diagnose import diagnose_run
 from fm.diagnosis.jacobian import derivative, transposed_derivative
 from fm.diagnosis.measure import diagnose, work
+from fm.diagnosis.page import page
+from fm.diagnosis.sentences import findings
 from fm.diagnosis.subject import Subject, choose_trajectories
 from fm.training import train
 
@@ -57,7 +60,7 @@ def test_measurements_are_those_of_plain_loops(subject: Subject, tiny_shards: Pa
     done: list[int] = []
     card = load_registry().card("rayleigh_benard")
     found = diagnose(subject, train_reader, card, (0,), advance=done.append)
-    assert sum(done) == work(found.num_steps)
+    assert sum(done) == work(found.num_steps, 1)
     assert found.stability.true_flow is None
     model, reader = subject.model, subject.reader
     raw = torch.from_numpy(reader.trajectory_frames(0, 0, reader.num_frames(0)))
@@ -76,6 +79,52 @@ def test_measurements_are_those_of_plain_loops(subject: Subject, tiny_shards: Pa
     assert found.growth.vrmse[0, -1] == pytest.approx(float(scores.mean()), rel=1e-3)
     assert found.drifts[0].label == "mean of velocity_y"
     assert (found.stability.largest_along_truth >= found.stability.along_truth.min()).all()
+
+
+def test_trajectories_are_measured_one_by_one(run: Path, tiny_shards: Path) -> None:
+    """Several are what each of them is alone, and the states of one are held at a time."""
+    name = "helmholtz_staircase"
+    test, train_reader = (open_readers(tiny_shards, [name], split)[name] for split in ("test", "train"))
+    subject = Subject(load_pretrained(run), test, torch.device("cpu"))
+    card = load_registry().card(name)
+    done: list[int] = []
+    held: list[int] = []
+
+    class Watched(Subject):
+        def states(self, trajectories: Sequence[int], num_frames: int) -> torch.Tensor:
+            held.append(len(trajectories))
+            return super().states(trajectories, num_frames)
+
+    watched = Watched(subject.model, subject.reader, subject.device)
+    both = diagnose(watched, train_reader, card, (0, 1), advance=done.append)
+    assert held == [1, 1]
+    assert sum(done) == work(both.num_steps, 2)
+    alone = [diagnose(subject, train_reader, card, (index,)) for index in (0, 1)]
+    for row, one in enumerate(alone):
+        np.testing.assert_array_equal(both.growth.rollout[row], one.growth.rollout[0])
+        np.testing.assert_array_equal(both.bands.error[row], one.bands.error[0])
+        for drift, single in zip(both.drifts, one.drifts, strict=True):
+            np.testing.assert_array_equal(drift.prediction[row], single.prediction[0])
+    assert both.growth.failed == alone[0].growth.failed + alone[1].growth.failed
+    assert both.stability.along_truth.shape == both.growth.rollout.shape
+    np.testing.assert_array_equal(both.stability.largest_along_truth, alone[0].stability.largest_along_truth)
+    np.testing.assert_allclose(both.spectra.error, np.mean([one.spectra.error for one in alone], axis=0))
+
+
+def test_a_model_that_is_nowhere_finite_is_diagnosed(run: Path, subject: Subject, tiny_shards: Path) -> None:
+    model = load_pretrained(run)
+    for parameter in model.parameters():
+        parameter.detach().fill_(float("nan"))
+    train_reader = open_readers(tiny_shards, ["rayleigh_benard"], "train")["rayleigh_benard"]
+    broken = Subject(model, subject.reader, torch.device("cpu"))
+    found = diagnose(broken, train_reader, load_registry().card("rayleigh_benard"), (0,))
+    assert found.growth.recurrence is None
+    assert found.growth.not_finite == (1,)
+    text = {one.subject: one.text for one in findings(found)}
+    assert "the errors stop being finite too soon" in text["Error growth"]
+    assert "not finite from step 1 on" in text["Scales"]
+    assert "VRMSE not finite" in text["One step"]
+    assert "<!doctype html>" in page(found, findings(found))
 
 
 def test_derivatives_of_the_model_and_their_transposes_belong_together(subject: Subject) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fm.diagnosis.growth import Recurrence, first_step, fit_recurrence, mean_factor
+from fm.diagnosis.growth import Recurrence, first_step, fit_recurrence, mean_factor, why_unfitted
 
 
 def errors_of(factor: float, one_step: np.ndarray, power: int = 1) -> np.ndarray:
@@ -58,11 +58,32 @@ def test_errors_that_stop_being_finite_are_left_out(one_step: np.ndarray) -> Non
     fit = fit_recurrence(errors, one_step)
     assert fit is not None
     assert fit.factor == pytest.approx(1.1)
+    assert fit.last_steps == (5, 7, 12)
+
+
+def test_rollouts_that_are_not_finite_at_their_first_step_are_left_out(one_step: np.ndarray) -> None:
+    errors = errors_of(1.1, one_step)
+    errors[0] = np.nan
+    fit = fit_recurrence(errors, one_step)
+    assert fit is not None
+    assert fit.factor == pytest.approx(1.1)
+    assert fit.last_steps == (0, 12, 12)
+    single = one_step.copy()
+    single[1, 6:] = np.inf
+    assert fit_recurrence(errors, single) is not None
+    errors[:] = np.nan
+    assert fit_recurrence(errors, one_step) is None
+    assert why_unfitted(errors, one_step) == "the errors stop being finite too soon"
 
 
 def test_an_error_that_is_large_from_the_start_has_no_law(one_step: np.ndarray) -> None:
     assert fit_recurrence(np.full((3, 12), 2.0), one_step) is None
+    assert why_unfitted(np.full((3, 12), 2.0), one_step) == "the error is too large from the start"
     assert fit_recurrence(one_step[:1, :3], one_step[:1, :3]) is None
+    assert why_unfitted(one_step[:1, :3], one_step[:1, :3]) == "it takes 3 pairs of steps, and the rollouts have 2"
+    exact = np.zeros((3, 12))
+    assert fit_recurrence(exact, exact) is None
+    assert why_unfitted(exact, exact) == "a rollout without any error has nothing that could grow"
 
 
 def test_doubling_time() -> None:
@@ -73,6 +94,8 @@ def test_doubling_time() -> None:
 
 def test_first_steps_and_mean_factors() -> None:
     assert first_step(np.array([[False, True, True], [False, False, False], [True, False, False]])) == (2, None, 1)
-    factors = np.array([[100.0, 2.0, 8.0], [100.0, 4.0, np.nan]])
+    factors = np.array([[np.inf, 2.0, 8.0], [100.0, 4.0, 4.0]])
     assert mean_factor(factors, 1) == pytest.approx(4)
+    assert mean_factor(factors) is None
+    assert mean_factor(np.array([[2.0, 0.0]])) == 0
     assert mean_factor(np.full((1, 3), np.nan)) is None

@@ -61,14 +61,53 @@ def test_the_second_half_is_told_where_it_differs(unstable: Diagnosis) -> None:
 def test_what_is_not_finite_is_said(unstable: Diagnosis) -> None:
     vrmse = unstable.growth.vrmse.copy()
     vrmse[:, 8:] = np.inf
-    growth = replace(unstable.growth, vrmse=vrmse, rollout=vrmse, failed=(9, 9), not_finite=(9, 9), recurrence=None)
+    growth = replace(unstable.growth, vrmse=vrmse, rollout=vrmse + 2, failed=(9, 9), not_finite=(9, 9), recurrence=None)
     broken = np.full((2, 12), np.nan)
-    bands = replace(unstable.bands, prediction=np.full_like(unstable.bands.truth, np.nan))
+    broken[:, :5] = 1.1
+    prediction = unstable.bands.truth.copy()
+    prediction[:, 8:] = np.nan
+    bands = replace(unstable.bands, prediction=prediction, error=prediction - unstable.bands.truth)
     stability = replace(unstable.stability, along_rollout=broken, largest_along_rollout=np.full(3, np.nan))
-    text = said(replace(unstable, growth=growth, bands=bands, stability=stability))
+    lost = np.zeros((2, 13))
+    lost[:, 9:] = np.nan
+    drifts = (replace(unstable.drifts[0], prediction=lost),)
+    text = said(replace(unstable, growth=growth, bands=bands, stability=stability, drifts=drifts))
     assert "2 stop being finite, at step 9" in text["Failure"]
-    assert "too large from the start" in text["Error growth"]
-    assert "along the model's own rollout by not finite" in text["Stability"]
+    assert text["Error growth"] == "No law of growth can be fitted: the error is too large from the start."
+    assert "along the model's own rollout by factors that are not finite from step 6 on" in text["Stability"]
+    assert "a single step amplifies by a factor that is not finite." in text["Stability"]
+    assert "fine details (level 1) from step 9, in the coarse part from step 9; it is not finite from" in text["Scales"]
+    assert "The finest wavelet details are not finite from step 9 on." in text["Scales"]
+    assert "the mean of tracer is not finite from step 9 on" in text["Conservation"]
+
+
+def test_a_model_that_is_not_finite_along_the_truth_is_less_stable(unstable: Diagnosis) -> None:
+    broken = np.full((2, 12), 1.1)
+    broken[1, 3:] = np.inf
+    text = said(replace(unstable, stability=replace(unstable.stability, along_truth=broken)))["Stability"]
+    assert "grows by factors that are not finite from step 4 on in the model" in text
+    assert "1.100 (twins): the model is less stable than the physics" in text
+
+
+def test_a_true_flow_that_is_not_finite_is_not_known(unstable: Diagnosis) -> None:
+    stability = replace(unstable.stability, true_flow=np.full((2, 12), np.nan))
+    text = said(replace(unstable, stability=stability))["Stability"]
+    assert "how fast the true flow lets it grow is not known here" in text
+    assert "less stable" not in text
+
+
+def test_a_pointwise_map_may_be_exact(unstable: Diagnosis) -> None:
+    text = said(replace(unstable, floors=replace(unstable.floors, pointwise=0.0)))["One step"]
+    assert "VRMSE 0.02, is to be compared with that of the best linear map of each point's own channels, 0" in text
+    assert "simpler than the model makes it" in text
+
+
+def test_a_truth_without_fine_details_is_told(unstable: Diagnosis) -> None:
+    truth = unstable.bands.truth * np.array([1.0, 0, 0, 0])
+    for prediction in (unstable.bands.prediction, truth):
+        bands = replace(unstable.bands, truth=truth, prediction=prediction)
+        text = said(replace(unstable, bands=bands))["Scales"]
+        assert "The truth ends without any energy in the finest wavelet details." in text
 
 
 def test_amplification_of_independent_errors_is_told(unstable: Diagnosis) -> None:

@@ -223,6 +223,45 @@ def test_trajectories_of_different_length(tiny_well: Path, tmp_path: Path) -> No
         np.testing.assert_allclose(measured, vrmse(np.broadcast_to(run[0], run[1:].shape), run[1:]), rtol=1e-9)
 
 
+@pytest.mark.parametrize("frame", [0, 4])
+def test_data_that_are_not_finite_are_not_scored(
+    readers: dict[str, ShardReader], tiny_well: Path, tmp_path: Path, frame: int
+) -> None:
+    shutil.copytree(tiny_well / "shear_flow", tmp_path / "well" / "shear_flow")
+    file = sorted((tmp_path / "well" / "shear_flow" / "data" / "test").glob("*.hdf5"))[0]
+    with h5py.File(file, "r+") as well:
+        well["t0_fields/tracer"][0, frame, 3, 3] = np.nan
+    build_shards(tmp_path / "well", tmp_path / "shards", splits=["test"], jobs=1, skip=["nonfinite"])
+    reader = ShardReader(tmp_path / "shards", "shear_flow", "test")
+    (trajectory,) = [i for i in range(reader.num_trajectories) if not np.isfinite(frames(reader, i)).all()]
+    model, chosen = make_model({"shear_flow": readers["shear_flow"]}), list(range(reader.num_trajectories))
+    message = rf"shear_flow: expected finite data .* in trajectory {trajectory}, frame {frame}: `data-pipeline audit"
+    with pytest.raises(UserError, match=message):
+        rollout_errors(model, reader, chosen, THIRDS, CPU)
+
+
+def test_nothing_is_measured_in_tf32(model: WaveLiTFM, readers: dict[str, ShardReader]) -> None:
+    reader, seen = readers["shear_flow"], set()
+
+    def look(*_: object) -> None:
+        seen.add((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+
+    hook = model.register_forward_pre_hook(look)
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")
+        one_step_errors(model, reader, np.array([0]), CPU)
+        rollout_errors(model, reader, [0], dataclasses.replace(THIRDS, max_steps=2), CPU)
+        after = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    finally:
+        hook.remove()
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
+    assert seen == {(False, "highest")}
+    assert after == (True, "high")
+
+
 def shorten(file: Path, length: int) -> None:
     """Keep the first frames of a Well file: every array with a time axis, and the time axis itself."""
     with h5py.File(file, "r+") as well:
@@ -281,6 +320,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         assert not (tmp_path / "out").exists()
 
     refused("scores the split valid, this is test", model, {"shear_flow": reader}, split="valid")
+    refused("expected another name for a dataset than overview, growth", model, {"growth": reader})
+    refused(r"letters, digits, .* got '\.\./up'", model, {"../up": reader})
     refused("expected context 1", model, {"shear_flow": reader}, context=4)
     refused("expected at least one dataset", model, {})
     other = make_model({"active_matter": readers["active_matter"]})

@@ -157,6 +157,9 @@ def test_a_part_of_other_weights_or_another_protocol_is_not_taken_over(
 
     interrupted()
     assert len(finished(tmp_path)) == 1
+    identity = tmp_path / "parts" / "identity.json"
+    identity.write_text(identity.read_text().replace('"cpu"', '"cuda"'))
+    assert "removing what another evaluation left (other device)" in interrupted()
     with torch.no_grad():
         model.task_vectors[DATASETS[0]][0] += 1e-6
     assert "removing what another evaluation left (other model)" in interrupted()

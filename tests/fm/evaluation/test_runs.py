@@ -1,22 +1,25 @@
 """`fm evaluate` and `fm compare` on real runs, as a user types them."""
 
 import json
-import os
-import subprocess
-import sys
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from faulty_server import FaultyServer
+from whole_runs import fm
 
 import fm as fm_package
 from data_pipeline.errors import UserError
+from fm.__main__ import main
 from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.evaluation.runs import evaluate_run
 from fm.recipe_file import resolve
 from fm.scores.compare import load_scores
+from fm.scores.errors import ErrorFile
+from fm.scores.scoring import score
 from fm.training import train
 
 DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]
@@ -39,12 +42,6 @@ def run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def fm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fm", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-
-
 def test_evaluate_writes_the_report_and_does_not_make_it_twice(run: Path) -> None:
     done = fm("evaluate", str(run))
     assert done.returncode == 0, done.stderr
@@ -63,6 +60,42 @@ def test_evaluate_writes_the_report_and_does_not_make_it_twice(run: Path) -> Non
     assert again.returncode == 0
     assert "already holds the scores of step_00000002" in again.stdout
     assert (run / "report" / "scores.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("fault", ["an old format", "no page", "torn errors"])
+def test_a_report_that_is_not_whole_is_made_again(run: Path, tmp_path: Path, fault: str) -> None:
+    out = tmp_path / "report"
+    shutil.copytree(evaluate_run(run), out)
+    scores = json.loads((out / "scores.json").read_text())
+    if fault == "an old format":
+        (out / "scores.json").write_text(json.dumps({**scores, "format": 1}))
+    elif fault == "no page":
+        (out / "index.html").unlink()
+    else:
+        (out / "errors.npz").write_bytes((out / "errors.npz").read_bytes()[:1000])
+    evaluate_run(run, out=out)
+    assert json.loads((out / "scores.json").read_text()) == scores
+    assert (out / "index.html").is_file()
+    assert score(ErrorFile.load(out / "errors.npz")) == scores
+
+
+def test_the_same_weights_elsewhere_are_not_scored_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate_run(run)
+    shutil.copytree(run, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for place in (Path("moved"), tmp_path / "moved"):
+        evaluate_run(place)
+        assert "moved/report already holds the scores of step_00000002" in capsys.readouterr().out
+
+
+def test_the_pages_command_measures_the_same_again(run: Path, tmp_path: Path) -> None:
+    out = evaluate_run(run, out=tmp_path / "first", windows=3)
+    (command,) = re.findall(r"^fm (evaluate [^<\n]*)", (out / "index.html").read_text(), re.MULTILINE)
+    assert main(command.replace("RUN", str(run)).replace("DIR", str(tmp_path / "again")).split()) == 0
+    first, again = (json.loads((tmp_path / name / "scores.json").read_text()) for name in ("first", "again"))
+    assert again == first
 
 
 def test_another_checkpoint_protocol_or_folder_is_evaluated_anew(run: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import pytest
 import whole_runs
@@ -15,13 +16,27 @@ from whole_runs import small
 
 from data_pipeline.errors import UserError
 from fm.lab.sweep import run_sweep
-from fm.lab.sweep_file import Sweep, load_sweep, plan
+from fm.lab.sweep_file import Sweep, Trial, load_sweep, plan
+from fm.lab.sweep_state import check_same_data, read_scores
 from fm.lab.sweep_table import sweep_document, sweep_results
 from fm.recipe_file import load_recipe
 from fm.scores.formats import render
-from fm.settings import dump_recipe
+from fm.settings import dump_recipe, recipe_to_dict
 
 BROKEN = "data.datasets: [shear_flaw]"
+
+
+def scored_copy(run: Path, trial: Trial, one_step: dict[str, Any], **changes: Any) -> None:
+    """A trained and scored run as that of another trial, with some of its scores replaced on all datasets."""
+    shutil.copytree(run, trial.directory, dirs_exist_ok=True)
+    for state in trial.directory.glob("checkpoints/*/state.json"):
+        state.write_text(json.dumps({**json.loads(state.read_text()), "recipe": recipe_to_dict(trial.recipe)}))
+    file = trial.report / "scores.json"
+    scores = json.loads(file.read_text())
+    for part in scores["datasets"].values():
+        part["one_step"].update(one_step)
+        part.update(changes)
+    file.write_text(json.dumps(scores))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +108,11 @@ def test_the_table_says_what_the_reports_say(done: Path) -> None:
     better = min(leads, key=leads.__getitem__)
     assert rows[better]["rank"] == 1
     assert (rows["full"]["paper"], rows["full"]["paper_rank"], rows["no ridge"]["paper_rank"]) == (0.1, 1, 2)
-    assert results["spearman"] == pytest.approx(1.0 if better == "full" else -1.0)
+    assert rows[better]["rank_beside_paper"] == 1
+    assert results["spearman"] is None  # of two
+    text = (done / "table.md").read_text()
+    assert "it takes 3 variants that are done and have a number of the paper's, got 2" in text
+    assert "of other data, protocol and unit; only the order may be compared" in text
 
 
 def test_what_is_done_is_kept(done: Path, sweep: Sweep) -> None:
@@ -137,32 +156,85 @@ def test_a_damaged_report_is_named(done: Path, tmp_path: Path, sweep: Sweep) -> 
 def test_seeds_are_averaged_and_their_spread_is_given(done: Path, tmp_path: Path, sweep: Sweep, folder: Path) -> None:
     """Two more runs, copied from the first with scores of our own."""
     out, ratios = tmp_path / "out", [0.2, 0.4, 0.8]
-    for seed, ratio in enumerate(ratios):
-        shutil.copytree(done / "full_seed0", out / f"full_seed{seed}")
-        file = out / f"full_seed{seed}" / "report" / "scores.json"
-        scores = json.loads(file.read_text())
-        for part in scores["datasets"].values():
-            part["one_step"]["ratio_to_persistence"] = ratio
-            part["one_step"]["median"] = None if seed == 2 else ratio / 2  # one diverged
-        file.write_text(json.dumps(scores))
     seeded = replace(sweep, seeds=(0, 1, 2))
-    results = sweep_results(seeded, plan(seeded, out), failed=["no_ridge_seed1"])
+    trials = plan(seeded, out)
+    for trial, ratio in zip(trials, ratios, strict=False):
+        one_step = {"ratio_to_persistence": ratio, "median": None if trial.seed == 2 else ratio / 2}  # one diverged
+        scored_copy(done / "full_seed0", trial, {**one_step, "count": 3, "diverged": 2 if trial.seed == 2 else 0})
+    results = sweep_results(seeded, trials, failed=["no_ridge_seed1"])
     full, no_ridge, _ = results["variants"]
     score = full["scores"]["one step"]
     assert score["over_persistence"] == pytest.approx(mean(ratios))
     assert score["spread"] == pytest.approx(stdev(ratios))
     assert set(score["vrmse"].values()) == {None}
+    assert (set(score["diverged"].values()), set(score["count"].values())) == ({2}, {9})
     assert full["runs"][1]["scores"]["one step"]["over_persistence"] == pytest.approx(0.4)
     assert no_ridge["status"] == "failed"
     assert results["spearman"] is None
     text = render(sweep_document(seeded, results), "md")
-    assert f"{mean(ratios):.4f} (± {stdev(ratios):.4f})" in text
-    assert "diverged" in text
-    assert "it takes two variants that are done" in text
+    assert f"{mean(ratios):.4f} (± {stdev(ratios):.4f}, 4 of 18 diverged)" in text
+    assert " 2 of 9 diverged |" in text
+    assert "it takes 3 variants that are done" in text
     unpublished = replace(seeded, published=None)
     text = render(sweep_document(unpublished, sweep_results(unpublished, plan(unpublished, out))), "md")
     assert "not known, the paper's numbers are not at hand" in text
     assert "paper's rank" not in text
+
+
+def test_ranks_are_shared_and_compared_among_the_papers(done: Path, tmp_path: Path, folder: Path) -> None:
+    file = folder / "five.yaml"
+    variants = "".join(f"  v{n}: {{train.clip: {n}}}\n" for n in range(1, 6))
+    file.write_text(
+        f"title: F\nbase: base.yaml\nwindows: 2\npublished: {{v1: 3, v3: 2, v4: 1, v5: 0.5}}\nvariants:\n{variants}"
+    )
+    five = load_sweep(file)
+    trials = plan(five, tmp_path / "out")
+    for trial, ratio in zip(trials, (0.4, 0.1, 0.4, 0.2), strict=False):  # v5 is not run
+        scored_copy(done / "full_seed0", trial, {"ratio_to_persistence": ratio})
+    results = sweep_results(five, trials)
+    rows = results["variants"]
+    assert [row["rank"] for row in rows] == [3.5, 1, 3.5, 2, None]
+    assert [row["paper_rank"] for row in rows] == [3, None, 2, 1, None]
+    assert [row["rank_beside_paper"] for row in rows] == [2.5, None, 2.5, 1, None]
+    assert results["spearman"] == pytest.approx(3**0.5 / 2)
+    text = render(sweep_document(five, results), "md")
+    assert "paper's order: 0.87 over 3 variants." in text
+    assert " 3.5 |" in text
+
+
+def test_a_run_of_other_settings_is_named_and_not_ranked(
+    done: Path, tmp_path: Path, sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for trial in plan(sweep, out)[:2]:
+        scored_copy(done / trial.name, trial, {})
+    changed = plan(sweep, out, ["train.clip=2"])
+    scored_copy(done / "full_seed0", changed[0], {})
+    assert run_sweep(sweep, out, ["train.clip=2"], only=["full"]) == 0
+    full, no_ridge, _ = json.loads((out / "table.json").read_text())["variants"]
+    assert (full["status"], full["rank"]) == ("done", 1)
+    assert (no_ridge["status"], no_ridge["rank"], no_ridge["paper_rank"]) == ("other settings", None, None)
+    told = f"other settings than the sweep gives now: {out / 'no_ridge_seed0'} (train.clip: 1.0 -> 2.0). Remove"
+    assert told in capsys.readouterr().out
+
+
+def test_scores_of_other_data_are_not_taken(done: Path, tmp_path: Path, sweep: Sweep) -> None:
+    trial, other = plan(sweep, tmp_path / "out")[:2]
+    scored_copy(done / "full_seed0", trial, {})
+    assert read_scores(trial, sweep) is not None
+    scored_copy(done / "no_ridge_seed0", other, {}, data_digest="f" * 64)
+    assert read_scores(other, sweep) is None
+    # At a URL the present data are not read; the runs are compared with each other.
+    remote = [
+        replace(one, recipe=replace(one.recipe, data=replace(one.recipe.data, shards="s3://b")))
+        for one in (trial, other)
+    ]
+    assert read_scores(remote[1], sweep) is not None
+    scores = {one.name: read_scores(one, sweep) or {} for one in remote}
+    with pytest.raises(
+        UserError, match=r"all runs scored on the same \w+ data, .* in full_seed0 and f{12} in no_ridge"
+    ):
+        check_same_data(scores, sweep)
 
 
 def test_a_pretrained_model_is_a_row_without_training(done: Path, folder: Path, sweep: Sweep) -> None:

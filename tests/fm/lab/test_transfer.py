@@ -89,7 +89,11 @@ def test_what_has_diverged_alone_and_together() -> None:
     assert "| not finite | not finite |" in text
     assert "neither finite: 1." in text
     better = compare(run_of("fm", {MAZE: curve((10, 0.5))}), run_of("bespoke", {MAZE: curve((10, math.inf))}))
-    assert "- helps: 1.\n" in render(describe(together, [better]), "md")  # and no mean of ratios
+    other = compare(run_of("fm", {WAVES: curve((10, 0.5))}), run_of("bespoke", {WAVES: curve((10, 0.5))}))
+    for one, verdict in ((better, "helps: 1, equal: 1"), (neither, "equal: 1, neither finite: 1")):
+        text = render(describe(together, [one, other]), "md")
+        assert f"- {verdict}. No mean of joint / bespoke, a score is not finite or 0: {MAZE}.\n" in text
+        assert "Geometric mean" not in text
 
 
 def test_nothing_is_extrapolated() -> None:

@@ -1,6 +1,7 @@
 """Error growth: what diverged stays in the picture."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -31,3 +32,5 @@ def test_the_growth_figure_marks_failures() -> None:
     assert [text.get_text() for text in axes.texts] == ["1 of 3 diverged"]
     (cross,) = [line for line in axes.lines if line.get_marker() == "x"]
     assert cross.get_xdata().tolist() == [5]
+    (axes,) = growth_figure({"shear_flow": part}, replace(PROTOCOLS["thirds"], max_steps=4)).axes
+    assert (axes.get_xlim(), list(axes.texts)) == ((1, 4), [])  # what comes later is none of this protocol's

@@ -1,18 +1,23 @@
 """The page of an evaluation: complete, self-contained, and honest about what diverged."""
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from error_files import error_file
+from html_reader import Reader
 from samples import ramp_sample
-from test_html import Reader
 
+from fm.__main__ import main
 from fm.report.page import page
 from fm.report.video import gif
+from fm.report.write import write_report
 from fm.scores.errors import ErrorFile
-from fm.scores.protocol import PROTOCOLS
+from fm.scores.protocol import PROTOCOLS, load_protocol
 from fm.scores.scoring import score
 
 ORIGIN = {"checkpoint": "runs/demo/checkpoints/step_00000150", "step": 150, "weights": "5ea1"}
@@ -71,10 +76,34 @@ def test_ratios_are_shaded_by_the_side_of_1_they_are_on(whole: str) -> None:
 
 def test_digests_and_commands_give_the_numbers_again(whole: str) -> None:
     assert {"digest of shear_flow", "digest of active_matter"} <= set(Reader(whole).texts)
-    assert "fm score errors.npz --protocol thirds --eps 1e-07 --out DIR" in whole
+    assert "fm score errors.npz --out DIR" in whole
     assert "fm evaluate RUN --protocol thirds --split test --out DIR" in whole
     subset = replace(PROTOCOLS["thirds"], one_step_windows=8)
-    assert "--split test --windows 8 --out" in page_of(error_file(subset, shear_flow=0.25))
+    assert "--split test --windows 8 --out DIR" in page_of(error_file(subset, shear_flow=0.25))
+    rescored = page_of(error_file(replace(subset, eps=1.25e-5), shear_flow=0.25))
+    assert "--windows 8 --out MEASURED\nfm score MEASURED --eps 1.25e-05 --out DIR" in rescored
+    mine = page_of(error_file(replace(subset, name="mine"), shear_flow=0.25))
+    assert "with the protocol below in a file PROTOCOL.yaml\nfm evaluate RUN --protocol PROTOCOL.yaml --out DIR" in mine
+
+
+@pytest.mark.parametrize("change", [{}, {"one_step_windows": 8}, {"name": "mine", "split": "valid"}, {"eps": 1.25e-5}])
+def test_the_printed_command_scores_the_stored_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    errors = error_file(replace(PROTOCOLS["thirds"], **change), shear_flow=0.25)
+    write_report(tmp_path, errors, score(errors), [])
+    (command,) = re.findall(r"^fm (score errors.*)$", (tmp_path / "index.html").read_text(), re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 0
+    assert json.loads((tmp_path / "DIR" / "scores.json").read_text()) == score(errors)
+
+
+@pytest.mark.parametrize("name", ["thirds", "well"])
+def test_the_printed_protocol_is_one_to_measure_with(tmp_path: Path, name: str) -> None:
+    mine = replace(PROTOCOLS[name], name="mine", eps=1.25e-5)
+    (written,) = [text for text in Reader(page_of(error_file(mine, shear_flow=0.25))).texts if text.startswith("{name")]
+    (tmp_path / "PROTOCOL.yaml").write_text(written)
+    assert load_protocol(tmp_path / "PROTOCOL.yaml") == mine
 
 
 def test_a_diverged_rollout_is_counted_and_named() -> None:
@@ -87,22 +116,37 @@ def test_a_diverged_rollout_is_counted_and_named() -> None:
     assert "1 of 3 rollouts diverged." in texts
     assert "shear_flow: trajectory 2 at step 8" in texts
     assert texts.count("0.2500 (1 of 3 diverged)") == 2  # in the table of rollouts and in that of channels
-    assert "None of 3 rollouts diverged: all predictions are finite." in Reader(page_of(errors)).texts
+    assert "None of 3 rollouts diverged: all their predictions are finite." in Reader(page_of(errors)).texts
+
+
+def test_one_step_predictions_that_are_not_finite_are_counted() -> None:
+    errors = error_file(shear_flow=0.25)
+    part = errors.datasets["shear_flow"]
+    model = part.one_step.model.copy()
+    model[1, 3:5] = np.nan
+    broken = replace(part, one_step=replace(part.one_step, model=model))
+    texts = Reader(page_of(replace(errors, datasets={"shear_flow": broken}))).texts
+    assert "2 of 27 one-step predictions are not finite." in texts
+    assert "None of 3 rollouts diverged: all their predictions are finite." in texts
+    assert not any("one-step predictions" in text for text in Reader(page_of(errors)).texts)
 
 
 def test_names_are_escaped_and_missing_pictures_left_out() -> None:
-    errors = replace(error_file(**{"a<i>b": 0.5}), origin={"checkpoint": "<script>alert(1)</script>"})
+    errors = replace(error_file(**{'a<i>"b': 0.5}), origin={"checkpoint": "<script>alert(1)</script>"})
     text = page(errors, score(errors), [], {}, {})
     read = Reader(text)
     assert not read.of("script")
     assert not read.of("i")
     assert not read.of("img")
-    assert "a<i>b" in read.texts
+    assert 'a<i>"b' in read.texts
+    assert [heading["id"] for heading in read.of("h3")] == ['dataset-a<i>"b']
 
 
 def test_eps_is_shown_where_it_matters() -> None:
     assert "8 of 8 scores change by less than 1%: none is above that." in page_of(error_file(shear_flow=0.25))
     small = page_of(error_file(shear_flow=0.25, variance=1e-5))
     assert "0 of 8 scores change by less than 1%; the others:" in small
+    none = page_of(error_file(shear_flow=np.inf))
+    assert "0 of 0 scores change by less than 1%: none is above that." in none
     # variance 1e-5: sqrt((1e-5 + 1e-7) / (1e-5 + 1e-5)) = 0.711
     assert Reader(small).texts.count("0.7106") == 8

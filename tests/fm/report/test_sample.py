@@ -44,9 +44,24 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     np.savez(file, **{**arrays, "head": np.array(json.dumps({"format": 99, "samples": []}))})
     with pytest.raises(UserError, match="format 99, where 1 is known"):
         load_samples(file)
+    torn = bytearray(whole)
+    start = whole.index(b"0/truth.npy") + 40
+    torn[start : start + 30] = b"\xff" * 30
+    file.write_bytes(torn)
+    with pytest.raises(UserError, match=r"expected the samples.npz of an evaluation, got error.*decompressing data"):
+        load_samples(file)
     np.savez(file, head=arrays["head"])
     with pytest.raises(UserError, match="0/truth"):
         load_samples(file)
+
+
+@pytest.mark.parametrize("change", [{"dataset": "../up"}, {"dataset": "growth"}, {"channel": "a/b"}])
+def test_names_that_files_cannot_have_are_refused(tmp_path: Path, change: dict[str, str]) -> None:
+    save_samples(tmp_path / "samples.npz", [dataclasses.replace(ramp_sample(), **change)])
+    with pytest.raises(
+        UserError, match=r"samples\.npz: expected the samples\.npz of an evaluation, got Val.*expected a"
+    ):
+        load_samples(tmp_path / "samples.npz")
 
 
 def test_fewer_steps_of_the_same_rollout() -> None:

@@ -52,12 +52,12 @@ def test_the_summary_has_ranks_wins_and_the_geometric_mean() -> None:
         b=error_file(shear_flow=0.25, active_matter=0.6, rayleigh_benard=0.2),
         c=error_file(shear_flow=math.inf, active_matter=0.5, rayleigh_benard=0.1),
     )["Summary"]
-    assert summary.head == ["scores", "run", "datasets", "mean rank", "wins", RATIO]
+    assert summary.head == ["scores", "run", "datasets", "diverged", "mean rank", "wins", RATIO]
     a, b, c = summary.rows[:3]
-    assert a[:3] == ["one step", "a", 3]
-    assert a[3:] == [pytest.approx((2 + 1 + 2.5) / 3), 1, pytest.approx(0.04 ** (1 / 3), rel=1e-6)]
-    assert b[3:5] == [pytest.approx((1 + 3 + 2.5) / 3), 1]
-    assert c[3:] == [pytest.approx((3 + 2 + 1) / 3), 1, None]
+    assert a[:4] == ["one step", "a", 3, 0]
+    assert a[4:] == [pytest.approx((2 + 1 + 2.5) / 3), 1, pytest.approx(0.04 ** (1 / 3), rel=1e-6)]
+    assert b[4:6] == [pytest.approx((1 + 3 + 2.5) / 3), 1]
+    assert c[3:] == [27, pytest.approx((3 + 2 + 1) / 3), 1, None]
     assert [row[0] for row in summary.rows[::3]] == ["one step", "first_third", "middle_third", "last_third"]
 
 
@@ -66,11 +66,22 @@ def test_a_diverged_score_is_marked_and_has_no_change() -> None:
     assert row[2:4] == [Marked(None, "27 of 27 diverged"), None]
 
 
+def test_the_summary_counts_rollouts_that_diverged_where_the_median_does_not_tell() -> None:
+    file = error_file(shear_flow=0.5)
+    part = file.datasets["shear_flow"]
+    model = part.rollout.model.copy()
+    model[0, 7:] = np.inf
+    rollout = dataclasses.replace(part.rollout, model=model)
+    broken = dataclasses.replace(file, datasets={"shear_flow": dataclasses.replace(part, rollout=rollout)})
+    rows = tables_of(a=file, b=broken)["Summary"].rows
+    assert [(row[0], row[1], row[3]) for row in rows if row[3]] == [("last_third", "b", 1)]
+
+
 def test_a_window_that_no_run_covers_counts_for_none() -> None:
     runs = {name: score(error_file(shear_flow=0.5), PROTOCOLS["wavelit"]) for name in ("a", "b")}
     _, window, _, summary = compare_document(runs).tables
     assert window.rows == [["shear_flow", "horizon is 9", None, None, None, None, None]]
-    assert summary.rows[2] == ["1:20", "a", 0, None, None, None]
+    assert summary.rows[2] == ["1:20", "a", 0, 0, None, None, None]
 
 
 def test_a_dataset_that_one_run_lacks_is_shown_and_left_out_of_the_summary() -> None:
@@ -86,7 +97,7 @@ def test_one_run_has_its_own_table() -> None:
     tables = tables_of(only=error_file(shear_flow=0.5))
     assert tables["One step"].head == ["dataset", "only", "persistence", "mean field"]
     *_, summary = tables.values()
-    assert summary.head == ["scores", "run", "datasets", RATIO]
+    assert summary.head == ["scores", "run", "datasets", "diverged", RATIO]
 
 
 def test_runs_report_folders_and_files_are_found_and_named(tmp_path: Path) -> None:

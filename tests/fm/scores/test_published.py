@@ -97,10 +97,31 @@ def test_another_protocol_is_not_comparable(registry: Registry, protocol: Protoc
     assert notes[0].startswith(f"shear_flow: not comparable with published scores: {reason}")
 
 
+def test_scores_of_models_that_saw_more_frames_are_not_comparable(registry: Registry) -> None:
+    well = full_size(registry, "shear_flow", protocol=PROTOCOLS["well"])
+    tables, notes = beside_published({"ours": score(well)}, registry)
+    assert tables == []
+    assert notes == ["shear_flow: not comparable with published scores: context 1, published 4."]
+    four = dataclasses.replace(PROTOCOLS["well"], context=4, start=3)
+    (table,), _ = beside_published({"ours": score(full_size(registry, "shear_flow", protocol=four))}, registry)
+    assert [row[0] for row in table.rows] == ["ours", "FNO", "TFNO", "U-net", "CNextU-net"]
+
+
+def test_an_unknown_number_of_published_trajectories_does_not_agree(registry: Registry) -> None:
+    tables, notes = beside_published({"ours": score(full_size(registry, "viscoelastic_instability"))}, registry)
+    assert tables == []
+    assert notes == [
+        "viscoelastic_instability: not comparable with published scores: the number of published trajectories is not "
+        "known."
+    ]
+
+
 def test_a_window_that_published_trajectories_do_not_reach_is_not_comparable(registry: Registry) -> None:
     """Those of viscoelastic_instability are of 20 and 60 frames, so what is published as 1:20 is of other steps."""
     names = ("viscoelastic_instability", "shear_flow")
-    tables, notes = beside_published({"ours": score(full_size(registry, *names))}, registry)
+    counted = dataclasses.replace(registry.card(names[0]), test_trajectories=25)
+    known = dataclasses.replace(registry, cards={**registry.cards, names[0]: counted})
+    tables, notes = beside_published({"ours": score(full_size(known, *names))}, known)
     assert [table.head[2:] for table in tables] == [["SF", "VI"], ["SF"], ["SF"]]
     assert notes[0] == (
         "viscoelastic_instability, 1:20: not comparable with published scores: not all published trajectories "

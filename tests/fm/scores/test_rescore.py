@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from error_files import error_file
 
 from data_pipeline.errors import UserError
+from fm.__main__ import main
 from fm.report.sample import Sample, load_samples, save_samples
 from fm.scores.errors import ErrorFile
 from fm.scores.protocol import PROTOCOLS
@@ -95,6 +97,29 @@ def test_compare_needs_no_torch_either(run: Path, tmp_path: Path) -> None:
     for arguments in ((), (run, "--published")):
         failed = fm("compare", *arguments)
         assert (failed.returncode, failed.stderr) == (2, "error: compare: expected runs, or --published alone\n")
+
+
+@pytest.mark.parametrize("change", [{"dataset": "rayleigh_benard"}, {"trajectory": 7}, {"steps": (1, 99)}])
+def test_samples_of_another_evaluation_are_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
+) -> None:
+    stored = run / "report" / "samples.npz"
+    (sample,) = load_samples(stored)
+    save_samples(stored, [dataclasses.replace(sample, **change)])
+    assert main(["score", str(run), "--out", str(tmp_path / "out")]) == 2
+    assert f"{stored}: expected fields of rollouts in the errors.npz beside it, got" in capsys.readouterr().err
+
+
+def test_a_folder_and_a_file_are_not_taken_for_each_other(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert main(["score", str(run), "--out", str(file)]) == 2
+    assert f"--out {file}: expected a folder to write a report into, got a file" in capsys.readouterr().err
+    assert main(["compare", str(run), "--out", str(tmp_path)]) == 2
+    assert f"--out {tmp_path}: expected a file to write, got a folder" in capsys.readouterr().err
+    assert file.read_text() == "mine"
 
 
 def test_an_evaluation_is_not_replaced_by_another_protocols(run: Path) -> None:

@@ -191,8 +191,29 @@ def test_bad_error_files_are_refused(tmp_path: Path) -> None:
     np.savez(path, **{key: array for key, array in arrays.items() if key != name})
     with pytest.raises(UserError, match=r"expected the errors\.npz of an evaluation"):
         ErrorFile.load(path)
+    head = json.loads(str(arrays["head"]))
+    unnamed = {"protocol": {**head["protocol"], "windows": []}}
+    for change in ({"origin": ["x"]}, unnamed):
+        np.savez(path, **{**arrays, "head": np.array(json.dumps({**head, **change}))})
+        with pytest.raises(UserError, match=r"expected the errors\.npz of an evaluation"):
+            ErrorFile.load(path)
+    np.savez(path, **{**arrays, "shear_flow/trajectories": np.zeros(0, np.int64)})
+    with pytest.raises(UserError, match=r"shear_flow: \(0,\) trajectory ids for 1 rollouts"):
+        ErrorFile.load(path)
     np.savez(path, head=np.array(json.dumps({"format": 99})))
     with pytest.raises(UserError, match="format 2, got 99"):
+        ErrorFile.load(path)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "", "growth", "overview", "spectra", 'a"b'])
+def test_names_that_pictures_cannot_have_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "errors.npz"
+    ErrorFile(PLAIN, {name: dataset_of(np.ones((1, 2, 1)))}).save(path)
+    with pytest.raises(UserError, match=r"expected the errors\.npz of an evaluation, got ValueError.*expected a"):
+        ErrorFile.load(path)
+    part = dataclasses.replace(dataset_of(np.ones((1, 2, 1))), channels=("../up",))
+    ErrorFile(PLAIN, {"shear_flow": part}).save(path)
+    with pytest.raises(UserError, match=r"expected a name of letters, digits, .*got '\.\./up'"):
         ErrorFile.load(path)
 
 
