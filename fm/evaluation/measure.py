@@ -62,8 +62,14 @@ def one_step_length(reader: ShardReader) -> int:
 
 
 def rollout_steps(reader: ShardReader, trajectory: int, protocol: Protocol) -> int:
-    """Steps of a rollout of this trajectory under the protocol; 0 where it ends before the first prediction."""
-    steps = max(0, reader.num_frames(trajectory) - protocol.start - protocol.context)
+    """Steps of a rollout of this trajectory under the protocol; 0 where it ends before the first prediction.
+
+    It ends before the first frame that the shards leave out of all windows (`shard --skip nonfinite`, or stationary).
+    """
+    stop = protocol.start
+    for first, last in reader.manifest.trajectories[trajectory].segments:
+        stop = max(stop, last) if first <= stop else stop
+    steps = max(0, stop - protocol.start - protocol.context)
     return steps if protocol.max_steps is None else min(steps, protocol.max_steps)
 
 

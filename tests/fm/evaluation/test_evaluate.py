@@ -224,7 +224,7 @@ def test_trajectories_of_different_length(tiny_well: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("frame", [0, 4])
-def test_data_that_are_not_finite_are_not_scored(
+def test_a_rollout_ends_before_frames_that_were_left_out(
     readers: dict[str, ShardReader], tiny_well: Path, tmp_path: Path, frame: int
 ) -> None:
     shutil.copytree(tiny_well / "shear_flow", tmp_path / "well" / "shear_flow")
@@ -233,11 +233,28 @@ def test_data_that_are_not_finite_are_not_scored(
         well["t0_fields/tracer"][0, frame, 3, 3] = np.nan
     build_shards(tmp_path / "well", tmp_path / "shards", splits=["test"], jobs=1, skip=["nonfinite"])
     reader = ShardReader(tmp_path / "shards", "shear_flow", "test")
-    (trajectory,) = [i for i in range(reader.num_trajectories) if not np.isfinite(frames(reader, i)).all()]
-    model, chosen = make_model({"shear_flow": readers["shear_flow"]}), list(range(reader.num_trajectories))
-    message = rf"shear_flow: expected finite data .* in trajectory {trajectory}, frame {frame}: `data-pipeline audit"
+    chosen = list(range(reader.num_trajectories))
+    (damaged,) = [i for i in chosen if not np.isfinite(frames(reader, i)).all()]
+    whole = [reader.num_frames(i) - 1 for i in chosen]
+    expected = [max(frame - 1, 0) if i == damaged else steps for i, steps in enumerate(whole)]
+    errors = rollout_errors(make_model({"shear_flow": readers["shear_flow"]}), reader, chosen, THIRDS, CPU)
+    assert errors.steps.tolist() == expected
+
+
+def test_data_that_are_not_finite_are_not_scored(
+    readers: dict[str, ShardReader], tiny_shards: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_shards / "shear_flow", tmp_path / "shear_flow")
+    reader = ShardReader(tmp_path, "shear_flow", "test")
+    stored = frames(reader, 1)[4].tobytes()
+    (shard,) = [path for path in (tmp_path / "shear_flow" / "test").glob("*.tar") if stored in path.read_bytes()]
+    damaged = np.frombuffer(stored, np.float32).copy()
+    damaged[7] = np.nan
+    shard.write_bytes(shard.read_bytes().replace(stored, damaged.tobytes()))
+    reader = ShardReader(tmp_path, "shear_flow", "test")
+    message = "shear_flow: expected finite data .* in trajectory 1, frame 4: `data-pipeline audit"
     with pytest.raises(UserError, match=message):
-        rollout_errors(model, reader, chosen, THIRDS, CPU)
+        rollout_errors(make_model({"shear_flow": readers["shear_flow"]}), reader, [0, 1], THIRDS, CPU)
 
 
 def test_nothing_is_measured_in_tf32(model: WaveLiTFM, readers: dict[str, ShardReader]) -> None:
