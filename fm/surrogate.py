@@ -5,6 +5,7 @@ normalised state, which is the next state, or its change in units of the change'
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
@@ -56,7 +57,7 @@ class Moments(nn.Module):
             self.register_buffer(name, tensor.float(), persistent=False)
 
 
-class Surrogate(nn.Module):
+class Surrogate(nn.Module, ABC):
     """A model of the given datasets. Subclasses are made as `cls(config, datasets, seed)`."""
 
     section: ClassVar[str]  # of a recipe: where `config` stands
@@ -75,12 +76,12 @@ class Surrogate(nn.Module):
         self.delta = {name: predict_override.get(name, predict) == "delta" for name in self.specs}
         self.moments = nn.ModuleDict({name: Moments(spec, self.delta[name]) for name, spec in self.specs.items()})
 
+    @abstractmethod
     def output(self, state: Tensor, constants: Tensor, spec: DatasetSpec) -> Tensor:
         """What the network says of a normalised state (B, C, H, W) and constants (B, K, H, W): (B, C, H, W), float32.
 
         The next state, or its change over `delta_scale` after the mean change is taken off.
         """
-        raise NotImplementedError
 
     def forward(self, state: Tensor, constants: Tensor, dataset: str) -> Tensor:
         """The next state.
@@ -158,13 +159,13 @@ class Surrogate(nn.Module):
         """All trainable numbers, of every dataset."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    @abstractmethod
     def adapted_to(self, datasets: Sequence[DatasetSpec]) -> Self:
         """A model for `datasets` that begins with this one's weights.
 
         A dataset that this model knows keeps its statistics, so its predictions do not change. ValueError if its
         channels differ.
         """
-        raise NotImplementedError
 
     def _check_channels(self, datasets: Sequence[DatasetSpec]) -> None:
         for spec in datasets:
@@ -207,9 +208,9 @@ class Surrogate(nn.Module):
         return model
 
     @classmethod
+    @abstractmethod
     def _described(cls, description: Mapping[str, Any], where: str) -> Self:
         """A new model as model.json, at `where`, says."""
-        raise NotImplementedError
 
     def load_weights(self, file: Path | str) -> None:
         """Load a safetensors file whose keys and shapes must be exactly the model's."""
@@ -236,9 +237,9 @@ class Surrogate(nn.Module):
             listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
             raise ValueError(f"{where} does not fit the model ({self._sizes()}): {listed}")
 
+    @abstractmethod
     def _sizes(self) -> str:
         """The model's sizes, for error messages."""
-        raise NotImplementedError
 
 
 def read_description(directory: Path | str) -> dict[str, Any]:

@@ -33,12 +33,7 @@ from fm.optim import learning_rate
 from fm.recipe_file import resolve
 from fm.record import RunRecord, StepResult
 from fm.rehearsal import rehearse
-from fm.runtime import (
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    StopSignal,
-    as_main_process_finds,
-)
+from fm.runtime import EXIT_DONE, EXIT_INTERRUPTED, StopSignal, as_main_process_finds
 from fm.settings import Recipe, changed_settings, recipe_to_dict
 from fm.specs import check_names
 from fm.state import TrainingState

@@ -1,7 +1,6 @@
-"""The pictures of a diagnosis. Each is drawn in a theme, light or dark, through matplotlib's objects alone."""
+"""The pictures of a diagnosis, drawn through matplotlib's objects alone."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any
 
@@ -22,42 +21,11 @@ LEAST_SHARE = 1e-9  # of the strongest ring: weaker power is rounding
 LINE = 1.3
 
 
-@dataclass(frozen=True)
-class Theme:
-    """Colours, distinct to colour-blind readers (Okabe and Ito 2008)."""
+# Distinct to colour-blind readers (Okabe and Ito 2008).
+INK, FAINT, TRUTH, MODEL, ERROR, OTHER = "#222222", "#dcdcdc", "#444444", "#0072b2", "#d55e00", "#009e73"
+LEVELS = ("#6a1f8a", "#c23b75", "#f08a4b")  # of wavelet details, coarse to fine
 
-    paper: str
-    ink: str
-    faint: str
-    truth: str
-    model: str
-    error: str
-    other: str
-    levels: tuple[str, ...]  # of wavelet details, coarse to fine
-
-
-LIGHT = Theme(
-    paper="#ffffff",
-    ink="#222222",
-    faint="#dcdcdc",
-    truth="#444444",
-    model="#0072b2",
-    error="#d55e00",
-    other="#009e73",
-    levels=("#6a1f8a", "#c23b75", "#f08a4b"),
-)
-DARK = Theme(
-    paper="#16181c",
-    ink="#dddddd",
-    faint="#383b42",
-    truth="#c8c8c8",
-    model="#56b4e9",
-    error="#e69f00",
-    other="#2fc59a",
-    levels=("#a98bf0", "#ee7bb0", "#ffb98a"),
-)
-
-Draw = Callable[[Diagnosis, Theme, Figure | SubFigure], None]
+Draw = Callable[[Diagnosis, Figure | SubFigure], None]
 
 
 def drawn(diagnosis: Diagnosis) -> list[str]:
@@ -65,85 +33,84 @@ def drawn(diagnosis: Diagnosis) -> list[str]:
     return [name for name in PICTURES if name != "conservation" or diagnosis.drifts]
 
 
-def picture(name: str, diagnosis: Diagnosis, theme: Theme) -> Figure:
+def picture(name: str, diagnosis: Diagnosis) -> Figure:
     """One picture by its name."""
     height, draw = PICTURES[name]
-    figure = _figure(height, theme)
-    draw(diagnosis, theme, figure)
+    figure = _figure(height)
+    draw(diagnosis, figure)
     return figure
 
 
-def sheet(diagnosis: Diagnosis, theme: Theme = LIGHT) -> Figure:
+def sheet(diagnosis: Diagnosis) -> Figure:
     """All pictures on one sheet."""
     names = drawn(diagnosis)
     heights = [PICTURES[name][0] for name in names]
-    figure = _figure(sum(heights) + 0.3, theme)
-    figure.suptitle(f"{diagnosis.dataset}: rollouts diagnosed", fontsize=TEXT_SIZE + 2, color=theme.ink)
+    figure = _figure(sum(heights) + 0.3)
+    figure.suptitle(f"{diagnosis.dataset}: rollouts diagnosed", fontsize=TEXT_SIZE + 2, color=INK)
     parts: Any = figure.subfigures(len(names), 1, height_ratios=heights)
     for part, name in zip(parts, names, strict=True):
-        part.set_facecolor(theme.paper)
-        PICTURES[name][1](diagnosis, theme, part)
+        PICTURES[name][1](diagnosis, part)
     return figure
 
 
-def _draw_growth(diagnosis: Diagnosis, theme: Theme, figure: Figure | SubFigure) -> None:
+def _draw_growth(diagnosis: Diagnosis, figure: Figure | SubFigure) -> None:
     growth, steps = diagnosis.growth, np.arange(1, diagnosis.num_steps + 1)
     left, right = figure.subplots(1, 2)
-    _plot(left, steps, growth.rollout, "rollout", theme.model)
-    left.plot(steps, growth.one_step.T, ".", color=theme.error, markersize=3)
-    left.plot([], [], ".", color=theme.error, markersize=3, label="one step")
+    _plot(left, steps, growth.rollout, "rollout", MODEL)
+    left.plot(steps, growth.one_step.T, ".", color=ERROR, markersize=3)
+    left.plot([], [], ".", color=ERROR, markersize=3, label="one step")
     if growth.recurrence is not None:
         fit, dashes = growth.recurrence, (0, (3, 2))
         for curve, last in zip(fit.curve(growth.one_step), fit.last_steps, strict=True):
-            left.plot(steps[:last], curve[:last], color=theme.ink, linewidth=1, linestyle=dashes)
-        left.plot([], [], color=theme.ink, linewidth=1, linestyle=dashes, label=f"fit, L = {fit.factor:.2f}")
-    left.axhline(UNRELATED, color=theme.ink, linewidth=0.6)
-    left.axhspan(GROWING, UNRELATED, color=theme.faint, alpha=0.4, linewidth=0)
-    _note(left, theme, steps[-1], UNRELATED / 1.05, "two unrelated states", ha="right", va="top")
-    _finish(left, theme, "rms error, std", log=True, steps=diagnosis.num_steps)
-    _legend(left, theme)
-    _plot(right, steps, growth.vrmse, "rollout", theme.model)
+            left.plot(steps[:last], curve[:last], color=INK, linewidth=1, linestyle=dashes)
+        left.plot([], [], color=INK, linewidth=1, linestyle=dashes, label=f"fit, L = {fit.factor:.2f}")
+    left.axhline(UNRELATED, color=INK, linewidth=0.6)
+    left.axhspan(GROWING, UNRELATED, color=FAINT, alpha=0.4, linewidth=0)
+    _note(left, steps[-1], UNRELATED / 1.05, "two unrelated states", ha="right", va="top")
+    _finish(left, "rms error, std", log=True, steps=diagnosis.num_steps)
+    _legend(left)
+    _plot(right, steps, growth.vrmse, "rollout", MODEL)
     failures = [(step, growth.vrmse[row, step - 1]) for row, step in enumerate(growth.failed) if step is not None]
     if failures:
-        right.plot(*zip(*failures, strict=True), "o", color=theme.error, markersize=4, label="first failure")
-    right.axhline(1, color=theme.ink, linewidth=0.6)
-    _note(right, theme, 1, 1.04, "mean field", ha="left", va="bottom")
-    _finish(right, theme, "VRMSE, mean over channels", log=True, steps=diagnosis.num_steps)
-    _legend(right, theme)
+        right.plot(*zip(*failures, strict=True), "o", color=ERROR, markersize=4, label="first failure")
+    right.axhline(1, color=INK, linewidth=0.6)
+    _note(right, 1, 1.04, "mean field", ha="left", va="bottom")
+    _finish(right, "VRMSE, mean over channels", log=True, steps=diagnosis.num_steps)
+    _legend(right)
 
 
-def _draw_stability(diagnosis: Diagnosis, theme: Theme, figure: Figure | SubFigure) -> None:
+def _draw_stability(diagnosis: Diagnosis, figure: Figure | SubFigure) -> None:
     stability, steps = diagnosis.stability, np.arange(diagnosis.num_steps + 1)
     left, right = figure.subplots(1, 2)
     for label, factors, colour in (
-        ("model on its rollout", stability.along_rollout, theme.error),
-        ("model on the truth", stability.along_truth, theme.model),
-        ("true flow", stability.true_flow, theme.truth),
+        ("model on its rollout", stability.along_rollout, ERROR),
+        ("model on the truth", stability.along_truth, MODEL),
+        ("true flow", stability.true_flow, TRUTH),
     ):
         if factors is not None:
             start = np.ones((len(factors), 1))
             _plot(left, steps, np.cumprod(np.concatenate([start, factors], axis=1), axis=1), label, colour)
-    _finish(left, theme, "size of a small difference", log=True, steps=diagnosis.num_steps)
-    _legend(left, theme, handlelength=1.1, columnspacing=0.9)
+    _finish(left, "size of a small difference", log=True, steps=diagnosis.num_steps)
+    _legend(left, handlelength=1.1, columnspacing=0.9)
     for label, values, colour in (
-        ("along its rollout", stability.largest_along_rollout, theme.error),
-        ("along the truth", stability.largest_along_truth, theme.model),
+        ("along its rollout", stability.largest_along_rollout, ERROR),
+        ("along the truth", stability.largest_along_truth, MODEL),
     ):
         right.plot(stability.frames, values, "o-", color=colour, markersize=3.5, linewidth=LINE, label=label)
-    right.axhline(1, color=theme.ink, linewidth=0.6)
-    _finish(right, theme, "largest amplification by a step", log=False, steps=diagnosis.num_steps)
+    right.axhline(1, color=INK, linewidth=0.6)
+    _finish(right, "largest amplification by a step", log=False, steps=diagnosis.num_steps)
     right.set_ylim(bottom=0)
-    _legend(right, theme)
+    _legend(right)
 
 
-def _draw_spectra(diagnosis: Diagnosis, theme: Theme, figure: Figure | SubFigure) -> None:
+def _draw_spectra(diagnosis: Diagnosis, figure: Figure | SubFigure) -> None:
     spectra = diagnosis.spectra
     panels = figure.subplots(1, len(spectra.steps), sharey=True, squeeze=False)[0]
     for index, (axes, step) in enumerate(zip(panels, spectra.steps, strict=True)):
         for label, values, colour in (
-            ("truth", spectra.truth, theme.truth),
-            ("prediction", spectra.prediction, theme.model),
-            ("error", spectra.error, theme.error),
+            ("truth", spectra.truth, TRUTH),
+            ("prediction", spectra.prediction, MODEL),
+            ("error", spectra.error, ERROR),
         ):
             axes.plot(spectra.wavenumber, values[index], color=colour, linewidth=LINE, label=label)
         axes.set_xscale("log")
@@ -151,63 +118,63 @@ def _draw_spectra(diagnosis: Diagnosis, theme: Theme, figure: Figure | SubFigure
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         place = {"ha": "right", "va": "top", "transform": axes.transAxes}
-        axes.text(0.97, 0.97, f"step {step}", fontsize=TEXT_SIZE, color=theme.ink, **place)
-        _finish(axes, theme, "power" if index == 0 else "", log=True, across="wavenumber")
+        axes.text(0.97, 0.97, f"step {step}", fontsize=TEXT_SIZE, color=INK, **place)
+        _finish(axes, "power" if index == 0 else "", log=True, across="wavenumber")
     highest = max(float(part[np.isfinite(part)].max(initial=0.0)) for part in (spectra.truth, spectra.prediction))
     lowest = min(float(part[part > 0].min(initial=1.0)) for part in (spectra.truth, spectra.error))
     panels[0].set_ylim(max(lowest / 2, highest * LEAST_SHARE), highest * 2)
-    _legend(panels[0], theme, handlelength=1.1, columnspacing=0.9)
+    _legend(panels[0], handlelength=1.1, columnspacing=0.9)
 
 
-def _draw_scales(diagnosis: Diagnosis, theme: Theme, figure: Figure | SubFigure) -> None:
+def _draw_scales(diagnosis: Diagnosis, figure: Figure | SubFigure) -> None:
     bands, steps = diagnosis.bands, np.arange(1, diagnosis.num_steps + 1)
     left, right = figure.subplots(1, 2)
     for level in bands.levels:
         truth, prediction, error = (np.where(part > 0, part, np.nan) for part in bands.level(level))
-        colour = theme.truth if level == 0 else theme.levels[-level]
+        colour = TRUTH if level == 0 else LEVELS[-level]
         label = "coarse part" if level == 0 else f"level {level}"
         left.plot(steps, np.median(np.sqrt(error / truth), axis=0), color=colour, linewidth=LINE, label=label)
         right.plot(steps, np.median(prediction / truth, axis=0), color=colour, linewidth=LINE, label=label)
     for axes, name in ((left, "rms error over rms truth"), (right, "energy over the truth's")):
-        axes.axhline(1, color=theme.ink, linewidth=0.6)
-        _finish(axes, theme, name, log=True, steps=diagnosis.num_steps)
-        _legend(axes, theme, handlelength=1.1, columnspacing=0.9)
+        axes.axhline(1, color=INK, linewidth=0.6)
+        _finish(axes, name, log=True, steps=diagnosis.num_steps)
+        _legend(axes, handlelength=1.1, columnspacing=0.9)
 
 
-def _draw_conservation(diagnosis: Diagnosis, theme: Theme, figure: Figure | SubFigure) -> None:
+def _draw_conservation(diagnosis: Diagnosis, figure: Figure | SubFigure) -> None:
     panels = figure.subplots(1, len(diagnosis.drifts), squeeze=False)[0]
     for axes, drift in zip(panels, diagnosis.drifts, strict=True):
-        _draw_drift(axes, drift, theme)
-        axes.set_title("\n".join(wrap(drift.label, 80 // len(panels))), fontsize=TEXT_SIZE, color=theme.ink)
-        _finish(axes, theme, drift.unit, log=False, steps=diagnosis.num_steps)
+        _draw_drift(axes, drift)
+        axes.set_title("\n".join(wrap(drift.label, 80 // len(panels))), fontsize=TEXT_SIZE, color=INK)
+        _finish(axes, drift.unit, log=False, steps=diagnosis.num_steps)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", **_legend_style(theme))
+    figure.legend(handles, labels, loc="outside upper left", **_legend_style())
 
 
-def _draw_drift(axes: Axes, drift: Drift, theme: Theme) -> None:
+def _draw_drift(axes: Axes, drift: Drift) -> None:
     frames = np.arange(drift.truth.shape[1])
-    _plot(axes, frames, drift.prediction, "prediction", theme.model)
-    _plot(axes, frames, drift.truth, "truth", theme.truth)
+    _plot(axes, frames, drift.prediction, "prediction", MODEL)
+    _plot(axes, frames, drift.truth, "truth", TRUTH)
 
 
-def _draw_floors(diagnosis: Diagnosis, theme: Theme, figure: Figure | SubFigure) -> None:
+def _draw_floors(diagnosis: Diagnosis, figure: Figure | SubFigure) -> None:
     floors = diagnosis.floors
     rows = {
-        "mean field": (1.0, theme.truth),
-        "persistence": (floors.persistence, theme.truth),
-        "best pointwise linear map": (floors.pointwise, theme.other),
-        "model": (floors.model, theme.model),
+        "mean field": (1.0, TRUTH),
+        "persistence": (floors.persistence, TRUTH),
+        "best pointwise linear map": (floors.pointwise, OTHER),
+        "model": (floors.model, MODEL),
     }
     axes = figure.subplots()
     for place, (value, colour) in enumerate(rows.values()):
         axes.plot(value, place, "o", color=colour, markersize=5.5)
-        style: dict[str, Any] = {"va": "center", "fontsize": TEXT_SIZE, "color": theme.ink}
+        style: dict[str, Any] = {"va": "center", "fontsize": TEXT_SIZE, "color": INK}
         axes.annotate(f"{value:.2g}", (value, place), xytext=(7, 0), textcoords="offset points", **style)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xscale("log")
     axes.set_xlim(min(value for value, _ in rows.values()) / 2, 3)
-    _finish(axes, theme, "", log=False, across="one-step VRMSE")
+    _finish(axes, "", log=False, across="one-step VRMSE")
 
 
 PICTURES: Mapping[str, tuple[float, Draw]] = {  # name -> height in inches, how it is drawn
@@ -220,8 +187,8 @@ PICTURES: Mapping[str, tuple[float, Draw]] = {  # name -> height in inches, how 
 }
 
 
-def _figure(height: float, theme: Theme) -> Figure:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor=theme.paper)
+def _figure(height: float) -> Figure:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -233,10 +200,9 @@ def _plot(axes: Axes, steps: np.ndarray, rows: np.ndarray, label: str, colour: s
         axes.plot(steps, finite, color=colour, linewidth=LINE, label=label if row == 0 else None)
 
 
-def _finish(axes: Axes, theme: Theme, label: str, *, log: bool, steps: int = 0, across: str = "step") -> None:
-    axes.set_facecolor(theme.paper)
-    axes.set_xlabel(across, fontsize=TEXT_SIZE, color=theme.ink)
-    axes.set_ylabel(label, fontsize=TEXT_SIZE, color=theme.ink)
+def _finish(axes: Axes, label: str, *, log: bool, steps: int = 0, across: str = "step") -> None:
+    axes.set_xlabel(across, fontsize=TEXT_SIZE, color=INK)
+    axes.set_ylabel(label, fontsize=TEXT_SIZE, color=INK)
     if log:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
@@ -247,24 +213,24 @@ def _finish(axes: Axes, theme: Theme, label: str, *, log: bool, steps: int = 0, 
     if steps:
         axes.set_xlim(0, max(steps, 2) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.grid(True, which="major", linewidth=0.4, color=theme.faint)
+    axes.grid(True, which="major", linewidth=0.4, color=FAINT)
     axes.set_axisbelow(True)
-    axes.tick_params(which="both", labelsize=TEXT_SIZE - 1, width=0.5, length=2.5, colors=theme.ink)
+    axes.tick_params(which="both", labelsize=TEXT_SIZE - 1, width=0.5, length=2.5, colors=INK)
     for name, spine in axes.spines.items():
         spine.set_visible(name in ("left", "bottom"))
-        spine.set_color(theme.ink)
+        spine.set_color(INK)
         spine.set_linewidth(0.5)
 
 
-def _note(axes: Axes, theme: Theme, x: float, y: float, text: str, ha: str, va: str) -> None:
-    halo = withStroke(linewidth=2.5, foreground=theme.paper)  # a line may run behind
-    axes.text(x, y, text, ha=ha, va=va, fontsize=TEXT_SIZE - 1, color=theme.ink, path_effects=[halo])
+def _note(axes: Axes, x: float, y: float, text: str, ha: str, va: str) -> None:
+    halo = withStroke(linewidth=2.5, foreground="white")  # a line may run behind
+    axes.text(x, y, text, ha=ha, va=va, fontsize=TEXT_SIZE - 1, color=INK, path_effects=[halo])
 
 
-def _legend(axes: Axes, theme: Theme, **style: float) -> None:
+def _legend(axes: Axes, **style: float) -> None:
     """In a row above the panel, where no line runs."""
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 0.99), **{**_legend_style(theme), **style})
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 0.99), **{**_legend_style(), **style})
 
 
-def _legend_style(theme: Theme) -> dict[str, Any]:
-    return {"ncols": 4, "fontsize": TEXT_SIZE - 1, "frameon": False, "labelcolor": theme.ink, "handlelength": 1.5}
+def _legend_style() -> dict[str, Any]:
+    return {"ncols": 4, "fontsize": TEXT_SIZE - 1, "frameon": False, "labelcolor": INK, "handlelength": 1.5}

@@ -1,18 +1,20 @@
-"""The page of a diagnosis: sentences, a table of numbers, pictures; one file that needs no other and no network."""
+"""The page of a diagnosis, made of the same parts as a report's: findings, pictures, numbers."""
 
-import base64
 import io
 from collections.abc import Sequence
 from html import escape
 
 import numpy as np
 
-from fm.diagnosis.figures import DARK, LIGHT, Theme, drawn, picture
+from fm.diagnosis.figures import drawn, picture
 from fm.diagnosis.growth import mean_factor
 from fm.diagnosis.result import Diagnosis
 from fm.diagnosis.sentences import Finding, factor, number
+from fm.report import html
+from fm.scores.formats import Table
 
 DPI = 200
+ZOOM = 0.6  # page pixels to a pixel of a picture
 TITLES = {
     "growth": "Error growth",
     "stability": "What becomes of a small error",
@@ -36,69 +38,25 @@ CAPTIONS = {
     "floors": "Median over the same windows of the test split. The pointwise map predicts a grid point from the same "
     "point's channels, by one matrix for all points that is fitted to the train split.",
 }
-STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #222; --soft: #666; --line: #ddd; --lead: #0072b2; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #16181c; --ink: #ddd; --soft: #999; --line: #33363c; --lead: #56b4e9; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 56rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 Georgia, "Times New Roman", serif; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem; font-weight: 600; }
-h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; font-weight: 600; }
-.origin, figcaption { color: var(--soft); font-size: .88rem; }
-.origin { margin: 0 0 1.8rem; overflow-wrap: anywhere; }
-dl { margin: 0; display: grid; grid-template-columns: 8.2rem 1fr; column-gap: 1rem; row-gap: .55rem; }
-dt { color: var(--lead); font-weight: 600; }
-dd { margin: 0; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .28rem .6rem .28rem 0; border-bottom: 1px solid var(--line); font-weight: 400; }
-th:last-child, td:last-child { text-align: right; padding-right: 0; }
-thead th { color: var(--soft); }
-figure { margin: 0; break-inside: avoid; }
-img { display: block; width: 100%; height: auto; }
-figcaption { margin-top: .5rem; }
-@media (max-width: 34rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
-@media print { body { max-width: none; padding: 0; } }
-"""
 
 
 def page(diagnosis: Diagnosis, found: Sequence[Finding]) -> str:
     """The whole HTML file."""
-    origin = diagnosis.origin
-    told = [f"{escape(key)} {escape(str(value))}" for key, value in origin.items()]
-    told.append(f"test trajectories {', '.join(map(str, diagnosis.trajectories))}, from their first frame")
-    told.append(f"{diagnosis.num_steps} steps of {diagnosis.dt:g}")
-    sentences = "\n".join(f"<dt>{escape(one.subject)}</dt><dd>{escape(one.text)}</dd>" for one in found)
-    rows = "\n".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in key_numbers(diagnosis)
-    )
-    figures = "\n".join(_figure(name, diagnosis) for name in drawn(diagnosis))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Diagnosis of {escape(diagnosis.dataset)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{escape(diagnosis.dataset)}: rollouts diagnosed</h1>
-<p class="origin">{"; ".join(told)}</p>
-<dl>
-{sentences}
-</dl>
-{figures}
-<h2>Numbers</h2>
-<table>
-<thead><tr><th>quantity</th><th>value</th></tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table>
-</body>
-</html>
-"""
+    title = f"{diagnosis.dataset}: rollouts diagnosed"
+    told = [(key, str(value)) for key, value in diagnosis.origin.items()]
+    told.append(("test trajectories", f"{', '.join(map(str, diagnosis.trajectories))}, from their first frame"))
+    told.append(("length", f"{diagnosis.num_steps} steps of {diagnosis.dt:g}"))
+    names = drawn(diagnosis)
+    numbers = Table("", ["quantity", "value"], [list(row) for row in key_numbers(diagnosis)])
+    sections = [
+        ("findings", "Findings", html.facts([(one.subject, one.text) for one in found])),
+        *((name, TITLES[name], _figure(name, diagnosis)) for name in names),
+        ("numbers", "Numbers", html.table(numbers, "What the findings rest on.")),
+    ]
+    head = f"<h1>{escape(title)}</h1>\n{html.facts(told)}"
+    body = [f'<h2 id="{anchor}">{escape(name)}</h2>\n{content}' for anchor, name, content in sections]
+    contents = html.contents([(anchor, name, ()) for anchor, name, _ in sections])
+    return html.document(title, contents, "\n".join([head, *body]))
 
 
 def key_numbers(diagnosis: Diagnosis) -> list[tuple[str, str]]:
@@ -144,18 +102,7 @@ def key_numbers(diagnosis: Diagnosis) -> list[tuple[str, str]]:
 
 
 def _figure(name: str, diagnosis: Diagnosis) -> str:
-    light, dark = (_data_uri(name, diagnosis, theme) for theme in (LIGHT, DARK))
-    return f"""<h2>{TITLES[name]}</h2>
-<figure>
-<picture>
-<source media="(prefers-color-scheme: dark)" srcset="{dark}">
-<img src="{light}" alt="{TITLES[name]} of {escape(diagnosis.dataset)}">
-</picture>
-<figcaption>{escape(CAPTIONS[name])}</figcaption>
-</figure>"""
-
-
-def _data_uri(name: str, diagnosis: Diagnosis, theme: Theme) -> str:
     image = io.BytesIO()
-    picture(name, diagnosis, theme).savefig(image, format="png", dpi=DPI)
-    return "data:image/png;base64," + base64.b64encode(image.getvalue()).decode()
+    picture(name, diagnosis).savefig(image, format="png", dpi=DPI)
+    alt = f"{TITLES[name]} of {diagnosis.dataset}"
+    return html.figure(image.getvalue(), alt, escape(CAPTIONS[name]), ZOOM)

@@ -109,7 +109,7 @@ class _Job:
             return Part(measure_windows(self.model, reader, windows, self.device, self.batch_size, advance))
         shown = longest_recorder(reader, self.protocol)
         measured = measure_rollouts(self.model, reader, item.ids, self.protocol, self.device, advance, shown)
-        return Part(measured, np.stack(shown.fields, axis=1) if shown.fields else None)
+        return Part(measured, shown.stacked())
 
     def collect(
         self, items: Sequence[Item], parts: Parts, domains: Mapping[str, Domain]

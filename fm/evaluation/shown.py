@@ -26,6 +26,10 @@ class Recorder:
             row = trajectories.index(self.trajectory)
             self.fields.append((truth[row, self.channel].cpu().numpy(), prediction[row, self.channel].cpu().numpy()))
 
+    def stacked(self) -> np.ndarray | None:
+        """Truth and prediction, (2, n, H, W); None where nothing was kept."""
+        return np.stack(self.fields, axis=1) if self.fields else None
+
 
 def longest_recorder(reader: ShardReader, protocol: Protocol) -> Recorder:
     """Keeps what is shown of a dataset, whatever batch its longest rollout is in."""

@@ -9,7 +9,7 @@ import torch
 
 from data_pipeline.windows.reader import ShardReader
 from fm.evaluation.measure import one_step_errors, one_step_windows, rollout_errors, rollout_steps
-from fm.evaluation.shown import Recorder, shown_channel
+from fm.evaluation.shown import Recorder, as_sample, shown_channel
 from fm.report.sample import Sample, spread_over
 from fm.scores.errors import DatasetErrors, ErrorFile
 from fm.scores.protocol import Protocol, load_protocol
@@ -76,8 +76,9 @@ def validate(
         rollouts = rollout_errors(model, reader, trajectories, protocol, device, watch=recorder)
         manifest, ids = reader.manifest, np.array(trajectories, np.int64)
         datasets[name] = DatasetErrors(manifest.state_channels, ids, one_step, rollouts, manifest.digest, manifest.grid)
-        if recorder.fields:
-            samples[name] = _sample(reader, recorder, rollouts.vrmse("model", protocol.eps)[0])
+        fields = recorder.stacked()
+        if fields is not None:
+            samples[name] = as_sample(reader, recorder, fields, rollouts.vrmse("model", protocol.eps)[0])
     return ValidationResult(score(ErrorFile(protocol, datasets)), samples)
 
 
@@ -85,19 +86,3 @@ def _recorder(reader: ShardReader, protocol: Protocol) -> Recorder:
     """Keeps some steps of the first trajectory."""
     shown = spread_over(rollout_steps(reader, 0, protocol), SHOWN_STEPS)
     return Recorder(0, shown_channel(reader.manifest), tuple(index + 1 for index in shown))
-
-
-def _sample(reader: ShardReader, recorder: Recorder, vrmse: np.ndarray) -> Sample:
-    """What the recorder has kept; `vrmse` (S, C) of its trajectory."""
-    manifest = reader.manifest
-    truth, prediction = (np.stack(fields) for fields in zip(*recorder.fields, strict=True))
-    return Sample(
-        dataset=manifest.dataset,
-        channel=manifest.state_channels[recorder.channel],
-        trajectory=recorder.trajectory,
-        dt=manifest.trajectories[recorder.trajectory].dt,
-        steps=recorder.steps,
-        truth=truth,
-        prediction=prediction,
-        vrmse=vrmse[np.array(recorder.steps) - 1, recorder.channel],
-    )

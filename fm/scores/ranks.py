@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import rankdata, spearmanr
 
 Scores = Sequence[float | None]
 
@@ -32,10 +33,9 @@ def spearman(ours: Scores, theirs: Scores) -> float | None:
     first, second = _ranks(ours), _ranks(theirs)
     if len(set(first)) < 2 or len(set(second)) < 2:
         return None
-    return float(np.corrcoef(first, second)[0, 1])
+    return float(spearmanr(first, second).statistic)
 
 
 def _ranks(scores: Scores) -> list[float]:
-    """Of each score: how many are lower, and the middle of the places that the equal ones take."""
-    values = [math.inf if score is None else score for score in scores]
-    return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
+    """1 for the lowest; equal scores share the mean of their places."""
+    return [float(rank) for rank in rankdata([math.inf if score is None else score for score in scores])]

@@ -1,6 +1,7 @@
 """What every surrogate is, seen on the smallest one: a network that is one number."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -13,17 +14,28 @@ from fm.rollout import rollout
 from fm.surrogate import Surrogate
 
 SPEC = make_spec("shear_flow")
+BOTH = (SPEC, make_spec("rayleigh_benard"))
 
 
 class Scaled(Surrogate):
     """Says `factor` times the state."""
 
-    def __init__(self, predict: str, **override: str) -> None:
-        super().__init__([SPEC, make_spec("rayleigh_benard")], predict, override, "haar")
+    def __init__(self, predict: str, datasets: Sequence[DatasetSpec] = BOTH, **override: str) -> None:
+        super().__init__(datasets, predict, override, "haar")
         self.factor = nn.Parameter(torch.tensor(0.5))
 
     def output(self, state: Tensor, constants: Tensor, spec: DatasetSpec) -> Tensor:
         return self.factor * state
+
+    def adapted_to(self, datasets: Sequence[DatasetSpec]) -> "Scaled":
+        return self
+
+    @classmethod
+    def _described(cls, description: Mapping[str, Any], where: str) -> "Scaled":
+        return cls("state")
+
+    def _sizes(self) -> str:
+        return "one number"
 
 
 def moments(statistic: str) -> Tensor:
@@ -60,4 +72,4 @@ def test_unless_it_says_otherwise_all_datasets_use_all_parameters() -> None:
 @pytest.mark.parametrize("datasets", [[], [SPEC, SPEC], [SPEC, dataclasses.replace(SPEC, boundary=SPEC.boundary)]])
 def test_datasets_must_have_names_of_their_own(datasets: list[Any]) -> None:
     with pytest.raises(ValueError, match="datasets must be one or more with different names"):
-        Surrogate(datasets, "delta", {}, "haar")
+        Scaled("delta", datasets)
