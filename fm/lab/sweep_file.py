@@ -23,7 +23,7 @@ from data_pipeline import strict_yaml
 from data_pipeline.errors import UserError
 from data_pipeline.strict_yaml import Node
 from fm.recipe_file import load_recipe
-from fm.scores.protocol import PROTOCOLS
+from fm.scores.protocol import load_protocol
 from fm.settings import Recipe
 
 _OPTIONAL = ("paper", "note", "base", "overrides", "seeds", "seconds", "protocol", "windows", "published")
@@ -56,7 +56,7 @@ class Sweep:
     note: str | None = None  # a remark that is printed with the table
     seeds: tuple[int, ...] = (0,)  # each variant is trained with each
     seconds: float | None = None  # of training per variant, for which a probe chooses train.steps; null: the recipe's
-    protocol: str = "thirds"  # named protocol of the scores
+    protocol: str = "thirds"  # of the scores: a name, or a YAML file
     windows: int | None = None  # one-step windows scored per dataset, evenly spaced; null: all
     published: Mapping[str, float] | None = None  # variant -> the paper's number, lower is better; those that are known
 
@@ -102,7 +102,11 @@ def load_sweep(name: str | Path) -> Sweep:
     sweep = Sweep(file, given["title"].text(), _variants(given, file.parent), overrides)
     values: dict[str, Any] = {key: given[key].text() for key in ("paper", "note") if key in given}
     if "protocol" in given:
-        values["protocol"] = given["protocol"].choice(PROTOCOLS, "a named protocol")
+        values["protocol"] = given["protocol"].text()
+        try:
+            load_protocol(values["protocol"])
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
     if "seeds" in given:
         values["seeds"] = _seeds(given["seeds"])
     if "seconds" in given:

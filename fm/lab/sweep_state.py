@@ -21,7 +21,7 @@ from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
 from fm.checkpoint import find_checkpoint, newest_checkpoint, read_state
 from fm.lab.sweep_file import Sweep, Trial
 from fm.recipe_file import resolve
-from fm.scores.protocol import get_protocol
+from fm.scores.protocol import load_protocol
 from fm.settings import changed_settings, recipe_to_dict
 
 
@@ -91,7 +91,7 @@ def read_scores(trial: Trial, sweep: Sweep) -> dict[str, Any] | None:
         data = {name: part["data_digest"] for name, part in scores["datasets"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a report's scores.json ({error!r}); remove it, and sweep again") from error
-    wanted = replace(get_protocol(sweep.protocol), one_step_windows=sweep.windows).to_json()
+    wanted = replace(load_protocol(sweep.protocol), one_step_windows=sweep.windows).to_json()
     weights = read_state(find_checkpoint(model_of(trial)))["files"]["ema.safetensors"]["sha256"]
     current = measured == wanted and of == weights and _is_present(data, trial, wanted["split"])
     return scores if current else None

@@ -14,7 +14,7 @@ from fm.checkpoint import load_pretrained
 from fm.lab.sweep_file import Sweep, Trial
 from fm.lab.sweep_state import check_same_data, find_changes, model_of, read_scores
 from fm.scores.formats import DASH, Cell, Document, Marked, Table, number
-from fm.scores.protocol import get_protocol
+from fm.scores.protocol import load_protocol
 from fm.scores.ranks import mean_ranks, spearman
 from fm.scores.scoring import geometric_mean
 from fm.tracking import parse_lines
@@ -41,7 +41,7 @@ def sweep_results(sweep: Sweep, trials: Sequence[Trial], failed: Collection[str]
     check_same_data(scores, sweep)
     known = [set(part["datasets"]) for part in scores.values()]
     datasets = sorted(set.intersection(*known)) if known else []
-    blocks = [ONE_STEP, *get_protocol(sweep.protocol).windows]
+    blocks = [ONE_STEP, *load_protocol(sweep.protocol).windows]
     rows = []
     for variant in sweep.variants:
         mine = [trial for trial in trials if trial.variant == variant]
@@ -66,7 +66,7 @@ def sweep_results(sweep: Sweep, trials: Sequence[Trial], failed: Collection[str]
     return {
         "title": sweep.title,
         "paper": sweep.paper,
-        "protocol": replace(get_protocol(sweep.protocol), one_step_windows=sweep.windows).to_json(),
+        "protocol": replace(load_protocol(sweep.protocol), one_step_windows=sweep.windows).to_json(),
         "seconds": sweep.seconds,
         "blocks": blocks,
         "references": _references(list(scores.values()), datasets, blocks),
@@ -78,7 +78,7 @@ def sweep_results(sweep: Sweep, trials: Sequence[Trial], failed: Collection[str]
 def sweep_document(sweep: Sweep, results: Mapping[str, Any]) -> Document:
     """The same for people: a table of the variants, and one of the datasets for each block."""
     rows, blocks = results["variants"], results["blocks"]
-    protocol = replace(get_protocol(sweep.protocol), one_step_windows=sweep.windows)
+    protocol = replace(load_protocol(sweep.protocol), one_step_windows=sweep.windows)
     several = f", mean over seeds {', '.join(map(str, sweep.seeds))} (± their standard deviation)"
     about = (
         f"VRMSE, lower is better. {protocol.describe()}. In the first table it is over persistence's, as the geometric "

@@ -81,7 +81,7 @@ def test_a_variant_may_have_a_recipe_of_its_own_and_one_may_not_be_trained(tmp_p
         ("title: T\nbase: Q\nvariants: {a: {}}\npublished: {b: 1}\n", "published.b: unknown key 'b'"),
         (
             "title: T\nbase: Q\nvariants: {a: {}}\nprotocol: third\n",
-            "protocol: expected a named protocol, got 'third'. Did you mean 'thirds'?",
+            "protocol: expected one of wavelit, appendix_g, well, thirds; got 'third'",
         ),
         ("title: T\nbase: Q\nvariants: {a: {only_evaluate: 1}}\n", "only_evaluate: expected true, or no such key"),
         (
