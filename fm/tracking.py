@@ -45,7 +45,8 @@ from fm.report.strips import ROWS, error_scale, field_scale
 from fm.report.video import gif
 
 _OF_A_PROCESS = ("start", "end")  # true whatever step a later process continues from
-_MADE_AGAIN = ("validation", "gate", "cosine", "shares", "warning")  # at a checkpoint's own step, by a run that continues there
+# made at a checkpoint's own step, and again by a run that continues there
+_MADE_AGAIN = ("validation", "gate", "cosine", "shares", "warning")
 
 
 class StepLog:
