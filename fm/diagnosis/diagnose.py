@@ -10,9 +10,7 @@ from tqdm import tqdm
 from data_pipeline.cards.registry import load_registry
 from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_file
-from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
-from fm.checkpoint import find_checkpoint, load_pretrained, verify_checkpoint
 from fm.diagnosis.figures import sheet
 from fm.diagnosis.measure import diagnose, work
 from fm.diagnosis.page import DPI, key_numbers, page
@@ -20,7 +18,7 @@ from fm.diagnosis.result import Diagnosis
 from fm.diagnosis.sentences import findings
 from fm.diagnosis.subject import Subject, choose_trajectories
 from fm.diagnosis.true_flow import sibling_well, twins_of
-from fm.recipe_file import resolve
+from fm.evaluation.runs import Trained
 from fm.specs import check_channels
 
 
@@ -40,24 +38,21 @@ def diagnose_run(
     """
     if trajectories < 1:
         raise UserError(f"--trajectories: expected at least 1, got {trajectories}")
-    checkpoint = find_checkpoint(run)
-    state = verify_checkpoint(checkpoint)
-    recipe = resolve(state["recipe"], str(checkpoint / "state.json"))
-    model = load_pretrained(checkpoint)
+    trained = Trained.open(run)
+    model = trained.model
     if dataset not in model.specs:
         raise UserError(f"--dataset: expected one that {run} was trained on, {', '.join(model.specs)}; got {dataset!r}")
-    shards = shards or recipe.data.shards
-    stream = recipe.data.stream(recipe.sampling.shuffle, recipe.sampling.shards_per_block)
-    test, train = (open_readers(shards, [dataset], split, stream=stream)[dataset] for split in ("test", "train"))
+    shards = shards or trained.recipe.data.shards
+    test, train = (trained.readers([dataset], split, shards)[dataset] for split in ("test", "train"))
     spec = model.specs[dataset]
     check_channels(test, spec.state_channels, spec.constant_channels, "the model was trained on")
-    card = load_registry(recipe.data.registry).card(dataset)
+    card = load_registry(trained.recipe.data.registry).card(dataset)
     subject = Subject(model, test, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     chosen = choose_trajectories(test, trajectories)
     num_steps = test.num_frames(chosen[0]) - 1
     origin: dict[str, object] = {
-        "checkpoint": str(checkpoint),
-        "step": state["step"],
+        "checkpoint": str(trained.checkpoint),
+        "step": trained.state["step"],
         "data": test.manifest.digest[:12],
     }
     known = well or sibling_well(shards)
@@ -65,7 +60,7 @@ def diagnose_run(
     with tqdm(total=total, desc=f"diagnose {dataset}", leave=False) as bar:
         twins = _twins(test, known, chosen, bar, required=well is not None)
         diagnosis = diagnose(subject, train, card, chosen, twins, origin, bar.update)
-    return _write(diagnosis, out or (run if run != checkpoint else checkpoint.parent.parent) / "report" / "diagnosis")
+    return _write(diagnosis, out or trained.report / "diagnosis")
 
 
 def _twins(

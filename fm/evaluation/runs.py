@@ -1,8 +1,8 @@
-"""What is done with a run once it is trained: score it."""
+"""What is done with a run once it is trained: open it, and score it."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from data_pipeline.cards.registry import load_registry
 from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers
+from data_pipeline.windows.reader import ShardReader
 from fm.checkpoint import find_checkpoint, load_pretrained, verify_checkpoint
 from fm.evaluation.evaluate import evaluate_model
 from fm.evaluation.parts import remove_parts
@@ -21,6 +22,32 @@ from fm.scores.errors import FILE_NAME, FORMAT, ErrorFile
 from fm.scores.protocol import load_protocol
 from fm.scores.tables import score_table
 from fm.settings import Recipe
+from fm.surrogate import Surrogate
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The averaged weights of a run, on the CPU, and what its checkpoint says."""
+
+    checkpoint: Path
+    report: Path  # folder of the run's report
+    state: dict[str, Any]  # what state.json holds
+    recipe: Recipe
+    model: Surrogate
+
+    @classmethod
+    def open(cls, run: Path) -> "Trained":
+        """What a run directory means, or a checkpoint's own. UserError if there is no checkpoint, or it is damaged."""
+        checkpoint = find_checkpoint(run)
+        state = verify_checkpoint(checkpoint)
+        recipe = resolve(state["recipe"], str(checkpoint / "state.json"))
+        report = (run if run != checkpoint else checkpoint.parent.parent) / "report"
+        return cls(checkpoint, report, state, recipe, load_pretrained(checkpoint))
+
+    def readers(self, datasets: Sequence[str], split: str, shards: str | Path | None = None) -> dict[str, ShardReader]:
+        """Readers of `shards`, the recipe's by default. UserError where there are none."""
+        stream = self.recipe.data.stream(self.recipe.sampling.shuffle, self.recipe.sampling.shards_per_block)
+        return open_readers(shards or self.recipe.data.shards, datasets, split, stream=stream)
 
 
 def evaluate_run(
@@ -40,19 +67,16 @@ def evaluate_run(
     """
     if windows is not None and windows < 1:
         raise UserError(f"--windows: expected at least 1 one-step window per dataset, got {windows}")
-    checkpoint = find_checkpoint(run)
-    state = verify_checkpoint(checkpoint)
-    recipe = resolve(state["recipe"], str(checkpoint / "state.json"))
+    trained = Trained.open(run)
+    checkpoint, recipe = trained.checkpoint, trained.recipe
     chosen = load_protocol(protocol or recipe.validation.protocol)
     chosen = replace(chosen, split=split or chosen.split, one_step_windows=windows or chosen.one_step_windows)
-    model = load_pretrained(checkpoint)
-    stream = recipe.data.stream(recipe.sampling.shuffle, recipe.sampling.shards_per_block)
-    readers = open_readers(shards or recipe.data.shards, sorted(model.specs), chosen.split, stream=stream)
-    out = out or (run if run != checkpoint else checkpoint.parent.parent) / "report"
+    readers = trained.readers(sorted(trained.model.specs), chosen.split, shards)
+    out = out or trained.report
     origin = {
         "checkpoint": str(checkpoint),
-        "step": state["step"],
-        "weights": state["files"]["ema.safetensors"]["sha256"],
+        "step": trained.state["step"],
+        "weights": trained.state["files"]["ema.safetensors"]["sha256"],
     }
     identity = {
         "weights": _weights(origin),
@@ -71,7 +95,7 @@ def evaluate_run(
             device = accelerator.device if accelerator.device.type == "cuda" else torch.device("cpu")
             domains = _domains(recipe, sorted(readers), say)
             scores = evaluate_model(
-                model, readers, out, chosen, device, origin=origin, domains=domains, accelerator=accelerator
+                trained.model, readers, out, chosen, device, origin=origin, domains=domains, accelerator=accelerator
             )
             say(f"{checkpoint}, averaged weights:\n\n{score_table(scores)}\nreport: {out}")
         accelerator.end_training()
