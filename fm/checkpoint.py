@@ -23,7 +23,8 @@ from safetensors.torch import load as load_tensors
 from data_pipeline.errors import UserError
 from fm.baselines.baseline import Baseline
 from fm.model import WaveLiTFM
-from fm.surrogate import BASELINE, Surrogate, read_description
+from fm.pretrained import BASELINE, read_description
+from fm.surrogate import Surrogate
 
 FORMAT_VERSION = 2
 _STEP = re.compile(r"step_(\d{8,})")
@@ -102,7 +103,8 @@ def load_checkpoint(path: Path, model: Surrogate, average: Surrogate) -> tuple[d
     Raises UserError if the architecture, the datasets or their statistics are not those of `model`.
     """
     state = read_state(path)
-    _require_same(path, json.loads((path / "model.json").read_text()), model.description())
+    wanted = model.description()
+    _require_same(path, _filled(read_description(path), wanted), wanted)
     for target, name in ((model, "model.safetensors"), (average, "ema.safetensors")):
         target.load_state_dict(_read_tensors(path / name))
     return state, _read_tensors(path / "optimizer.safetensors")
@@ -144,6 +146,16 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
         return load_tensors(file.read_bytes())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: cannot be read as safetensors ({error})") from error
+
+
+def _filled(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """A saved description; what it does not know of its datasets (fm/pretrained.py, format 1) is as in `wanted`."""
+    known = {spec["name"]: spec for spec in wanted["datasets"]}
+    datasets = [
+        {key: known.get(spec["name"], spec)[key] if value is None else value for key, value in spec.items()}
+        for spec in saved["datasets"]
+    ]
+    return {**saved, "datasets": datasets}
 
 
 def _require_same(path: Path, saved: Any, wanted: Any, key: str = "") -> None:

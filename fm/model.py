@@ -23,7 +23,8 @@ from fm.nn.dwt import NOT_PERIODIC, Periodic, analysis, patches, synthesis, unpa
 from fm.nn.heads import Head
 from fm.nn.lifting import Lifting
 from fm.nn.pyramid import Pyramid, pyramid_tables
-from fm.surrogate import BASELINE, MIN_GRID, Surrogate
+from fm.pretrained import BASELINE
+from fm.surrogate import MIN_GRID, Surrogate
 
 __all__ = ["MIN_GRID", "PRESETS", "DatasetSpec", "ModelConfig", "WaveLiTFM"]
 
@@ -127,7 +128,7 @@ class WaveLiTFM(Surrogate):
         channels differ.
         """
         self._check_channels(datasets)
-        model = WaveLiTFM(self.config, [self.specs.get(spec.name, spec) for spec in datasets])
+        model = WaveLiTFM(self.config, self._as_known(datasets))
         weights = self.state_dict()
         model.load_state_dict({name: weights.get(name, tensor) for name, tensor in model.state_dict().items()})
         return model

@@ -19,13 +19,15 @@ LATER = ("pointwise",)  # options of ModelConfig that files written before them 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What the model must know of a dataset: names, boundary types and moments, all from its manifest."""
+    """What the model must know of a dataset, all from its manifest."""
 
     name: str
     state_channels: tuple[str, ...]
     constant_channels: tuple[str, ...]
     boundary: tuple[tuple[str, str], tuple[str, str]]  # (lower, upper) of x, of y: WALL, OPEN or PERIODIC
     stats: Mapping[str, Mapping[str, float]]  # mean, std, mean_delta, std_delta -> channel -> value in raw units
+    grid: tuple[int, int] | None = None  # (H, W) of the training data; None: not known
+    dt: float | None = None  # physical time that one step advances; None: not known, or it differs by trajectory
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.state_channels, *self.constant_channels):
@@ -70,6 +72,8 @@ class DatasetSpec:
             constant_channels=tuple(value["constant_channels"]),
             boundary=((x0, x1), (y0, y1)),
             stats=value["stats"],
+            grid=None if value["grid"] is None else (value["grid"][0], value["grid"][1]),
+            dt=value["dt"],
         )
 
 

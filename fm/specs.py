@@ -35,6 +35,8 @@ def dataset_specs(readers: Mapping[str, ShardReader], registry: Registry) -> lis
             constant_channels=tuple(reader.manifest.constant_channels),
             boundary=reader.manifest.boundary,
             stats=reader.manifest.stats,
+            grid=reader.manifest.grid,
+            dt=_common_dt(reader.manifest),
         )
         for name, reader in sorted(readers.items())
     ]
@@ -52,6 +54,12 @@ def check_channels(reader: ShardReader, state: Sequence[str], constant: Sequence
                 f"{reader.folder}: the shards hold the {role} channels {', '.join(found) or 'none'}, but {says} the "
                 f"{role} channels {', '.join(expected) or 'none'}. Make the shards again with `data-pipeline shard`."
             )
+
+
+def _common_dt(manifest: Manifest) -> float | None:
+    """The time between frames, or None where it differs from trajectory to trajectory."""
+    steps = [trajectory.dt for trajectory in manifest.trajectories]
+    return steps[0] if max(steps) - min(steps) <= 1e-4 * abs(steps[0]) else None
 
 
 def _check_grid(manifest: Manifest) -> None:

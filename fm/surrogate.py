@@ -4,24 +4,32 @@ The trainer, rollouts and scores know a model by this class alone. A subclass gi
 normalised state, which is the next state, or its change in units of the change's own standard deviation.
 """
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fm.model_config import DatasetSpec, check_keys
+from fm.fields import Fields, GivenFields, given_fields
+from fm.model_config import DatasetSpec
+from fm.pretrained import (
+    EMA_FILE,
+    FORMAT,
+    MODEL_FILE,
+    WEIGHTS_FILE,
+    HubFolder,
+    copy_companions,
+    locate,
+    read_description,
+    read_weights,
+    write_model,
+)
 
-MODEL_FILE = "model.json"
-WEIGHTS_FILE = "model.safetensors"
-EMA_FILE = "ema.safetensors"
-FORMAT = 1
-BASELINE = "baseline"  # key of model.json that only baselines have
 STD_FLOOR = 1e-4  # the_well's
 DELTA_FLOOR = 1e-2  # of the channel's std, so that a channel that hardly moves is not amplified more than 100 times
 MIN_GRID = 16
@@ -69,6 +77,7 @@ class Surrogate(nn.Module, ABC):
     ) -> None:
         """`predict` and, by dataset, `predict_override` are delta or state; `wavelet` is the loss's."""
         super().__init__()
+        self.origin: Path | None = None  # the folder that it was loaded from
         if not datasets or len({spec.name for spec in datasets}) != len(datasets):
             raise ValueError(f"datasets must be one or more with different names, got {[s.name for s in datasets]}")
         self.wavelet = wavelet
@@ -174,37 +183,98 @@ class Surrogate(nn.Module, ABC):
             if own != given:
                 raise ValueError(f"dataset {spec.name}: the model has the channels {own}, the data {given}")
 
+    def _as_known(self, datasets: Sequence[DatasetSpec]) -> list[DatasetSpec]:
+        """The given specifications; of a dataset that this model knows, its own, at the grid and time step given."""
+        own = self.specs
+        return [replace(own.get(spec.name, spec), grid=spec.grid, dt=spec.dt) for spec in datasets]
+
     def description(self) -> dict[str, Any]:
         """What model.json holds: format, configuration and dataset specifications, as JSON types."""
         datasets = [spec.to_json() for spec in self.specs.values()]
         return {"format": FORMAT, "config": self.config.to_json(), "datasets": datasets}
+
+    def predict(self, fields: Fields, dataset: str, steps: int = 1, dt: float | None = None) -> Fields:
+        """The next `steps` states of one or many initial states, in physical units, by channel name.
+
+        fields: the initial state and the constant fields, each under its canonical channel's name: a dictionary of
+        numpy arrays or tensors (H, W), or (B, H, W) for B of them, or an xarray Dataset with dimensions x, y and at
+        most one more. Returns the state channels in the same form: (steps, H, W) or (B, steps, H, W); in a Dataset the
+        dimension `time` stands before x and y. `dt` is the time between your frames, if you want it compared.
+        ValueError for a dataset the model does not know, missing or unknown channels, shapes that do not fit, NaN;
+        FieldsWarning where grid, dt or units are far from those of the training data.
+        """
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {steps}")
+        given = given_fields(fields, self._spec(dataset), dt)
+        return given.series(torch.stack(list(self._iterate(given, dataset, steps)), dim=1))
+
+    def rollout(
+        self, fields: Fields, dataset: str, steps: int | None = None, dt: float | None = None
+    ) -> Iterator[Fields]:
+        """As `predict`, one state (H, W) or (B, H, W) at a time, so that memory does not grow; None: without end."""
+        given = given_fields(fields, self._spec(dataset), dt)
+        return (given.frame(state, step) for step, state in enumerate(self._iterate(given, dataset, steps), start=1))
+
+    def iterate(self, initial: Tensor, constants: Tensor, dataset: str, steps: int | None) -> Iterator[Tensor]:
+        """Yield the next `steps` states (B, C, H, W) in raw units, without gradients; None: without end.
+
+        initial (B, C, H, W) and constants (B, K, H, W) in raw units. The state stays normalised from step to step.
+        Nothing is clipped: a diverging rollout yields what the model says, infinities included.
+        """
+        with torch.no_grad():
+            state = self.normalise(initial, dataset)
+            fixed = self.normalise_constants(constants, dataset)
+        for _ in count() if steps is None else range(steps):
+            with torch.no_grad():
+                state = self(state, fixed, dataset)
+                raw = self.denormalise(state, dataset)
+            yield raw
+
+    def _iterate(self, given: GivenFields, dataset: str, steps: int | None) -> Iterator[Tensor]:
+        """As `iterate`, from the device where the fields are, and back to it."""
+        own, theirs = next(self.parameters()).device, given.state.device
+        for state in self.iterate(given.state.to(own), given.constants.to(own), dataset, steps):
+            yield state.to(theirs)
 
     def save_pretrained(
         self, directory: Path | str, weights: str = WEIGHTS_FILE, state: Mapping[str, Tensor] | None = None
     ) -> None:
         """Write model.json (configuration and dataset specifications) and `weights` (safetensors) into `directory`.
 
-        `state` replaces the model's own weights, with the same keys (an EMA, say).
+        `state` replaces the model's own weights, with the same keys (an EMA, say). Cards, scores and pictures of the
+        exported model that this one was loaded from come along as long as the weights are those.
         """
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / MODEL_FILE).write_text(json.dumps(self.description(), indent=1) + "\n")
         tensors = self.state_dict() if state is None else dict(state)
         self._check_state({name: tuple(tensor.shape) for name, tensor in tensors.items()}, "the state to be saved")
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / weights)
+        write_model(directory, self.description(), tensors, weights)
+        if self.origin is not None and weights == WEIGHTS_FILE:
+            copy_companions(self.origin, directory)
+
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes to `organisation/name` on the Hugging Face Hub; returns its address.
+
+        `options` are those of huggingface_hub's ModelHubMixin.push_to_hub (private, token, commit_message, branch,
+        create_pr); so are the errors.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return HubFolder(Path(folder)).push_to_hub(repository, **options)
 
     @classmethod
-    def from_pretrained(cls, directory: Path | str, weights: str | None = None) -> Self:
-        """A model on the CPU from a directory with model.json and weights: `weights`, or the EMA's, or the model's own.
+    def from_pretrained(cls, source: Path | str, weights: str | None = None) -> Self:
+        """A model on the CPU, ready to predict: from an exported folder, a checkpoint, or `hf://organisation/name`.
 
-        FileNotFoundError if a file is missing; ValueError if model.json is of another format or the weights do not fit.
+        `weights` is a file in it; by default the averaged ones. OSError if a file is missing or the Hub does not give
+        it; ValueError if model.json is of a later format or the weights do not fit.
         """
-        directory = Path(directory)
+        directory = locate(source)
         description = read_description(directory)
         if weights is None:
             weights = EMA_FILE if (directory / EMA_FILE).exists() else WEIGHTS_FILE
-        model = cls._described(description, str(directory / MODEL_FILE))
+        model = cls._described(description, str(directory / MODEL_FILE)).eval()
         model.load_weights(directory / weights)
+        model.origin = directory
         return model
 
     @classmethod
@@ -214,13 +284,7 @@ class Surrogate(nn.Module, ABC):
 
     def load_weights(self, file: Path | str) -> None:
         """Load a safetensors file whose keys and shapes must be exactly the model's."""
-        file = Path(file)
-        if not file.is_file():
-            raise FileNotFoundError(f"no weights at {file}")
-        try:
-            tensors = load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+        tensors = read_weights(Path(file))
         self._check_state({name: tuple(tensor.shape) for name, tensor in tensors.items()}, str(file))
         self.load_state_dict(tensors)
 
@@ -240,15 +304,3 @@ class Surrogate(nn.Module, ABC):
     @abstractmethod
     def _sizes(self) -> str:
         """The model's sizes, for error messages."""
-
-
-def read_description(directory: Path | str) -> dict[str, Any]:
-    """model.json as a dict with keys format, config, datasets; a baseline's has its name as `baseline`."""
-    file = Path(directory) / MODEL_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"no {MODEL_FILE} in {directory}: expected a directory written by save_pretrained")
-    description = json.loads(file.read_text())
-    check_keys(str(file), description, ("format", "config", "datasets"), optional=(BASELINE,))
-    if description["format"] != FORMAT:
-        raise ValueError(f"{file} has format {description['format']}, this version reads {FORMAT}")
-    return description

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fm.baselines.config import BaselineConfig
 from fm.baselines.networks import FLOAT32, build_network, grid_multiple
 from fm.model_config import DatasetSpec
-from fm.surrogate import BASELINE, Surrogate
+from fm.pretrained import BASELINE
+from fm.surrogate import Surrogate
 
 
 class Baseline(Surrogate):
@@ -63,7 +64,8 @@ class Baseline(Surrogate):
                 f"a baseline has input and output slots for the datasets it was made for ({', '.join(self.specs)}), "
                 f"none for {', '.join(unknown)}: train one on all of them"
             )
-        model = Baseline(self.config, list(self.specs.values()))
+        adapted = {spec.name: spec for spec in self._as_known(datasets)}
+        model = Baseline(self.config, [adapted.get(name, spec) for name, spec in self.specs.items()])
         model.load_state_dict(self.state_dict())
         return model
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from data_pipeline.errors import UserError
 from data_pipeline.windows.reader import ShardReader
 from fm.metrics import squared_error_and_variance
-from fm.rollout import rollout
 from fm.scores.errors import Errors
 from fm.scores.protocol import Protocol
 from fm.surrogate import Surrogate
@@ -147,7 +146,7 @@ def measure_windows(
             reader.announce(batches[number + 1], 2)  # from a URL it comes while the model works
         batch = reader.batch(ids, 2).to(device)
         source, target = batch.fields[:, 0], batch.fields[:, 1]
-        (prediction,) = rollout(model, reader.manifest.dataset, source, batch.constants, 1)
+        (prediction,) = model.iterate(source, batch.constants, reader.manifest.dataset, 1)
         part = Measured(*reader.index(2).locate(ids), _values(prediction, source, target))
         _check_truth(reader, part, held=part.steps, truth=part.steps + 1)
         parts.append(part)
@@ -174,7 +173,7 @@ def measure_rollouts(
     initial = _stack([reader.trajectory_frames(index, first, 1)[0] for index in trajectories], device)  # (B, C, H, W)
     constants = _stack([reader.constants(index) for index in trajectories], device)
     parts = []
-    predictions = rollout(model, reader.manifest.dataset, initial, constants, steps[0])
+    predictions = model.iterate(initial, constants, reader.manifest.dataset, steps[0])
     for step, prediction in enumerate(predictions, start=1):
         going = sum(length >= step for length in steps)  # the first ones: they are the longest
         ids = trajectories[:going]

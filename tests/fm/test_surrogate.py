@@ -10,7 +10,6 @@ from handmade import make_inputs, make_spec
 from torch import Tensor, nn
 
 from fm.model_config import DatasetSpec
-from fm.rollout import rollout
 from fm.surrogate import Surrogate
 
 SPEC = make_spec("shear_flow")
@@ -57,7 +56,7 @@ def test_the_output_is_the_next_state_or_its_change_in_units_of_its_deviation() 
 def test_a_rollout_needs_no_more_than_a_surrogate() -> None:
     model = Scaled("state")
     initial, constants = make_inputs(SPEC)
-    states = list(rollout(model, SPEC.name, initial, constants, 3))
+    states = list(model.iterate(initial, constants, SPEC.name, 3))
     expected = (initial - moments("mean")) / 8 + moments("mean")
     torch.testing.assert_close(states[2], expected, atol=1e-5, rtol=1e-5)
 

@@ -4,14 +4,13 @@ import torch
 from handmade import make_inputs, make_spec, stir
 
 from fm.model import ModelConfig, WaveLiTFM
-from fm.rollout import rollout
 
 
 def test_rollout_feeds_predictions_back() -> None:
     spec = make_spec("acoustic_scattering_maze")
     model = stir(WaveLiTFM(ModelConfig(16, 1, 2), [spec]))
     raw, constants = make_inputs(spec)
-    frames = list(rollout(model, spec.name, raw, constants, steps=3))
+    frames = list(model.iterate(raw, constants, spec.name, 3))
     assert len(frames) == 3
     assert not any(frame.requires_grad for frame in frames)
     state, fixed = model.normalise(raw, spec.name), model.normalise_constants(constants, spec.name)
@@ -24,7 +23,7 @@ def test_rollout_of_an_untrained_model_drifts_by_the_mean_change() -> None:
     spec = make_spec("rayleigh_benard")
     model = WaveLiTFM(ModelConfig(16, 1, 2), [spec])
     raw, constants = make_inputs(spec)
-    *_, last = rollout(model, spec.name, raw, constants, steps=4)
+    *_, last = model.iterate(raw, constants, spec.name, 4)
     drift = 4 * spec.moment("mean_delta", spec.state_channels).float()
     torch.testing.assert_close(last, raw + drift, atol=1e-5, rtol=1e-5)
 
@@ -32,5 +31,5 @@ def test_rollout_of_an_untrained_model_drifts_by_the_mean_change() -> None:
 def test_no_gradient_mode_does_not_leak_between_steps() -> None:
     spec = make_spec("gray_scott_reaction_diffusion")
     model = WaveLiTFM(ModelConfig(16, 1, 2), [spec])
-    for _ in rollout(model, spec.name, *make_inputs(spec), steps=1):
+    for _ in model.iterate(*make_inputs(spec), spec.name, 1):
         assert torch.is_grad_enabled()

@@ -1,0 +1,141 @@
+"""The files of a model: model.json beside safetensors, in a folder here or in a repository of the Hugging Face Hub.
+
+A folder that `fm export` wrote also has artefact.json, which lists the files that belong to these weights.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import ModelHubMixin
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fm.model_config import check_keys
+
+MODEL_FILE = "model.json"
+WEIGHTS_FILE = "model.safetensors"
+EMA_FILE = "ema.safetensors"
+ARTEFACT_FILE = "artefact.json"
+FORMAT = 2
+BASELINE = "baseline"  # key of model.json that only baselines have
+HUB = "hf://"
+_REPOSITORY = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?/?")
+
+
+def locate(source: Path | str) -> Path:
+    """The local folder of a model: `source` itself, or what `hf://organisation/name[@revision]` holds, fetched.
+
+    FileNotFoundError where the repository or revision does not exist, ConnectionError where the Hub cannot be reached
+    and nothing was fetched before, ValueError for an address of another form.
+    """
+    if not str(source).startswith(HUB):
+        return Path(source)
+    match = _REPOSITORY.fullmatch(str(source))
+    if match is None:
+        raise ValueError(f"{source}: expected an address such as hf://organisation/name or hf://organisation/name@main")
+    repository, revision = match.groups()
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{source}: no such repository or revision at {huggingface_hub.constants.ENDPOINT}, or it is private: "
+            "look at the name, or log in with `hf auth login`"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ConnectionError(
+            f"{source}: {huggingface_hub.constants.ENDPOINT} cannot be reached, and this model was not fetched before "
+            f"({type(error).__name__}). Fetch it where there is a network, and give the folder instead."
+        ) from error
+
+
+def read_description(directory: Path | str) -> dict[str, Any]:
+    """model.json as a dict with keys format, config, datasets; a baseline's has its name as `baseline`.
+
+    One of an older format is brought up to this one. FileNotFoundError where there is none, ValueError where it is of a
+    later format or not such a file.
+    """
+    file = Path(directory) / MODEL_FILE
+    if not file.is_file():
+        hint = ""
+        if (Path(directory) / "checkpoints").is_dir():
+            hint = f": {directory} is a run; export it (fm export), or name one of its checkpoints/step_*"
+        raise FileNotFoundError(f"no {MODEL_FILE} in {directory}{hint or ': expected a folder of save_pretrained'}")
+    try:
+        description = json.loads(file.read_text())
+        number = description["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: expected a model's description with a format, got {error}") from error
+    check_keys(str(file), description, ("format", "config", "datasets"), optional=(BASELINE,))
+    if number not in (1, FORMAT):
+        raise ValueError(
+            f"{file} has format {number}, this version reads 1 to {FORMAT}; install the version of the project that "
+            "wrote it, or a later one"
+        )
+    if number == 1:  # did not know what the data were sampled at
+        description["datasets"] = [{**spec, "grid": None, "dt": None} for spec in description["datasets"]]
+    return {**description, "format": FORMAT}
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Tensors by name. FileNotFoundError where there are none, ValueError where the file is torn."""
+    if not file.is_file():
+        raise FileNotFoundError(f"no weights at {file}")
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+    return tensors
+
+
+def write_model(directory: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: str) -> None:
+    """Write model.json and the weights into `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / MODEL_FILE).write_text(json.dumps(description, indent=1) + "\n")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / weights)
+
+
+def copy_companions(origin: Path, directory: Path) -> None:
+    """Copy what artefact.json of `origin` lists (scores, cards, pictures) if it was written for `directory`'s weights.
+
+    ValueError where it is damaged or names a file outside its folder.
+    """
+    listing = origin / ARTEFACT_FILE
+    if not listing.is_file():
+        return
+    try:
+        files = {str(name): str(entry["sha256"]) for name, entry in json.loads(listing.read_text())["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{listing}: expected a list of files with their SHA-256, got {error}") from error
+    weights = hashlib.sha256((directory / WEIGHTS_FILE).read_bytes()).hexdigest()
+    if files.get(WEIGHTS_FILE) != weights:
+        return  # trained on, or changed: what is said there is not true of these
+    for name in (ARTEFACT_FILE, *files):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{listing}: expected paths inside {origin}, got {name!r}")
+        if name not in (MODEL_FILE, WEIGHTS_FILE) and (directory / name).resolve() != (origin / name).resolve():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(origin / name, directory / name)
+
+
+class HubFolder(ModelHubMixin):
+    """A model's folder as huggingface_hub's mixin takes it: `push_to_hub` makes the repository and uploads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save_pretrained(self, save_directory: Path | str, **options: Any) -> None:
+        """What `push_to_hub` calls for a copy; `options` are a configuration and a card, which the folder has."""
+        shutil.copytree(self.folder, save_directory, dirs_exist_ok=True)
