@@ -113,7 +113,8 @@ def panel(progress: Progress, columns: int, with_datasets: bool = True) -> Rende
     for ratio in (1, None, None):
         bar.add_column(ratio=ratio, no_wrap=True)
     count = f"{progress.step}/{progress.steps}  {100 * progress.step / progress.steps:.0f} %"
-    bar.add_row(ProgressBar(total=progress.steps, completed=progress.step), count, _left(progress))
+    done = ProgressBar(total=progress.steps, completed=progress.step, complete_style="cyan", finished_style="cyan")
+    bar.add_row(done, count, _left(progress))
     lines = [_line(_learning(progress.values)), _line(_speed(progress.values))]
     parts: list[RenderableType] = [bar, *lines]
     if with_datasets:
@@ -179,10 +180,9 @@ def _left(progress: Progress) -> str:
     hours = progress.values.get("throughput/hours_left")
     if hours is None:
         return "time left -"
-    left = timedelta(hours=hours)
-    ends = datetime.now() + left
-    clock = ends.strftime("%H:%M" if hours < 12 else "%d %b %H:%M")
-    return f"{timedelta(seconds=round(left.total_seconds()))} left, ends {clock}"
+    ends = (datetime.now() + timedelta(hours=hours)).strftime("%H:%M" if hours < 12 else "%d %b %H:%M")
+    left = str(timedelta(seconds=round(3600 * hours))) if hours < 24 else f"{hours:.1f} h"
+    return f"{left} left, ends {ends}"
 
 
 def _number(value: Any) -> str:
