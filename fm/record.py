@@ -72,9 +72,9 @@ class RunRecord(AbstractContextManager):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.active:
-            self._console.close()
             ending = self._ending(error)
             self._events.write("end", self._done, **ending)
+            self._console.close()
             self._log.close()
             self._events.close()
             self._board.close()
