@@ -1,55 +1,26 @@
 """The record of a run: recipe.yaml, run.json, logs, TensorBoard, the console. Main process only; silent elsewhere."""
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from data_pipeline.files import atomic_file
 from data_pipeline.windows.schedule import Schedule
+from fm.console import Console, Progress
 from fm.evaluation.validation import ValidationResult, protocol_windows
 from fm.guard import Refusal
 from fm.report.cosines import Cosines
-from fm.runtime import peak_memory_bytes
-from fm.settings import Recipe, dump_recipe
+from fm.settings import Recipe, dump_recipe, recipe_to_dict
 from fm.surrogate import Surrogate
-from fm.tracking import Dashboard, EventLog, StepLog, progress_bar, write_process
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimiser step did, over all processes. A step may hold several draws (train.draws)."""
-
-    step: int  # optimiser steps done, this one included
-    datasets: tuple[str, ...]  # one per draw
-    grids: tuple[tuple[int, int], ...]  # (H, W), one per draw
-    windows: str  # digest of the global batches' window ids
-    losses: tuple[float, ...]  # one per draw
-    mse: float
-    wavelet_l1: float
-    grad_norm: float  # before clipping
-    lr: float
-    samples: int  # windows
-    model_calls: tuple[int, ...]  # forward passes of the unroll, one number per draw
-    data_seconds: float
-    seconds: float
-    stop: bool  # a process was asked to stop
-
-    @property
-    def loss(self) -> float:
-        return sum(self.losses) / len(self.losses)
-
-    @property
-    def tokens(self) -> int:
-        """Token updates: windows x model calls x H W / 4."""
-        windows = self.samples // len(self.grids)
-        calls = zip(self.grids, self.model_calls, strict=True)
-        return sum(windows * count * h * w // 4 for (h, w), count in calls)
+from fm.tracking.dashboard import Dashboard
+from fm.tracking.hparams import Session, final_scores, telling_settings
+from fm.tracking.logs import EventLog, StepLog
+from fm.tracking.pictures import is_shown
+from fm.tracking.process import environment, write_process
+from fm.tracking.steps import Meter, StepResult
+from fm.tracking.trackers import Trackers
 
 
 class RunRecord(AbstractContextManager):
@@ -61,33 +32,33 @@ class RunRecord(AbstractContextManager):
 
     def __init__(self, recipe: Recipe, schedule: Schedule, model: Surrogate | None, step: int, spread: str) -> None:
         self.recipe, self.schedule, self.active = recipe, schedule, model is not None
-        self._flops: dict[str, float] = {}  # dataset -> training FLOPs of one model call on one window
-        self._since: list[StepResult] = []  # steps since the last scalars
         self._repeated: set[str] = set()  # datasets that a warning was given for
         self._done = step  # optimiser steps
         self.ended: str | None = None  # why the run is over before its last step, if it is
         if model is None:
             return
-        self.model = model
-        directory = recipe.run.directory
-        directory.mkdir(parents=True, exist_ok=True)
-        text = dump_recipe(replace(recipe, **{model.section: model.config}))
-        with atomic_file(directory / "recipe.yaml", durable=False) as file:
-            file.write(text.encode())
-        write_process(directory / "run.json", spread)
-        self._log = StepLog(directory / "log.jsonl", step)
-        self._events = EventLog(directory / "events.jsonl", step)
-        windows = protocol_windows(recipe.validation.protocol)
-        self._board = Dashboard(directory / "tensorboard", schedule.shares, windows, step, self._events.saved)
-        self._board.text("recipe", f"```yaml\n{text}```", step)
+        resolved = replace(recipe, **{model.section: model.config})
+        self.directory = recipe.run.directory
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.directory / "recipe.yaml", durable=False) as file:
+            file.write(dump_recipe(resolved).encode())
+        write_process(self.directory / "run.json", spread)
+        self._log = StepLog(self.directory / "log.jsonl", step)
+        self._events = EventLog(self.directory / "events.jsonl", step)
+        self._meter = Meter(model, recipe.train.steps, self._events.saved["pending"] if step else ())
+        self._board = self._open_board(resolved, step)
+        self._board.text("recipe", f"```yaml\n{dump_recipe(resolved)}```", step)
+        facts = environment(next(model.parameters()).device, spread)
+        self._board.text("environment", _table(f"from step {step}", facts), step)
         if step:
-            self._since = [StepResult(**saved) for saved in self._events.saved["pending"] if _is_result(saved)]
             for text in self._events.refusals:
                 self._board.text("events", text, step)
             self._tell("start", f"continued from step {step}", step)
         else:
             self._events.write("start", step, text="started")
-        self._bar = progress_bar(recipe.train.steps, step, recipe.run.name, shown=recipe.tracking.progress)
+        names = sorted(schedule.shares)
+        progress = Progress(recipe.run.name, recipe.train.steps, step, names, scores=self._events.scores)
+        self._console = Console(progress, shown=recipe.tracking.progress)
         self._warn_of_repeats(recipe.train.steps, step)
         for ignored in recipe.finetune.ignored() if recipe.finetune else ():
             self.say(f"warning: finetune.{ignored}")
@@ -101,16 +72,19 @@ class RunRecord(AbstractContextManager):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.active:
-            self._events.write("end", self._done, **self._ending(error))
-            self._bar.close()
+            ending = self._ending(error)
+            self._events.write("end", self._done, **ending)
+            self._console.close()
             self._log.close()
             self._events.close()
             self._board.close()
+            self._trackers.close()
+            self._session.close({"finished": True, "failed": False}.get(ending["state"]))
 
     def say(self, message: str) -> None:
-        """Print a line above the progress bar."""
+        """Print a message."""
         if self.active:
-            self._bar.write(message, file=sys.stderr)
+            self._console.say(message)
 
     def event(self, message: str, step: int) -> None:
         """Print a message, and keep it among TensorBoard's events."""
@@ -132,27 +106,27 @@ class RunRecord(AbstractContextManager):
         dataset = "+".join(result.datasets)
         entry = {"step": result.step, "dataset": dataset, "windows": result.windows}
         self._log.write({**entry, "loss": result.loss, "lr": result.lr})
-        for name, loss in zip(result.datasets, result.losses, strict=True):
-            self._board.scalars({f"train_loss/{name}": loss}, result.step)
-        self._since.append(result)
+        self._meter.add(result)
         self._done = result.step
-        self._bar.update()
+        self._console.step(result)
         if result.step % self.recipe.tracking.every == 0 or result.step == self.recipe.train.steps:
-            self._scalars(result)
+            self._scalars(result.step)
 
     def settle(self, step: int) -> None:
         """Called before a checkpoint of `step` is written: a run that continues from it finds this record whole."""
         if self.active:
-            pending = [asdict(result) for result in self._since]
-            self._events.write("save", step, **self._board.settle(step), pending=pending)
+            self._board.text("saves", f"checkpoint of step {step}", step)
+            self._events.write("save", step, **self._board.settle(step), pending=self._meter.saved())
 
     def validation(self, result: ValidationResult, step: int) -> None:
         """Log the scores and pictures of a validation after `step` steps."""
         if not self.active:
             return
         self._board.scalars(result.scalars(), step)
-        for sample in result.samples.values():
-            self._board.rollout(sample, step)
+        if pictured(step, self.recipe):
+            for sample in result.samples.values():
+                self._board.rollout(sample, step)
+        self._console.scores(result.one_step())
         ratio = result.mean_ratio
         self._events.write("validation", step, mean_ratio=ratio, datasets=result.one_step())
         self.say(
@@ -170,7 +144,9 @@ class RunRecord(AbstractContextManager):
     def cosines(self, cosines: Cosines, step: int) -> None:
         """Log how the gradients of the datasets agreed after `step` steps."""
         if self.active:
-            self._board.cosines(cosines, step)
+            every, tracking = self.recipe.tracking.gradient_cosine_every, self.recipe.tracking
+            picture = is_shown(step // every, self.recipe.train.steps // every, tracking.pictures)
+            self._board.cosines(cosines, step, picture)
             self._events.write("cosine", step, **cosines.to_json())
 
     def shares(self, schedule: Schedule, unscored: Sequence[str], step: int) -> None:
@@ -216,57 +192,38 @@ class RunRecord(AbstractContextManager):
             self._tell("warning", warning, step)
             self.say(f"warning: {warning}")
 
-    def _scalars(self, last: StepResult) -> None:
-        """Means over the steps since the last call; throughput while stepping, without validations and checkpoints."""
-        steps, self._since = self._since, []
-        elapsed = sum(s.seconds for s in steps)
-        draws = last.step * self.recipe.train.draws
+    def _scalars(self, step: int) -> None:
+        """Write what the steps since the last call come to, and what the schedule has given."""
+        values, pace = self._meter.read()
+        draws = step * self.recipe.train.draws
         counts, passes = self.schedule.counts(draws), self.schedule.passes(draws)
-        samples = sum(s.samples for s in steps)
-        values = {
-            "train/loss": sum(s.loss for s in steps) / len(steps),
-            "train/mse": sum(s.mse for s in steps) / len(steps),
-            "train/wavelet_l1": sum(s.wavelet_l1 for s in steps) / len(steps),
-            "train/grad_norm": sum(s.grad_norm for s in steps) / len(steps),
-            "train/lr": last.lr,
-            "throughput/samples_per_s": samples / elapsed,
-            "throughput/tokens_per_s": sum(s.tokens for s in steps) / elapsed,
-            "throughput/tflops": sum(self._step_flops(s) for s in steps) / elapsed / 1e12,
-            "throughput/data_wait_fraction": sum(s.data_seconds for s in steps) / elapsed,
-            "throughput/peak_memory_gb": peak_memory_bytes() / 1e9,
-        }
         for name, share in self.schedule.shares.items():
             values[f"sampling/target_share/{name}"] = share
             values[f"sampling/drawn_share/{name}"] = counts[name] / draws
             values[f"sampling/passes/{name}"] = passes[name]
-        self._board.scalars(values, last.step)
-        self._events.write("pace", last.step, steps=len(steps), seconds=elapsed, samples=samples)
-        self._warn_of_repeats(last.step, last.step)
-        self._bar.set_postfix_str(f"loss {values['train/loss']:.3f}, {samples / elapsed:.1f} samples/s")
+        self._board.scalars(values, step)
+        self._events.write("pace", step, **pace)
+        self._warn_of_repeats(step, step)
+        self._console.scalars(values)
 
-    def _step_flops(self, step: StepResult) -> float:
-        windows = step.samples // len(step.datasets)
-        return sum(
-            windows * calls * self._call_flops(name, grid)
-            for name, grid, calls in zip(step.datasets, step.grids, step.model_calls, strict=True)
+    def _open_board(self, recipe: Recipe, step: int) -> Dashboard:
+        """TensorBoard's files and the other trackers; `recipe` holds all the settings there are."""
+        names, folder = sorted(self.schedule.shares), self.directory / "tensorboard"
+        settings = telling_settings(recipe_to_dict(recipe), names)
+        self._trackers = Trackers(
+            recipe.tracking.log_with or (), recipe.run.name, self.directory / "trackers", settings
         )
-
-    def _call_flops(self, dataset: str, grid: tuple[int, int]) -> float:
-        """Forward and backward FLOPs of one window: three times the counted forward pass (matrix and convolution)."""
-        if dataset not in self._flops:
-            spec = self.model.specs[dataset]
-            device = next(self.model.parameters()).device
-            state = torch.zeros(1, len(spec.state_channels), *grid, device=device)
-            constants = torch.zeros(1, len(spec.constant_channels), *grid, device=device)
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                self.model(state, constants, dataset)
-            self._flops[dataset] = 3.0 * counter.get_total_flops()
-        return self._flops[dataset]
+        self._session = Session(folder, settings, final_scores(names))  # before the dashboard's own file
+        windows = protocol_windows(recipe.validation.protocol)
+        return Dashboard(folder, names, windows, step, self._events.saved, self._trackers)
 
 
-def _is_result(saved: dict[str, Any]) -> bool:
-    """Whether an entry is a step's result as this version writes them; model_calls was one number once."""
-    return saved.keys() == {field.name for field in fields(StepResult)} and isinstance(saved["model_calls"], list)
+def pictured(step: int, recipe: Recipe) -> bool:
+    """Whether the validation after `step` steps draws pictures: tracking.pictures of them, the last included."""
+    every, most = recipe.validation.every, recipe.tracking.pictures
+    before = 1 if recipe.finetune and recipe.finetune.gate else 0  # of the pretrained model, before the first step
+    number, count = (-(-steps // every) + before for steps in (step, recipe.train.steps))
+    return is_shown(number, count, most)
 
 
 def repeat_warning(dataset: str, passes: float, limit: float, steps: int) -> str:
@@ -276,3 +233,8 @@ def repeat_warning(dataset: str, passes: float, limit: float, steps: int) -> str
         "learnt by heart. Add trajectories, lower its share (sampling.scheme, sampling.weights) or train.steps, or "
         "raise the limit (null: no limit)."
     )
+
+
+def _table(head: str, facts: Mapping[str, str]) -> str:
+    """Markdown."""
+    return "\n".join([f"| | {head} |", "|:--|:--|", *(f"| {name} | {fact} |" for name, fact in facts.items())])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from data_pipeline.errors import UserError
 from data_pipeline.windows.batch import Batch
@@ -21,7 +22,7 @@ from fm.recipe_file import load_recipe
 from fm.record import RunRecord
 from fm.runtime import StopSignal, make_accelerator
 from fm.settings import Recipe
-from fm.tracking import parse_lines, progress_bar
+from fm.tracking.logs import parse_lines
 from fm.trainer import Trainer
 
 
@@ -120,7 +121,7 @@ def _run_to(trainer: Trainer, step: int, batches: Iterator[Batch]) -> int:
     """Take the steps up to `step`; returns how many."""
     again = step - trainer.step
     record = RunRecord(trainer.recipe, trainer.mixing.schedule, None, trainer.step, "")
-    with progress_bar(step, trainer.step, "replay", shown=again > 0) as bar:
+    with tqdm(total=step, initial=trainer.step, desc="replay", unit="step", disable=not again) as bar:
         while True:
             if trainer.mixing.changes_at(trainer.step):
                 trainer.validate(record)

@@ -267,12 +267,17 @@ class TrackingSettings:
     """TensorBoard and the console."""
 
     every: int = 10  # optimiser steps between TensorBoard scalars (log.jsonl has every step)
-    progress: bool = True  # progress bar on the main process
+    # on the main process: a panel where stderr is a terminal, else a line every ten seconds or so
+    progress: bool = True
+    pictures: int = 40  # most validations of the run that draw pictures, evenly spread, the last included
+    # other trackers that get every scalar and the settings, by accelerate's names, such as [wandb]
+    log_with: list[str] | None = None
     # optimiser steps between measurements of how the datasets' gradients agree (fm/conflict.py); 0 means never
     gradient_cosine_every: int = 0
 
     def __post_init__(self) -> None:
         _at_least("every", self.every, 1)
+        _at_least("pictures", self.pictures, 0)
         _at_least("gradient_cosine_every", self.gradient_cosine_every, 0)
 
 

@@ -12,7 +12,8 @@ import yaml
 
 from data_pipeline.errors import UserError
 from fm.checkpoint import list_checkpoints, read_state
-from fm.tracking import parse_lines, process_lives
+from fm.tracking.logs import parse_lines
+from fm.tracking.process import process_lives
 
 RATE_LINES = 20  # the rate is that of the last so many pace lines of the present process
 QUIET_SECONDS = 600  # longer without a line, on another machine: the run may have ended, or validate

@@ -37,7 +37,8 @@ from fm.runtime import EXIT_DONE, EXIT_INTERRUPTED, StopSignal, as_main_process_
 from fm.settings import Recipe, changed_settings, recipe_to_dict
 from fm.specs import check_names
 from fm.state import TrainingState
-from fm.tracking import lacks_validation
+from fm.tracking.logs import lacks_validation
+from fm.tracking.trackers import check_trackers
 
 
 class RollBack(Exception):
@@ -67,6 +68,7 @@ class Trainer:
         self.checkpoints = self.directory / "checkpoints"
         self.writer = CheckpointWriter(self.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
         check_names(recipe.data.datasets, self.registry)
+        check_trackers(recipe.tracking.log_with or ())
         self.readers = open_split(recipe, self.registry, "train")
         self.valid_readers = open_split(recipe, self.registry, "valid") if recipe.validation.every else {}
         check_unrolls(recipe, self.readers)

@@ -47,9 +47,10 @@ class ValidationResult:
     def scalars(self) -> dict[str, float]:
         """TensorBoard tags and values; NaN where there is no finite score."""
         lead = self.scores["protocol"]["trajectories"]
-        values: dict[str, float | None] = {}
+        values: dict[str, float | None] = {"valid_over_persistence/geometric_mean": self.mean_ratio}
         for name, part in self.scores["datasets"].items():
             values[f"valid_vrmse/{name}"] = part["one_step"][lead]
+            values[f"valid_over_persistence/{name}"] = part["one_step"]["ratio_to_persistence"]
             for channel, cell in part["one_step"]["per_channel"].items():
                 values[f"valid_vrmse_field/{name}/{channel}"] = cell[lead]
             for window, cell in part["windows"].items():

@@ -13,7 +13,7 @@ from fm.checkpoint import find_checkpoint, load_pretrained, read_state
 from fm.recipe_file import resolve
 from fm.report.cosines import Cosines
 from fm.settings import Recipe
-from fm.tracking import parse_lines
+from fm.tracking.logs import parse_lines
 
 
 @dataclass(frozen=True, eq=False)

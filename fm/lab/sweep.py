@@ -32,7 +32,7 @@ from fm.lab.sweep_state import (
 from fm.lab.sweep_table import sweep_document, sweep_results
 from fm.runtime import EXIT_DONE, EXIT_INTERRUPTED, StopSignal
 from fm.scores.formats import render
-from fm.tracking import parse_lines
+from fm.tracking.logs import parse_lines
 
 EXIT_FAILED = 1
 WARM_UP, PROBE = 5, 30  # steps of a probe: the first ones, which are slow and left out, and those timed

@@ -17,7 +17,7 @@ from fm.scores.formats import DASH, Cell, Document, Marked, Table, number
 from fm.scores.protocol import load_protocol
 from fm.scores.ranks import mean_ranks, spearman
 from fm.scores.scoring import geometric_mean
-from fm.tracking import parse_lines
+from fm.tracking.logs import parse_lines
 
 DONE, OTHER, FAILED, NOT_RUN = "done", "other settings", "failed", "not run"
 ONE_STEP = "one step"

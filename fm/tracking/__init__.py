@@ -1,0 +1,1 @@
+"""What a run writes while it trains: logs, run.json, TensorBoard, other trackers. Main process only."""
