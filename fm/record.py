@@ -7,11 +7,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from data_pipeline.files import atomic_file
 from data_pipeline.windows.schedule import Schedule
+from fm.cost import forward_flops, forward_passes
 from fm.evaluation.validation import ValidationResult, protocol_windows
 from fm.guard import Refusal
 from fm.report.cosines import Cosines
@@ -61,7 +59,7 @@ class RunRecord(AbstractContextManager):
 
     def __init__(self, recipe: Recipe, schedule: Schedule, model: Surrogate | None, step: int, spread: str) -> None:
         self.recipe, self.schedule, self.active = recipe, schedule, model is not None
-        self._flops: dict[str, float] = {}  # dataset -> training FLOPs of one model call on one window
+        self._flops: dict[str, int] = {}  # dataset -> FLOPs of one model call on one window
         self._since: list[StepResult] = []  # steps since the last scalars
         self._repeated: set[str] = set()  # datasets that a warning was given for
         self._done = step  # optimiser steps
@@ -247,20 +245,13 @@ class RunRecord(AbstractContextManager):
     def _step_flops(self, step: StepResult) -> float:
         windows = step.samples // len(step.datasets)
         return sum(
-            windows * calls * self._call_flops(name, grid)
+            windows * forward_passes(calls, self.recipe.finetune) * self._forward_flops(name, grid)
             for name, grid, calls in zip(step.datasets, step.grids, step.model_calls, strict=True)
         )
 
-    def _call_flops(self, dataset: str, grid: tuple[int, int]) -> float:
-        """Forward and backward FLOPs of one window: three times the counted forward pass (matrix and convolution)."""
+    def _forward_flops(self, dataset: str, grid: tuple[int, int]) -> int:
         if dataset not in self._flops:
-            spec = self.model.specs[dataset]
-            device = next(self.model.parameters()).device
-            state = torch.zeros(1, len(spec.state_channels), *grid, device=device)
-            constants = torch.zeros(1, len(spec.constant_channels), *grid, device=device)
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                self.model(state, constants, dataset)
-            self._flops[dataset] = 3.0 * counter.get_total_flops()
+            self._flops[dataset] = forward_flops(self.model, dataset, grid)
         return self._flops[dataset]
 
 
