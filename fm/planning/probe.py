@@ -28,6 +28,7 @@ from fm.surrogate import MIN_GRID
 
 ROUNDS = 3  # counted steps of each dataset, at least
 MOST_ROUNDS = 12
+SMALLEST = 32  # longer side of the smallest grid; below, a step is mostly what does not grow with the grid
 MEMORY_SHARE = 0.7  # of the machine's, that a step's activations may take
 
 
@@ -119,7 +120,7 @@ class Probe:
         yield self._trial(work, self._windows, self.recipe.train.draws, work.grid)
         grid = work.grid
         yield self._trial(work, 1, 1, grid)
-        while max(grid) > MIN_GRID:
+        while max(grid) > SMALLEST:
             grid = _halved(grid[0]), _halved(grid[1])
             yield self._trial(work, 1, 1, grid)
 
