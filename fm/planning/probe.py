@@ -2,11 +2,12 @@
 
 A step is the trainer's own (forward, backward, clip, AdamW, averaged weights). Datasets take turns, as they do in
 training, and the first round, which is slow, does not count. What would take too long is made smaller, first to one
-window, then to a grid of half the sides and so on, and its time is scaled by FLOPs.
+window, then to a grid of half the sides and so on; its time follows from that of
+two sizes, on a line in FLOPs, since a part of a step does not grow with the grid.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -28,7 +29,7 @@ from fm.surrogate import MIN_GRID
 
 ROUNDS = 3  # counted steps of each dataset, at least
 MOST_ROUNDS = 12
-SMALLEST = 32  # longer side of the smallest grid; below, a step is mostly what does not grow with the grid
+SMALLEST = 32  # longer side of the smallest grid
 MEMORY_SHARE = 0.7  # of the machine's, that a step's activations may take
 
 
@@ -39,7 +40,7 @@ class Trial:
     work: DatasetWork
     recipe: Recipe
     grid: tuple[int, int]
-    factor: float = 1.0  # work of the step over that of the one which is taken
+    smaller_than: float = 1.0  # work of the step over that of the one which is taken
 
     @property
     def work_done(self) -> float:
@@ -77,6 +78,7 @@ class Probe:
         limit = seconds / len(self._works) / (1 + ROUNDS)
         rate = self._rate(limit)
         trials = [self._fitting(work, limit * rate) for work in self._works]
+        least = {trial.work.name: self._least(trial.work) for trial in trials if trial.smaller_than > 1}
         times: dict[str, list[float]] = {trial.work.name: [] for trial in trials}
         with tqdm(total=MOST_ROUNDS + 1, desc="probe", unit="round", leave=False) as bar:
             for number in range(MOST_ROUNDS + 1):
@@ -86,29 +88,31 @@ class Probe:
                 for trial in trials:
                     times[trial.work.name].append(self._step(trial))
                 bar.update()
-        return {
-            trial.work.name: Measured(trial.factor * median(taken[1:]), len(taken) - 1, trial.factor > 1)
-            for trial in trials
-            for taken in (times[trial.work.name],)
-        }
+        return {trial.work.name: _of_whole(trial, times[trial.work.name][1:], least) for trial in trials}
 
     def _rate(self, limit: float) -> float:
         """Work per second, of the largest step of the cheapest dataset that seems to take at most `limit` seconds."""
         work = min(self._works, key=lambda work: work.source.tokens)
         rate = 0.0
         for trial in reversed(list(self._smaller(work))):
-            if not self._fits(trial) or (rate and trial.work_done > limit * rate):
+            seconds = min(self._step(trial), self._step(trial))  # the first of its kind is slow
+            rate = trial.work_done / seconds
+            if seconds > limit / 2 or not self._fits(trial):
                 break
-            rate = trial.work_done / min(self._step(trial), self._step(trial))  # the first of its kind is slow
         return rate
+
+    def _least(self, work: DatasetWork) -> tuple[float, float]:
+        """Work and seconds of the smallest step."""
+        *_, trial = self._smaller(work)
+        return trial.work_done, median(self._step(trial) for _ in range(ROUNDS))
 
     def _fitting(self, work: DatasetWork, most: float) -> Trial:
         """The dataset's step, or the largest of the smaller ones that is at most so much work and fits in memory."""
-        whole, *smaller = self._smaller(work)
+        whole, *smaller, _ = self._smaller(work)  # the last is the other end of the line
         for trial in (whole, *smaller):
             if trial.work_done <= most and self._fits(trial):
                 break
-        return replace(trial, factor=whole.work_done / trial.work_done)
+        return replace(trial, smaller_than=whole.work_done / trial.work_done)
 
     def _fits(self, trial: Trial) -> bool:
         train, (height, width) = trial.recipe.train, trial.grid
@@ -150,6 +154,17 @@ class Probe:
         fields = torch.randn(windows, frames, len(spec.state_channels), *trial.grid)
         constants = torch.randn(windows, len(spec.constant_channels), *trial.grid)
         return Batch(spec.name, fields, constants, torch.arange(windows), draw)
+
+
+def _of_whole(trial: Trial, times: Sequence[float], least: Mapping[str, tuple[float, float]]) -> Measured:
+    """The step that a trial stands for, of times of the trial and of the smallest step (work, seconds)."""
+    seconds = median(times)
+    if trial.smaller_than == 1:
+        return Measured(seconds, len(times), False)
+    work, start = least[trial.work.name]
+    slope = max(seconds - start, 0.0) / (trial.work_done - work)
+    whole = seconds + slope * (trial.smaller_than - 1) * trial.work_done
+    return Measured(whole, len(times), True)
 
 
 def _halved(side: int) -> int:

@@ -62,14 +62,13 @@ def _machine_table(plan: Plan) -> str:
             *(_marked(one, digits(one.seconds / size, count)) for one in parts),
             digits(mean / size, count),
         ],
-        ["steps/s", *(digits(1 / one.seconds, count) for one in parts), digits(1 / mean, count)],
         ["windows/s", *(digits(plan.global_batch / one.seconds, count) for one in parts)],
         _scaled("FLOP/s", [*(one.flops / one.seconds for one in parts), plan.mean("flops") / mean], count),
         ["GB activations", *(digits(one / 1e9) for one in held), digits(max(held) / 1e9)],
         ["GB in all", *(digits((one + rest) / 1e9) for one in held), digits(plan.needed_bytes / 1e9)],
         ["own parameters", *(f"{one.own_parameters:,}" for one in parts), f"{plan.parameters:,} in all"],
     ]
-    columns[2].append(digits(plan.global_batch / mean, count))
+    columns[1].append(digits(plan.global_batch / mean, count))
     return _table(plan, columns)
 
 
@@ -101,7 +100,8 @@ def _digits_known(plan: Plan) -> int:
 def _sentences(plan: Plan) -> list[str]:
     mean, count = plan.mean("seconds"), _digits_known(plan)
     lines = [
-        f"- time: {_duration(plan.seconds, count)}, of which training {_duration(plan.training_seconds, count)}",
+        f"- time: {_duration(plan.seconds, count)}, of which training {_duration(plan.training_seconds, count)}, at "
+        f"{digits(1 / mean, count)} steps/s",
         f"- reading: {digits(plan.mean('read_bytes') / mean / 1e6, count)} MB/s, "
         f"{digits(plan.global_batch / mean, count)} windows/s, all processes together",
         f"- validation: {plan.validations} of {_duration(plan.validation_seconds, count)} on one process (the model "
@@ -145,7 +145,9 @@ def _assumptions(plan: Plan) -> list[str]:
             f"{1e6 * LAUNCH_SECONDS:.0f} us apart"
         )
     if any(one.extrapolated for one in plan.datasets.values()):
-        lines.append("- ~: too large for the probe; fewer windows or a smaller grid were measured, scaled by FLOPs")
+        lines.append(
+            "- ~: too large for the probe; two smaller steps were measured, and a line in FLOPs drawn through them"
+        )
     if plan.processes > 1:
         lines.append("- not counted: the exchange of gradients; each process is taken to have a device of its own")
     return lines
