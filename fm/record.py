@@ -45,7 +45,7 @@ class RunRecord(AbstractContextManager):
         write_process(self.directory / "run.json", spread)
         self._log = StepLog(self.directory / "log.jsonl", step)
         self._events = EventLog(self.directory / "events.jsonl", step)
-        self._meter = Meter(model, recipe.train.steps, self._events.saved["pending"] if step else ())
+        self._meter = Meter(model, recipe, self._events.saved["pending"] if step else ())
         self._board = self._open_board(resolved, step)
         self._board.text("recipe", f"```yaml\n{dump_recipe(resolved)}```", step)
         facts = environment(next(model.parameters()).device, spread)

@@ -11,6 +11,7 @@ import torch
 from data_pipeline.errors import UserError
 from data_pipeline.windows.division import Division
 from data_pipeline.windows.reader import ShardReader
+from fm.cost import held_calls
 from fm.runtime import peak_memory_bytes
 from fm.settings import Recipe
 from fm.state import TrainingState
@@ -53,11 +54,9 @@ def longest_unroll(recipe: Recipe, readers: Mapping[str, ShardReader]) -> tuple[
 
     It has the most tokens over all its model steps, or where only one is held for the backward pass, in that one.
     """
-    finetune = recipe.finetune
-    holds_one = finetune is not None and (finetune.checkpoint_activations or finetune.objective == "pushforward")
     lengths = {name: recipe.window_length(name) - 1 for name in readers}
     tokens = {name: int(np.prod(readers[name].manifest.grid)) for name in readers}
-    costs = {name: (tokens[name] if holds_one else tokens[name] * lengths[name], lengths[name]) for name in readers}
+    costs = {name: (tokens[name] * held_calls(lengths[name], recipe.finetune), lengths[name]) for name in readers}
     dataset = max(costs, key=lambda name: costs[name])
     return dataset, lengths[dataset]
 

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
+from fm.cost import forward_flops, forward_passes
 from fm.runtime import peak_memory_bytes
+from fm.settings import Recipe
 from fm.surrogate import Surrogate
 
 
@@ -47,11 +46,11 @@ class StepResult:
 class Meter:
     """Gathers steps, and reads off what they come to since the reading before."""
 
-    def __init__(self, model: Surrogate, steps: int, pending: Iterable[Mapping[str, Any]]) -> None:
-        """`steps` is the length of the run; `pending` is what `saved` gave where the run continues."""
-        self._model, self._steps = model, steps
+    def __init__(self, model: Surrogate, recipe: Recipe, pending: Iterable[Mapping[str, Any]]) -> None:
+        """`pending` is what `saved` gave where the run continues."""
+        self._model, self._steps, self._finetune = model, recipe.train.steps, recipe.finetune
         self._since = [StepResult(**saved) for saved in pending if _is_result(saved)]
-        self._flops: dict[str, float] = {}  # dataset -> training FLOPs of one model call on one window
+        self._flops: dict[str, int] = {}  # dataset -> FLOPs of one model call on one window
         self._began: tuple[float, int] | None = None  # clock and step of this process's first reading
 
     def add(self, result: StepResult) -> None:
@@ -99,20 +98,13 @@ class Meter:
     def _step_flops(self, step: StepResult) -> float:
         windows = step.samples // len(step.datasets)
         return sum(
-            windows * calls * self._call_flops(name, grid)
+            windows * forward_passes(calls, self._finetune) * self._forward_flops(name, grid)
             for name, grid, calls in zip(step.datasets, step.grids, step.model_calls, strict=True)
         )
 
-    def _call_flops(self, dataset: str, grid: tuple[int, int]) -> float:
-        """Forward and backward FLOPs of one window: three times the counted forward pass (matrix and convolution)."""
+    def _forward_flops(self, dataset: str, grid: tuple[int, int]) -> int:
         if dataset not in self._flops:
-            spec = self._model.specs[dataset]
-            device = next(self._model.parameters()).device
-            state = torch.zeros(1, len(spec.state_channels), *grid, device=device)
-            constants = torch.zeros(1, len(spec.constant_channels), *grid, device=device)
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                self._model(state, constants, dataset)
-            self._flops[dataset] = 3.0 * counter.get_total_flops()
+            self._flops[dataset] = forward_flops(self._model, dataset, grid)
         return self._flops[dataset]
 
 

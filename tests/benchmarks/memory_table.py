@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 
 from data_pipeline.cards.registry import Card, load_registry
+from fm.cost import kept_bytes
 from fm.model import DatasetSpec, ModelConfig, WaveLiTFM
 from fm.recipe_file import load_recipe
 from fm.runtime import ZERO_BUCKET
@@ -82,29 +82,10 @@ def scaled(config: ModelConfig, cards: list[Card], parameters: int) -> ModelConf
     return replace(wide, depth=1 + -(-(parameters - model.num_parameters()) // block))
 
 
-def kept_bytes(recipe: Recipe, model: WaveLiTFM, card: Card, windows: int, autocast: torch.dtype | None) -> int:
-    """Bytes of the storages that one forward pass of the training objective keeps for backward."""
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage
-        return tensor
-
-    objective = Unroll(model, recipe.loss, autocast)
-    mode = next(model.parameters()).fake_mode  # type: ignore[attr-defined]
-    with mode, saved_tensors_hooks(pack, lambda tensor: tensor):
-        fields = torch.zeros(windows, recipe.window_length, len(card.state_channels), *card.grid)
-        constants = torch.zeros(windows, len(card.constant_channels), *card.grid)
-        forced = torch.ones(windows, recipe.window_length - 1, dtype=torch.bool)
-        terms = objective(fields, constants, forced, card.name)
-    assert terms["loss"].requires_grad
-    return sum(storage.nbytes() for storage in storages.values())
-
-
 def activations(recipe: Recipe, model: WaveLiTFM, card: Card, autocast: torch.dtype | None) -> int:
-    """Of one window among several; what does not grow with them, such as weights and their casts, is left out."""
-    two, three = (kept_bytes(recipe, model, card, windows, autocast) for windows in (2, 3))
+    """Of one window among several; what does not grow with them, such as casts of weights, is left out."""
+    objective = Unroll(model, recipe.loss, recipe.finetune, autocast)
+    two, three = (kept_bytes(objective, card.name, card.grid, windows) for windows in (2, 3))
     return three - two
 
 
@@ -126,7 +107,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=8)
     options = parser.parse_args()
     recipe = load_recipe(RECIPE)
-    cards = list(load_registry().cards.values())
+    cards = load_registry().select(recipe.data.datasets)
     config = recipe.model or ModelConfig()
     models = [build(size, cards) for size in (config, scaled(config, cards, 1_000_000_000))]
     names = ["10M", "1B"]
