@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.files import atomic_file
 from data_pipeline.windows.schedule import Schedule
+from fm.adapt import rates_after
 from fm.evaluation.validation import ValidationResult, protocol_windows
 from fm.guard import Refusal
 from fm.report.cosines import Cosines
@@ -235,7 +236,10 @@ class RunRecord(AbstractContextManager):
             "throughput/data_wait_fraction": sum(s.data_seconds for s in steps) / elapsed,
             "throughput/peak_memory_gb": peak_memory_bytes() / 1e9,
         }
-        for name, share in self.schedule.shares.items():
+        if self.recipe.adapt is not None:
+            rates = rates_after(self.recipe.adapt, last.step - 1)
+            values |= {f"learning_rate/{part}": last.lr * rate for part, rate in rates.items()}
+        for name, share in self.schedule.shares_at(draws - 1).items():
             values[f"sampling/target_share/{name}"] = share
             values[f"sampling/drawn_share/{name}"] = counts[name] / draws
             values[f"sampling/passes/{name}"] = passes[name]
