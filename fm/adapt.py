@@ -26,7 +26,10 @@ def part_of(parameter: str) -> str:
 
 
 def parameter_groups(model: Surrogate, adapt: AdaptSettings | None) -> list[ParameterGroup]:
-    """The optimiser's groups: parameters that the same datasets use and, where the recipe adapts, of the same part."""
+    """The optimiser's groups: parameters that the same datasets use and, where the recipe adapts, of the same part.
+
+    UserError where new datasets are to learn alone and have no part of their own that may move.
+    """
     by_datasets = model.parameters_by_datasets()
     if adapt is None:
         return [ParameterGroup(parameters, datasets) for datasets, parameters in by_datasets.items()]
@@ -38,6 +41,11 @@ def parameter_groups(model: Surrogate, adapt: AdaptSettings | None) -> list[Para
             if mine:
                 own = part != "trunk" and datasets <= set(adapt.datasets)
                 groups.append(ParameterGroup(mine, datasets, getattr(adapt.rates, part), moves_alone=own))
+    if adapt.alone_steps and not any(group.moves_alone and group.rate for group in groups):
+        raise UserError(
+            f"adapt.alone_steps: nothing would move in them, {', '.join(adapt.datasets)} has no part of its own with a "
+            "rate above 0. Own parts are of embedding and head (adapt.rates); a baseline has none"
+        )
     return groups
 
 

@@ -107,6 +107,10 @@ class Trainer:
         every = self.recipe.validation.every
         if self.recipe.finetune and self.recipe.finetune.rehearse and self.step < settings.steps:
             record.say(rehearse(self.recipe, self.state, self.division, self.readers, self.accelerator.device))
+        adapt = self.recipe.adapt
+        if adapt is not None and learns_alone(adapt, self.step):
+            which = f"only {', '.join(adapt.datasets)} is drawn, and only parts of its own move"
+            record.say(f"up to step {adapt.alone_steps} {which} (adapt.alone_steps)")
         self.compare_gradients(record)  # the checkpoint was written before this step's comparison
         if self.gate.active and not self.gate.knows_pretrained:
             self.validate(record)

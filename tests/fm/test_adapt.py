@@ -224,6 +224,7 @@ def test_adapting_is_for_pretrained_models_and_sets_the_shares(tiny_shards: Path
             {"sampling": {"scheme": "weights", "weights": dict.fromkeys(DATASETS, 0.0) | {NEW: 1.0}}},
             "sampling.weights leaves the other datasets no share",
         ),
+        ({"adapt": {"rates": {"embedding": 0.0, "head": 0.0}}}, "alone_steps: nothing would move in them, shear_flow"),
     ],
 )
 def test_datasets_and_shares_must_fit(
