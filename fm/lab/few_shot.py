@@ -16,6 +16,7 @@ import yaml
 from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
+from fm.adapt import PARTS
 from fm.checkpoint import find_checkpoint, load_pretrained, read_state
 from fm.lab.few_shot_report import ARMS, PRETRAINED, SCRATCH, Curve, write_report
 from fm.lab.sweep import EXIT_FAILED, finish_trials
@@ -141,7 +142,8 @@ def curve_of(study: FewShot, results: Mapping[str, Any]) -> Curve:
         for arm in ARMS
     }
     references = results["references"].get(study.dataset, {})
-    train = study.recipe.train
+    train, adapt = study.recipe.train, study.recipe.adapt
+    factors = {part: getattr(adapt.rates, part) for part in PARTS} if adapt else {}
     assert study.recipe.finetune is not None
     return Curve(
         dataset=study.dataset,
@@ -151,7 +153,8 @@ def curve_of(study: FewShot, results: Mapping[str, Any]) -> Curve:
         steps=train.steps,
         seen=train.steps * train.global_batch,
         rates={PRETRAINED: train.learning_rate, SCRATCH: study.scratch_rate},
-        alone_steps=study.recipe.adapt.alone_steps if study.recipe.adapt else 0,
+        alone_steps=adapt.alone_steps if adapt else 0,
+        factors={part: factor for part, factor in factors.items() if factor != 1},
         vrmse=vrmse,
         persistence={block: references.get(block, {}).get("persistence") for block in blocks},
         unfinished=tuple(name for name, row in rows.items() if row["status"] != "done"),

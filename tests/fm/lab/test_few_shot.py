@@ -67,6 +67,8 @@ def test_both_arms_see_the_same_windows_and_the_study_is_written(
     for text in (printed, (out / "few_shot.md").read_text()):
         assert f"{ours:.4f} |" in text
         assert f"{theirs:.4f} |" in text
+        assert "peak learning rate 0.003 (trunk x 0.1). In its first 1 steps only" in text
+        assert "From scratch: peak learning rate 0.002" in text
         assert "3 steps, 12 windows of shear_flow alone, the same windows in the same order" in text
     page = Reader((out / "index.html").read_text())
     assert f"{ours:.4f}" in page.texts
