@@ -4,6 +4,7 @@ Written out here so that neither a library's version nor the platform moves a si
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,6 +24,12 @@ def splitmix64(key: np.uint64, numbers: np.ndarray) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def nested_choice(keys: Sequence[tuple[int | str, ...]], count: int | None) -> list[int]:
+    """The places of the `count` keys with the smallest hashes, ascending; None: all. Those of N are among N + 1's."""
+    ranked = sorted(range(len(keys)), key=lambda place: stream_key(*keys[place]))
+    return sorted(ranked[:count])
 
 
 def uniform(key: np.uint64, numbers: np.ndarray) -> np.ndarray:

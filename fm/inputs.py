@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data_pipeline.cards.registry import Registry
 from data_pipeline.errors import UserError
+from data_pipeline.strict_yaml import nearest
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
 from fm.baselines.baseline import Baseline
@@ -17,10 +18,21 @@ from fm.surrogate import Surrogate
 
 
 def open_split(recipe: Recipe, registry: Registry, split: str) -> dict[str, ShardReader]:
-    """A reader of each of the recipe's datasets, by name. UserError where there are no shards."""
+    """A reader of each of the recipe's datasets, by name; of the train split as data.trajectories restricts it.
+
+    UserError where there are no shards, or fewer trajectories.
+    """
     data, sampling = recipe.data, recipe.sampling
     stream = data.stream(sampling.shuffle, sampling.shards_per_block)
-    return open_readers(data.shards, data.datasets, split, data.verify, stream, known=tuple(registry.cards))
+    readers = open_readers(data.shards, data.datasets, split, data.verify, stream, known=tuple(registry.cards))
+    for name, count in data.trajectories.items() if split == "train" else ():
+        if name not in readers:
+            raise UserError(f"data.trajectories: no dataset {name!r} in this run. {nearest(name, sorted(readers))}")
+        try:
+            readers[name] = readers[name].restricted_to(count)
+        except UserError as error:
+            raise UserError(f"data.trajectories.{name}: {error}") from error
+    return readers
 
 
 def check_unrolls(recipe: Recipe, readers: Mapping[str, ShardReader]) -> None:

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast
 from data_pipeline.errors import UserError
 from data_pipeline.windows.adaptive import adaptive_shares, carry_scores
 from data_pipeline.windows.schedule import Schedule, Source, sampling_shares
+from fm.adapt import adapted
 from fm.settings import Recipe
 
 
@@ -38,6 +39,7 @@ class Mixing:
         )
         if self.adaptive:
             self.schedule = self.schedule.with_shares(0, self._shares())
+        self.schedule = adapted(self.schedule, recipe.adapt, recipe.train.draws)
 
     def changes_at(self, step: int) -> bool:
         """Whether new shares hold for the steps after `step`, once it is validated."""
@@ -64,16 +66,17 @@ class Mixing:
         self.schedule = self.schedule.with_shares(step * self._train.draws, shares)
         return unscored
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON."""
-        return {"history": self.schedule.history, "scores": self._scores}
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint of `step` keeps, as JSON: of the shares those up to there."""
+        history = [[first, shares] for first, shares in self.schedule.history if first <= step * self._train.draws]
+        return {"history": history, "scores": self._scores}
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
         """Take up the `state` of a checkpoint of `step`; where the recipe's shares have changed, theirs begin there.
 
         Raises UserError where the state does not fit the run.
         """
-        planned, draws = self.schedule.shares, step * self._train.draws
+        planned, draws = self.schedule, step * self._train.draws
         try:
             if any(first > draws for first, _ in saved["history"]):
                 raise ValueError(f"it goes beyond draw {draws}, where step {step} begins with this train.draws")
@@ -84,11 +87,15 @@ class Mixing:
                 f"the checkpoint's history of sampling shares does not fit this run: {error}. Resume with the datasets "
                 "and train.draws that it was trained with, or start afresh in another folder with run.dir=..."
             ) from error
+        if self.adaptive:
+            return
+        shares = planned.shares_at(draws)
         # not ==: another machine may give the recipe's shares another last digit
-        if not self.adaptive and any(
-            abs(planned[name] - share) > 1e-12 for name, share in self.schedule.shares.items()
-        ):
-            self.schedule = self.schedule.with_shares(draws, planned)
+        if any(abs(shares[name] - share) > 1e-12 for name, share in self.schedule.shares.items()):
+            self.schedule = self.schedule.with_shares(draws, shares)
+        for first, later in planned.history:
+            if first > draws:
+                self.schedule = self.schedule.with_shares(first, later)
 
     def _shares(self) -> dict[str, float]:
         base = sampling_shares(self.schedule.sources, "adaptive")

@@ -1,7 +1,8 @@
 """AdamW and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,32 +26,49 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
     return settings.learning_rate * settings.decay ** (since / settings.decay_every)
 
 
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that move together."""
+
+    parameters: Sequence[torch.nn.Parameter]
+    datasets: frozenset[str]  # whose forward passes use them
+    rate: float = 1.0  # factor on the learning rate; at 0 they never move
+    moves_alone: bool = True  # whether they move in steps in which new datasets learn alone
+
+
 class GroupedAdamW(torch.optim.AdamW):
-    """AdamW with a group for the parameters that the same datasets use; groups can rest.
+    """AdamW whose groups can rest.
 
     A step of AdamW on a zero gradient is not none: it decays the moments and moves by what is left of them. So what the
-    step's datasets do not use (heads, task vectors and lifting rows of others) must rest.
+    step's datasets do not use (heads, task vectors and lifting rows of others) must rest, and so must what is frozen.
     """
 
-    def __init__(self, groups: Mapping[frozenset[str], Sequence[torch.nn.Parameter]], settings: TrainSettings) -> None:
-        """`groups` are the parameters by the datasets that use them (`Surrogate.parameters_by_datasets`)."""
-        self.fused = next(iter(groups.values()))[0].device.type == "cuda"
+    def __init__(self, groups: Sequence[ParameterGroup], settings: TrainSettings) -> None:
+        self.fused = groups[0].parameters[0].device.type == "cuda"
         super().__init__(
-            [{"params": params, "datasets": datasets, "rests": False} for datasets, params in groups.items()],
+            [{"params": list(group.parameters), "of": group, "rests": False} for group in groups],
             lr=settings.learning_rate,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
             fused=self.fused or None,
         )
 
-    def let_rest(self, datasets: Collection[str]) -> None:
-        """From now on, steps leave the parameters alone that none of `datasets` uses."""
+    def let_rest(self, datasets: Collection[str], alone: bool = False) -> None:
+        """From now on, steps leave alone what none of `datasets` uses, what is frozen, and, `alone`, what is shared."""
         for group in self.param_groups:
-            group["rests"] = group["datasets"].isdisjoint(datasets)
+            of = group["of"]
+            unused = of.datasets.isdisjoint(datasets)
+            group["rests"] = unused or of.rate == 0 or (alone and not of.moves_alone)
+
+    def wake(self) -> None:
+        """From now on, nothing rests."""
+        for group in self.param_groups:
+            group["rests"] = False
 
     def set_learning_rate(self, value: float) -> None:
+        """That of a group whose factor is 1."""
         for group in self.param_groups:
-            group["lr"] = value
+            group["lr"] = value * group["of"].rate
 
     def step(self, closure: Any = None) -> Any:
         """A step of the groups that do not rest."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from data_pipeline.files import atomic_file
 from data_pipeline.windows.schedule import Schedule
+from fm.adapt import rates_after
 from fm.console import Console, Progress
 from fm.evaluation.validation import ValidationResult, protocol_windows
 from fm.guard import Refusal
@@ -197,7 +198,10 @@ class RunRecord(AbstractContextManager):
         values, pace = self._meter.read()
         draws = step * self.recipe.train.draws
         counts, passes = self.schedule.counts(draws), self.schedule.passes(draws)
-        for name, share in self.schedule.shares.items():
+        if self.recipe.adapt is not None:
+            rates = rates_after(self.recipe.adapt, step - 1)
+            values |= {f"learning_rate/{part}": values["train/lr"] * rate for part, rate in rates.items()}
+        for name, share in self.schedule.shares_at(draws - 1).items():
             values[f"sampling/target_share/{name}"] = share
             values[f"sampling/drawn_share/{name}"] = counts[name] / draws
             values[f"sampling/passes/{name}"] = passes[name]

@@ -4,6 +4,7 @@ Each field's comment is its documentation; checks that span fields live in `__po
 the recipe loader turns into a message with the key's path.
 """
 
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -46,9 +47,14 @@ class DataSettings:
     cache: str | None = None  # folder for what a URL gave; null means $XDG_CACHE_HOME/wavelit, or ~/.cache/wavelit
     cache_gb: float = 40.0  # limit of that folder; 0 keeps nothing there, for shuffle: global
     prefetch: int = 64  # draws ahead of their use whose data are fetched from a URL, as far as there is room
+    # dataset -> how many trajectories of its train split are trained on. Which depends on what they are alone: those of
+    # N are in those of N + 1, and are those of `data-pipeline shard --restrict N`
+    trajectories: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _at_least("workers", self.workers, 0)
+        for name, count in self.trajectories.items():
+            _at_least(f"trajectories.{name}", count, 1)
         _at_least("prefetch", self.prefetch, 0)
         if not 0 <= self.cache_gb < 1e9:
             raise ValueError(f"cache_gb: expected gigabytes, at least 0, got {self.cache_gb}")
@@ -230,6 +236,43 @@ class FinetuneSettings:
 
 
 @dataclass(frozen=True)
+class RateSettings:
+    """Factors on train.learning_rate for the parts of a model; a part whose factor is 0 stays as it is."""
+
+    embedding: float = 1.0  # lifting rows and task vectors
+    trunk: float = 1.0  # everything between
+    head: float = 1.0
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            if not 0 <= getattr(self, one.name) < math.inf:
+                raise ValueError(f"{one.name}: expected a factor of at least 0, got {getattr(self, one.name)}")
+        if not any(getattr(self, one.name) for one in fields(self)):
+            raise ValueError("expected one factor above 0 at least, else nothing is trained")
+
+
+@dataclass(frozen=True)
+class AdaptSettings:
+    """How a pretrained model learns datasets that it did not know, and keeps what it knew (fm/adapt.py)."""
+
+    datasets: list[str] = field(default_factory=list)  # those that are new to it; none where only rates are given
+    # optimiser steps at the beginning in which only the new datasets are drawn, and only their own parts move: heads,
+    # task vectors, lifting rows of channels that no other dataset of the run has
+    alone_steps: int = 0
+    # of all draws after that, the share that goes to the new datasets; sampling.scheme divides it among them, and the
+    # rest among the others. null: sampling.scheme divides all
+    share: float | None = None
+    rates: RateSettings = field(default_factory=RateSettings)
+
+    def __post_init__(self) -> None:
+        _at_least("alone_steps", self.alone_steps, 0)
+        if self.share is not None and not 0 < self.share < 1:
+            raise ValueError(f"share: expected a share in (0, 1), or null, got {self.share}")
+        if not self.datasets and (self.alone_steps or self.share is not None):
+            raise ValueError("alone_steps and share are the new datasets', expected their names in datasets")
+
+
+@dataclass(frozen=True)
 class CheckpointSettings:
     """When checkpoints are written and which are kept."""
 
@@ -294,6 +337,7 @@ class Recipe:
     loss: LossSettings = field(default_factory=LossSettings)
     guard: GuardSettings = field(default_factory=GuardSettings)
     finetune: FinetuneSettings | None = None
+    adapt: AdaptSettings | None = None  # only with finetune
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
@@ -303,12 +347,27 @@ class Recipe:
             raise ValueError("model and baseline: expected one of the two sections, got both")
         if self.sampling.scheme == "adaptive" and self.validation.every == 0:
             raise ValueError("sampling.scheme: adaptive follows the validation scores, expected validation.every > 0")
+        if self.adapt is not None:
+            self._check_adapt(self.adapt)
         if self.guard.action == "rollback" and self.checkpoint.resume == "never":
             raise ValueError("guard.action: rollback returns to a checkpoint, expected checkpoint.resume: auto")
 
         watches = self.validation.every > 0 and self.validation.rollouts > 0
         if self.finetune is not None and self.finetune.gate is not None and not watches:
             raise ValueError("finetune.gate needs validation.every > 0 and validation.rollouts > 0")
+
+    def _check_adapt(self, adapt: AdaptSettings) -> None:
+        if self.finetune is None:
+            raise ValueError("adapt: it is for pretrained models, expected the section finetune beside it")
+        if self.sampling.scheme == "adaptive" and (adapt.alone_steps or adapt.share is not None):
+            raise ValueError(
+                "sampling.scheme: adaptive sets the shares itself, expected another scheme beside adapt.alone_steps "
+                "or adapt.share"
+            )
+        if adapt.alone_steps >= self.train.steps:
+            raise ValueError(
+                f"adapt.alone_steps: expected fewer than the {self.train.steps} of train.steps, got {adapt.alone_steps}"
+            )
 
     def window_length(self, dataset: str) -> int:
         """Frames that a training window of a dataset holds: the input and one target per model step."""

@@ -35,7 +35,7 @@ class TrainingState:
         device = accelerator.device
         autocast = autocast_dtype(recipe.train.precision, device)
         objective = Unroll(model.to(device), recipe.loss, recipe.finetune, autocast)
-        self.parallel = spread(accelerator, objective, recipe.train)
+        self.parallel = spread(accelerator, objective, recipe.train, recipe.adapt)
         average.to(device)
         shards = {name: self.parallel.shard(name, whole) for name, whole in average.named_parameters()}
         self.ema = EMA(shards, recipe.train.ema)

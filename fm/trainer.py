@@ -19,6 +19,7 @@ from data_pipeline.windows.batch import Batch
 from data_pipeline.windows.division import Division
 from data_pipeline.windows.loader import scheduled_batches, sources
 from data_pipeline.windows.schedule import Draw
+from fm.adapt import check_adapted, learns_alone
 from fm.checkpoint import newest_checkpoint, read_state, step_directory
 from fm.checkpoint_writer import CheckpointWriter, keep_best, keep_incident
 from fm.conflict import check_gradient_cosines, gradient_cosines
@@ -72,6 +73,7 @@ class Trainer:
         self.readers = open_split(recipe, self.registry, "train")
         self.valid_readers = open_split(recipe, self.registry, "valid") if recipe.validation.every else {}
         check_unrolls(recipe, self.readers)
+        check_adapted(recipe.adapt, self.readers)
         self.lengths = {name: recipe.window_length(name) for name in self.readers}
         self.mixing = Mixing(recipe, sources(self.readers, self.lengths))
         self.guard, self.gate = Guard(recipe.guard), Gate(recipe.finetune, recipe.validation)
@@ -107,6 +109,10 @@ class Trainer:
         every = self.recipe.validation.every
         if self.recipe.finetune and self.recipe.finetune.rehearse and self.step < settings.steps:
             record.say(rehearse(self.recipe, self.state, self.division, self.readers, self.accelerator.device))
+        adapt = self.recipe.adapt
+        if adapt is not None and learns_alone(adapt, self.step):
+            which = f"only {', '.join(adapt.datasets)} is drawn, and only parts of its own move"
+            record.say(f"up to step {adapt.alone_steps} {which} (adapt.alone_steps)")
         self.compare_gradients(record)  # the checkpoint was written before this step's comparison
         if self.gate.active and not self.gate.knows_pretrained:
             self.validate(record)
@@ -141,13 +147,14 @@ class Trainer:
         parallel.optimizer.set_learning_rate(lr)
         draws = self.division.draws_of(self.step)
         datasets = tuple(draw.dataset for draw in draws)
+        parallel.let_rest(datasets, alone=learns_alone(self.recipe.adapt, self.step))
         losses, waited = self.gradient(batches)
         every_rank, stopped = self._agree(losses, parallel.clip(settings.clip), stop.received)
         mean = every_rank[:, :-1].sum(dim=0).view(-1, 3)  # (draws, 3)
         norm = float(every_rank[:, -1].max())
         refused = self._judge(draws, mean[:, 0].tolist(), norm, record)
         if not refused:
-            parallel.move(datasets)
+            parallel.move()
             self.state.ema.update(parallel.shards(), self.step)
         parallel.forget()
         self.state.step += 1
@@ -328,7 +335,7 @@ class Trainer:
             "recipe": recipe_to_dict(self.recipe),
             "registry": self.registry.snapshot(),
             "shards": shard_digests(self.readers),
-            "sampling": self.mixing.state(),
+            "sampling": self.mixing.state(self.step),
             "guard": self.guard.state(),
             "gate": self.gate.state(),
         }

@@ -28,8 +28,8 @@ def test_paths_in_commands_and_links_exist() -> None:
 
 @pytest.mark.parametrize("program", ["fm", "data-pipeline"])
 def test_commands_are_commands(program: str) -> None:
-    named = set(re.findall(rf"^{program} (\w+)", TEXT, flags=re.MULTILINE)) | set(
-        re.findall(rf"`{program} (\w+)", TEXT)
+    named = set(re.findall(rf"^{program} ([\w-]+)", TEXT, flags=re.MULTILINE)) | set(
+        re.findall(rf"`{program} ([\w-]+)", TEXT)
     )
     assert named
     for command in sorted(named):

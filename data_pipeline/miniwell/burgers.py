@@ -86,9 +86,10 @@ SYSTEM = System(
     name="burgers",
     tensor_orders={"tracer": 0, "velocity": 1},
     presets={
-        "mini": Preset((64, 64), 28, 0.04, (_set(0.005, 3, 1, 1), _set(0.01, 1, 0, 1))),
+        # the third, to train on alone: how many trajectories a model needs (recipes/extend_finetune.yaml)
+        "mini": Preset((64, 64), 28, 0.04, (_set(0.005, 3, 1, 1), _set(0.01, 1, 0, 1), _set(0.007, 12, 0, 0))),
         "tiny": Preset((32, 32), 9, 0.1, (_set(0.01, 1, 1, 1), _set(0.02, 1, 0, 1))),
     },
     simulate=simulate,
-    cost=1.5,
+    cost=3.0,
 )

@@ -51,6 +51,11 @@ class Trajectory:
     segments: tuple[Range, ...]  # frames [first, stop); a window lies inside one of them
 
 
+def trajectory_key(dataset: str, split: str, file: str, index: int) -> tuple[str, str, str, str, int]:
+    """What a trajectory is, for `nested_choice`: trajectory `index` of a file, wherever it is stored."""
+    return "restrict", dataset, split, file, index
+
+
 @dataclass(frozen=True)
 class Shard:
     """One tar file, by its plain name in the manifest's folder."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from data_pipeline.cards.registry import Boundary, Card
 from data_pipeline.errors import UserError
-from data_pipeline.hashing import stream_key
+from data_pipeline.hashing import nested_choice
 from data_pipeline.records import digest, encode
-from data_pipeline.shards.manifest import FORMAT_VERSION, ITEM_BYTES, SourceFile
+from data_pipeline.shards.manifest import FORMAT_VERSION, ITEM_BYTES, SourceFile, trajectory_key
 from data_pipeline.well.hdf5 import SPLITS, WellFile, split_files
 from data_pipeline.well.location import File, Folder, child_file, child_names, file_bytes, read_range, read_small
 from data_pipeline.well.stats import read_stats
@@ -148,13 +148,8 @@ def _restricted(
     trajectories: Sequence[PlannedTrajectory], names: Sequence[str], dataset: str, split: str, limit: int | None
 ) -> list[PlannedTrajectory]:
     """The `limit` trajectories with the smallest hashes of what they are, in their order: N of them are in N + 1."""
-    ranked = sorted(
-        range(len(trajectories)),
-        key=lambda number: stream_key(
-            "restrict", dataset, split, names[trajectories[number].source], trajectories[number].source_index
-        ),
-    )
-    return [trajectories[number] for number in sorted(ranked[:limit])]
+    keys = [trajectory_key(dataset, split, names[one.source], one.source_index) for one in trajectories]
+    return [trajectories[place] for place in nested_choice(keys, limit)]
 
 
 def _two_grids(card: Card, path: File, grid: tuple[int, int], other: File, other_grid: tuple[int, int]) -> str:

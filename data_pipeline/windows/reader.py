@@ -3,6 +3,7 @@
 Local shards are memory-mapped here; streaming.py has the sources behind URLs.
 """
 
+import copy
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,8 +15,10 @@ import numpy as np
 import torch
 
 from data_pipeline.errors import UserError
+from data_pipeline.hashing import nested_choice
 from data_pipeline.remote import RemoteFolder
-from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
+from data_pipeline.shards.findings import Range
+from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest, trajectory_key
 from data_pipeline.shards.tar import check_shard, map_shard
 from data_pipeline.windows.batch import Batch
 from data_pipeline.windows.index import WindowIndex
@@ -100,6 +103,7 @@ class ShardReader:
                 f"got {self.manifest.dataset}, {self.manifest.split}; move the folder to where it belongs"
             )
         self._indices: dict[int, WindowIndex] = {}
+        self._chosen: Sequence[int] = range(len(self.manifest.trajectories))  # trajectories that windows are of
         encoding = [self.manifest.encoding.get(name, (0.0, 1.0)) for name in self.manifest.state_channels]
         self._offsets, self._scales = np.array(encoding, np.float32).T.reshape(2, -1, 1, 1)  # (C, 1, 1) each
 
@@ -146,17 +150,39 @@ class ShardReader:
             self._fill_constants(out, trajectory)
         return out
 
+    def restricted_to(self, count: int) -> "ShardReader":
+        """This reader with the windows of `count` trajectories alone, the same as `data-pipeline shard --restrict`'s.
+
+        Trajectories keep their numbers, and can all be read. Raises UserError where there are fewer.
+        """
+        manifest = self.manifest
+        if not 1 <= count <= self.num_trajectories:
+            raise UserError(
+                f"{self.folder}: expected 1 to {self.num_trajectories} trajectories of {self.dataset}, as many as its "
+                f"{manifest.split} split has, got {count}"
+            )
+        keys = [
+            trajectory_key(self.dataset, manifest.split, manifest.sources[one.source].name, one.source_index)
+            for one in manifest.trajectories
+        ]
+        restricted = copy.copy(self)
+        restricted._chosen, restricted._indices = nested_choice(keys, count), {}
+        return restricted
+
     def index(self, length: int) -> WindowIndex:
         """All windows of `length` frames. Raises UserError if none is that long."""
         if length not in self._indices:
             trajectories = self.manifest.trajectories
-            longest = max((b - a for one in trajectories for a, b in one.segments), default=0)
+            longest = max((b - a for one in self._chosen for a, b in trajectories[one].segments), default=0)
             if not 1 <= length <= longest:
                 raise UserError(
                     f"{self.folder}: no window of {length} frames: the longest stretch of frames of {self.dataset} has "
                     f"{longest}; ask for shorter windows or leave the dataset out"
                 )
-            segments, shards = [one.segments for one in trajectories], [one.shard for one in trajectories]
+            shards = [one.shard for one in trajectories]
+            segments: list[Sequence[Range]] = [() for _ in trajectories]
+            for one in self._chosen:
+                segments[one] = trajectories[one].segments
             self._indices[length] = WindowIndex(segments, length, shards)
         return self._indices[length]
 

@@ -201,6 +201,10 @@ class Schedule:
         """The share of each dataset from the last segment's first draw on."""
         return dict(self._segments[-1].shares)
 
+    def shares_at(self, index: int) -> dict[str, float]:
+        """The share of each dataset at draw `index`."""
+        return dict(self._segment(index).shares)
+
     @property
     def history(self) -> list[list[Any]]:
         """All segments as JSON: [first draw, {dataset: share}] each."""
@@ -231,7 +235,8 @@ class Schedule:
         """This schedule with the segments of `history`, as another one gave it. ValueError where it does not fit."""
         if not history or history[0][0] != 0:
             raise ValueError("expected a history of shares that begins at draw 0")
-        schedule = self
+        schedule = copy.copy(self)
+        schedule._segments = self._segments[:1]  # which the first one replaces
         for first, shares in history:
             schedule = schedule.with_shares(first, shares)
         return schedule

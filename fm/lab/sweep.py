@@ -63,18 +63,29 @@ def run_sweep(
     """
     chosen = [sweep.variant(name) for name in only] or sweep.variants
     trials = plan(sweep, out, overrides)
-    mine = [trial for trial in trials if trial.variant in chosen]
-    for trial in mine:
+    failed = finish_trials(sweep, [trial for trial in trials if trial.variant in chosen], out, launch_config)
+    if failed is None:
+        return EXIT_INTERRUPTED
+    _write_table(sweep, trials, failed, out)
+    return EXIT_FAILED if failed else EXIT_DONE
+
+
+def finish_trials(sweep: Sweep, trials: Sequence[Trial], out: Path, launch_config: Path | None) -> set[str] | None:
+    """Train and evaluate what is not done yet; returns the names of the trials that failed, None where interrupted.
+
+    UserError, before anything runs, where a run in `out` has begun with other settings.
+    """
+    for trial in trials:
         _check_pretrained(trial)
         check_unchanged(trial, sweep, out)
     failed: set[str] = set()
     with (
         only_process(out, "sweep"),
         StopSignal().listen() as stop,
-        tqdm(total=len(mine), desc="sweep", unit="run", disable=None) as bar,
+        tqdm(total=len(trials), desc="sweep", unit="run", disable=None) as bar,
     ):
         runner = Runner(sweep, out, launch_config, stop, bar)
-        for trial in mine:
+        for trial in trials:
             bar.set_postfix_str(trial.name)
             try:
                 runner.finish(trial)
@@ -83,10 +94,9 @@ def run_sweep(
                 bar.write(f"{trial.name} failed: {failure}", file=sys.stderr)
             except Interrupted:
                 bar.write("interrupted; the same command continues from here", file=sys.stderr)
-                return EXIT_INTERRUPTED
+                return None
             bar.update()
-    _write_table(sweep, trials, failed, out)
-    return EXIT_FAILED if failed else EXIT_DONE
+    return failed
 
 
 class Runner:

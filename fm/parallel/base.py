@@ -35,13 +35,26 @@ class Parallel(ABC):
         """Add the gradient of `loss` to that of the pieces before."""
         loss.backward()
 
+    def _drop_resting_gradients(self) -> None:
+        """So that they count neither in the norm nor in the step."""
+        for group in self.optimizer.param_groups:
+            if group["rests"]:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
     @abstractmethod
     def clip(self, max_norm: float) -> Tensor:
-        """Scale the gradients to a norm of at most `max_norm`; returns the norm before, a scalar. Collective."""
+        """Scale the gradients of what does not rest to a norm of at most `max_norm`; returns the norm before, a scalar.
 
-    def move(self, datasets: Collection[str]) -> None:
-        """An optimiser step; what only other datasets use stays as it is. Collective."""
-        self.optimizer.let_rest(datasets)
+        Collective.
+        """
+
+    def let_rest(self, datasets: Collection[str], alone: bool = False) -> None:
+        """Before a step's gradient: what stays as it is in it, see `GroupedAdamW.let_rest`."""
+        self.optimizer.let_rest(datasets, alone)
+
+    def move(self) -> None:
+        """An optimiser step. Collective."""
         self.optimizer.step()
 
     def forget(self) -> None:

@@ -15,10 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from fm.adapt import parameter_groups
 from fm.optim import GroupedAdamW
 from fm.parallel.base import MOMENTS, Parallel
 from fm.parallel.replicated import load_named_state, named_state
-from fm.settings import TrainSettings
+from fm.settings import AdaptSettings, TrainSettings
 from fm.unroll import Unroll
 
 
@@ -29,13 +30,18 @@ class FullySharded(Parallel):
     holds_whole_model = False
 
     def __init__(
-        self, accelerator: Accelerator, objective: Unroll, settings: TrainSettings, reshard_after_forward: bool
+        self,
+        accelerator: Accelerator,
+        objective: Unroll,
+        settings: TrainSettings,
+        adapt: AdaptSettings | None,
+        reshard_after_forward: bool,
     ) -> None:
         self._is_main = accelerator.is_main_process
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         for part in (*objective.model.blocks, objective):
             fully_shard(part, mesh=mesh, reshard_after_forward=reshard_after_forward)
-        super().__init__(objective, GroupedAdamW(objective.model.parameters_by_datasets(), settings))  # of the slices
+        super().__init__(objective, GroupedAdamW(parameter_groups(objective.model, adapt), settings))  # of the slices
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -43,6 +49,7 @@ class FullySharded(Parallel):
         yield
 
     def clip(self, max_norm: float) -> Tensor:
+        self._drop_resting_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 

@@ -31,6 +31,7 @@ class Replicated(Parallel):
                 yield
 
     def clip(self, max_norm: float) -> Tensor:
+        self._drop_resting_gradients()
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
     def shards(self) -> dict[str, Tensor]:

@@ -4,8 +4,9 @@ DeepSpeed gives what a step's datasets do not use a gradient of zero, where torc
 the optimiser. The groups are the parameters that the same datasets use, so those of other datasets can rest in a step.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Zero(Parallel):
     def __init__(self, accelerator: Accelerator, objective: Unroll, optimizer: GroupedAdamW) -> None:
         super().__init__(objective, optimizer)
         self._is_main = accelerator.is_main_process
+        self._silence_what_rests()
         self._engine = self.objective = accelerator.prepare(objective, optimizer)[0]
         self._stage = int(self._engine.zero_optimization_stage())
         self.name, self.holds_whole_model = f"DeepSpeed ZeRO-{self._stage}", self._stage < 3
@@ -46,9 +48,9 @@ class Zero(Parallel):
         # -1 stands for a group whose norm is not finite
         return torch.linalg.vector_norm(torch.where(norms < 0, torch.nan, norms))
 
-    def move(self, datasets: Collection[str]) -> None:
-        self.optimizer.let_rest(datasets)
+    def move(self) -> None:
         self._engine.step()
+        self.optimizer.wake()  # whoever else asks for gradients gets all
         self._has_gradients = False
         if self._stage == 3:
             # It keeps the last gradient of what a step does not use, and would count it in the next step's norm.
@@ -56,7 +58,8 @@ class Zero(Parallel):
 
     def forget(self) -> None:
         if self._has_gradients:
-            self.move(())
+            self.let_rest(())
+            self.move()
 
     def shards(self) -> dict[str, Tensor]:
         if self.holds_whole_model:
@@ -110,6 +113,13 @@ class Zero(Parallel):
                     whole = moments[f"{name}/{moment}"].to(self._engine.device)
                     safe_set_full_optimizer_state(parameter, whole, moment)
 
+    def _silence_what_rests(self) -> None:
+        """Make the gradient of a shared parameter zero in steps in which it rests, before DeepSpeed takes it."""
+        for group in self.optimizer.param_groups:
+            if group["of"].rate == 0 or not group["of"].moves_alone:
+                for parameter in group["params"]:
+                    parameter.register_hook(partial(_unless_at_rest, group))
+
     def _parameters(self) -> dict[str, Any]:
         """By name; DeepSpeed gives those of stage 3 attributes."""
         return dict(self.model.named_parameters())
@@ -137,3 +147,7 @@ class Zero(Parallel):
             for parameters, flat in self._flat_groups()
             for parameter in parameters
         }
+
+
+def _unless_at_rest(group: Mapping[str, Any], gradient: Tensor) -> Tensor:
+    return torch.zeros_like(gradient) if group["rests"] else gradient

@@ -140,9 +140,10 @@ class Probe:
         division = Division(schedule, draws=train.draws, micro_batch=train.micro_batch)
         batches = [self._batch(trial, piece.draw, len(piece.places)) for piece in division.pieces(state.step)]
         started = time.perf_counter()
+        state.parallel.let_rest((name,))
         step_gradient(trial.recipe, state, division, self.accelerator, iter(batches))
         float(state.parallel.clip(train.clip))
-        state.parallel.move((name,))
+        state.parallel.move()
         state.ema.update(state.parallel.shards(), state.step)
         state.parallel.forget()
         if self.accelerator.device.type == "cuda":

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fm.ema import EMA
-from fm.optim import GroupedAdamW, learning_rate
+from fm.optim import GroupedAdamW, ParameterGroup, learning_rate
 from fm.settings import TrainSettings
 
 PAPER = TrainSettings(steps=1_000_000)
@@ -37,7 +37,9 @@ def test_cosine_falls_to_zero_at_the_last_step() -> None:
 
 def test_the_optimiser_takes_the_rate_it_is_given() -> None:
     layer = torch.nn.Linear(1, 1, bias=False)
-    optimizer = GroupedAdamW({frozenset("a"): [layer.weight]}, dataclasses.replace(PAPER, weight_decay=0.0))
+    optimizer = GroupedAdamW(
+        [ParameterGroup([layer.weight], frozenset("a"))], dataclasses.replace(PAPER, weight_decay=0.0)
+    )
     optimizer.set_learning_rate(0.25)
     before = layer.weight.item()
     layer(torch.ones(1, 1)).sum().backward()
@@ -51,7 +53,7 @@ def test_what_the_datasets_of_a_step_do_not_use_rests() -> None:
     groups = {datasets: [torch.nn.Parameter(torch.ones(2))] for datasets in names}
     alone = {datasets: [torch.nn.Parameter(torch.ones(2))] for datasets in names}
     settings = dataclasses.replace(PAPER, weight_decay=0.1)
-    optimizer = GroupedAdamW(groups, settings)
+    optimizer = GroupedAdamW([ParameterGroup(group, datasets) for datasets, group in groups.items()], settings)
     reference = torch.optim.AdamW([p for ps in alone.values() for p in ps], lr=1e-3, weight_decay=0.1)
     for number, drawn in enumerate(("a", "b", "b", "a", "ab")):
         for datasets in names:

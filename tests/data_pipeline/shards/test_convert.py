@@ -250,6 +250,24 @@ def test_restricted_sets_are_nested(tiny_well: Path, tmp_path: Path) -> None:
     assert chosen[3] == list(range(6))
 
 
+def test_a_reader_takes_the_windows_that_restricted_shards_have(tmp_path: Path) -> None:
+    well = gray_scott_well(tmp_path / "well", spread((6, 5, 2, 16, 16)))
+    build_shards(well, tmp_path / "all", jobs=1, shard_bytes=40_000)  # several shards, some then without a window
+    everything = ShardReader(tmp_path / "all", GRAY_SCOTT.name, "train")
+    assert len(everything.index(3).shard_windows) > 1
+    for limit in (1, 2, 4, 6):
+        build_shards(well, tmp_path / str(limit), jobs=1, restrict=limit)
+        stored = ShardReader(tmp_path / str(limit), GRAY_SCOTT.name, "train")
+        restricted = everything.restricted_to(limit)
+        windows = np.arange(3 * limit)  # of three frames out of five
+        assert len(restricted.index(3)) == len(stored.index(3)) == 3 * limit == sum(restricted.index(3).shard_windows)
+        assert np.array_equal(restricted.batch(windows, 3).fields, stored.batch(windows, 3).fields)
+        assert restricted.manifest.digest == everything.manifest.digest
+    assert len(everything.index(3)) == 18
+    with pytest.raises(UserError, match=r"expected 1 to 6 trajectories of gray_scott_reaction_diffusion, .* got 7"):
+        everything.restricted_to(7)
+
+
 def test_blocks_and_chunks_do_not_change_a_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Frames of 0.5 MiB: seven fit a block, so chunks of 16 and of 5 are both cut."""
     state = spread((1, 18, 2, 256, 256))

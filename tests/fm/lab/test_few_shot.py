@@ -1,0 +1,144 @@
+"""The few-shot curve: a real study of two runs, and how others are planned and refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from html_reader import Reader
+from PIL import Image
+from whole_runs import DATASETS, log, small
+
+from data_pipeline.errors import UserError
+from data_pipeline.windows.loader import open_readers
+from fm.__main__ import main as fm
+from fm.checkpoint import find_checkpoint, load_pretrained
+from fm.lab.few_shot import plan_few_shot
+from fm.lab.few_shot_figure import few_shot_figure
+from fm.lab.sweep_file import plan
+from fm.settings import dump_recipe
+from fm.training import train
+
+NEW = "shear_flow"
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe that extends a model of two datasets by a third, with settings that a run of one cannot have."""
+    folder = tmp_path_factory.mktemp("few_shot")
+    assert train(small(tiny_shards, folder / "pretrained", train={"steps": 3, "learning_rate": 2e-3})) == 0
+    weights = {"scheme": "weights", "weights": {DATASETS[0]: 1.0, DATASETS[1]: 1.0, NEW: 2.0}}
+    whole = small(
+        tiny_shards,
+        folder / "unused",
+        data={"datasets": [*DATASETS, NEW]},
+        train={"steps": 3},
+        sampling=weights,
+        finetune={"pretrained": str(folder / "pretrained"), "unroll_steps": 1, "unroll_override": {DATASETS[0]: 2}},
+        adapt={"datasets": [NEW], "alone_steps": 1, "share": 0.5, "rates": {"trunk": 0.1}},
+        validation={"every": 2, "windows": 2},
+        tracking={"gradient_cosine_every": 2},
+    )
+    (folder / "extend.yaml").write_text(dump_recipe(whole))
+    return folder / "extend.yaml"
+
+
+def test_both_arms_see_the_same_windows_and_the_study_is_written(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "study"
+    command = ["few-shot", str(recipe), "--dataset", NEW, "--trajectories", "1", "--out", str(out)]
+    assert fm(command) == 0
+    printed = capsys.readouterr().out
+    logs = {arm: log(out / f"{arm}_1_seed0") for arm in ("pretrained", "from_scratch")}
+    assert [line["windows"] for line in logs["pretrained"]] == [line["windows"] for line in logs["from_scratch"]]
+    assert {line["dataset"] for line in logs["pretrained"]} == {NEW}
+    models = [load_pretrained(find_checkpoint(out / f"{arm}_1_seed0")) for arm in ("pretrained", "from_scratch")]
+    assert models[0].config == models[1].config
+    assert models[0].num_parameters() == models[1].num_parameters()
+    study = json.loads((out / "few_shot.json").read_text())
+    assert (study["counts"], study["steps"], study["seen"]) == ([1], 3, 12)
+    for arm, folder in (("pretrained", "pretrained_1_seed0"), ("from scratch", "from_scratch_1_seed0")):
+        scores = json.loads((out / folder / "report" / "scores.json").read_text())
+        one_step = scores["datasets"][NEW]["one_step"]
+        assert study["vrmse"][arm]["one step"] == [one_step[scores["protocol"]["trajectories"]]]
+        assert study["persistence"]["one step"] == one_step["persistence"]
+    ours, theirs = (study["vrmse"][arm]["one step"][0] for arm in ("pretrained", "from scratch"))
+    for text in (printed, (out / "few_shot.md").read_text()):
+        assert f"{ours:.4f} |" in text
+        assert f"{theirs:.4f} |" in text
+        assert "peak learning rate 0.003 (trunk x 0.1). In its first 1 steps only" in text
+        assert "From scratch: peak learning rate 0.002" in text
+        assert "3 steps, 12 windows of shear_flow alone, the same windows in the same order" in text
+    page = Reader((out / "index.html").read_text())
+    assert f"{ours:.4f}" in page.texts
+    assert len(page.of("img")) == 1
+    assert Image.open(out / "few_shot.png").size[0] > 500
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("log.jsonl")}
+    assert fm(command) == 0  # what is done is kept
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("log.jsonl")} == times
+
+
+def test_runs_differ_in_their_start_and_rate_alone(recipe: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    total = open_readers(tiny_shards, [NEW], "train")[NEW].num_trajectories
+    study = plan_few_shot(recipe, NEW, "all, 1", ["train.steps=5"])
+    assert study.counts == (1, total)
+    trials = plan(study.sweep, tmp_path)
+    assert [trial.name for trial in trials][:2] == ["pretrained_1_seed0", "from_scratch_1_seed0"]
+    for ours, theirs in zip(trials[::2], trials[1::2], strict=True):
+        assert ours.recipe.data == theirs.recipe.data
+        assert ours.recipe.train.steps == theirs.recipe.train.steps == 5
+        assert ours.recipe.sampling == theirs.recipe.sampling
+        assert ours.recipe.finetune is not None
+        assert ours.recipe.adapt is not None
+        assert theirs.recipe.finetune is None
+        assert theirs.recipe.adapt is None
+        assert (ours.recipe.train.learning_rate, theirs.recipe.train.learning_rate) == (3e-3, 2e-3)
+    faster = plan_few_shot(recipe, NEW, "1", scratch_rate=0.5)
+    assert plan(faster.sweep, tmp_path)[1].recipe.train.learning_rate == 0.5
+
+
+def test_more_trajectories_than_there_are_are_left_out(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan_few_shot(recipe, NEW, "1,4000").counts == (1,)
+    assert "training trajectories: 4000 left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--trajectories: shear_flow has \d+, expected one number that is not above"):
+        plan_few_shot(recipe, NEW, "4000")
+
+
+@pytest.mark.parametrize("text", ["0", "one", "", "1,,2", "-1"])
+def test_numbers_of_trajectories_are_numbers(recipe: Path, text: str) -> None:
+    with pytest.raises(UserError, match="--trajectories: expected numbers above 0, or all, with commas between, got"):
+        plan_few_shot(recipe, NEW, text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["finetune=null", "adapt=null"], "expected a recipe that goes on from a pretrained model one step at a time"),
+        (["finetune.unroll_steps=2"], "expected a recipe that goes on from a pretrained model one step at a time"),
+        (["run.seed=3"], "override 'run.seed=3': few-shot names and places its runs"),
+        (["data.datasets=[shear_flow]"], "few-shot names and places its runs, and chooses their data itself"),
+        (["--scratch-learning-rate=0"], "--scratch-learning-rate: expected a number above 0, got 0.0"),
+        (["finetune.pretrained=nowhere"], "no checkpoint found"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_runs(
+    recipe: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fm(["few-shot", str(recipe), "--dataset", NEW, "--out", str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_picture_has_the_curves_and_leaves_out_what_is_not_covered() -> None:
+    curves: dict[str, dict[str, Any]] = {
+        "pretrained": {"one step": [0.2, 0.1], "1:20": [None, 0.5]},
+        "from scratch": {"one step": [0.4, 0.3], "1:20": [0.9, 0.8]},
+    }
+    figure = few_shot_figure([1, 4], curves, {"one step": 0.5, "1:20": None}, "equal steps")
+    (axes,) = figure.axes
+    drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
+    assert list(drawn["pretrained"]) == [0.2, 0.1]
+    assert list(drawn["from scratch"]) == [0.4, 0.3]
+    assert list(drawn["persistence"]) == [0.5, 0.5]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "4"]
