@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,34 @@ def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and is_disk_full(error):
             raise disk_full_error(path, error) from error
         raise
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A place to write a file or a folder to, which takes the name `path` only when the block ends without an error.
+
+    What `path` was before is replaced. Raises UserError when the disk is full; whatever the error, nothing is left.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except BaseException as error:
+        _remove(temporary)
+        if isinstance(error, OSError) and is_disk_full(error):
+            raise disk_full_error(path, error) from error
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from fm.commands import (
     few_shot,
     plan,
     replay,
+    rollout,
     score,
     status,
     sweep,
@@ -23,6 +24,13 @@ from fm.commands import (
     transfer,
 )
 from fm.commands.arguments import CommandParser
+
+COMMANDS = (
+    *(plan, train, status, replay),
+    *(rollout, extend),
+    *(evaluate, score, compare),
+    *(diagnose, sweep, few_shot, transfer),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fm", description="Train and evaluate WaveLiT-FM.")
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=CommandParser)
-    for command in (plan, train, status, replay, evaluate, score, compare, extend, diagnose, sweep, few_shot, transfer):
+    for command in COMMANDS:
         command.add(commands)
     return parser
 

@@ -26,10 +26,11 @@ from data_pipeline.cards.card import Card
 from data_pipeline.cards.registry import Registry, load_registry
 from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_file
-from data_pipeline.miniwell.system import ParameterSet, Simulation, System, edge
+from data_pipeline.miniwell.system import ParameterSet, Simulation, System
 from data_pipeline.miniwell.well_file import write_well_file
 from data_pipeline.remote import is_url
 from data_pipeline.shards.build import build_shards
+from data_pipeline.well.boundary import edge
 from data_pipeline.well.hdf5 import dataset_folders, split_files
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader

@@ -17,7 +17,8 @@ import numpy as np
 from scipy.sparse import coo_array, csc_array
 from scipy.sparse.linalg import SuperLU, splu
 
-from data_pipeline.miniwell.system import Boundary, ParameterSet, Preset, Simulation, System, edge
+from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
+from data_pipeline.well.boundary import BoundaryMask, edge
 
 LOWER_X, UPPER_X = -8, 8
 LOWER_Y, UPPER_Y = -0.5, 3.5
@@ -167,7 +168,7 @@ def simulate(preset: Preset, parameter_set: ParameterSet, rngs: Sequence[np.rand
         fields={"pressure_re": wave.real.copy(), "pressure_im": wave.imag.copy()},
         boundaries=(
             edge("x_open_neumann", "OPEN", "x", num_x),
-            Boundary("xy_wall", "WALL", ("x", "y"), solid),
+            BoundaryMask("xy_wall", "WALL", ("x", "y"), solid),
             edge("y_open_neumann", "OPEN", "y", num_y, lower=False),
         ),
         constant_fields={"mask": solid.astype(float)},

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from data_pipeline.well.boundary import BoundaryMask
+
 SPLITS = ("train", "valid", "test")
 
 
@@ -33,16 +35,6 @@ class Preset:
 
 
 @dataclass(frozen=True)
-class Boundary:
-    """One boundary group of the Well: `mask` is True where the condition holds, over the axes `dims`."""
-
-    name: str  # the Well's group name, e.g. "y_wall_dirichlet"
-    kind: str  # WALL, OPEN or PERIODIC
-    dims: tuple[str, ...]  # ("x",), ("y",) or ("x", "y")
-    mask: np.ndarray  # bool, one axis per dim
-
-
-@dataclass(frozen=True)
 class Simulation:
     """Trajectories of one parameter set, float64: b trajectories, T frames, X x Y grid (axis 0 = x, axis 1 = y)."""
 
@@ -50,7 +42,7 @@ class Simulation:
     x: np.ndarray  # (X,)
     y: np.ndarray  # (Y,)
     fields: Mapping[str, np.ndarray]  # the Well's names; (b, T, X, Y) + (2,) * tensor order
-    boundaries: tuple[Boundary, ...]
+    boundaries: tuple[BoundaryMask, ...]
     constant_fields: Mapping[str, np.ndarray] = field(default_factory=dict)  # (X, Y), or (b, X, Y) if it varies
 
 
@@ -67,11 +59,3 @@ class System:
     presets: Mapping[str, Preset]  # "mini" and "tiny"
     simulate: Callable[[Preset, ParameterSet, Sequence[np.random.Generator]], Simulation]
     cost: float  # rough CPU seconds of the mini preset, to start the longest first
-
-
-def edge(name: str, kind: str, dim: str, size: int, *, lower: bool = True, upper: bool = True) -> Boundary:
-    """A boundary on the lower and/or upper end of one axis of `size` points."""
-    mask = np.zeros(size, dtype=bool)
-    mask[0] |= lower
-    mask[-1] |= upper
-    return Boundary(name, kind, (dim,), mask)

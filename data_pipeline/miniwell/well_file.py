@@ -1,12 +1,7 @@
-"""One parameter set's trajectories as HDF5 files in the Well's layout.
-
-Layout: the Well's data format (Ohana et al. 2024, "The Well"; docs/data_format.md of its repository) as
-`the_well.data.WellDataset` 1.2 reads it: one file per split and parameter set, many trajectories in it, float32, fields
-of tensor order 0, 1, 2 in groups t0_fields, t1_fields, t2_fields, axis 0 = x, axis 1 = y.
-"""
+"""One parameter set's trajectories as HDF5 files in the Well's layout (well/layout.py): one file per split."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import h5py
@@ -14,7 +9,15 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_file
-from data_pipeline.miniwell.system import SPLITS, Boundary, ParameterSet, Simulation, System
+from data_pipeline.miniwell.system import SPLITS, ParameterSet, Simulation, System
+from data_pipeline.well.layout import (
+    mark_field,
+    strings,
+    write_boundary,
+    write_dimensions,
+    write_root,
+    write_scalars,
+)
 
 
 def split_rows(parameter_set: ParameterSet) -> dict[str, slice]:
@@ -60,13 +63,13 @@ def write_well_file(
     with h5py.File(image, "w") as file:
         leading = next(iter(system.tensor_orders))
         _write_root(file, system, parameter_set, num_trajectories=arrays[leading].shape[0])
-        _write_dimensions(file, simulation)
-        _write_scalars(file, parameter_set)
+        write_dimensions(file, simulation.time, simulation.x, simulation.y)
+        write_scalars(file, parameter_set.scalars)
         for order in range(3):
             _write_fields(file, order, system, arrays)
         group = file.create_group("boundary_conditions")
         for boundary in simulation.boundaries:
-            _write_boundary(group, boundary)
+            write_boundary(group, boundary)
     write_whole(path, image.getbuffer())
 
 
@@ -84,62 +87,23 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         ) from error
 
 
-def _strings(names: Sequence[str]) -> np.ndarray:
-    return np.array(list(names), dtype=h5py.string_dtype())  # an empty list would become an array of float64
-
-
 def _write_root(file: h5py.File, system: System, parameter_set: ParameterSet, num_trajectories: int) -> None:
-    file.attrs["dataset_name"] = system.name
-    file.attrs["grid_type"] = "cartesian"
-    file.attrs["n_spatial_dims"] = 2
-    file.attrs["n_trajectories"] = num_trajectories
-    file.attrs["simulation_parameters"] = _strings(list(parameter_set.scalars))
+    write_root(file, system.name, num_trajectories, list(parameter_set.scalars))
     for name, value in parameter_set.scalars.items():
         file.attrs[name] = float(value)
-
-
-def _write_dimensions(file: h5py.File, simulation: Simulation) -> None:
-    group = file.create_group("dimensions")
-    group.attrs["spatial_dims"] = _strings(["x", "y"])
-    for name, values in (("time", simulation.time), ("x", simulation.x), ("y", simulation.y)):
-        dataset = group.create_dataset(name, data=values.astype(np.float32))
-        dataset.attrs["sample_varying"] = False
-        if name != "time":
-            dataset.attrs["time_varying"] = False
-
-
-def _write_scalars(file: h5py.File, parameter_set: ParameterSet) -> None:
-    group = file.create_group("scalars")
-    group.attrs["field_names"] = _strings(list(parameter_set.scalars))
-    for name, value in parameter_set.scalars.items():
-        dataset = group.create_dataset(name, data=np.float32(value))
-        dataset.attrs["sample_varying"] = False
-        dataset.attrs["time_varying"] = False
 
 
 def _write_fields(file: h5py.File, order: int, system: System, arrays: Mapping[str, np.ndarray]) -> None:
     """Group t<order>_fields; constant fields are scalars, so they belong to t0_fields, after the state fields."""
     names = [name for name in arrays if system.tensor_orders.get(name, 0) == order]
     group = file.create_group(f"t{order}_fields")
-    group.attrs["field_names"] = _strings(names)
+    group.attrs["field_names"] = strings(names)
     for name in names:
         values = arrays[name]
         is_state = name in system.tensor_orders
         dataset = group.create_dataset(name, data=values)
-        dataset.attrs["dim_varying"] = [True, True]
-        dataset.attrs["sample_varying"] = is_state or values.ndim == 3
-        dataset.attrs["time_varying"] = is_state
+        mark_field(dataset, sample_varying=is_state or values.ndim == 3, time_varying=is_state)
         if order == 2:
             transposed = np.swapaxes(values, -1, -2)
             dataset.attrs["symmetric"] = bool(np.array_equal(values, transposed))
             dataset.attrs["antisymmetric"] = bool(np.array_equal(values, -transposed))
-
-
-def _write_boundary(group: h5py.Group, boundary: Boundary) -> None:
-    entry = group.create_group(boundary.name)
-    entry.attrs["bc_type"] = boundary.kind
-    entry.attrs["associated_dims"] = _strings(boundary.dims)
-    entry.attrs["associated_fields"] = _strings([])
-    entry.attrs["sample_varying"] = False
-    entry.attrs["time_varying"] = False
-    entry.create_dataset("mask", data=boundary.mask)

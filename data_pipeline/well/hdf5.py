@@ -20,7 +20,7 @@ import numpy as np
 from data_pipeline.cards.registry import Card, Field
 from data_pipeline.errors import UserError
 from data_pipeline.remote import RemoteFile, RemoteFolder
-from data_pipeline.well.boundary import boundary_types
+from data_pipeline.well.boundary import BoundaryMask, boundary_masks, boundary_types
 from data_pipeline.well.hdf5_safety import check_extent, plain_dataset, plain_group, texts
 from data_pipeline.well.location import File, Folder, child_file, child_names, open_for_hdf5
 
@@ -136,7 +136,7 @@ class WellFile:
                 f"{self._where}: expected frames of at most {MAX_FRAME_BYTES} bytes, got {frame_bytes} "
                 f"({self.grid[0]}x{self.grid[1]}, {len(self.card.state_channels)} channels); cut the grid into parts"
             )
-        self.boundary = boundary_types(self._group("boundary_conditions"), self._where)
+        self.boundary = boundary_types(self.boundary_masks())
         self._state, self._constant = self._find_fields()
         if self.num_trajectories > 1 and not any(stored.sample_varying for stored in self._state):
             raise UserError(
@@ -248,6 +248,18 @@ class WellFile:
         if not np.isfinite(dt):
             raise UserError(f"{self._where}: trajectory {trajectory}: dimensions/time is not finite")
         return dt
+
+    def axes(self) -> tuple[np.ndarray, np.ndarray]:
+        """The points along x and y, float64 (X,) and (Y,)."""
+        with self._readable():
+            stored = [self._dataset("dimensions", axis) for axis in "xy"]
+            x, y = (np.asarray(points[0] if points.ndim == 2 else points[:], np.float64) for points in stored)
+        return x, y
+
+    def boundary_masks(self) -> tuple[BoundaryMask, ...]:
+        """The boundary conditions as the file stores them."""
+        with self._readable():
+            return boundary_masks(self._group("boundary_conditions"), self._where)
 
     def scalars(self, trajectory: int) -> dict[str, float]:
         """The constant scalars of one trajectory, by the Well's names. Raises UserError if one varies in time."""

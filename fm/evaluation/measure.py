@@ -147,7 +147,7 @@ def measure_windows(
         batch = reader.batch(ids, 2).to(device)
         source, target = batch.fields[:, 0], batch.fields[:, 1]
         (prediction,) = model.iterate(source, batch.constants, reader.manifest.dataset, 1)
-        part = Measured(*reader.index(2).locate(ids), _values(prediction, source, target))
+        part = Measured(*reader.index(2).locate(ids), frame_errors(prediction, source, target))
         _check_truth(reader, part, held=part.steps, truth=part.steps + 1)
         parts.append(part)
         advance(len(ids))
@@ -178,7 +178,7 @@ def measure_rollouts(
         going = sum(length >= step for length in steps)  # the first ones: they are the longest
         ids = trajectories[:going]
         truth = _stack([reader.trajectory_frames(index, first + step, 1)[0] for index in ids], device)
-        values = _values(prediction[:going], initial[:going], truth)
+        values = frame_errors(prediction[:going], initial[:going], truth)
         part = Measured(np.array(ids, np.int64), np.full(going, step - 1), values)
         _check_truth(reader, part, held=np.full(going, first), truth=part.steps + first + 1)
         parts.append(part)
@@ -204,7 +204,7 @@ def _stack(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
     return torch.from_numpy(np.stack(arrays)).to(device)
 
 
-def _values(prediction: Tensor, held: Tensor, truth: Tensor) -> np.ndarray:
+def frame_errors(prediction: Tensor, held: Tensor, truth: Tensor) -> np.ndarray:
     """Errors (B, 4, C) of a batch (B, C, H, W), beside those of a frame that is held."""
     squared, variance = squared_error_and_variance(prediction, truth)  # (B, C)
     persistence, _ = squared_error_and_variance(held, truth)

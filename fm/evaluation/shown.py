@@ -40,12 +40,18 @@ def longest_recorder(reader: ShardReader, protocol: Protocol) -> Recorder:
 
 
 def shown_channel(manifest: Manifest) -> int:
-    """The channel that pictures show: the first with std above a tenth of its rms, else the first.
+    """The channel that pictures show."""
+    std, rms = manifest.stats["std"], manifest.stats["rms"]
+    names = manifest.state_channels
+    return varying_channel([std[name] for name in names], [rms[name] for name in names])
+
+
+def varying_channel(std: Sequence[float], rms: Sequence[float]) -> int:
+    """The first channel with std above a tenth of its rms, else the first.
 
     The Well lists scalar fields first, but active_matter's first, a concentration, is all but constant.
     """
-    std, rms = manifest.stats["std"], manifest.stats["rms"]
-    varying = [index for index, name in enumerate(manifest.state_channels) if std[name] > 0.1 * rms[name]]
+    varying = [index for index, (one, size) in enumerate(zip(std, rms, strict=True)) if one > 0.1 * size]
     return varying[0] if varying else 0
 
 

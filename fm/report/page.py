@@ -61,6 +61,7 @@ def _title(origin: Mapping[str, Any]) -> str:
     """Which run, where the checkpoint's path says so: <run>/checkpoints/<step>."""
     checkpoint = PurePath(str(origin.get("checkpoint", "")))
     run = checkpoint.parent.parent.name if checkpoint.parent.name == "checkpoints" else checkpoint.name
+    run = run or PurePath(str(origin.get("prediction", ""))).name
     return " ".join(
         filter(None, ["Evaluation", run and f"of {run}", f"at step {origin['step']}" if "step" in origin else ""])
     )
@@ -77,7 +78,8 @@ def _origin(scores: Mapping[str, Any]) -> str:
 
 def _summary(scores: Mapping[str, Any]) -> str:
     protocol = Protocol.from_json(scores["protocol"])
-    means = {"one step": scores["geometric_mean_ratio_to_persistence"]}
+    measured = any(part["one_step"] is not None for part in scores["datasets"].values())
+    means = {"one step": scores["geometric_mean_ratio_to_persistence"]} if measured else {}
     means |= scores["geometric_mean_ratio_to_persistence_windows"]
     rows: list[list[Cell]] = [[name, value, *_wins(scores, name)] for name, value in means.items()]
     content = Table("", ["scores", "VRMSE / persistence", "below persistence", "below the mean field"], rows)
@@ -107,7 +109,7 @@ def _block(part: Mapping[str, Any], block: str) -> Mapping[str, Any] | None:
 def _divergence(scores: Mapping[str, Any]) -> str:
     """A diverged rollout is counted and named, a one-step prediction counted; no average leaves them out."""
     total = sum(part["trajectories"] for part in scores["datasets"].values())
-    one_step = [part["one_step"] for part in scores["datasets"].values()]
+    one_step = [part["one_step"] for part in scores["datasets"].values() if part["one_step"] is not None]
     failed, windows = (sum(cell[key] for cell in one_step) for key in ("diverged", "count"))
     single = (
         f'<p><span class="alarm">{failed} of {windows} one-step predictions are not finite.</span> They count as '
@@ -130,13 +132,16 @@ def _divergence(scores: Mapping[str, Any]) -> str:
 
 
 def _one_step(scores: Mapping[str, Any]) -> str:
-    content = score_document(scores).tables[0]
+    *tables, _ = score_document(scores).tables
+    if not tables:
+        return "<p>Only rollouts were measured.</p>"
+    (content,) = tables
     caption = f"<b>One-step VRMSE</b>, one frame to the next. {_hint(scores)}"
     return html.table(content, caption, _shade(content))
 
 
 def _rollouts(scores: Mapping[str, Any]) -> str:
-    content = score_document(scores).tables[1]
+    content = score_document(scores).tables[-1]
     caption = f"<b>Rollout VRMSE</b> over the protocol's windows of steps. {_hint(scores)}"
     return html.table(content, caption, _shade(content), names=2)
 
@@ -214,7 +219,8 @@ def _dataset(
 def _channels(name: str, scores: Mapping[str, Any]) -> str:
     """The model's scores of each channel, one step and in every window that the rollouts cover."""
     part, lead = scores["datasets"][name], scores["protocol"]["trajectories"]
-    blocks = {"one step": part["one_step"]} | {key: cell for key, cell in part["windows"].items() if cell is not None}
+    blocks = {"one step": part["one_step"]} | part["windows"]
+    blocks = {key: cell for key, cell in blocks.items() if cell is not None}
     rows: list[list[Cell]] = [
         [channel, *(cell["per_channel"][channel][lead] for cell in blocks.values())] for channel in part["channels"]
     ]
@@ -247,13 +253,14 @@ def _eps(errors: ErrorFile) -> str:
 
 def _again(errors: ErrorFile, scores: Mapping[str, Any]) -> str:
     """Commands, digests and versions."""
-    protocol = errors.protocol
+    protocol, predicted = errors.protocol, "prediction" in errors.origin
     rows: list[list[Cell]] = [[name, part["data_digest"]] for name, part in scores["datasets"].items()]
-    digests = Table("", ["dataset", "SHA-256 of the shards' manifest"], rows)
+    what = "the truth and the numbers of its trajectories" if predicted else "the shards' manifest"
+    digests = Table("", ["dataset", f"SHA-256 of {what}"], rows)
     commands = (
         "# from the stored errors beside this page, without the model; other windows, averages or eps with --protocol\n"
         "# and --eps\n"
-        f"fm score errors.npz --out DIR\n\n{_from_weights(protocol)}"
+        f"fm score errors.npz --out DIR\n\n{_from_weights(protocol, 'PRED --truth FILE' if predicted else 'RUN')}"
     )
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}, matplotlib {matplotlib.__version__}"
     # As a protocol's file has it: JSON's 1e-07 is a text in YAML, and no parts are left out.
@@ -270,8 +277,8 @@ def _again(errors: ErrorFile, scores: Mapping[str, Any]) -> str:
     )
 
 
-def _from_weights(protocol: Protocol) -> str:
-    """The commands that measure anew. A protocol that no name and option gives has to be in a file."""
+def _from_weights(protocol: Protocol, what: str) -> str:
+    """The commands that measure `what` anew. A protocol that no name and option gives has to be in a file."""
     known = PROTOCOLS.get(protocol.name, protocol)
     count, eps = protocol.one_step_windows, protocol.eps  # what options set
     named = protocol.name in PROTOCOLS and protocol == replace(
@@ -281,9 +288,9 @@ def _from_weights(protocol: Protocol) -> str:
     which = f"{protocol.name} --split {protocol.split}{subset}" if named else "PROTOCOL.yaml"
     head = "# from the weights" if named else "# from the weights, with the protocol below in a file PROTOCOL.yaml"
     if known.eps == eps or not named:
-        return f"{head}\nfm evaluate RUN --protocol {which} --out DIR"
+        return f"{head}\nfm evaluate {what} --protocol {which} --out DIR"
     rescored = f"fm score MEASURED --eps {eps!r} --out DIR"
-    return f"{head}\nfm evaluate RUN --protocol {which} --out MEASURED\n{rescored}"
+    return f"{head}\nfm evaluate {what} --protocol {which} --out MEASURED\n{rescored}"
 
 
 def _anchor(name: str) -> str:

@@ -144,7 +144,8 @@ def _check_same_data(files: Sequence[Path], loaded: Sequence[ErrorFile]) -> None
         for name, part in errors.datasets.items():
             other, digest = first.setdefault(name, (file, part.data_digest))
             if part.data_digest != digest:
+                what, same = ("files", "--truth") if "prediction" in errors.origin else ("shards", "--shards")
                 raise UserError(
-                    f"compare: expected evaluations of the same {name} data, got shards with digests {digest[:12]} in "
-                    f"{other} and {part.data_digest[:12]} in {file}: evaluate both with the same --shards"
+                    f"compare: expected evaluations of the same {name} data, got {what} with digests {digest[:12]} in "
+                    f"{other} and {part.data_digest[:12]} in {file}: evaluate both with the same {same}"
                 )

@@ -45,7 +45,8 @@ def score(errors: ErrorFile, protocol: Protocol | None = None) -> dict[str, Any]
     `datasets.<name>` has `one_step` and `windows.<window>`, each with the model's `median` and `mean`, `persistence`
     and `mean_field` (by the protocol's statistic), `ratio_to_persistence`, the same under `per_channel`, `count` (of
     one-step windows, of trajectories that cover the whole window) and `diverged` (how many of them were not finite).
-    A window that no trajectory covers whole is null. `datasets.<name>.diverged`: trajectory id -> first failed step.
+    A window that no trajectory covers whole is null, and so is `one_step` where only rollouts were measured.
+    `datasets.<name>.diverged`: trajectory id -> first failed step.
     UserError where the protocol needs other rollouts than the file holds.
     """
     protocol = protocol or errors.protocol
@@ -64,7 +65,7 @@ def score(errors: ErrorFile, protocol: Protocol | None = None) -> dict[str, Any]
         "protocol": protocol.to_json(),
         "datasets": datasets,
         "geometric_mean_ratio_to_persistence": geometric_mean(
-            [part["one_step"]["ratio_to_persistence"] for part in datasets.values()]
+            [(part["one_step"] or {}).get("ratio_to_persistence") for part in datasets.values()]
         ),
         "geometric_mean_ratio_to_persistence_windows": windows,
         "diverged": sum(len(part["diverged"]) for part in datasets.values()),
@@ -87,9 +88,11 @@ def _score_dataset(errors: DatasetErrors, protocol: Protocol) -> dict[str, Any]:
     }
 
 
-def _score_one_step(errors: DatasetErrors, protocol: Protocol) -> dict[str, Any]:
-    """Every window counts as one trajectory of one step."""
+def _score_one_step(errors: DatasetErrors, protocol: Protocol) -> dict[str, Any] | None:
+    """Every window counts as one trajectory of one step; None where only rollouts were measured."""
     present = errors.one_step.present
+    if not present.any():
+        return None
     vrmse = {name: errors.one_step.vrmse(name, protocol.eps)[present][:, None] for name in PREDICTORS}  # (R*S, 1, C)
     return _columns(vrmse, errors.channels, protocol)
 

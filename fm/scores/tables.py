@@ -13,7 +13,10 @@ COLUMNS = ("median", "mean", "persistence", "mean_field", "ratio_to_persistence"
 
 
 def score_table(scores: Mapping[str, Any]) -> str:
-    """Markdown of `scoring.score`'s result: the protocol, the one-step table, the rollout table, the summary."""
+    """Markdown of `scoring.score`'s result: the protocol, the one-step table, the rollout table, the summary.
+
+    Without one-step scores there is no table of them.
+    """
     return render(score_document(scores), "md")
 
 
@@ -22,18 +25,16 @@ def score_document(scores: Mapping[str, Any]) -> Document:
     protocol = Protocol.from_json(scores["protocol"])
     lead = protocol.trajectories
     columns = ["median", "mean", "persistence", "mean field", f"{lead} / persistence"]
-    one_step = [
-        [name, part["one_step"]["count"], *_cells(part["one_step"], lead)] for name, part in scores["datasets"].items()
-    ]
+    measured = {name: part["one_step"] for name, part in scores["datasets"].items() if part["one_step"] is not None}
+    one_step = [[name, cell["count"], *_cells(cell, lead)] for name, cell in measured.items()]
     rollout = [
         [name, window, window_steps(part["horizon"], cell), cell["count"] if cell else 0, *_cells(cell, lead)]
         for name, part in scores["datasets"].items()
         for window, cell in part["windows"].items()
     ]
-    tables = [
-        Table("One step", ["dataset", "windows", *columns], one_step),
-        Table("Rollout", ["dataset", "window", "steps", "trajectories", *columns], rollout),
-    ]
+    tables = [Table("Rollout", ["dataset", "window", "steps", "trajectories", *columns], rollout)]
+    if one_step:
+        tables.insert(0, Table("One step", ["dataset", "windows", *columns], one_step))
     return Document(about(protocol), tables, _summary(scores))
 
 
@@ -65,12 +66,14 @@ def _cells(cell: Mapping[str, Any] | None, lead: str) -> Sequence[Cell]:
 
 
 def _summary(scores: Mapping[str, Any]) -> list[str]:
-    lines = [
-        "Geometric mean over datasets of the ratio to persistence: "
-        f"one step {number(scores['geometric_mean_ratio_to_persistence'])}"
-        + "".join(f", {name} {number(v)}" for name, v in scores["geometric_mean_ratio_to_persistence_windows"].items())
-        + "."
-    ]
+    means = dict(scores["geometric_mean_ratio_to_persistence_windows"])
+    alone = [name for name, part in scores["datasets"].items() if part["one_step"] is None]
+    if len(alone) < len(scores["datasets"]):
+        means = {"one step": scores["geometric_mean_ratio_to_persistence"], **means}
+    listed = ", ".join(f"{name} {number(value)}" for name, value in means.items())
+    lines = [f"Geometric mean over datasets of the ratio to persistence: {listed}."]
+    if alone:
+        lines.append(f"Only rollouts were measured, no one-step predictions: {', '.join(alone)}.")
     if scores["origin"]:
         lines.append("Origin: " + ", ".join(f"{key} {value}" for key, value in scores["origin"].items()) + ".")
     for name, part in scores["datasets"].items():

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.cards.registry import Card, load_registry
-from data_pipeline.miniwell.system import Boundary, ParameterSet, Simulation, System, edge
+from data_pipeline.miniwell.system import ParameterSet, Simulation, System
 from data_pipeline.miniwell.well_file import trajectory_arrays, write_well_file
+from data_pipeline.well.boundary import edges
 
 
 def waves(rng: np.random.Generator, shape: tuple[int, ...], grid: tuple[int, int]) -> np.ndarray:
@@ -38,16 +39,6 @@ def waves(rng: np.random.Generator, shape: tuple[int, ...], grid: tuple[int, int
     return out
 
 
-def boundaries(card: Card) -> tuple[Boundary, ...]:
-    """A group for each kind of end of each axis."""
-    groups = []
-    for axis, (lower, upper), size in zip("xy", card.boundary, card.grid, strict=True):
-        for kind in dict.fromkeys((lower, upper)):
-            name = f"{axis}_{kind.lower()}"
-            groups.append(edge(name, kind, axis, size, lower=lower == kind, upper=upper == kind))
-    return tuple(groups)
-
-
 def write_dataset(well: Path, card: Card, split: str, trajectories: int, frames: int) -> Path:
     """One file; its name is the dataset's."""
     rng = np.random.default_rng([len(card.name), *card.name.encode(), *split.encode()])
@@ -56,7 +47,8 @@ def write_dataset(well: Path, card: Card, split: str, trajectories: int, frames:
     }
     constants = {field.name: waves(rng, (trajectories, 1), card.grid)[:, 0] for field in card.constant_fields}
     x, y = (np.linspace(0, 1, size) for size in card.grid)
-    simulation = Simulation(np.arange(frames) * (card.dt or 1.0), x, y, fields, boundaries(card), constants)
+    masks = edges(card.boundary, card.grid)
+    simulation = Simulation(np.arange(frames) * (card.dt or 1.0), x, y, fields, masks, constants)
     orders = {field.name: field.order for field in card.state_fields}
     system = System(card.name, orders, {}, lambda *_: simulation, cost=0)
     parameters = ParameterSet("", dict.fromkeys(card.scalars, 1.0), {split: trajectories})

@@ -1,0 +1,1 @@
+"""Prediction from file to file, and its scores."""

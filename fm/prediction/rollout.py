@@ -1,0 +1,203 @@
+"""Rollouts from the states of a file into another file, frame by frame.
+
+In Python, without files, on fields by name (fm/fields.py says which forms they may have):
+
+    model = fm.WaveLiTFM.from_pretrained("hf://organisation/name")
+    state = xarray.open_dataset("states.nc").isel(time=0)
+    model.predict(state, "shear_flow", steps=20).to_netcdf("predicted.nc")
+
+Array legend: n trajectories, C state channels, X Y grid.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data_pipeline.cards.registry import Card, Registry
+from data_pipeline.errors import UserError
+from data_pipeline.files import atomic_path, disk_full_error, is_disk_full
+from data_pipeline.well.writer import WellWriter
+from fm.evaluation.measure import full_float32
+from fm.fields import FieldsWarning, given_fields
+from fm.prediction.initial import Initial, read_well
+from fm.prediction.opened import Opened, open_model
+from fm.prediction.xarray_file import ENGINES, NetcdfWriter, ZarrWriter, import_xarray, read_xarray
+from fm.surrogate import MIN_GRID, Surrogate
+
+BATCH = 8  # trajectories that the model takes at once
+WELL_SUFFIXES = (".hdf5", ".h5")
+
+
+class FrameWriter(Protocol):
+    """A file whose frames come one by one."""
+
+    def write(self, index: int, frame: np.ndarray) -> None: ...
+    def describe(self, attributes: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to predict."""
+
+    source: Path
+    out: Path
+    steps: int
+    dataset: str | None = None  # None: what the file says
+    trajectories: tuple[int, ...] | None = None  # None: all
+    start: int = 0  # frame of the source that the rollouts start from
+    force: bool = False  # replace what is at `out`
+
+
+def predict_file(model: str, request: Request, registry: str | None = None, progress: bool = True) -> Path:
+    """Roll `model` out from the states of a file, and write initial states and predictions to `request.out`.
+
+    Prints what is doubtful to stderr as `warning: ...`. A rollout that stops being finite is written as the model says
+    it, and told. UserError where model, file and request do not fit together; then nothing is written.
+    """
+    _check_request(request)
+    out, opened = request.out, open_model(model, registry)
+    read = read_xarray if request.source.suffix in ENGINES else read_well
+    initial = read(request.source, opened.registry, request.dataset, request.trajectories, request.start)
+    state, constants = _checked_fields(opened.model, initial, request.source)
+    times = initial.time_axis(request.steps, opened.model.specs[initial.setting.card.name].dt)
+    if out.suffix in ENGINES and not (times == times[0]).all():
+        raise UserError(f"--out {out}: the trajectories have times of their own; write {WELL_SUFFIXES[0]}")
+    frames = _frames(opened.model, initial.setting.card, state, constants, request.steps)
+    try:
+        with atomic_path(out) as path, _writer(out.suffix, path, initial, times, opened.registry) as file:
+            failures = _write(file, initial, frames, request.steps, progress)
+            file.describe(_attributes(opened, request, initial, failures))
+    except OSError as error:
+        if is_disk_full(error):
+            raise disk_full_error(out, error) from error
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
+    for trajectory, (step, channel) in failures.items():
+        print(
+            f"warning: trajectory {trajectory} is not finite from step {step} on, first in {channel}: what follows in "
+            f"{out} is no prediction",
+            file=sys.stderr,
+        )
+    return out
+
+
+def _check_request(request: Request) -> None:
+    source, out = request.source, request.out
+    if out.suffix not in (*WELL_SUFFIXES, *ENGINES):
+        raise UserError(f"--out {out}: expected a name that ends in {', '.join((*WELL_SUFFIXES, *ENGINES))}")
+    if request.steps < 1:
+        raise UserError(f"--steps: expected at least 1 step to predict, got {request.steps}")
+    one, other = source.resolve(), out.resolve()
+    if (
+        one.is_relative_to(other)
+        or other.is_relative_to(one)
+        or (one.exists() and other.exists() and one.samefile(other))
+    ):
+        raise UserError(f"--out {out}: expected another file than the input, and none around or inside it")
+    if out.exists() and not request.force:
+        raise UserError(f"--out {out}: is there already; --force replaces it")
+    if out.is_dir() and out.suffix != ".zarr":
+        raise UserError(f"--out {out}: expected a file to write, got a folder")
+    if out.is_file() and out.suffix == ".zarr":
+        raise UserError(f"--out {out}: expected a folder to write, got a file")
+    if {source.suffix, out.suffix} & ENGINES.keys():
+        import_xarray()
+
+
+def _checked_fields(model: Surrogate, initial: Initial, source: Path) -> tuple[Tensor, Tensor]:
+    """State (n, C, X, Y) and constants (n, K, X, Y) as the model takes them; what is doubtful is told on stderr.
+
+    UserError for a dataset that the model does not know, fields it cannot take, and values that are not finite.
+    """
+    card, grid = initial.setting.card, initial.setting.grid
+    if card.name not in model.specs:
+        raise UserError(
+            f"{source}: expected a dataset that the model knows ({', '.join(model.specs)}), got {card.name}: --dataset "
+            "names another"
+        )
+    if any(size % 2 or size < MIN_GRID for size in grid):
+        raise UserError(
+            f"{source}: expected an even number of at least {MIN_GRID} points along x and y, got {grid[0]} x {grid[1]}"
+        )
+    fields = {name: torch.from_numpy(initial.state[:, index]) for index, name in enumerate(card.state_channels)}
+    constants = initial.setting.constants
+    fields |= {name: torch.from_numpy(constants[:, index]) for index, name in enumerate(card.constant_channels)}
+    dt = None if initial.dts is None else float(np.median(initial.dts))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FieldsWarning)
+        try:
+            given = given_fields(fields, model.specs[card.name], dt)
+        except ValueError as error:
+            raise UserError(f"{source}: {error}") from error
+    for one in caught:
+        print(f"warning: {source}: {one.message}", file=sys.stderr)
+    return given.state, given.constants
+
+
+def _frames(model: Surrogate, card: Card, state: Tensor, constants: Tensor, steps: int) -> Iterator[np.ndarray]:
+    """Yield the predicted states (n, C, X, Y) step by step, channels in the card's order. A GPU is used if there is."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    order = [model.specs[card.name].state_channels.index(channel) for channel in card.state_channels]
+    batches = zip(state.to(device).split(BATCH), constants.to(device).split(BATCH), strict=True)
+    rollouts = [model.iterate(states, fixed, card.name, steps) for states, fixed in batches]
+    for parts in zip(*rollouts, strict=True):
+        yield torch.cat([part[:, order].cpu() for part in parts]).numpy()
+
+
+@full_float32()
+def _write(
+    file: FrameWriter, initial: Initial, frames: Iterator[np.ndarray], steps: int, progress: bool
+) -> dict[int, tuple[int, str]]:
+    """Write the initial and the predicted states; returns trajectory -> first step and channel that was not finite.
+
+    When no rollout is finite any more, the rest is NaN.
+    """
+    channels = initial.setting.card.state_channels
+    failures: dict[int, tuple[int, str]] = {}
+    file.write(0, initial.state)
+    for step in tqdm(range(1, steps + 1), desc="rollout", unit="step", disable=not progress, leave=False):
+        over = len(failures) == len(initial.trajectories)
+        frame = np.full_like(initial.state, np.nan) if over else next(frames)
+        file.write(step, frame)
+        finite = np.isfinite(frame).all(axis=(2, 3))  # (n, C)
+        for row in np.flatnonzero(~finite.all(axis=1)):
+            failures.setdefault(initial.trajectories[row], (step, channels[int(finite[row].argmin())]))
+    return failures
+
+
+def _writer(
+    suffix: str, path: Path, initial: Initial, times: np.ndarray, registry: Registry
+) -> AbstractContextManager[FrameWriter]:
+    if suffix in WELL_SUFFIXES:
+        return WellWriter(path, initial.setting, times)
+    kind = NetcdfWriter if suffix == ".nc" else ZarrWriter
+    return kind(path, initial.setting, initial.trajectories, times, registry)
+
+
+def _attributes(
+    opened: Opened, request: Request, initial: Initial, failures: Mapping[int, tuple[int, str]]
+) -> dict[str, Any]:
+    """What tells a prediction from a simulation."""
+    first: Sequence[int] = [failures.get(one, (0, ""))[0] for one in initial.trajectories]
+    return {
+        "dataset_name": initial.setting.card.name,
+        "prediction_model": opened.name,
+        "prediction_weights": opened.weights,
+        "prediction_source": str(request.source),
+        "prediction_trajectories": list(initial.trajectories),
+        "prediction_start": request.start,
+        "prediction_steps": request.steps,
+        "prediction_first_nonfinite_step": first,  # of each trajectory; 0: none
+        **{name: float(values[0]) for name, values in initial.setting.scalars.items() if (values == values[0]).all()},
+    }

@@ -1,0 +1,56 @@
+"""A model and files to predict from."""
+
+from pathlib import Path
+
+import pytest
+from handmade import stir
+
+from data_pipeline.cards.registry import load_registry
+from data_pipeline.well.hdf5 import split_files
+from data_pipeline.windows.loader import open_readers
+from fm.evaluation.runs import evaluate_run
+from fm.model import ModelConfig, WaveLiTFM
+from fm.recipe_file import resolve
+from fm.specs import dataset_specs
+from fm.training import train
+
+DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase", "viscoelastic_instability"]
+
+
+@pytest.fixture(scope="session")
+def run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, evaluated under the protocol thirds. Read only."""
+    directory = tmp_path_factory.mktemp("runs") / "predicting"
+    recipe = {
+        "run": {"name": "predicting", "dir": str(directory)},
+        "data": {"shards": str(tiny_shards), "datasets": DATASETS},
+        "model": {"width": 16, "depth": 1, "heads": 2},
+        "train": {"steps": 2, "warmup_steps": 0},
+        "checkpoint": {"every": 1},
+        "validation": {"every": 0, "protocol": "thirds"},
+        "tracking": {"progress": False},
+    }
+    assert train(resolve(recipe, "the test")) == 0
+    evaluate_run(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def model(tiny_shards: Path) -> WaveLiTFM:
+    """A model that moves: the start of a training predicts next to nothing. Read only."""
+    readers = open_readers(tiny_shards, DATASETS, "train")
+    return stir(WaveLiTFM(ModelConfig(16, 1, 2), dataset_specs(readers, load_registry()))).eval()
+
+
+@pytest.fixture(scope="session")
+def folder(model: WaveLiTFM, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of that model. Read only."""
+    directory = tmp_path_factory.mktemp("models") / "stirred"
+    model.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def maze(tiny_well: Path) -> Path:
+    """The train file of acoustic_scattering_maze: two trajectories of 9 frames. Read only."""
+    return split_files(tiny_well / DATASETS[0], "train")[0]
