@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from data_pipeline.errors import UserError
-from fm.commands import compare, diagnose, evaluate, replay, score, status, sweep, train, transfer
+from fm.commands import compare, diagnose, evaluate, export, replay, score, status, sweep, train, transfer
 from fm.commands.arguments import CommandParser
 
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fm", description="Train and evaluate WaveLiT-FM.")
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=CommandParser)
-    for command in (train, status, replay, evaluate, score, compare, diagnose, sweep, transfer):
+    for command in (train, status, replay, evaluate, export, score, compare, diagnose, sweep, transfer):
         command.add(commands)
     return parser
 

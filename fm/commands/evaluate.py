@@ -16,9 +16,11 @@ def add(commands: Commands) -> None:
         "-m fm evaluate RUN` (launch/README.md). Exit codes: 0 done, 2 your mistake, 3 another process is lost, 130 "
         "interrupted.",
     )
-    evaluate.add_argument("run", type=Path, help="run directory, or one of its checkpoints")
+    evaluate.add_argument("run", help="run, one of its checkpoints, exported model, or hf://organisation/name")
     evaluate.add_argument("--shards", help="folder or URL of the shards to score on (default: the recipe's)")
-    evaluate.add_argument("--out", type=Path, help="folder of the report (default: RUN/report)")
+    evaluate.add_argument(
+        "--out", type=Path, help="folder of the report (default: RUN/report; of an exported model ./NAME_report)"
+    )
     evaluate.add_argument(
         "--protocol", help="named protocol, or a .yaml file with one (default: the recipe's validation.protocol)"
     )
