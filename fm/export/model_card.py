@@ -65,9 +65,9 @@ def _head(trained: Trained, cards: Mapping[str, Card], files: Mapping[str, bytes
     systems = f"{len(cards)} systems" if len(cards) > 1 else next(iter(cards))
     network = trained.model.config.name if isinstance(trained.model, Baseline) else "WaveLiT-FM"
     text = (
-        f"# {trained.recipe.run.name}\n\nA {network} of {_count(trained.model.num_parameters())} parameters for "
-        f"two-dimensional partial differential equations ({systems}): from the state of a simulation it predicts the "
-        f"next one, as often as you like. Averaged weights after {trained.step:,} training steps."
+        f"# {trained.recipe.run.name}\n\nA surrogate ({network}, {_count(trained.model.num_parameters())} parameters) "
+        f"for two-dimensional partial differential equations ({systems}): from the state of a simulation it predicts "
+        f"the next one, as often as you like. Averaged weights after {trained.step:,} training steps."
     )
     if "pictures/overview.png" in files:
         text += "\n\n![Truth, prediction and error on the test split](pictures/overview.png)"
