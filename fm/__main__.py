@@ -12,6 +12,7 @@ from fm.commands import (
     compare,
     diagnose,
     evaluate,
+    export,
     extend,
     few_shot,
     plan,
@@ -27,7 +28,7 @@ from fm.commands.arguments import CommandParser
 
 COMMANDS = (
     *(plan, train, status, replay),
-    *(rollout, extend),
+    *(export, rollout, extend),
     *(evaluate, score, compare),
     *(diagnose, sweep, few_shot, transfer),
 )

@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from data_pipeline.errors import UserError
+from fm.artefact import is_artefact, read_artefact, verify_artefact
 from fm.baselines.baseline import Baseline
 from fm.model import WaveLiTFM
-from fm.pretrained import BASELINE, read_description
+from fm.pretrained import BASELINE, EMA_FILE, WEIGHTS_FILE, locate, read_description
 from fm.surrogate import Surrogate
 
 FORMAT_VERSION = 2
@@ -110,12 +111,12 @@ def load_checkpoint(path: Path, model: Surrogate, average: Surrogate) -> tuple[d
     return state, _read_tensors(path / "optimizer.safetensors")
 
 
-def load_pretrained(path: Path) -> Surrogate:
-    """The averaged model of a run directory's newest whole checkpoint, or of a checkpoint directory, on the CPU.
+def load_pretrained(source: Path | str) -> Surrogate:
+    """The averaged model that `find_checkpoint` finds, on the CPU: a WaveLiT or a baseline, as model.json says.
 
-    A WaveLiT or a baseline, as model.json says. UserError where there is none or its files do not fit together.
+    UserError where there is none or its files do not fit together.
     """
-    checkpoint = find_checkpoint(path)
+    checkpoint = find_checkpoint(source)
     try:
         kind = Baseline if BASELINE in read_description(checkpoint) else WaveLiTFM
         return kind.from_pretrained(checkpoint)
@@ -123,18 +124,48 @@ def load_pretrained(path: Path) -> Surrogate:
         raise UserError(f"{checkpoint}: cannot be loaded as a model: {error}") from error
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint meant by a run directory or a checkpoint directory. UserError if there is none.
+def verify_model(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The SHA-256 of the averaged weights, and what state.json or artefact.json holds; every file is compared with it.
 
-    A run directory means its newest whole checkpoint, or if finetune.gate watched over it the best compromise.
+    `folder` is a checkpoint or an exported model. UserError if anything differs.
     """
-    if (path / "model.json").is_file():
+    if not is_artefact(folder):
+        state = verify_checkpoint(folder)
+        return state["files"][EMA_FILE]["sha256"], state
+    try:
+        content = verify_artefact(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    return content["files"][WEIGHTS_FILE]["sha256"], content
+
+
+def weights_digest(folder: Path) -> str:
+    """The SHA-256 of the averaged weights that a checkpoint or an exported model names. UserError if it names none."""
+    if not is_artefact(folder):
+        return str(read_state(folder)["files"][EMA_FILE]["sha256"])
+    try:
+        return str(read_artefact(folder)["files"][WEIGHTS_FILE]["sha256"])
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def find_checkpoint(source: Path | str) -> Path:
+    """The folder meant by a run, one of its checkpoints, an exported model, or `hf://organisation/name`.
+
+    A run means its newest whole checkpoint, or if finetune.gate watched over it the best compromise. UserError if there
+    is none, or the Hub does not give it.
+    """
+    try:
+        path = locate(source)
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    if (path / "model.json").is_file() or is_artefact(path):
         return path
     newest = newest_checkpoint(path / "checkpoints", print)
     if newest is None:
         raise UserError(
             f"no checkpoint found: looked for {path / 'model.json'} and {path / 'checkpoints' / 'step_*'}.\n"
-            "Expected a run directory (such as runs/quickstart) or one of its checkpoints."
+            "Expected a run directory (such as runs/quickstart), one of its checkpoints, or an exported model."
         )
     finetune = read_state(newest)["recipe"].get("finetune") or {}
     best = newest_checkpoint(path / "best", print) if finetune.get("gate") is not None else None

@@ -59,7 +59,7 @@ def build_model(recipe: Recipe, readers: Mapping[str, ShardReader], registry: Re
     specs = dataset_specs(readers, registry)
     if finetune is None:
         return new_model(config, specs, recipe.run.seed)
-    pretrained = load_pretrained(Path(finetune.pretrained))
+    pretrained = load_pretrained(finetune.pretrained)
     if config is not None and config != pretrained.config:
         raise UserError(
             f"model: the recipe's architecture is not that of {finetune.pretrained}.\n"

@@ -1,9 +1,8 @@
 """The files of a model: model.json beside safetensors, in a folder here or in a repository of the Hugging Face Hub.
 
-A folder that `fm export` wrote also has artefact.json, which lists the files that belong to these weights.
+A folder that `fm export` wrote has more, which fm/artefact.py knows.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -28,10 +27,11 @@ from fm.model_config import check_keys
 MODEL_FILE = "model.json"
 WEIGHTS_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
-ARTEFACT_FILE = "artefact.json"
 FORMAT = 2
 BASELINE = "baseline"  # key of model.json that only baselines have
 HUB = "hf://"
+# What an upload may have beside the model: cards, scores, pictures of another model must not stay there.
+OURS = ["README.md", "LICENSE", "artefact.json", "recipe.yaml", "scores.json", "cards/*", "pictures/*", "programs/*"]
 _REPOSITORY = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?/?")
 
 
@@ -107,29 +107,6 @@ def write_model(directory: Path, description: Mapping[str, Any], tensors: Mappin
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / weights)
 
 
-def copy_companions(origin: Path, directory: Path) -> None:
-    """Copy what artefact.json of `origin` lists (scores, cards, pictures) if it was written for `directory`'s weights.
-
-    ValueError where it is damaged or names a file outside its folder.
-    """
-    listing = origin / ARTEFACT_FILE
-    if not listing.is_file():
-        return
-    try:
-        files = {str(name): str(entry["sha256"]) for name, entry in json.loads(listing.read_text())["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{listing}: expected a list of files with their SHA-256, got {error}") from error
-    weights = hashlib.sha256((directory / WEIGHTS_FILE).read_bytes()).hexdigest()
-    if files.get(WEIGHTS_FILE) != weights:
-        return  # trained on, or changed: what is said there is not true of these
-    for name in (ARTEFACT_FILE, *files):
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{listing}: expected paths inside {origin}, got {name!r}")
-        if name not in (MODEL_FILE, WEIGHTS_FILE) and (directory / name).resolve() != (origin / name).resolve():
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(origin / name, directory / name)
-
-
 class HubFolder(ModelHubMixin):
     """A model's folder as huggingface_hub's mixin takes it: `push_to_hub` makes the repository and uploads."""
 
@@ -139,3 +116,21 @@ class HubFolder(ModelHubMixin):
     def save_pretrained(self, save_directory: Path | str, **options: Any) -> None:
         """What `push_to_hub` calls for a copy; `options` are a configuration and a card, which the folder has."""
         shutil.copytree(self.folder, save_directory, dirs_exist_ok=True)
+
+
+def upload(folder: Path, repository: str, **options: Any) -> str:
+    """Make `organisation/name` hold a model's folder; returns the commit's address.
+
+    What an earlier upload had beside its model is deleted where the folder has it not. `options` are those of
+    ModelHubMixin.push_to_hub. ValueError for a name of another form, ConnectionError where the Hub does not take it.
+    """
+    try:
+        return str(HubFolder(folder).push_to_hub(repository, **{"delete_patterns": OURS, **options}))
+    except ValueError:
+        raise
+    except Exception as error:  # which errors there are depends on the HTTP client of huggingface_hub's version
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConnectionError(
+            f"{repository}: {huggingface_hub.constants.ENDPOINT} did not take the upload ({reason}). Look at the "
+            "network, the name, and whether you are logged in (`hf auth login`) and may write there."
+        ) from error

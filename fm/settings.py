@@ -178,7 +178,7 @@ class LossSettings:
 class FinetuneSettings:
     """Rollout finetuning from a pretrained checkpoint (paper Appendix G)."""
 
-    pretrained: str  # run or checkpoint directory; its EMA weights and architecture are the start
+    pretrained: str  # run, checkpoint, exported model or hf://organisation/name; its EMA weights and architecture
     # What a window's K model steps teach (fm/unroll.py). scheduled_sampling: inputs are the truth by chance, less and
     # less often; bptt: never but the first; causal_bptt: as bptt, later steps weigh little until earlier ones are
     # right; pushforward: as bptt, only the last step has a gradient

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
+from fm.artefact import is_artefact, settle_companions, verify_artefact
 from fm.fields import Fields, GivenFields, given_fields
 from fm.model_config import DatasetSpec
 from fm.pretrained import (
@@ -22,11 +23,10 @@ from fm.pretrained import (
     FORMAT,
     MODEL_FILE,
     WEIGHTS_FILE,
-    HubFolder,
-    copy_companions,
     locate,
     read_description,
     read_weights,
+    upload,
     write_model,
 )
 
@@ -242,33 +242,37 @@ class Surrogate(nn.Module, ABC):
         """Write model.json (configuration and dataset specifications) and `weights` (safetensors) into `directory`.
 
         `state` replaces the model's own weights, with the same keys (an EMA, say). Cards, scores and pictures of the
-        exported model that this one was loaded from come along as long as the weights are those.
+        exported model that this one was loaded from come along as long as the weights are those; those of other weights
+        that lay in `directory` go.
         """
         directory = Path(directory)
         tensors = self.state_dict() if state is None else dict(state)
         self._check_state({name: tuple(tensor.shape) for name, tensor in tensors.items()}, "the state to be saved")
         write_model(directory, self.description(), tensors, weights)
-        if self.origin is not None and weights == WEIGHTS_FILE:
-            copy_companions(self.origin, directory)
+        if weights == WEIGHTS_FILE:
+            settle_companions(directory, self.origin)
 
     def push_to_hub(self, repository: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes to `organisation/name` on the Hugging Face Hub; returns its address.
 
         `options` are those of huggingface_hub's ModelHubMixin.push_to_hub (private, token, commit_message, branch,
-        create_pr); so are the errors.
+        create_pr, delete_patterns: by default what an earlier upload had beside its model). ValueError for a name of
+        another form, ConnectionError where the Hub does not take it.
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return HubFolder(Path(folder)).push_to_hub(repository, **options)
+            return upload(Path(folder), repository, **options)
 
     @classmethod
     def from_pretrained(cls, source: Path | str, weights: str | None = None) -> Self:
         """A model on the CPU, ready to predict: from an exported folder, a checkpoint, or `hf://organisation/name`.
 
         `weights` is a file in it; by default the averaged ones. OSError if a file is missing or the Hub does not give
-        it; ValueError if model.json is of a later format or the weights do not fit.
+        it; ValueError if model.json is of a later format, the weights do not fit, or are not those that were exported.
         """
         directory = locate(source)
+        if is_artefact(directory):
+            verify_artefact(directory, (MODEL_FILE, weights or WEIGHTS_FILE))
         description = read_description(directory)
         if weights is None:
             weights = EMA_FILE if (directory / EMA_FILE).exists() else WEIGHTS_FILE

@@ -17,10 +17,16 @@ def add(commands: Commands) -> None:
         "whose frames are found in the truth by their time. Exit codes: 0 done, 2 your mistake, 3 another process is "
         "lost, 130 interrupted.",
     )
-    evaluate.add_argument("run", type=Path, help="run directory, one of its checkpoints, or with --truth a .hdf5")
+    evaluate.add_argument(
+        "run", help="run, one of its checkpoints, exported model, hf://organisation/name, or with --truth a .hdf5"
+    )
     evaluate.add_argument("--truth", type=Path, metavar="FILE", help="the Well HDF5 that holds what was predicted")
     evaluate.add_argument("--shards", help="folder or URL of the shards to score on (default: the recipe's)")
-    evaluate.add_argument("--out", type=Path, help="folder of the report (default: RUN/report, PRED_report)")
+    evaluate.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the report (default: RUN/report; of an exported model ./NAME_report, of a file FILE_report)",
+    )
     evaluate.add_argument(
         "--protocol",
         help="named protocol, or a .yaml file with one (default: the recipe's validation.protocol; thirds)",
@@ -36,7 +42,7 @@ def add(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.truth is not None or options.run.suffix in (".hdf5", ".h5", ".nc", ".zarr"):
+    if options.truth is not None or Path(options.run).suffix in (".hdf5", ".h5", ".nc", ".zarr"):
         return _score_prediction(options)
     from fm.evaluation.runs import evaluate_run
     from fm.runtime import EXIT_DONE, EXIT_INTERRUPTED, EXIT_LOST, ProcessLost
@@ -56,12 +62,13 @@ def _score_prediction(options: argparse.Namespace) -> int:
     from data_pipeline.errors import UserError
     from fm.prediction.scored import evaluate_prediction
 
-    if options.run.suffix not in (".hdf5", ".h5"):
-        raise UserError(f"{options.run}: expected the rollouts in a Well file: `fm rollout --out PRED.hdf5` writes one")
+    prediction = Path(options.run)
+    if prediction.suffix not in (".hdf5", ".h5"):
+        raise UserError(f"{prediction}: expected the rollouts in a Well file: `fm rollout --out PRED.hdf5` writes one")
     if options.truth is None:
-        raise UserError(f"{options.run}: expected --truth FILE, the file that holds what was predicted")
+        raise UserError(f"{prediction}: expected --truth FILE, the file that holds what was predicted")
     others = [name for name in ("shards", "split", "windows") if getattr(options, name) is not None]
     if others:
         raise UserError(f"--{others[0]}: is of an evaluation of a run; with --truth the two files say all")
-    evaluate_prediction(options.run, options.truth, options.protocol, options.out)
+    evaluate_prediction(prediction, options.truth, options.protocol, options.out)
     return 0

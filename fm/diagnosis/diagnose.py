@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_pipeline.cards.registry import load_registry
 from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_file
 from data_pipeline.windows.reader import ShardReader
@@ -23,7 +22,7 @@ from fm.specs import check_channels
 
 
 def diagnose_run(
-    run: Path,
+    run: Path | str,
     dataset: str,
     shards: str | Path | None = None,
     out: Path | None = None,
@@ -46,13 +45,13 @@ def diagnose_run(
     test, train = (trained.readers([dataset], split, shards)[dataset] for split in ("test", "train"))
     spec = model.specs[dataset]
     check_channels(test, spec.state_channels, spec.constant_channels, "the model was trained on")
-    card = load_registry(trained.recipe.data.registry).card(dataset)
+    card = trained.registry().card(dataset)
     subject = Subject(model, test, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     chosen = choose_trajectories(test, trajectories)
     num_steps = test.num_frames(chosen[0]) - 1
     origin: dict[str, object] = {
         "checkpoint": str(trained.checkpoint),
-        "step": trained.state["step"],
+        "step": trained.step,
         "data": test.manifest.digest[:12],
     }
     known = well or sibling_well(shards)

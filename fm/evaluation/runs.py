@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from data_pipeline.cards.registry import load_registry
+from data_pipeline.cards.registry import Registry, load_folders, load_registry
 from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
-from fm.checkpoint import find_checkpoint, load_pretrained, verify_checkpoint
+from fm.artefact import CARDS, RECIPE_FILE, is_artefact
+from fm.checkpoint import find_checkpoint, load_pretrained, verify_model
 from fm.evaluation.evaluate import evaluate_model
 from fm.evaluation.parts import remove_parts
-from fm.recipe_file import resolve
+from fm.recipe_file import load_recipe, resolve
 from fm.report.sample import Domain
 from fm.runtime import as_main_process_finds, make_accelerator, naming_lost_processes
 from fm.scores.errors import FILE_NAME, FORMAT, ErrorFile
@@ -27,22 +28,32 @@ from fm.surrogate import Surrogate
 
 @dataclass(frozen=True)
 class Trained:
-    """The averaged weights of a run, on the CPU, and what its checkpoint says."""
+    """Averaged weights, on the CPU, and what is known of them: of a run, of a checkpoint, or of an exported model."""
 
-    checkpoint: Path
-    report: Path  # folder of the run's report
-    state: dict[str, Any]  # what state.json holds
+    checkpoint: Path  # the folder with the weights
+    report: Path  # where reports go by default
+    step: int
+    weights: str  # SHA-256 of their file
     recipe: Recipe
     model: Surrogate
 
     @classmethod
-    def open(cls, run: Path) -> "Trained":
-        """What a run directory means, or a checkpoint's own. UserError if there is no checkpoint, or it is damaged."""
-        checkpoint = find_checkpoint(run)
-        state = verify_checkpoint(checkpoint)
-        recipe = resolve(state["recipe"], str(checkpoint / "state.json"))
-        report = (run if run != checkpoint else checkpoint.parent.parent) / "report"
-        return cls(checkpoint, report, state, recipe, load_pretrained(checkpoint))
+    def open(cls, source: Path | str) -> "Trained":
+        """What `find_checkpoint` finds. UserError if there is nothing, or it is damaged."""
+        folder = find_checkpoint(source)
+        weights, facts = verify_model(folder)
+        if is_artefact(folder):  # is left as it is
+            recipe, report = load_recipe(folder / RECIPE_FILE), Path(f"{facts['name']}_report")
+        else:
+            recipe = resolve(facts["recipe"], str(folder / "state.json"))
+            report = (folder.parent.parent if Path(source) == folder else Path(source)) / "report"
+        return cls(folder, report, facts["step"], weights, recipe, load_pretrained(folder))
+
+    def registry(self) -> Registry:
+        """The cards: an exported model has its own. UserError where they are not at hand."""
+        if is_artefact(self.checkpoint):
+            return load_folders([self.checkpoint / CARDS])
+        return load_registry(self.recipe.data.registry)
 
     def readers(self, datasets: Sequence[str], split: str, shards: str | Path | None = None) -> dict[str, ShardReader]:
         """Readers of `shards`, the recipe's by default. UserError where there are none."""
@@ -51,19 +62,20 @@ class Trained:
 
 
 def evaluate_run(
-    run: Path,
+    run: Path | str,
     shards: str | Path | None = None,
     out: Path | None = None,
     protocol: str | None = None,
     split: str | None = None,
     windows: int | None = None,
 ) -> Path:
-    """Score the averaged weights of a run's newest checkpoint and print the table. Returns the report's folder.
+    """Score the averaged weights of a run, or of an exported model, and print the table. Returns the report's folder.
 
     Under a launcher all processes share the work. `shards`, `protocol` (a name or a file) default to the recipe's,
-    `split` to the protocol's, `out` to <run>/report. With `windows`, so many one-step windows of each dataset are
-    scored, not all. A report of the same weights, data and protocol is not made again; one that was interrupted goes
-    on. UserError if there is no checkpoint or there are no shards.
+    `split` to the protocol's, `out` to <run>/report, for an exported model to <name>_report where you are. With
+    `windows`, so many one-step windows of each dataset are scored, not all. A report of the same weights, data and
+    protocol is not made again; one that was interrupted goes on. UserError if there is no checkpoint or there are no
+    shards.
     """
     if windows is not None and windows < 1:
         raise UserError(f"--windows: expected at least 1 one-step window per dataset, got {windows}")
@@ -73,11 +85,7 @@ def evaluate_run(
     chosen = replace(chosen, split=split or chosen.split, one_step_windows=windows or chosen.one_step_windows)
     readers = trained.readers(sorted(trained.model.specs), chosen.split, shards)
     out = out or trained.report
-    origin = {
-        "checkpoint": str(checkpoint),
-        "step": trained.state["step"],
-        "weights": trained.state["files"]["ema.safetensors"]["sha256"],
-    }
+    origin = {"checkpoint": str(checkpoint), "step": trained.step, "weights": trained.weights}
     identity = {
         "weights": _weights(origin),
         "protocol": chosen.to_json(),
@@ -93,7 +101,7 @@ def evaluate_run(
         else:
             # float64 sums, which Apple's GPUs do not have
             device = accelerator.device if accelerator.device.type == "cuda" else torch.device("cpu")
-            domains = _domains(recipe, sorted(readers), say)
+            domains = _domains(trained, sorted(readers), say)
             scores = evaluate_model(
                 trained.model, readers, out, chosen, device, origin=origin, domains=domains, accelerator=accelerator
             )
@@ -102,10 +110,10 @@ def evaluate_run(
     return out
 
 
-def _domains(recipe: Recipe, datasets: Sequence[str], say: Callable[[str], object]) -> dict[str, Domain]:
+def _domains(trained: Trained, datasets: Sequence[str], say: Callable[[str], object]) -> dict[str, Domain]:
     """The physical extent of each dataset whose card tells. A model can be scored where its cards are not at hand."""
     try:
-        cards = load_registry(recipe.data.registry).cards
+        cards = trained.registry().cards
     except UserError as error:
         say(f"pictures will have no physical axes: {error}")
         return {}

@@ -111,7 +111,7 @@ def _find_cards(datasets: Sequence[str], registry: str | None) -> tuple[list[Tra
 
 def _open_extendable(source: str, names: Sequence[str]) -> WaveLiTFM:
     """The trained model. UserError if it cannot be opened, is a baseline, or knows one of the datasets already."""
-    model = load_pretrained(Path(source))
+    model = load_pretrained(source)
     if not isinstance(model, WaveLiTFM):
         raise UserError(
             f"{source}: expected a WaveLiT, got a baseline, which has input and output slots for the datasets that it "

@@ -191,7 +191,7 @@ class Runner:
 def _check_pretrained(trial: Trial) -> None:
     if trial.recipe.finetune is not None:
         try:
-            find_checkpoint(Path(trial.recipe.finetune.pretrained))
+            find_checkpoint(trial.recipe.finetune.pretrained)
         except UserError as error:
             raise UserError(f"variant {trial.variant.name!r}: finetune.pretrained: {error}") from error
 

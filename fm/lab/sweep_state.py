@@ -18,7 +18,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_file
 from data_pipeline.remote import is_url
 from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
-from fm.checkpoint import find_checkpoint, newest_checkpoint, read_state
+from fm.checkpoint import find_checkpoint, newest_checkpoint, read_state, weights_digest
 from fm.lab.sweep_file import Sweep, Trial
 from fm.recipe_file import resolve
 from fm.scores.protocol import load_protocol
@@ -63,11 +63,11 @@ def probed_settings(trial: Trial) -> dict[str, Any]:
     return settings
 
 
-def model_of(trial: Trial) -> Path:
+def model_of(trial: Trial) -> Path | str:
     """The run or checkpoint that a trial's scores are of."""
     if trial.variant.only_evaluate:
         assert trial.recipe.finetune is not None  # the plan sees to it
-        return Path(trial.recipe.finetune.pretrained)
+        return trial.recipe.finetune.pretrained
     return trial.directory
 
 
@@ -92,7 +92,7 @@ def read_scores(trial: Trial, sweep: Sweep) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a report's scores.json ({error!r}); remove it, and sweep again") from error
     wanted = replace(load_protocol(sweep.protocol), one_step_windows=sweep.windows).to_json()
-    weights = read_state(find_checkpoint(model_of(trial)))["files"]["ema.safetensors"]["sha256"]
+    weights = weights_digest(find_checkpoint(model_of(trial)))
     current = measured == wanted and of == weights and _is_present(data, trial, wanted["split"])
     return scores if current else None
 

@@ -61,7 +61,23 @@ def ridge_solve(gram: Tensor, s: Tensor, shift: Tensor) -> Tensor:
 
     G's own scale times 1e-6 is added to the shift. First derivatives only.
     """
+    if torch.compiler.is_exporting():  # Cholesky factors do not take a batch of any size
+        return eliminate(gram, s, shift)
     return _RidgeSolve.apply(gram, s, shift)
+
+
+def eliminate(gram: Tensor, s: Tensor, shift: Tensor) -> Tensor:
+    """As `ridge_solve`, by Gauss-Jordan elimination: m steps of plain arithmetic, for exported programs.
+
+    Without pivoting, which positive definite matrices do not need.
+    """
+    one = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
+    scale = JITTER * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    table = torch.cat([gram + (shift + scale)[..., None, None] * one, s], dim=-1)  # (B, A, m, m + e)
+    for k in range(gram.shape[-1]):
+        row = table[..., k : k + 1, :] / table[..., k : k + 1, k : k + 1]
+        table = table - (table[..., k : k + 1] - one[:, k : k + 1]) * row
+    return table[..., gram.shape[-1] :]
 
 
 def attention_state(k: Tensor, v: Tensor, ridge_lambda: Tensor | None) -> Tensor:

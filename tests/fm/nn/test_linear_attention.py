@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from fm.nn.linear_attention import JITTER, LAMBDA_INIT, LinearAttention, attention_state, feature_map, ridge_solve
+from fm.nn.linear_attention import (
+    JITTER,
+    LAMBDA_INIT,
+    LinearAttention,
+    attention_state,
+    eliminate,
+    feature_map,
+    ridge_solve,
+)
 from fm.nn.rope import rope_table, rotate
 
 
@@ -58,6 +66,16 @@ def test_gradients_of_the_ridge_solve() -> None:
         return ridge_solve((gram + gram.mT) / 2, s, shift)  # finite differences must stay on symmetric matrices
 
     assert torch.autograd.gradcheck(symmetric_solve, (gram, s, shift), atol=1e-5, rtol=1e-4)
+
+
+def test_elimination_is_the_same_solve() -> None:
+    k, v = tokens(2, 3, 40, 8), tokens(2, 3, 40, 5, seed=1)
+    gram, s, shift = k.mT @ k / 40, k.mT @ v / 40, torch.tensor([1e-3, 0.1, 10.0], dtype=k.dtype)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    added = shift[:, None] + JITTER * diagonal.mean(-1, keepdim=True)
+    expected = torch.linalg.solve(gram + torch.diag_embed(added.expand_as(diagonal)), s)
+    torch.testing.assert_close(eliminate(gram, s, shift), expected)
+    torch.testing.assert_close(eliminate(gram, s, shift), ridge_solve(gram, s, shift))
 
 
 def test_rank_deficient_keys_stay_finite() -> None:

@@ -1,0 +1,25 @@
+"""A tiny run, evaluated and exported, that many tests read and none may change."""
+
+from pathlib import Path
+
+import pytest
+from whole_runs import small
+
+from fm.evaluation.runs import evaluate_run
+from fm.export.build import export_run
+from fm.training import train
+
+
+@pytest.fixture(scope="session")
+def run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two datasets with its report. Read only."""
+    directory = tmp_path_factory.mktemp("exported") / "run"
+    assert train(small(tiny_shards, directory)) == 0
+    evaluate_run(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def artefact(run: Path) -> Path:
+    """Its export. Read only."""
+    return export_run(run, run.parent / "model")
