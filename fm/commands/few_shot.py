@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
         "--scratch-learning-rate",
         type=float,
         metavar="RATE",
-        help="peak learning rate from scratch (default: that which the pretrained model was trained with)",
+        help="peak learning rate from scratch (default: that of both, with which the pretrained model was trained)",
     )
     few_shot.add_argument("--out", type=Path, metavar="DIR", help="folder (default: runs/few_shot/NAME)")
     few_shot.add_argument(

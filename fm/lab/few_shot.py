@@ -1,8 +1,9 @@
 """The few-shot curve: how well a model learns a dataset from few trajectories, pretrained or from scratch.
 
 For each number of trajectories there are two runs of one architecture. They draw only this dataset, the same windows in
-the same order for the same number of steps, one step at a time; they differ in the weights that they begin with and in
-the learning rate, since each has one that suits it. A sweep runs them (fm/lab/sweep.py).
+the same order for the same number of steps, one step at a time, and all parts of the model move (the recipe's section
+`adapt` protects other datasets, of which there are none here); they differ in the weights that they begin with, and in
+the learning rate if so asked. A sweep runs them (fm/lab/sweep.py).
 """
 
 import json
@@ -16,8 +17,8 @@ import yaml
 from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
-from fm.adapt import PARTS
-from fm.checkpoint import find_checkpoint, load_pretrained, read_state
+from fm.checkpoint import load_pretrained
+from fm.evaluation.runs import Trained
 from fm.lab.few_shot_report import ARMS, PRETRAINED, SCRATCH, Curve, write_report
 from fm.lab.sweep import EXIT_FAILED, finish_trials
 from fm.lab.sweep_file import Sweep, Variant, plan
@@ -27,8 +28,9 @@ from fm.runtime import EXIT_DONE, EXIT_INTERRUPTED
 from fm.settings import Recipe
 
 LENGTH = 2  # frames of a window of one-step training
-# What a run of one dataset cannot have, or need not: other datasets' shares, validations, gradients side by side.
+# What a run of one dataset cannot have, or need not: other datasets' shares and their protection, validations.
 ALONE = {
+    "adapt": None,
     "sampling.scheme": "uniform",
     "sampling.weights": None,
     "tracking.gradient_cosine_every": 0,
@@ -45,7 +47,7 @@ class FewShot:
     dataset: str
     counts: tuple[int, ...]  # of trajectories
     windows: tuple[int, ...]  # that so many trajectories have
-    scratch_rate: float  # peak learning rate from scratch
+    rates: dict[str, float]  # arm -> peak learning rate
     sweep: Sweep
 
 
@@ -85,20 +87,26 @@ def plan_few_shot(
     given = _given(overrides)
     if scratch_rate is not None and not 0 < scratch_rate < float("inf"):
         raise UserError(f"--scratch-learning-rate: expected a number above 0, got {scratch_rate}")
-    pretrained = load_pretrained(Path(recipe.finetune.pretrained))
+    pretrained = load_pretrained(recipe.finetune.pretrained)
     reader = open_readers(recipe.data.shards, [dataset], "train")[dataset]
     counts = parse_counts(trajectories, reader)
-    rate = scratch_rate or _rate_of(Path(recipe.finetune.pretrained)) or recipe.train.learning_rate
+    rate = recipe.train.learning_rate
+    if "train.learning_rate" not in given:
+        rate = _rate_of(recipe.finetune.pretrained) or rate
+    rates = {PRETRAINED: rate, SCRATCH: scratch_rate or rate}
     model = json.loads(json.dumps(pretrained.config.to_json()))
-    from_pretrained: dict[str, Any] = {"finetune.gate": None, "finetune.unroll_override": {}}
-    if recipe.adapt is not None:
-        own = [dataset] if recipe.adapt.datasets else []
-        from_pretrained |= {"adapt.datasets": own, "adapt.share": None}
-    from_scratch = {"finetune": None, "adapt": None, pretrained.section: model, "train.learning_rate": rate}
+    starts: dict[str, dict[str, Any]] = {
+        PRETRAINED: {"finetune.gate": None, "finetune.unroll_override": {}},
+        SCRATCH: {"finetune": None, pretrained.section: model},
+    }
     variants = tuple(
-        Variant(variant_name(arm, count), file, {**settings, "data.trajectories": {dataset: count}})
+        Variant(
+            variant_name(arm, count),
+            file,
+            {**starts[arm], "train.learning_rate": rates[arm], "data.trajectories": {dataset: count}},
+        )
         for count in counts
-        for arm, settings in ((PRETRAINED, from_pretrained), (SCRATCH, from_scratch))
+        for arm in ARMS
     )
     sweep = Sweep(
         file,
@@ -108,7 +116,7 @@ def plan_few_shot(
         protocol=recipe.validation.protocol,
     )
     windows = tuple(len(reader.restricted_to(count).index(LENGTH)) for count in counts)
-    return FewShot(recipe, dataset, counts, windows, rate, sweep)
+    return FewShot(recipe, dataset, counts, windows, rates, sweep)
 
 
 def variant_name(arm: str, count: int) -> str:
@@ -142,8 +150,7 @@ def curve_of(study: FewShot, results: Mapping[str, Any]) -> Curve:
         for arm in ARMS
     }
     references = results["references"].get(study.dataset, {})
-    train, adapt = study.recipe.train, study.recipe.adapt
-    factors = {part: getattr(adapt.rates, part) for part in PARTS} if adapt else {}
+    train = study.recipe.train
     assert study.recipe.finetune is not None
     return Curve(
         dataset=study.dataset,
@@ -152,9 +159,7 @@ def curve_of(study: FewShot, results: Mapping[str, Any]) -> Curve:
         windows=study.windows,
         steps=train.steps,
         seen=train.steps * train.global_batch,
-        rates={PRETRAINED: train.learning_rate, SCRATCH: study.scratch_rate},
-        alone_steps=adapt.alone_steps if adapt else 0,
-        factors={part: factor for part, factor in factors.items() if factor != 1},
+        rates=study.rates,
         vrmse=vrmse,
         persistence={block: references.get(block, {}).get("persistence") for block in blocks},
         unfinished=tuple(name for name, row in rows.items() if row["status"] != "done"),
@@ -170,16 +175,18 @@ def _given(overrides: Sequence[str]) -> dict[str, Any]:
     given = {}
     for override in overrides:
         key, _, text = override.partition("=")
-        if key.partition(".")[0] == "run" or key in {*ALONE, "data.datasets", "data.trajectories"}:
-            raise UserError(f"override {override!r}: few-shot names and places its runs, and chooses their data itself")
+        if key.partition(".")[0] in ("run", "adapt") or key in {*ALONE, "data.datasets", "data.trajectories"}:
+            raise UserError(
+                f"override {override!r}: few-shot names and places its runs, chooses their data itself, and lets all "
+                "parts of the model move"
+            )
         given[key] = yaml.safe_load(text)
     return given
 
 
-def _rate_of(pretrained: Path) -> float | None:
+def _rate_of(pretrained: str) -> float | None:
     """The peak learning rate of the run that made a model, as far as it is known."""
-    checkpoint = find_checkpoint(pretrained)
-    if not (checkpoint / "state.json").is_file():
+    try:
+        return Trained.open(pretrained).recipe.train.learning_rate
+    except UserError:  # weights alone
         return None
-    rate: float = read_state(checkpoint)["recipe"]["train"]["learning_rate"]
-    return rate

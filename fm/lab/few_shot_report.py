@@ -30,8 +30,6 @@ class Curve:
     steps: int  # of each run
     seen: int  # windows that each run takes
     rates: Mapping[str, float]  # arm -> peak learning rate
-    alone_steps: int  # of the pretrained arm
-    factors: Mapping[str, float]  # on its learning rate, by part of the model; none where all are 1
     vrmse: Mapping[str, Mapping[str, Sequence[float | None]]]  # arm -> block -> value at each count
     persistence: Mapping[str, float | None]  # by block; None where no trajectory covers it
     unfinished: Sequence[str]  # runs that have failed
@@ -83,15 +81,12 @@ def _table(curve: Curve, block: str) -> Table:
 
 
 def _notes(curve: Curve) -> list[str]:
-    factors = ", ".join(f"{part} x {factor:g}" for part, factor in curve.factors.items())
-    parts = f" ({factors})" if factors else ""
-    own = f" In its first {curve.alone_steps} steps only the dataset's own parts move." if curve.alone_steps else ""
     notes = [
         f"Both arms: {curve.steps} steps, {curve.seen} windows of {curve.dataset} alone, the same windows in the same "
         "order, one step at a time; one architecture, with as many parameters. Fewer trajectories are passed over more "
         "often. Sets of trajectories are nested.",
         f"Pretrained: begins with {curve.pretrained}, whose own training is not counted here; peak learning rate "
-        f"{curve.rates[PRETRAINED]:g}{parts}.{own} From scratch: peak learning rate {curve.rates[SCRATCH]:g}.",
+        f"{curve.rates[PRETRAINED]:g}. From scratch: peak learning rate {curve.rates[SCRATCH]:g}.",
         "Normalisation statistics are those of the whole train split, for both. One seed.",
     ]
     return [*notes, f"No scores, see train.out there: {', '.join(curve.unfinished)}."] if curve.unfinished else notes

@@ -67,8 +67,7 @@ def test_both_arms_see_the_same_windows_and_the_study_is_written(
     for text in (printed, (out / "few_shot.md").read_text()):
         assert f"{ours:.4f} |" in text
         assert f"{theirs:.4f} |" in text
-        assert "peak learning rate 0.003 (trunk x 0.1). In its first 1 steps only" in text
-        assert "From scratch: peak learning rate 0.002" in text
+        assert "peak learning rate 0.002. From scratch: peak learning rate 0.002" in text  # the pretrained model's
         assert "3 steps, 12 windows of shear_flow alone, the same windows in the same order" in text
     page = Reader((out / "index.html").read_text())
     assert f"{ours:.4f}" in page.texts
@@ -90,12 +89,13 @@ def test_runs_differ_in_their_start_and_rate_alone(recipe: Path, tiny_shards: Pa
         assert ours.recipe.train.steps == theirs.recipe.train.steps == 5
         assert ours.recipe.sampling == theirs.recipe.sampling
         assert ours.recipe.finetune is not None
-        assert ours.recipe.adapt is not None
         assert theirs.recipe.finetune is None
+        assert ours.recipe.adapt is None  # there is nothing to protect
         assert theirs.recipe.adapt is None
-        assert (ours.recipe.train.learning_rate, theirs.recipe.train.learning_rate) == (3e-3, 2e-3)
-    faster = plan_few_shot(recipe, NEW, "1", scratch_rate=0.5)
-    assert plan(faster.sweep, tmp_path)[1].recipe.train.learning_rate == 0.5
+        assert ours.recipe.train == theirs.recipe.train
+    assert study.rates == {"pretrained": 2e-3, "from scratch": 2e-3}
+    faster = plan_few_shot(recipe, NEW, "1", ["train.learning_rate=0.25"], scratch_rate=0.5)
+    assert [trial.recipe.train.learning_rate for trial in plan(faster.sweep, tmp_path)] == [0.25, 0.5]
 
 
 def test_more_trajectories_than_there_are_are_left_out(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +117,8 @@ def test_numbers_of_trajectories_are_numbers(recipe: Path, text: str) -> None:
         (["finetune=null", "adapt=null"], "expected a recipe that goes on from a pretrained model one step at a time"),
         (["finetune.unroll_steps=2"], "expected a recipe that goes on from a pretrained model one step at a time"),
         (["run.seed=3"], "override 'run.seed=3': few-shot names and places its runs"),
-        (["data.datasets=[shear_flow]"], "few-shot names and places its runs, and chooses their data itself"),
+        (["data.datasets=[shear_flow]"], "few-shot names and places its runs, chooses their data itself"),
+        (["adapt.rates.trunk=0.5"], "and lets all parts of the model move"),
         (["--scratch-learning-rate=0"], "--scratch-learning-rate: expected a number above 0, got 0.0"),
         (["finetune.pretrained=nowhere"], "no checkpoint found"),
     ],
