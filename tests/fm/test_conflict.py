@@ -189,7 +189,7 @@ def test_slices_of_a_model_have_no_gradient_of_one_process(tiny_shards: Path, tm
     model = Trainer(recipe, accelerator).state.parallel.model
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        sharded = FullySharded(accelerator, Unroll(model, recipe.loss), recipe.train, reshard_after_forward=True)
+        sharded = FullySharded(accelerator, Unroll(model, recipe.loss), recipe.train, None, reshard_after_forward=True)
         with pytest.raises(UserError, match=r"with FSDP2 none holds the whole model; use launch/ddp.yaml or DeepSpeed"):
             check_gradient_cosines(recipe, sharded, sorted(model.specs))
     finally:
