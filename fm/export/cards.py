@@ -52,20 +52,21 @@ def find_cards(sources: Sequence[tuple[Iterable[str], Sequence[Traversable]]]) -
     origins: dict[str, Traversable] = {}
     for names, folders in sources:
         registry = load_folders(folders)
-        for name in sorted(set(names) & registry.cards.keys() - cards.keys()):
+        found = sorted(set(names) & registry.cards.keys() - cards.keys())
+        for name in found:
             cards[name] = registry.cards[name]
             origins[name] = next(file for folder in folders if (file := folder / "datasets" / f"{name}.yaml").is_file())
-            for channel in _named_channels(cards[name], registry.channel_cards):
-                channels.setdefault(channel.name, channel)
+        for channel in _named_channels([cards[name] for name in found], registry.channel_cards):
+            channels.setdefault(channel.name, channel)
     for name in {name for names, _ in sources for name in names} - cards.keys():
         registry.card(name)  # there is none, and says so
     return Cards(Registry(channels, dict(sorted(cards.items()))), dict(sorted(origins.items())))
 
 
-def _named_channels(card: Card, described: Mapping[str, Channel]) -> list[Channel]:
-    """The card's channels, and those that they are duplicates of, in the registry's order: these stand further up."""
+def _named_channels(cards: Iterable[Card], described: Mapping[str, Channel]) -> list[Channel]:
+    """The cards' channels, and those that they are duplicates of, in the registry's order: these stand further up."""
     named: set[str] = set()
-    found = {*card.state_channels, *card.constant_channels}
+    found = {channel for card in cards for field in card.fields for channel in field.channels}
     while found:
         named |= found
         found = {twin for name in found if (twin := described[name].duplicate_of) is not None} - named

@@ -82,13 +82,13 @@ def _head(facts: Facts, files: Mapping[str, bytes]) -> str:
 
 
 def _start(facts: Facts) -> str:
-    """What the model says of the datasets that it has not been trained on."""
-    starts = {
-        "repeats the state that it is given": [name for name in facts.untrained if facts.model.delta[name]],
-        "says the mean of the data": [name for name in facts.untrained if not facts.model.delta[name]],
-    }
-    said = "; ".join(f"of {_and(names)} it {start}" for start, names in starts.items() if names)
-    return f"{said[0].upper()}{said[1:]}, until it is trained (`finetune.pretrained`)."
+    """What the model predicts for the datasets that it has not been trained on."""
+    starts = {True: "the given state moved by the data's mean change", False: "the data's mean"}
+    said = []
+    for delta, start in starts.items():
+        names = [name for name in facts.untrained if facts.model.delta[name] == delta]
+        said += [f"for {_and(names)} {start}"] if names else []
+    return f"Until it is trained (`finetune.pretrained`) it predicts {', '.join(said)}."
 
 
 def _usage(facts: Facts, address: str) -> str:

@@ -75,7 +75,7 @@ def test_its_card_says_what_was_added_and_not_trained(run: Path, extended: Path)
     assert card.data.license == "mit"
     assert "# three" in card.text
     assert f"It is `{run}`, extended by {NEW}. **Not trained yet: {NEW}.**" in card.text
-    assert f"Of {NEW} it repeats the state that it is given, until it is trained" in card.text
+    assert f"it predicts for {NEW} the given state moved by the data's mean change." in card.text
     assert "None are known" in card.text
     assert f"Before it was extended by {NEW}: width 16" in card.text
     assert '"helmholtz_staircase", steps=10' in card.text
