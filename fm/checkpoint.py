@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from data_pipeline.errors import UserError
-from fm.artefact import is_artefact, read_artefact, verify_artefact
+from fm.artefact import ARTEFACT_FILE, is_artefact, read_artefact, verify_artefact
 from fm.baselines.baseline import Baseline
 from fm.model import WaveLiTFM
 from fm.pretrained import BASELINE, EMA_FILE, WEIGHTS_FILE, locate, read_description
@@ -127,9 +127,14 @@ def load_pretrained(source: Path | str) -> Surrogate:
 def verify_model(folder: Path) -> tuple[str, dict[str, Any]]:
     """The SHA-256 of the averaged weights, and what state.json or artefact.json holds; every file is compared with it.
 
-    `folder` is a checkpoint or an exported model. UserError if anything differs.
+    `folder` is a checkpoint or an exported model. UserError if anything differs, or it is neither.
     """
     if not is_artefact(folder):
+        if not (folder / "state.json").is_file():
+            raise UserError(
+                f"{folder}: expected a run, one of its checkpoints, or an exported model (`fm export`, `fm extend`), "
+                f"got a model's folder with neither state.json nor {ARTEFACT_FILE}, one of which tells its recipe"
+            )
         state = verify_checkpoint(folder)
         return state["files"][EMA_FILE]["sha256"], state
     try:

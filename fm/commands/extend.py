@@ -12,9 +12,11 @@ def add(commands: Commands) -> None:
         help="add datasets and their channels to a trained model",
         description="Add datasets and their channels to a trained model. What it knows stays the same bit for bit, "
         "which is proved by a step on every old dataset and printed; where a bit differs, nothing is written. The "
-        "added datasets begin at persistence or the mean; finetune.pretrained=DIR trains them.",
+        "added datasets begin at persistence or the mean. DIR is an exported model: finetune.pretrained=DIR trains it.",
     )
-    extend.add_argument("model", metavar="MODEL", help="run directory, checkpoint or model folder")
+    extend.add_argument(
+        "model", metavar="MODEL", help="run directory, checkpoint, exported model, or hf://organisation/name"
+    )
     extend.add_argument(
         "--dataset",
         action="append",

@@ -14,7 +14,7 @@ def add(commands: Commands) -> None:
         "its suffix, holds that frame and the predicted ones. `fm evaluate PRED --truth FILE` scores a Well file.",
     )
     rollout.add_argument(
-        "model", metavar="MODEL", help="run directory, checkpoint, exported folder, or hf://organisation/name"
+        "model", metavar="MODEL", help="run directory, checkpoint, exported model, or hf://organisation/name"
     )
     rollout.add_argument("--input", type=Path, required=True, metavar="FILE", help="a .hdf5, .h5, .nc or .zarr")
     rollout.add_argument("--out", type=Path, required=True, metavar="PRED", help="a .hdf5, .h5, .nc or .zarr to write")
@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
     rollout.add_argument(
         "--start", type=int, default=0, metavar="T", help="frame to start from (default: 0, the first)"
     )
-    rollout.add_argument("--registry", metavar="FOLDER", help="folder of your own cards (default: WAVELIT_REGISTRY)")
+    rollout.add_argument("--registry", metavar="FOLDER", help="folder of your own cards (default: the model's cards)")
     rollout.add_argument("--force", action="store_true", help="replace PRED where it is there already")
     rollout.set_defaults(command=_run)
 

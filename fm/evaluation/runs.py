@@ -3,12 +3,13 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data_pipeline.cards.registry import Registry, load_folders, load_registry
+from data_pipeline.cards.registry import Registry, load_folders, packaged_folder, user_folders
 from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
@@ -36,6 +37,9 @@ class Trained:
     weights: str  # SHA-256 of their file
     recipe: Recipe
     model: Surrogate
+    shards: Mapping[str, str]  # dataset -> digest of the shards that it is known from
+    lineage: Mapping[str, Any]  # what it comes from, as artefact.json has it; empty where training began with nothing
+    licence: str | None  # SPDX identifier; a run has none
 
     @classmethod
     def open(cls, source: Path | str) -> "Trained":
@@ -44,16 +48,25 @@ class Trained:
         weights, facts = verify_model(folder)
         if is_artefact(folder):  # is left as it is
             recipe, report = load_recipe(folder / RECIPE_FILE), Path(f"{facts['name']}_report")
+            shards = {name: one["shards"] for name, one in facts["datasets"].items()}
+            lineage, licence = facts["lineage"], facts["licence"]
         else:
             recipe = resolve(facts["recipe"], str(folder / "state.json"))
             report = (folder.parent.parent if Path(source) == folder else Path(source)) / "report"
-        return cls(folder, report, facts["step"], weights, recipe, load_pretrained(folder))
+            shards = facts["shards"]
+            lineage, licence = {"pretrained": recipe.finetune.pretrained} if recipe.finetune else {}, None
+        model = load_pretrained(folder)
+        return cls(folder, report, facts["step"], weights, recipe, model, shards, lineage, licence)
+
+    def card_folders(self) -> list[Traversable]:
+        """The folders that make the registry: an exported model has its own. UserError where one is not there."""
+        if is_artefact(self.checkpoint):
+            return [self.checkpoint / CARDS]
+        return [packaged_folder(), *user_folders(self.recipe.data.registry)]
 
     def registry(self) -> Registry:
-        """The cards: an exported model has its own. UserError where they are not at hand."""
-        if is_artefact(self.checkpoint):
-            return load_folders([self.checkpoint / CARDS])
-        return load_registry(self.recipe.data.registry)
+        """The cards. UserError where they are not at hand."""
+        return load_folders(self.card_folders())
 
     def readers(self, datasets: Sequence[str], split: str, shards: str | Path | None = None) -> dict[str, ShardReader]:
         """Readers of `shards`, the recipe's by default. UserError where there are none."""

@@ -1,53 +1,81 @@
 """The cards of a model's datasets as a registry folder of their own, so that another machine needs none of its own."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources.abc import Traversable
-from typing import Any
+from pathlib import Path
 
 import yaml
 
-from data_pipeline.cards.registry import Channel, Registry, load_registry, packaged_folder, user_folders
+from data_pipeline.cards.registry import Card, Channel, Registry, load_folders
 from data_pipeline.errors import UserError
+from fm.artefact import is_artefact
+from fm.checkpoint import read_state
 
 
-def card_files(names: Sequence[str], directory: str | None, trained_with: Mapping[str, Any]) -> dict[str, bytes]:
-    """channels.yaml and datasets/<name>.yaml by path. The cards are copied; channels.yaml has the channels they use.
+@dataclass(frozen=True)
+class Cards:
+    """The cards of some datasets."""
 
-    `directory` is the recipe's data.registry, `trained_with` the registry that a checkpoint remembers. UserError where
-    a card is missing, or names other channels or boundaries than it did then.
+    registry: Registry  # of these datasets and the channels they name, and of no others
+    origins: Mapping[str, Traversable]  # dataset -> the file that its card is in
+
+    def files(self) -> dict[str, bytes]:
+        """channels.yaml and datasets/<name>.yaml by path: the cards byte for byte, comments and all."""
+        cards = {f"datasets/{name}.yaml": file.read_bytes() for name, file in self.origins.items()}
+        return {"channels.yaml": _channels_text(self.registry.channel_cards.values()), **cards}
+
+    def check_unchanged(self, datasets: Iterable[str], checkpoint: Path) -> None:
+        """UserError where a card names other channels or boundaries than when `checkpoint` was trained.
+
+        The cards of an exported model came along with it and are always those.
+        """
+        if is_artefact(checkpoint):
+            return
+        then, now = read_state(checkpoint)["registry"]["cards"], self.registry.snapshot()["cards"]
+        for name in datasets:
+            if now[name] != then.get(name):
+                raise UserError(
+                    f"{self.origins[name]}: fields or boundary are not those that the model was trained with; put the "
+                    f"card of then back (fields then: {then.get(name)})"
+                )
+
+
+def find_cards(sources: Sequence[tuple[Iterable[str], Sequence[Traversable]]]) -> Cards:
+    """The cards of all the datasets that are named.
+
+    `sources` are names, and the folders of the registry that may have their cards: a card is the first source's that is
+    asked for it and has it, and so is what a channel means. UserError where no source has a card.
     """
-    registry = load_registry(directory)
-    now = registry.snapshot()["cards"]
-    folders = [packaged_folder(), *user_folders(directory)]
-    files = {}
-    for name in names:
-        registry.card(name)  # there is one
-        file = _file(folders, name)
-        if now[name] != trained_with["cards"].get(name):
-            raise UserError(
-                f"{file}: fields or boundary are not those that the model was trained with; put the card of then back "
-                f"(fields then: {trained_with['cards'].get(name)})"
-            )
-        files[f"datasets/{name}.yaml"] = file.read_bytes()
-    used = {channel for name in names for field in registry.card(name).fields for channel in field.channels}
-    return {"channels.yaml": _channels(registry, used), **files}
+    cards: dict[str, Card] = {}
+    channels: dict[str, Channel] = {}
+    origins: dict[str, Traversable] = {}
+    for names, folders in sources:
+        registry = load_folders(folders)
+        found = sorted(set(names) & registry.cards.keys() - cards.keys())
+        for name in found:
+            cards[name] = registry.cards[name]
+            origins[name] = next(file for folder in folders if (file := folder / "datasets" / f"{name}.yaml").is_file())
+        for channel in _named_channels([cards[name] for name in found], registry.channel_cards):
+            channels.setdefault(channel.name, channel)
+    for name in {name for names, _ in sources for name in names} - cards.keys():
+        registry.card(name)  # there is none, and says so
+    return Cards(Registry(channels, dict(sorted(cards.items()))), dict(sorted(origins.items())))
 
 
-def channel_cards(registry: Registry, names: Iterable[str]) -> dict[str, Channel]:
-    """The named channels, and those that they duplicate, in the registry's order."""
-    wanted = set(names)
-    wanted |= {twin for name in wanted if (twin := registry.channel_cards[name].duplicate_of) is not None}
-    return {name: channel for name, channel in registry.channel_cards.items() if name in wanted}
+def _named_channels(cards: Iterable[Card], described: Mapping[str, Channel]) -> list[Channel]:
+    """The cards' channels, and those that they are duplicates of, in the registry's order: these stand further up."""
+    named: set[str] = set()
+    found = {channel for card in cards for field in card.fields for channel in field.channels}
+    while found:
+        named |= found
+        found = {twin for name in found if (twin := described[name].duplicate_of) is not None} - named
+    return [channel for name, channel in described.items() if name in named]
 
 
-def _channels(registry: Registry, used: Iterable[str]) -> bytes:
+def _channels_text(channels: Iterable[Channel]) -> bytes:
     content = {}
-    for name, channel in channel_cards(registry, used).items():
+    for channel in channels:
         twin = {"duplicate_of": channel.duplicate_of} if channel.duplicate_of else {}
-        content[name] = {"description": channel.description, "unit": channel.unit, **twin}
+        content[channel.name] = {"description": channel.description, "unit": channel.unit, **twin}
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120).encode()
-
-
-def _file(folders: Sequence[Traversable], name: str) -> Traversable:
-    files = [folder / "datasets" / f"{name}.yaml" for folder in folders]
-    return next(file for file in files if file.is_file())

@@ -10,35 +10,34 @@ import yaml
 
 from data_pipeline.cards.registry import Card
 from fm.baselines.baseline import Baseline
-from fm.evaluation.runs import Trained
+from fm.export.facts import Facts
 from fm.export.scores import read_scores
 from fm.model_config import DatasetSpec
 from fm.scores.formats import Table, markdown, number, text_rows
 from fm.scores.protocol import Protocol
 from fm.scores.tables import marked
+from fm.surrogate import Surrogate
 
 WELL = "https://polymathic-ai.org/the_well/"
 
 
-def model_card(trained: Trained, facts: Mapping[str, Any], files: Mapping[str, bytes], address: str) -> str:
-    """The text. `facts` is artefact.json without its list, `files` all other files of the folder by path, `address`
-    where `from_pretrained` will find it.
+def model_card(facts: Facts, files: Mapping[str, bytes], address: str) -> str:
+    """The text. `files` are all other files of the folder but artefact.json, by path, `address` is where
+    `from_pretrained` will find it.
     """
-    registry = trained.registry()
-    cards = {name: registry.card(name) for name in trained.model.specs}
     scores = read_scores(files)
     sections = [
-        _head(trained, cards, files),
-        "## Use\n\n" + _usage(trained, address),
-        "## Scores\n\n" + _scores(scores, files),
-        "## What it knows\n\n" + _datasets(trained, cards, facts),
-        "## Limits\n\n" + _bullets(_limits(trained, cards, scores)),
-        "## How it was trained\n\n" + _bullets(_training(trained, facts)),
-        *_programs(trained, files),
+        _head(facts, files),
+        "## Use\n\n" + _usage(facts, address),
+        "## Scores\n\n" + _scores(facts, scores, files),
+        "## What it knows\n\n" + _datasets(facts),
+        "## Limits\n\n" + _bullets(_limits(facts, scores)),
+        "## How it was trained\n\n" + _bullets(_training(facts)),
+        *_programs(facts.model, files),
         "## Files\n\n" + _files(files),
-        "## Licence and citation\n\n" + _citation(facts, cards),
+        "## Licence and citation\n\n" + _citation(facts),
     ]
-    return f"---\n{_front_matter(trained, cards, facts)}---\n\n" + "\n\n".join(sections) + "\n"
+    return f"---\n{_front_matter(facts)}---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def is_published_grid(spec: DatasetSpec, card: Card) -> bool:
@@ -46,14 +45,16 @@ def is_published_grid(spec: DatasetSpec, card: Card) -> bool:
     return spec.grid == card.grid
 
 
-def _front_matter(trained: Trained, cards: Mapping[str, Card], facts: Mapping[str, Any]) -> str:
+def _front_matter(facts: Facts) -> str:
     published = [
         f"polymathic-ai/{name}"
-        for name, card in cards.items()
-        if card.source.startswith(WELL) and is_published_grid(trained.model.specs[name], card)
+        for name, card in facts.cards.registry.cards.items()
+        if card.source.startswith(WELL)
+        and is_published_grid(facts.model.specs[name], card)
+        and name not in facts.untrained
     ]
     content = {
-        "license": facts["licence"].lower(),
+        "license": facts.licence.lower(),
         "library_name": "wavelit-fm",
         "tags": ["physics", "pde", "surrogate-model", "neural-operator", "the-well"],
         **({"datasets": published} if published else {}),
@@ -61,22 +62,39 @@ def _front_matter(trained: Trained, cards: Mapping[str, Card], facts: Mapping[st
     return yaml.safe_dump(content, sort_keys=False)
 
 
-def _head(trained: Trained, cards: Mapping[str, Card], files: Mapping[str, bytes]) -> str:
-    systems = f"{len(cards)} systems" if len(cards) > 1 else next(iter(cards))
-    network = trained.model.config.name if isinstance(trained.model, Baseline) else "WaveLiT-FM"
+def _head(facts: Facts, files: Mapping[str, bytes]) -> str:
+    model, names = facts.model, list(facts.model.specs)
+    systems = f"{len(names)} systems" if len(names) > 1 else names[0]
+    network = model.config.name if isinstance(model, Baseline) else "WaveLiT-FM"
     text = (
-        f"# {trained.recipe.run.name}\n\nA surrogate ({network}, {_count(trained.model.num_parameters())} parameters) "
+        f"# {facts.name}\n\nA surrogate ({network}, {_count(model.num_parameters())} parameters) "
         f"for two-dimensional partial differential equations ({systems}): from the state of a simulation it predicts "
-        f"the next one, as often as you like. Averaged weights after {trained.step:,} training steps."
+        f"the next one, as often as you like. Averaged weights after {facts.step:,} training steps."
     )
+    if facts.untrained:
+        text += (
+            f"\n\nIt is `{facts.lineage['model']}`, extended by {_and(facts.lineage['added'])}. "
+            f"**Not trained yet: {_and(facts.untrained)}.** {_start(facts)}"
+        )
     if "pictures/overview.png" in files:
         text += "\n\n![Truth, prediction and error on the test split](pictures/overview.png)"
     return text
 
 
-def _usage(trained: Trained, address: str) -> str:
-    spec = min(trained.model.specs.values(), key=lambda s: (len(s.state_channels) + len(s.constant_channels), s.name))
-    kind = type(trained.model)
+def _start(facts: Facts) -> str:
+    """What the model predicts for the datasets that it has not been trained on."""
+    starts = {True: "the given state moved by the data's mean change", False: "the data's mean"}
+    said = []
+    for delta, start in starts.items():
+        names = [name for name in facts.untrained if facts.model.delta[name] == delta]
+        said += [f"for {_and(names)} {start}"] if names else []
+    return f"Until it is trained (`finetune.pretrained`) it predicts {', '.join(said)}."
+
+
+def _usage(facts: Facts, address: str) -> str:
+    known = [spec for name, spec in facts.model.specs.items() if name not in facts.untrained]
+    spec = min(known, key=lambda s: (len(s.state_channels) + len(s.constant_channels), s.name))
+    kind = type(facts.model)
     module = "fm" if kind.__name__ == "WaveLiTFM" else kind.__module__
     given = ", ".join(f'"{name}": {name}' for name in (*spec.state_channels, *spec.constant_channels))
     grid = "" if spec.grid is None else f" of {spec.grid[0]} x {spec.grid[1]} points"
@@ -92,7 +110,12 @@ def _usage(trained: Trained, address: str) -> str:
     )
 
 
-def _scores(scores: Mapping[str, Any] | None, files: Mapping[str, bytes]) -> str:
+def _scores(facts: Facts, scores: Mapping[str, Any] | None, files: Mapping[str, bytes]) -> str:
+    if scores is None and facts.untrained:
+        return (
+            "None are known: this model was extended and not evaluated since. On the datasets that "
+            f"`{facts.lineage['model']}` knew, its predictions and so its scores are those of that model."
+        )
     if scores is None:
         return "None are known: this model was exported without an evaluation. `fm evaluate` makes one."
     protocol = Protocol.from_json(scores["protocol"])
@@ -123,8 +146,7 @@ def _ratios(scores: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {number(value)}" for name, value in ratios.items())
 
 
-def _datasets(trained: Trained, cards: Mapping[str, Card], facts: Mapping[str, Any]) -> str:
-    specs = trained.model.specs
+def _datasets(facts: Facts) -> str:
     rows = [
         [
             f"`{name}`",
@@ -135,11 +157,11 @@ def _datasets(trained: Trained, cards: Mapping[str, Card], facts: Mapping[str, A
             "differs by trajectory" if spec.dt is None else f"{spec.dt:g}",
             " / ".join("-".join(dict.fromkeys(kind.lower() for kind in pair)) for pair in spec.boundary),
         ]
-        for name, card in cards.items()
-        for spec in (specs[name],)
+        for name, card in facts.cards.registry.cards.items()
+        for spec in (facts.model.specs[name],)
     ]
     head = ["dataset", "system", "state", "constants", "grid", "dt", "ends of x / y"]
-    channels = [[f"`{name}`", one["description"], one["unit"]] for name, one in facts["channels"].items()]
+    channels = [[f"`{name}`", one["description"], one["unit"]] for name, one in facts.to_json()["channels"].items()]
     return (
         f"{_table(head, rows)}\n\n"
         "A step of the model is `dt` of simulated time. The channels, and what their numbers are:\n\n"
@@ -147,8 +169,8 @@ def _datasets(trained: Trained, cards: Mapping[str, Card], facts: Mapping[str, A
     )
 
 
-def _limits(trained: Trained, cards: Mapping[str, Card], scores: Mapping[str, Any] | None) -> list[str]:
-    specs = trained.model.specs
+def _limits(facts: Facts, scores: Mapping[str, Any] | None) -> list[str]:
+    specs, cards = facts.model.specs, facts.cards.registry.cards
     lines = [
         "It knows the systems, boundaries, parameters and time steps of its training data and no others; `predict` "
         "warns where grid, `dt` or units look different.",
@@ -179,12 +201,13 @@ def _no_better(scores: Mapping[str, Any] | None) -> dict[str, list[str]]:
     return found
 
 
-def _training(trained: Trained, facts: Mapping[str, Any]) -> list[str]:
-    recipe, train = trained.recipe, trained.recipe.train
-    config = trained.model.config
-    sizes = config.name if isinstance(trained.model, Baseline) else f"width {config.width}, depth {config.depth}"
+def _training(facts: Facts) -> list[str]:
+    recipe, train = facts.recipe, facts.recipe.train
+    config = facts.model.config
+    sizes = config.name if isinstance(facts.model, Baseline) else f"width {config.width}, depth {config.depth}"
+    before = f"Before it was extended by {_and(facts.untrained)}: " if facts.untrained else ""
     lines = [
-        f"{sizes}; {trained.step:,} of {train.steps:,} steps of {train.global_batch} windows, AdamW at "
+        f"{before}{sizes}; {facts.step:,} of {train.steps:,} steps of {train.global_batch} windows, AdamW at "
         f"{train.learning_rate:g}, {train.schedule} decay, averaged weights (EMA {train.ema:g}); datasets drawn by "
         f"`{recipe.sampling.scheme}`."
     ]
@@ -193,16 +216,16 @@ def _training(trained: Trained, facts: Mapping[str, Any]) -> list[str]:
             f"Finetuned from `{recipe.finetune.pretrained}` on rollouts of {recipe.finetune.unroll_steps} steps "
             f"(`{recipe.finetune.objective}`)."
         )
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in facts.to_json()["versions"].items())
     lines.append(f"`recipe.yaml` has every setting, `artefact.json` the digests of the training data. {versions}.")
     return lines
 
 
-def _programs(trained: Trained, files: Mapping[str, bytes]) -> Iterable[str]:
+def _programs(model: Surrogate, files: Mapping[str, bytes]) -> Iterable[str]:
     names = [name for name in files if name.startswith("programs/")]
     if not names:
         return
-    spec = trained.model.specs[names[0].removeprefix("programs/").removesuffix(".pt2")]
+    spec = model.specs[names[0].removeprefix("programs/").removesuffix(".pt2")]
     grid = spec.grid or ("H", "W")
     yield (
         "## Programs\n\nOne step without `wavelit-fm`, with torch alone, for any batch size on the trained grid: "
@@ -229,7 +252,8 @@ def _files(files: Mapping[str, bytes]) -> str:
     return _table(["file", "what"], [[f"`{name}`", text] for name, text in about.items() if name in there])
 
 
-def _citation(facts: Mapping[str, Any], cards: Mapping[str, Card]) -> str:
+def _citation(facts: Facts) -> str:
+    cards = facts.cards.registry.cards
     licences: dict[str, list[str]] = {}
     for name, card in cards.items():
         licences.setdefault(card.license or "a licence that its card does not name", []).append(name)
@@ -239,7 +263,7 @@ def _citation(facts: Mapping[str, Any], cards: Mapping[str, Card]) -> str:
     )
     sources = dict.fromkeys(one for card in cards.values() for one in card.citation.split("; ") if one)
     return (
-        f"The weights are under the licence {facts['licence']}. The data are others' work, {data}; please cite:\n\n"
+        f"The weights are under the licence {facts.licence}. The data are others' work, {data}; please cite:\n\n"
         + _bullets(
             [
                 *sources,

@@ -5,48 +5,53 @@ vector and a head, drawn as a new model's are (heads start at zero: it predicts 
 unseen channels get lifting rows (fm/extension/rows.py); channels that the model knows are shared, rows and all.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
 from data_pipeline.cards.registry import load_folders, packaged_folder, user_folders
 from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
-from fm.checkpoint import load_pretrained
-from fm.extension.folder import CARDS, LINEAGE_FILE, check_absent, write_folder
+from fm.evaluation.runs import Trained
+from fm.export.cards import find_cards
+from fm.export.facts import Facts
+from fm.export.folder import LICENCE, write_export
 from fm.extension.proof import Proof, compare
 from fm.extension.rows import Rows, choose_rows
 from fm.model import DatasetSpec, WaveLiTFM
-from fm.pretrained import EMA_FILE, WEIGHTS_FILE
 from fm.scores.formats import markdown
+from fm.settings import Recipe
 from fm.specs import check_names, dataset_specs
-
-FORMAT = 1  # of the lineage
+from fm.surrogate import Surrogate
 
 
 def extend(
     source: str, datasets: Sequence[str], shards: str, out: Path, rows: str, seed: int = 0, registry: str | None = None
 ) -> Proof:
-    """Write the model at `source`, with the datasets added, to the folder `out`; prints what was done, and the proof.
+    """Write the model at `source`, with the datasets added, as an exported model; prints what was done, and the proof.
 
-    `datasets` are names in the registry or paths of cards, `<folder>/datasets/<name>.yaml`, whose folders then belong
-    to it. `shards` hold their train split; where they hold the old datasets too, the proof is of their windows. `rows`
-    as in `choose_rows`. UserError, and nothing is written, for what does not fit together or where a bit differs.
+    `source` is a run, a checkpoint or an exported model. `datasets` are names in the registry or paths of cards,
+    `<folder>/datasets/<name>.yaml`, whose folders then belong to it. `shards` hold their train split; where they hold
+    the old datasets too, the proof is of their windows. `rows` as in `choose_rows`. UserError, and nothing is written,
+    for what does not fit together or where a bit differs.
     """
-    check_absent(out)
-    folders, names = _find_cards(datasets, registry)
+    _check_absent(out)
+    folders, names = _find_folders(datasets, registry)
     described = load_folders(folders)
     check_names(names, described)
-    model = _open_extendable(source, names)
+    trained = Trained.open(source)
+    model = _check_extendable(source, trained.model, names)
+    cards = find_cards([(model.specs, trained.card_folders()), ([*model.specs, *names], folders)])
+    cards.check_unchanged(model.specs, trained.checkpoint)
     try:
-        added = dataset_specs(open_readers(shards, names, "train"), described)
+        readers = open_readers(shards, names, "train")
+        added = dataset_specs(readers, described)
         chosen = choose_rows(rows, unseen_channels(model, added), model.lifting.rows.keys(), described.channel_cards)
         extended = extend_model(model, added, chosen, seed)
     except UserError:
@@ -56,10 +61,16 @@ def extend(
     proof = compare(model, extended, _old_readers(shards, model))
     print(_summary(source, added, chosen, proof))
     proof.check()
-    lineage = _lineage(source, model, names, chosen, seed, proof)
-    missing = write_folder(out, extended, [folders, *_own_cards(model)], lineage)
-    if missing:
-        print(f"{out / CARDS} lacks the cards of {', '.join(missing)}, which no --registry folder has")
+    facts = Facts(
+        extended,
+        _extended_recipe(trained.recipe, extended, shards, out),
+        cards,
+        trained.step,
+        {**trained.shards, **{name: reader.manifest.digest for name, reader in readers.items()}},
+        trained.licence or LICENCE,
+        _lineage(source, trained, names, chosen, seed, proof),
+    )
+    write_export(out, facts, save(extended.state_dict()))
     print(f"{out}: written; finetune.pretrained={out} trains it")
     return proof
 
@@ -88,7 +99,7 @@ def extend_model(model: WaveLiTFM, added: Sequence[DatasetSpec], rows: Mapping[s
     return extended
 
 
-def _find_cards(datasets: Sequence[str], registry: str | None) -> tuple[list[Traversable], list[str]]:
+def _find_folders(datasets: Sequence[str], registry: str | None) -> tuple[list[Traversable], list[str]]:
     """The folders of the registry, and the names of the datasets, each once, sorted."""
     own = user_folders(registry)
     names = set()
@@ -109,9 +120,14 @@ def _find_cards(datasets: Sequence[str], registry: str | None) -> tuple[list[Tra
     return [packaged_folder(), *own], sorted(names)
 
 
-def _open_extendable(source: str, names: Sequence[str]) -> WaveLiTFM:
-    """The trained model. UserError if it cannot be opened, is a baseline, or knows one of the datasets already."""
-    model = load_pretrained(source)
+def _check_absent(out: Path) -> None:
+    """UserError where something is already in the way."""
+    if out.exists():
+        raise UserError(f"--out {out}: expected a folder that is not there yet; remove it, or choose another")
+
+
+def _check_extendable(source: str, model: Surrogate, names: Sequence[str]) -> WaveLiTFM:
+    """The model. UserError if it is a baseline, or knows one of the datasets already."""
     if not isinstance(model, WaveLiTFM):
         raise UserError(
             f"{source}: expected a WaveLiT, got a baseline, which has input and output slots for the datasets that it "
@@ -132,12 +148,6 @@ def _old_readers(shards: str, model: WaveLiTFM) -> dict[str, ShardReader]:
     return {name: reader for name, reader in readers.items() if name in model.specs}
 
 
-def _own_cards(model: WaveLiTFM) -> list[list[Traversable]]:
-    """The cards that came with the model: a registry of one folder, if there are any."""
-    folder = model.origin / CARDS if model.origin is not None else None
-    return [[folder]] if folder is not None and folder.is_dir() else []
-
-
 def _summary(source: str, added: Sequence[DatasetSpec], rows: Mapping[str, Rows], proof: Proof) -> str:
     """What was added, and the proof, for people."""
     told = []
@@ -152,20 +162,22 @@ def _summary(source: str, added: Sequence[DatasetSpec], rows: Mapping[str, Rows]
     return "\n".join([f"{source}, extended by {', '.join(spec.name for spec in added)}:", *told, "", proof.table()])
 
 
+def _extended_recipe(recipe: Recipe, model: Surrogate, shards: str, out: Path) -> Recipe:
+    """The recipe of the model that was extended, on the shards of all, under the name of the folder."""
+    run = replace(recipe.run, name=out.name, dir=None)
+    return replace(recipe, run=run, data=replace(recipe.data, shards=shards, datasets=list(model.specs)))
+
+
 def _lineage(
-    source: str, model: WaveLiTFM, names: Sequence[str], rows: Mapping[str, Rows], seed: int, proof: Proof
+    source: str, trained: Trained, names: Sequence[str], rows: Mapping[str, Rows], seed: int, proof: Proof
 ) -> dict[str, Any]:
-    """Where the extended model comes from, as JSON types; `earlier` where that was an extension itself."""
-    assert model.origin is not None
-    weights = next(file for file in (EMA_FILE, WEIGHTS_FILE) if (model.origin / file).is_file())
-    earlier = model.origin / LINEAGE_FILE
+    """Where the extended model comes from, as JSON types; `earlier` where that comes from another itself."""
     return {
-        "format": FORMAT,
         "model": source,
-        "weights": {"file": weights, "sha256": hashlib.sha256((model.origin / weights).read_bytes()).hexdigest()},
+        "weights": trained.weights,
         "added": list(names),
         "rows": {channel: asdict(one) for channel, one in rows.items()},
         "seed": seed,
         "proof": proof.to_json(),
-        "earlier": json.loads(earlier.read_text()) if earlier.is_file() else None,
+        "earlier": dict(trained.lineage) or None,
     }

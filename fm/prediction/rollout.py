@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_pipeline.cards.registry import Card, Registry
+from data_pipeline.cards.registry import Card, Registry, load_registry
 from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_path, disk_full_error, is_disk_full
 from data_pipeline.well.writer import WellWriter
 from fm.evaluation.measure import full_float32
+from fm.evaluation.runs import Trained
 from fm.fields import FieldsWarning, given_fields
 from fm.prediction.initial import Initial, read_well
-from fm.prediction.opened import Opened, open_model
 from fm.prediction.xarray_file import ENGINES, NetcdfWriter, ZarrWriter, import_xarray, read_xarray
 from fm.surrogate import MIN_GRID, Surrogate
 
@@ -62,22 +62,24 @@ class Request:
 def predict_file(model: str, request: Request, registry: str | None = None, progress: bool = True) -> Path:
     """Roll `model` out from the states of a file, and write initial states and predictions to `request.out`.
 
+    `model` is a run, a checkpoint or an exported model; folders of cards, `registry`, take the place of its own.
     Prints what is doubtful to stderr as `warning: ...`. A rollout that stops being finite is written as the model says
     it, and told. UserError where model, file and request do not fit together; then nothing is written.
     """
     _check_request(request)
-    out, opened = request.out, open_model(model, registry)
+    out, trained = request.out, Trained.open(model)
+    cards = trained.registry() if registry is None else load_registry(registry)
     read = read_xarray if request.source.suffix in ENGINES else read_well
-    initial = read(request.source, opened.registry, request.dataset, request.trajectories, request.start)
-    state, constants = _checked_fields(opened.model, initial, request.source)
-    times = initial.time_axis(request.steps, opened.model.specs[initial.setting.card.name].dt)
+    initial = read(request.source, cards, request.dataset, request.trajectories, request.start)
+    state, constants = _checked_fields(trained.model, initial, request.source)
+    times = initial.time_axis(request.steps, trained.model.specs[initial.setting.card.name].dt)
     if out.suffix in ENGINES and not (times == times[0]).all():
         raise UserError(f"--out {out}: the trajectories have times of their own; write {WELL_SUFFIXES[0]}")
-    frames = _frames(opened.model, initial.setting.card, state, constants, request.steps)
+    frames = _frames(trained.model, initial.setting.card, state, constants, request.steps)
     try:
-        with atomic_path(out) as path, _writer(out.suffix, path, initial, times, opened.registry) as file:
+        with atomic_path(out) as path, _writer(out.suffix, path, initial, times, cards) as file:
             failures = _write(file, initial, frames, request.steps, progress)
-            file.describe(_attributes(opened, request, initial, failures))
+            file.describe(_attributes(model, trained.weights, request, initial, failures))
     except OSError as error:
         if is_disk_full(error):
             raise disk_full_error(out, error) from error
@@ -186,14 +188,14 @@ def _writer(
 
 
 def _attributes(
-    opened: Opened, request: Request, initial: Initial, failures: Mapping[int, tuple[int, str]]
+    model: str, weights: str, request: Request, initial: Initial, failures: Mapping[int, tuple[int, str]]
 ) -> dict[str, Any]:
     """What tells a prediction from a simulation."""
     first: Sequence[int] = [failures.get(one, (0, ""))[0] for one in initial.trajectories]
     return {
         "dataset_name": initial.setting.card.name,
-        "prediction_model": opened.name,
-        "prediction_weights": opened.weights,
+        "prediction_model": model,
+        "prediction_weights": weights,
         "prediction_source": str(request.source),
         "prediction_trajectories": list(initial.trajectories),
         "prediction_start": request.start,

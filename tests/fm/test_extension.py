@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from handmade import make_spec, stir
+from handmade_export import exported
 from safetensors.torch import load_file
 from whole_runs import small
 
@@ -18,11 +20,14 @@ from data_pipeline.errors import UserError
 from data_pipeline.miniwell.generate import simulate
 from data_pipeline.shards.build import build_shards
 from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
+from data_pipeline.well.hdf5 import WellFile, split_files
 from data_pipeline.windows.loader import open_readers
 from fm.__main__ import main as fm
+from fm.artefact import digest, verify_artefact
 from fm.baselines.baseline import Baseline
 from fm.baselines.config import BaselineConfig
 from fm.checkpoint import find_checkpoint, load_pretrained
+from fm.export.build import export_run
 from fm.extension.extend import extend, extend_model
 from fm.extension.proof import compare, same_bits
 from fm.extension.rows import Rows, choose_rows
@@ -52,10 +57,9 @@ dt: 0.04
 
 
 def saved(shards: Path, folder: Path, config: ModelConfig = CONFIG) -> Path:
-    """A model of OLD whose every parameter is something."""
+    """An exported model of OLD whose every parameter is something."""
     specs = dataset_specs(open_readers(shards, OLD, "train"), load_registry())
-    stir(WaveLiTFM(config, specs)).save_pretrained(folder)
-    return folder
+    return exported(stir(WaveLiTFM(config, specs)), folder, shards)
 
 
 @pytest.fixture(scope="module")
@@ -207,10 +211,11 @@ def test_neither_the_order_nor_the_number_of_commands_matters(tiny_shards: Path,
                 source = out
             made.append(files(source))
         assert made[0] == made[1] == made[2] == made[3]
-    lineage = json.loads((source / "extension.json").read_text())
+    lineage = verify_artefact(source)["lineage"]
     assert (lineage["added"], lineage["earlier"]["added"]) == ([one], [two])
     assert lineage["earlier"]["earlier"] is None
     assert lineage["earlier"]["model"] == str(trained)
+    assert lineage["earlier"]["weights"] == digest((trained / "model.safetensors").read_bytes())
 
 
 def test_a_dataset_of_ones_own_is_added_by_its_card(
@@ -232,7 +237,7 @@ def test_a_dataset_of_ones_own_is_added_by_its_card(
     cards = load_folders([tmp_path / "ten" / "cards"])
     assert list(cards.cards) == sorted([*OLD, "burgers", "rayleigh_benard"])
     assert cards.cards["burgers"] == load_registry(burgers / "cards").cards["burgers"]
-    lineage = json.loads((tmp_path / "ten" / "extension.json").read_text())
+    lineage = verify_artefact(tmp_path / "ten")["lineage"]
     assert lineage["rows"]["burgers_velocity_x"]["copied"] == "velocity_x"
     assert lineage["proof"]["changed"] == []
 
@@ -241,10 +246,10 @@ def test_a_dataset_of_ones_own_is_added_by_its_card(
     assert (
         load_folders([tmp_path / "eleven" / "cards"]).cards.keys() == load_pretrained(tmp_path / "eleven").specs.keys()
     )
-    assert "lacks the cards" not in capsys.readouterr().out
     (tmp_path / "ten" / "cards" / "datasets" / "burgers.yaml").unlink()
-    extend(str(tmp_path / "ten"), ["gray_scott_reaction_diffusion"], shards, tmp_path / "other", "zero")
-    assert "lacks the cards of burgers, which no --registry folder has" in capsys.readouterr().out
+    said = refused(tmp_path / "ten", Path(shards), tmp_path / "other", "gray_scott_reaction_diffusion")
+    assert "burgers.yaml: expected" in said
+    assert "no such file; fetch or export it again" in said
 
 
 def test_twins_of_channels_are_written_above_them(tiny_shards: Path, tmp_path: Path, trained: Path) -> None:
@@ -256,17 +261,42 @@ def test_twins_of_channels_are_written_above_them(tiny_shards: Path, tmp_path: P
     assert written["C_yx"].duplicate_of == "C_xy"
 
 
-def test_the_extended_model_trains(burgers: Path, tmp_path: Path, trained: Path) -> None:
+def test_an_extended_model_is_scored_and_predicts_with_nothing_else_at_hand(
+    burgers: Path, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    shards, new = burgers / "shards", tmp_path / "new"
+    extend(str(trained), ["burgers"], str(shards), new, "nearest", registry=str(burgers / "cards"))
+    assert fm(["evaluate", str(trained), "--out", str(tmp_path / "before")]) == 0
+    assert fm(["evaluate", str(new), "--out", str(tmp_path / "after")]) == 0
+    before, after = (json.loads((tmp_path / out / "scores.json").read_text()) for out in ("before", "after"))
+    assert list(before["datasets"]) == list(OLD)
+    assert {name: after["datasets"][name] for name in OLD} == before["datasets"]
+    assert after["datasets"]["burgers"]["one_step"]["ratio_to_persistence"] == pytest.approx(1, abs=0.05)
+
+    file, out = split_files(burgers / "well" / "burgers", "test")[0], tmp_path / "predicted.hdf5"
+    assert fm(["rollout", str(new), "--input", str(file), "--steps", "3", "--out", str(out)]) == 0
+    card = load_folders([new / "cards"]).cards["burgers"]
+    with WellFile(file, card) as given, WellFile(out, card) as predicted:
+        np.testing.assert_array_equal(predicted.read(0, 0, 1), given.read(0, 0, 1))
+        change = predicted.read(0, 3, 4) - given.read(0, 0, 1)
+        assert np.ptp(change, axis=(2, 3)).max() < 1e-5  # the mean change of the data, the same everywhere
+
+
+def test_the_extended_model_trains(
+    burgers: Path, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shards, registry = burgers / "shards", str(burgers / "cards")
     extend(str(trained), ["burgers"], str(shards), tmp_path / "new", "nearest", registry=registry)
     recipe = small(
         shards,
         tmp_path / "run",
-        data={"datasets": [*OLD, "burgers"], "registry": registry},
+        data={"datasets": [*OLD, "burgers"]},
         sampling={"scheme": "weights", "weights": {name: float(name == "burgers") for name in [*OLD, "burgers"]}},
         finetune={"pretrained": str(tmp_path / "new"), "unroll_steps": 1},
         train={"steps": 3},
     )
+    monkeypatch.setenv(VARIABLE, registry)
     assert train(recipe) == 0
     after = load_file(find_checkpoint(tmp_path / "run") / "model.safetensors")
     before = tensors(tmp_path / "new")
@@ -275,6 +305,12 @@ def test_the_extended_model_trains(burgers: Path, tmp_path: Path, trained: Path)
     assert "heads.burgers.linear.weight" in moved
     assert "lifting.rows.burgers_velocity_x" in moved
     assert not [name for name in moved if name.startswith("heads.") and ".burgers." not in name]
+
+    monkeypatch.delenv(VARIABLE)  # the card comes from the model that the run began with
+    exported_run = export_run(tmp_path / "run", tmp_path / "exported")
+    assert verify_artefact(exported_run)["lineage"] == {"pretrained": str(tmp_path / "new")}
+    assert load_folders([exported_run / "cards"]) == load_folders([tmp_path / "new" / "cards"])
+    assert "Not trained yet" not in (exported_run / "README.md").read_text()
 
 
 def refused(trained: Path, shards: Path, out: Path, *datasets: str, rows: str = "zero", **options: Any) -> str:
@@ -330,7 +366,7 @@ def test_a_folder_that_is_there_or_cannot_be_is_refused(tiny_shards: Path, tmp_p
 def test_a_model_without_room_for_more_is_refused(tiny_shards: Path, tmp_path: Path) -> None:
     pytest.importorskip("ptwt")
     config = BaselineConfig("wno", {"width": 8, "depth": 2, "levels": 3})
-    Baseline(config, [make_spec("shear_flow")]).save_pretrained(tmp_path / "wno")
+    exported(Baseline(config, [make_spec("shear_flow")]), tmp_path / "wno", tiny_shards)
     said = refused(tmp_path / "wno", tiny_shards, tmp_path / "new", "rayleigh_benard")
     assert "expected a WaveLiT, got a baseline" in said
     assert "(shear_flow)" in said

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from whole_runs import DATASETS, fm, small
 
-from data_pipeline.cards.registry import load_folders, load_registry
+from data_pipeline.cards.registry import load_folders, load_registry, packaged_folder
 from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers
 from fm.__main__ import main
@@ -18,7 +18,7 @@ from fm.artefact import verify_artefact
 from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.evaluation.runs import Trained
 from fm.export.build import export_run
-from fm.export.cards import card_files
+from fm.export.cards import find_cards
 from fm.training import train
 
 
@@ -183,13 +183,32 @@ def test_cards_of_ones_own_come_along(tmp_path: Path) -> None:
         "boundary: {x: [WALL, WALL], y: [WALL, WALL]}\ngrid: [32, 32]\ndt: 1\n"
     )
     registry = load_registry(mine)
-    files = card_files(["rods", "shear_flow"], str(mine), registry.snapshot())
+    cards = find_cards([(["rods", "shear_flow"], [packaged_folder(), mine])])
+    files = cards.files()
     for name, data in files.items():
         (bundle / name).parent.mkdir(parents=True, exist_ok=True)
         (bundle / name).write_bytes(data)
     alone = load_folders([bundle])
     assert alone.cards == {name: registry.cards[name] for name in ("rods", "shear_flow")}
+    assert alone == cards.registry
     assert set(alone.channels) == {"heat", "D_xy", "D_yx", "tracer", "pressure", "velocity_x", "velocity_y"}
     assert files["datasets/rods.yaml"] == (mine / "datasets/rods.yaml").read_bytes()
     with pytest.raises(UserError, match="dataset 'rods': no card of this name"):
-        card_files(["rods"], None, registry.snapshot())
+        find_cards([(["rods"], [packaged_folder()])])
+
+
+def test_the_first_source_that_has_a_card_says_what_its_channels_mean(tmp_path: Path) -> None:
+    for name, unit in (("first", "joule"), ("second", "kelvin")):
+        (tmp_path / name / "datasets").mkdir(parents=True)
+        (tmp_path / name / "channels.yaml").write_text(f"heat: {{description: heat, unit: {unit}}}\n")
+    card = "name: {}\ndescription: {}\nstate: {{t0: {{heat: [heat]}}}}\ngrid: [32, 32]\ndt: 1\n"
+    card += "boundary: {{x: [WALL, WALL], y: [WALL, WALL]}}\n"
+    (tmp_path / "first/datasets/rods.yaml").write_text(card.format("rods", "of the first"))
+    for name in ("rods", "plates"):
+        (tmp_path / f"second/datasets/{name}.yaml").write_text(card.format(name, "of the second"))
+    cards = find_cards([(["rods"], [tmp_path / "first"]), (["rods", "plates"], [tmp_path / "second"])])
+    assert {name: one.description for name, one in cards.registry.cards.items()} == {
+        "plates": "of the second",
+        "rods": "of the first",
+    }
+    assert cards.registry.channel_cards["heat"].unit == "joule"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from handmade import stir
+from handmade_export import exported
 
 from data_pipeline.cards.registry import load_registry
 from data_pipeline.well.hdf5 import split_files
@@ -43,11 +44,9 @@ def model(tiny_shards: Path) -> WaveLiTFM:
 
 
 @pytest.fixture(scope="session")
-def folder(model: WaveLiTFM, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of that model. Read only."""
-    directory = tmp_path_factory.mktemp("models") / "stirred"
-    model.save_pretrained(directory)
-    return str(directory)
+def folder(model: WaveLiTFM, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """That model, exported. Read only."""
+    return str(exported(model, tmp_path_factory.mktemp("models") / "stirred", tiny_shards))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Rollouts from file to file: what the file holds, what is doubted, what is refused."""
 
+import copy
 import hashlib
 import os
 import shutil
@@ -14,9 +15,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from handmade_export import exported
 from handmade_well import write_file
 
-from data_pipeline.cards.registry import load_registry
+from data_pipeline.cards.registry import VARIABLE, load_registry
 from data_pipeline.errors import UserError
 from data_pipeline.well.hdf5 import WellFile, split_files
 from fm.__main__ import main
@@ -91,10 +93,13 @@ def test_a_prediction_goes_on_from_a_prediction(folder: str, maze: Path, tmp_pat
 
 
 def test_a_rollout_that_diverges_is_kept_and_told(
-    model: WaveLiTFM, maze: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: WaveLiTFM, maze: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state = {name: 1e12 * value if name.startswith("heads.") else value for name, value in model.state_dict().items()}
-    model.save_pretrained(tmp_path / "wild", state=state)
+    wild = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in wild.named_parameters():
+            parameter.mul_(1e12 if name.startswith("heads.") else 1)
+    exported(wild, tmp_path / "wild", tiny_shards)
     out = predict_file(str(tmp_path / "wild"), Request(maze, tmp_path / "p.hdf5", steps=6), progress=False)
     said = capsys.readouterr().err
     with h5py.File(out) as file:
@@ -127,7 +132,9 @@ def test_what_is_unlike_the_training_data_is_told(
     assert "in the same units?" in told[2]
 
 
-def test_what_cannot_be_predicted_is_refused(folder: str, maze: Path, tiny_well: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_predicted_is_refused(
+    run: Path, model: WaveLiTFM, maze: Path, tiny_well: Path, tmp_path: Path
+) -> None:
     other = split_files(tiny_well / "shear_flow", "test")[0]
     text = tmp_path / "text.hdf5"
     text.write_text("no HDF5")
@@ -165,11 +172,14 @@ def test_what_cannot_be_predicted_is_refused(folder: str, maze: Path, tiny_well:
     ]
     for request, message in cases:
         with pytest.raises(UserError, match=message):
-            predict_file(folder, request, progress=False)
+            predict_file(str(run), request, progress=False)
     assert text.read_text() == "no HDF5"
     assert not (tmp_path / "p.hdf5").exists()
     with pytest.raises(UserError, match="no checkpoint found"):
         predict_file(str(tmp_path), good, progress=False)
+    model.save_pretrained(tmp_path / "plain")
+    with pytest.raises(UserError, match="plain: expected a run, one of its checkpoints, or an exported model"):
+        predict_file(str(tmp_path / "plain"), good, progress=False)
     with pytest.raises(UserError, match="expected an address such as hf://"):
         predict_file("hf://nobody", good, progress=False)
 
@@ -200,15 +210,15 @@ def test_a_killed_rollout_leaves_no_half_file(folder: str, maze: Path, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-def test_an_exported_folder_brings_its_own_cards(folder: str, maze: Path, tmp_path: Path) -> None:
-    exported = Path(shutil.copytree(folder, tmp_path / "exported"))
-    cards = Path(sys.modules["data_pipeline.cards"].__file__ or "").parent
-    (exported / "cards" / "datasets").mkdir(parents=True)
-    shutil.copy(cards / "channels.yaml", exported / "cards")
-    text = (cards / "datasets" / f"{MAZE}.yaml").read_text()
-    (exported / "cards" / "datasets" / f"{MAZE}.yaml").write_text(text)
-    out = predict_file(str(exported), Request(maze, tmp_path / "p.hdf5", steps=1), progress=False)
-    assert out.is_file()
-    (exported / "cards" / "datasets" / f"{MAZE}.yaml").unlink()
-    with pytest.raises(UserError, match="no card of this name"):
-        predict_file(str(exported), Request(maze, tmp_path / "q.hdf5", steps=1), progress=False)
+def test_an_exported_model_brings_its_own_cards(
+    folder: str, maze: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "gone"))  # is not asked for
+    assert predict_file(folder, Request(maze, tmp_path / "p.hdf5", steps=1), progress=False).is_file()
+    other = Request(maze, tmp_path / "q.hdf5", steps=1, dataset="shear_flow")
+    with pytest.raises(UserError, match="dataset 'shear_flow': no card of this name"):
+        predict_file(folder, other, progress=False)
+    (tmp_path / "cards").mkdir()
+    (tmp_path / "cards" / "channels.yaml").write_text("heat: {description: heat, unit: joule}\n")
+    with pytest.raises(UserError, match="its state fields are not those of the card"):
+        predict_file(folder, other, registry=str(tmp_path / "cards"), progress=False)
