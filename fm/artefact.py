@@ -19,6 +19,7 @@ RECIPE_FILE = "recipe.yaml"
 SCORES_FILE = "scores.json"
 CARDS = "cards"  # a registry folder, which load_folders reads
 FORMAT = 1
+KEYS = ("name", "step", "licence", "datasets", "lineage")
 
 
 def is_artefact(folder: Path) -> bool:
@@ -35,7 +36,7 @@ def read_artefact(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no {ARTEFACT_FILE} in {folder}: expected a folder that `fm export` wrote")
     try:
         content = json.loads(file.read_text())
-        number = content["format"]
+        number, missing = content["format"], [name for name in KEYS if name not in content]
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: expected a list of files with their sizes and SHA-256, got {error!r}") from error
@@ -48,9 +49,9 @@ def read_artefact(folder: Path) -> dict[str, Any]:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name:
             raise ValueError(f"{file}: expected paths inside {folder}, got {name!r}")
-    missing = [name for name in (MODEL_FILE, WEIGHTS_FILE) if name not in files]
+    missing += [name for name in (MODEL_FILE, WEIGHTS_FILE) if name not in files]
     if missing:
-        raise ValueError(f"{file}: the list of files is incomplete, {' and '.join(missing)} is missing")
+        raise ValueError(f"{file}: it is incomplete, {', '.join(missing)} is missing")
     return content
 
 

@@ -1,6 +1,7 @@
-"""The README says what is there: every file of the packages, and no path, command or tag that does not exist."""
+"""The README files say what is there: every file of the packages, and no path, command or link that does not exist."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from fm.__main__ import main as fm
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
+FILES = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/README.md"), *ROOT.glob("recipes/tutorials/*.md")]
+DOCUMENTS = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 
 
 def test_every_file_has_its_line() -> None:
@@ -20,19 +23,31 @@ def test_every_file_has_its_line() -> None:
     assert not missing
 
 
-def test_paths_in_commands_and_links_exist() -> None:
+def test_paths_in_commands_exist() -> None:
     paths = re.findall(r"(?:\./)?((?:recipes|launch|\.assets|data_pipeline/cards)/[\w./-]+\w)", TEXT)
     assert paths
     assert not [path for path in paths if not (ROOT / path).exists() and "<" not in path]
 
 
-@pytest.mark.parametrize("program", ["fm", "data-pipeline"])
-def test_commands_are_commands(program: str) -> None:
-    named = set(re.findall(rf"^{program} ([\w-]+)", TEXT, flags=re.MULTILINE)) | set(
-        re.findall(rf"`{program} ([\w-]+)", TEXT)
-    )
-    assert named
+@DOCUMENTS
+def test_links_lead_somewhere(file: Path) -> None:
+    text = file.read_text()
+    for path, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
+        if path.startswith("https://"):
+            continue
+        target = file.parent / path if path else file
+        assert target.exists(), path
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if heading else []
+        assert not heading or heading in [re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings]
+
+
+@DOCUMENTS
+@pytest.mark.parametrize(("program", "main"), [("fm", fm), ("data-pipeline", data_pipeline)])
+def test_commands_are_commands(program: str, main: Callable[[list[str]], int], file: Path) -> None:
+    text = file.read_text()
+    named = {*re.findall(rf"^{program} ([\w-]+)", text, re.MULTILINE), *re.findall(rf"`{program} ([\w-]+)", text)}
+    assert named or file != ROOT / "README.md"
     for command in sorted(named):
         with pytest.raises(SystemExit) as stopped:
-            (fm if program == "fm" else data_pipeline)([command, "--help"])
+            main([command, "--help"])
         assert stopped.value.code == 0

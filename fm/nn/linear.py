@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()  # x86 builds
 IMAGES = 16
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7 has it
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., D_in) times weight (D_out, D_in) transposed, plus bias (D_out)."""
-    if torch.compiler.is_exporting():  # an exported program takes any number of tokens
+    if is_exporting():  # an exported program takes any number of tokens
         return F.linear(x, weight, bias)
     if not ONEDNN or x.device.type != "cpu" or x.numel() % (IMAGES * x.shape[-1]):
         return F.linear(x, weight, bias)

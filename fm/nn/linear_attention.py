@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fm.nn.linear import Linear
+from fm.nn.linear import Linear, is_exporting
 from fm.nn.rope import rotate
 
 RIDGE_MODES = ("ridge", "none", "least_squares")
@@ -61,7 +61,7 @@ def ridge_solve(gram: Tensor, s: Tensor, shift: Tensor) -> Tensor:
 
     G's own scale times 1e-6 is added to the shift. First derivatives only.
     """
-    if torch.compiler.is_exporting():  # Cholesky factors do not take a batch of any size
+    if is_exporting():  # Cholesky factors do not take a batch of any size
         return eliminate(gram, s, shift)
     return _RidgeSolve.apply(gram, s, shift)
 

@@ -130,8 +130,8 @@ def _config(recipe: Recipe) -> tuple[ModelConfig | BaselineConfig, list[str]]:
     if recipe.finetune is None:
         return config or ModelConfig(), []
     try:
-        find_checkpoint(Path(recipe.finetune.pretrained))
+        find_checkpoint(recipe.finetune.pretrained)
     except UserError:
         taken = "the recipe's" if config else "the defaults; model.KEY=value gives others"
         return config or ModelConfig(), [f"no model in {recipe.finetune.pretrained} yet: sizes are {taken}"]
-    return load_pretrained(Path(recipe.finetune.pretrained)).config, []
+    return load_pretrained(recipe.finetune.pretrained).config, []

@@ -33,6 +33,7 @@ from fm.evaluation.runs import Trained
 from fm.fields import FieldsWarning, given_fields
 from fm.prediction.initial import Initial, read_well
 from fm.prediction.xarray_file import ENGINES, NetcdfWriter, ZarrWriter, import_xarray, read_xarray
+from fm.runtime import StopSignal
 from fm.surrogate import MIN_GRID, Surrogate
 
 BATCH = 8  # trajectories that the model takes at once
@@ -77,8 +78,12 @@ def predict_file(model: str, request: Request, registry: str | None = None, prog
         raise UserError(f"--out {out}: the trajectories have times of their own; write {WELL_SUFFIXES[0]}")
     frames = _frames(trained.model, initial.setting.card, state, constants, request.steps)
     try:
-        with atomic_path(out) as path, _writer(out.suffix, path, initial, times, cards) as file:
-            failures = _write(file, initial, frames, request.steps, progress)
+        with (
+            StopSignal().listen() as stop,
+            atomic_path(out) as path,
+            _writer(out.suffix, path, initial, times, cards) as file,
+        ):
+            failures = _write(file, initial, _until(stop, frames), request.steps, progress)
             file.describe(_attributes(model, trained.weights, request, initial, failures))
     except OSError as error:
         if is_disk_full(error):
@@ -155,6 +160,17 @@ def _frames(model: Surrogate, card: Card, state: Tensor, constants: Tensor, step
     rollouts = [model.iterate(states, fixed, card.name, steps) for states, fixed in batches]
     for parts in zip(*rollouts, strict=True):
         yield torch.cat([part[:, order].cpu() for part in parts]).numpy()
+
+
+def _until(stop: StopSignal, frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The frames; KeyboardInterrupt between two of them once a signal came.
+
+    Raised wherever the program is when the signal comes, it may be lost in a destructor of h5py's.
+    """
+    for frame in frames:
+        if stop.received:
+            raise KeyboardInterrupt
+        yield frame
 
 
 @full_float32()

@@ -42,7 +42,8 @@ def exported(model: WaveLiTFM, folder: Path) -> Path:
     names = ("model.json", "model.safetensors", "scores.json", "pictures/growth.png", "README.md")
     data = {name: (folder / name).read_bytes() for name in names}
     files = {name: {"bytes": len(content), "sha256": digest(content)} for name, content in data.items()}
-    (folder / ARTEFACT_FILE).write_text(json.dumps({"format": 1, "name": "a", "step": 3, "files": files}))
+    facts = {"format": 1, "name": "a", "step": 3, "licence": "MIT", "datasets": {}, "lineage": {}}
+    (folder / ARTEFACT_FILE).write_text(json.dumps({**facts, "files": files}))
     return folder
 
 
@@ -147,7 +148,7 @@ def test_a_lost_file_is_found(model: WaveLiTFM, tmp_path: Path) -> None:
     [
         ({"format": 9}, "format 9, this version reads 1"),
         ({"files": {"model.json": {"bytes": 1}}}, "expected a list of files with their sizes"),
-        ({"files": {}}, r"the list of files is incomplete, model\.json and model\.safetensors"),
+        ({"files": {}}, r"it is incomplete, model\.json, model\.safetensors is missing"),
         ({"files": {"../outside": {"bytes": 1, "sha256": "0"}}}, r"expected paths inside .*, got '\.\./outside'"),
         ({"files": {"/etc/hosts": {"bytes": 1, "sha256": "0"}}}, "got '/etc/hosts'"),
     ],

@@ -1,0 +1,87 @@
+"""The tutorials run as they stand: their sh and python blocks, in order, in a copy of the project after a quickstart.
+
+Only the sizes are others: the mini-Well is the tiny one, and training, finetuning included, ends after a few steps.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from whole_runs import ROOT, finish, small, start
+
+TUTORIALS = sorted((ROOT / "recipes" / "tutorials").glob("*.md"))
+BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+STEPS = "train.steps=4 train.warmup_steps=1 validation.every=2 validation.windows=2"
+ALONE = "adapt.alone_steps=2"
+PROGRAMS = {
+    "fm": '-m fm "$@"',
+    "data-pipeline": '-m data_pipeline "${@/#mini/tiny}"',
+    "accelerate": f'-m accelerate.commands.accelerate_cli "$@" {STEPS} $([[ "$*" != *extend* ]] || echo {ALONE})',
+    "python": '"$@"',
+}
+
+
+@pytest.fixture(scope="module")
+def quickstart(tiny_well: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `./launch/quickstart` leaves, with another size: a small run on the tiny mini-Well, evaluated."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("recipes", "launch"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "data" / "mini").mkdir(parents=True)
+    (folder / "data" / "mini" / "well").symlink_to(tiny_well)
+    (folder / "data" / "mini" / "shards").symlink_to(tiny_shards)
+    recipe = small(
+        Path("data/mini/shards"),
+        folder / "runs" / "quickstart",
+        data={"datasets": None},
+        validation={"every": 4, "windows": 2, "rollouts": 1},
+    )
+    code, output = finish(start(recipe, cwd=folder))
+    assert code == 0, output
+    run(folder, "fm evaluate runs/quickstart --windows 4")
+    return folder
+
+
+def run(folder: Path, script: str) -> str:
+    """A bash script in which the project's commands are this checkout's; its output. Fails where it does."""
+    shims = folder / "bin"
+    shims.mkdir(exist_ok=True)
+    for name, call in PROGRAMS.items():
+        (shims / name).write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" {call}\n')
+        (shims / name).chmod(0o755)
+    path = os.pathsep.join([str(shims), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{script}\n--- printed:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def as_script(text: str) -> str:
+    """The blocks of a tutorial as one script, as one terminal would run them."""
+    blocks = BLOCK.findall(text)
+    assert blocks
+    return "\n".join(code if kind == "sh" else f"python - <<'END'\n{code}END" for kind, code in blocks)
+
+
+@pytest.mark.parametrize("tutorial", TUTORIALS, ids=lambda file: file.stem)
+def test_a_tutorial_runs_as_it_stands(tutorial: Path, quickstart: Path) -> None:
+    text = tutorial.read_text()
+    printed = run(quickstart, as_script(text))
+    for line in re.findall(r"^<!-- prints: (.*) -->$", text, re.MULTILINE):
+        assert re.search(line, printed), f"{line!r} is not in:\n{printed}"
+
+
+def test_the_readme_names_every_tutorial() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert TUTORIALS
+    assert not [file.name for file in TUTORIALS if f"recipes/tutorials/{file.name}" not in readme]
