@@ -7,6 +7,17 @@ import pytest
 from data_pipeline.miniwell.generate import simulate
 from data_pipeline.shards.build import build_shards
 
+# Files that take minutes are begun first, so that the workers of launch/test end together.
+SLOW = (
+    *("test_launches.py", "test_training.py", "test_chaos.py", "test_guard.py", "test_tutorials.py"),
+    *("test_adapting.py", "test_deaths.py", "test_nine_datasets.py", "test_status.py", "test_console.py"),
+    *("test_restart.py", "test_plan.py", "test_few_shot.py", "test_finetuning.py", "test_hub.py", "test_transfer.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+
 
 @pytest.fixture(scope="session")
 def tiny_well(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -45,7 +45,7 @@ def alone(tiny_shards: Path, pretrained: Path, tmp_path_factory: pytest.TempPath
     return run
 
 
-@pytest.mark.parametrize("config", ["cpu2", "fsdp", "deepspeed_zero2"])
+@pytest.mark.parametrize("config", ["fsdp", "deepspeed_zero2"])
 def test_two_processes_adapt_as_one_does(
     tiny_shards: Path, tmp_path: Path, pretrained: Path, alone: Path, config: str
 ) -> None:
