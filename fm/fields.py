@@ -70,7 +70,9 @@ class GivenFields:
         return type(self.given)(variables, {**coordinates, **times}, self.given.attrs)
 
     def _start(self) -> float:
-        return float(self.given["time"]) if "time" in self.given.coords else 0.0
+        """The time of the given states; 0 where they have none, or each has its own."""
+        time = self.given.coords.get("time")
+        return 0.0 if time is None or time.ndim else float(time)
 
 
 def given_fields(fields: Fields, spec: DatasetSpec, dt: float | None = None) -> GivenFields:

@@ -1,4 +1,4 @@
-"""Reads a recipe: YAML, dotted overrides, and every check there is, with messages that name the key."""
+"""Reads a recipe (YAML, dotted overrides, every check there is, with messages that name the key), and writes one."""
 
 import dataclasses
 import difflib
@@ -13,6 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.errors import UserError
 from fm.settings import Recipe
+
+FIRST_LINE = 'launch: 0; from fm.recipe import run; run(__file__); r"""'
+LAST_LINE = '# """'
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -42,6 +45,29 @@ def resolve(document: dict[str, Any], where: str) -> Recipe:
     except ValidationError as error:
         lines = [_explain(e) for e in error.errors(include_url=False)]
         raise UserError(f"{where}: " + "\n".join(lines)) from error
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested dicts of plain JSON types."""
+    return TypeAdapter(Recipe).dump_python(recipe, mode="json")
+
+
+def changed_settings(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lines "key: old -> new" for the settings in which two resolved recipes differ."""
+    lines = []
+    for key in {**before, **after}:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += changed_settings(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {old} -> {new}")
+    return lines
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as text that is again a runnable recipe (see fm/recipe.py)."""
+    body = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, default_flow_style=None, width=100)
+    return f"{FIRST_LINE}\n{body}{LAST_LINE}\n"
 
 
 def _apply_override(document: dict[str, Any], override: str) -> None:

@@ -12,8 +12,9 @@ from fm.adapt import rates_after
 from fm.console import Console, Progress
 from fm.evaluation.validation import ValidationResult, protocol_windows
 from fm.guard import Refusal
+from fm.recipe_file import dump_recipe, recipe_to_dict
 from fm.report.cosines import Cosines
-from fm.settings import Recipe, dump_recipe, recipe_to_dict
+from fm.settings import Recipe
 from fm.surrogate import Surrogate
 from fm.tracking.dashboard import Dashboard
 from fm.tracking.hparams import Session, final_scores, telling_settings

@@ -7,10 +7,7 @@ the recipe loader turns into a message with the key's path.
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
-from pydantic import TypeAdapter
+from typing import Literal
 
 from data_pipeline.windows.streaming import StreamSettings
 from fm.baselines.config import BaselineConfig
@@ -372,33 +369,6 @@ class Recipe:
     def window_length(self, dataset: str) -> int:
         """Frames that a training window of a dataset holds: the input and one target per model step."""
         return 1 + (self.finetune.unroll_of(dataset) if self.finetune else 1)
-
-
-FIRST_LINE = 'launch: 0; from fm.recipe import run; run(__file__); r"""'
-LAST_LINE = '# """'
-
-
-def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as nested dicts of plain JSON types."""
-    return TypeAdapter(Recipe).dump_python(recipe, mode="json")
-
-
-def changed_settings(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
-    """Lines "key: old -> new" for the settings in which two resolved recipes differ."""
-    lines = []
-    for key in {**before, **after}:
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += changed_settings(old, new, f"{prefix}{key}.")
-        elif old != new:
-            lines.append(f"{prefix}{key}: {old} -> {new}")
-    return lines
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as text that is again a runnable recipe (see fm/recipe.py)."""
-    body = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, default_flow_style=None, width=100)
-    return f"{FIRST_LINE}\n{body}{LAST_LINE}\n"
 
 
 def _at_least(name: str, value: int, minimum: int) -> None:

@@ -31,11 +31,11 @@ from fm.guard import Guard, Refusal
 from fm.inputs import build_model, check_same_shards, check_unrolls, open_split, shard_digests
 from fm.mixing import Mixing
 from fm.optim import learning_rate
-from fm.recipe_file import resolve
+from fm.recipe_file import changed_settings, recipe_to_dict, resolve
 from fm.record import RunRecord, StepResult
 from fm.rehearsal import rehearse
 from fm.runtime import EXIT_DONE, EXIT_INTERRUPTED, StopSignal, as_main_process_finds
-from fm.settings import Recipe, changed_settings, recipe_to_dict
+from fm.settings import Recipe
 from fm.specs import check_names
 from fm.state import TrainingState
 from fm.tracking.logs import lacks_validation

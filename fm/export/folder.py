@@ -14,7 +14,7 @@ from fm.export.facts import Facts
 from fm.export.licence import MIT
 from fm.export.model_card import model_card
 from fm.pretrained import MODEL_FILE, WEIGHTS_FILE
-from fm.settings import dump_recipe
+from fm.recipe_file import dump_recipe
 
 LICENCE = "MIT"  # that which comes with its text
 

@@ -20,9 +20,8 @@ from data_pipeline.remote import is_url
 from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
 from fm.checkpoint import find_checkpoint, newest_checkpoint, read_state, weights_digest
 from fm.lab.sweep_file import Sweep, Trial
-from fm.recipe_file import resolve
+from fm.recipe_file import changed_settings, recipe_to_dict, resolve
 from fm.scores.protocol import load_protocol
-from fm.settings import changed_settings, recipe_to_dict
 
 
 @dataclass(frozen=True)

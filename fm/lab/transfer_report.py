@@ -10,10 +10,10 @@ from data_pipeline.files import atomic_file
 from fm.lab.learning_curves import TrainedRun, read_run
 from fm.lab.transfer import HELPS, HURTS, VERDICTS, Comparison, compare
 from fm.lab.transfer_figure import transfer_figure
+from fm.recipe_file import changed_settings, recipe_to_dict
 from fm.report.cosines import cosine_figure, mean_cosines
 from fm.scores.formats import Document, Marked, Table, render
 from fm.scores.scoring import geometric_mean
-from fm.settings import changed_settings, recipe_to_dict
 
 DPI = 160
 HEAD = (

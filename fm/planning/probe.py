@@ -2,8 +2,8 @@
 
 A step is the trainer's own (forward, backward, clip, AdamW, averaged weights). Datasets take turns, as they do in
 training, and the first round, which is slow, does not count. What would take too long is made smaller, first to one
-window, then to a grid of half the sides and so on; its time follows from that of
-two sizes, on a line in FLOPs, since a part of a step does not grow with the grid.
+window, then to a grid of half the sides and so on; its time follows from that of two sizes, on a line in FLOPs, since a
+part of a step does not grow with the grid.
 """
 
 import time

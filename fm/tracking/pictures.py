@@ -1,4 +1,4 @@
-"""TensorBoard's pictures: small enough that a run of a million steps stays below 200 MB, and thinned out evenly.
+"""TensorBoard's pictures: small enough that those of a run of any length stay below 120 MB, and thinned out evenly.
 
 A panel has the area of a square of 224 pixels, one byte each before compression: at most 50 kB, if it is nothing but
 noise. A moving rollout, 16 steps of three panels of 64 x 64 pixels, is 205 kB at most. With their spectra, eight

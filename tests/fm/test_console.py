@@ -15,7 +15,8 @@ import pyte
 import pytest
 from whole_runs import DATASETS, log, small, wait_for
 
-from fm.settings import Recipe, dump_recipe
+from fm.recipe_file import dump_recipe
+from fm.settings import Recipe
 
 PANEL_TOP = "╭─ small ─"
 

@@ -102,6 +102,8 @@ def test_an_xarray_dataset_gives_one_with_its_axes(model: WaveLiTFM) -> None:
         np.testing.assert_array_equal(predicted[name].values, truth[:, :, index].numpy())
     assert SPEC.dt is None
     np.testing.assert_array_equal(predicted["time"], [1, 2, 3])
+    each = model.predict(given.assign_coords(time=("member", [5.0, 6.0])), NAME)
+    np.testing.assert_array_equal(each["pressure"].isel(time=0), predicted["pressure"].isel(time=0))
     frame = next(model.rollout(given, NAME))
     np.testing.assert_array_equal(frame["pressure"].values, predicted["pressure"].isel(time=0).values)
 

@@ -11,8 +11,7 @@ import yaml
 from data_pipeline.cards.registry import load_registry
 from data_pipeline.errors import UserError
 from fm.model import DatasetSpec, ModelConfig, WaveLiTFM
-from fm.recipe_file import load_recipe
-from fm.settings import changed_settings, dump_recipe
+from fm.recipe_file import changed_settings, dump_recipe, load_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 

@@ -11,8 +11,8 @@ from faulty_server import FaultyServer
 
 from data_pipeline.errors import UserError
 from fm.evaluation.runs import evaluate_run
-from fm.recipe_file import resolve
-from fm.settings import Recipe, dump_recipe
+from fm.recipe_file import dump_recipe, resolve
+from fm.settings import Recipe
 from fm.training import train
 
 DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fm.recipe_file import resolve
-from fm.settings import Recipe, dump_recipe
+from fm.recipe_file import dump_recipe, resolve
+from fm.settings import Recipe
 
 ROOT = Path(__file__).parents[2]
 DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]

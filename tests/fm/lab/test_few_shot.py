@@ -16,7 +16,7 @@ from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.lab.few_shot import plan_few_shot
 from fm.lab.few_shot_figure import few_shot_figure
 from fm.lab.sweep_file import plan
-from fm.settings import dump_recipe
+from fm.recipe_file import dump_recipe
 from fm.training import train
 
 NEW = "shear_flow"

@@ -19,9 +19,8 @@ from fm.lab.sweep import run_sweep
 from fm.lab.sweep_file import Sweep, Trial, load_sweep, plan
 from fm.lab.sweep_state import check_same_data, read_scores
 from fm.lab.sweep_table import sweep_document, sweep_results
-from fm.recipe_file import load_recipe
+from fm.recipe_file import dump_recipe, load_recipe, recipe_to_dict
 from fm.scores.formats import render
-from fm.settings import dump_recipe, recipe_to_dict
 
 BROKEN = "data.datasets: [shear_flaw]"
 

@@ -8,7 +8,7 @@ import pytest
 from data_pipeline.errors import UserError
 from fm.lab.sweep_file import load_sweep, plan
 from fm.model import DatasetSpec, WaveLiTFM
-from fm.settings import recipe_to_dict
+from fm.recipe_file import recipe_to_dict
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))

@@ -16,7 +16,8 @@ from fm.planning.plan import Plan
 from fm.planning.planner import Planner
 from fm.planning.tables import digits, plan_text
 from fm.planning.workload import read_workload
-from fm.settings import Recipe, dump_recipe
+from fm.recipe_file import dump_recipe
+from fm.settings import Recipe
 from fm.training import train
 
 H200 = Ceiling(GPUS["h200"], 0.5, bf16=True)

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from handmade import stir
 from handmade_export import exported
+from whole_runs import small
 
 from data_pipeline.cards.registry import load_registry
 from data_pipeline.well.hdf5 import split_files
 from data_pipeline.windows.loader import open_readers
 from fm.evaluation.runs import evaluate_run
 from fm.model import ModelConfig, WaveLiTFM
-from fm.recipe_file import resolve
 from fm.specs import dataset_specs
 from fm.training import train
 
@@ -22,16 +22,7 @@ DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase", "viscoelastic_ins
 def run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps, evaluated under the protocol thirds. Read only."""
     directory = tmp_path_factory.mktemp("runs") / "predicting"
-    recipe = {
-        "run": {"name": "predicting", "dir": str(directory)},
-        "data": {"shards": str(tiny_shards), "datasets": DATASETS},
-        "model": {"width": 16, "depth": 1, "heads": 2},
-        "train": {"steps": 2, "warmup_steps": 0},
-        "checkpoint": {"every": 1},
-        "validation": {"every": 0, "protocol": "thirds"},
-        "tracking": {"progress": False},
-    }
-    assert train(resolve(recipe, "the test")) == 0
+    assert train(small(tiny_shards, directory, data={"datasets": DATASETS}, train={"steps": 2, "warmup_steps": 0})) == 0
     evaluate_run(directory)
     return directory
 

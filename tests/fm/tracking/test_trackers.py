@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from whole_runs import fm, small
 
 from data_pipeline.errors import UserError
-from fm.settings import dump_recipe
+from fm.recipe_file import dump_recipe
 from fm.tracking.trackers import check_trackers
 from fm.training import train
 
