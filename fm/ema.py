@@ -17,8 +17,13 @@ class EMA:
         self.average, self.decay = dict(average), decay
 
     @torch.no_grad()
-    def update(self, parameters: Mapping[str, Tensor], step: int) -> None:
-        """Fold in the parameters, of the same names, after optimiser step `step` (counted from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        current = [parameters[name] for name in self.average]
-        torch._foreach_lerp_(list(self.average.values()), current, 1.0 - decay)
+    def update(self, parameters: Mapping[str, Tensor], step: int, halted: Tensor | None = None) -> None:
+        """Fold in the parameters, of the same names, after optimiser step `step` (counted from 0).
+
+        Where `halted`, one number on their device, is 1, the averages stay as they are.
+        """
+        weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
+        averages = list(self.average.values())
+        changes = torch._foreach_sub([parameters[name] for name in self.average], averages)
+        torch._foreach_mul_(changes, weight if halted is None else weight * (1 - halted))
+        torch._foreach_add_(averages, changes)

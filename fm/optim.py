@@ -43,14 +43,15 @@ class GroupedAdamW(torch.optim.AdamW):
     step's datasets do not use (heads, task vectors and lifting rows of others) must rest, and so must what is frozen.
     """
 
+    found_inf: torch.Tensor | None = None  # torch's fused AdamW stands still where it is 1
+
     def __init__(self, groups: Sequence[ParameterGroup], settings: TrainSettings) -> None:
-        self.fused = groups[0].parameters[0].device.type == "cuda"
         super().__init__(
             [{"params": list(group.parameters), "of": group, "rests": False} for group in groups],
             lr=settings.learning_rate,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
-            fused=self.fused or None,
+            fused=True,
         )
 
     def let_rest(self, datasets: Collection[str], alone: bool = False) -> None:
@@ -69,6 +70,12 @@ class GroupedAdamW(torch.optim.AdamW):
         """That of a group whose factor is 1."""
         for group in self.param_groups:
             group["lr"] = value * group["of"].rate
+
+    def step_unless(self, halted: torch.Tensor | None) -> None:
+        """A step where `halted`, one number on the device that nobody reads, is 0; where it is 1 all stays as it is."""
+        self.found_inf = halted
+        self.step()
+        self.found_inf = None
 
     def step(self, closure: Any = None) -> Any:
         """A step of the groups that do not rest."""

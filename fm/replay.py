@@ -6,7 +6,7 @@ steps between are run again, in one process: where several trained, the numbers 
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_pipeline.errors import UserError
-from data_pipeline.windows.batch import Batch
 from data_pipeline.windows.schedule import Draw
 from fm.checkpoint import list_checkpoints, verify_checkpoint
 from fm.recipe_file import load_recipe
@@ -68,10 +67,9 @@ def replay(run: Path, step: int, shards: str | None = None) -> Replay:
     state = _state_before(run, step)
     with tempfile.TemporaryDirectory(prefix="fm-replay-") as folder:
         trainer = Trainer(_harmless(recipe, folder), make_accelerator(recipe.train.clip), checkpoint=state)
-        batches = trainer.batches()
-        again = _run_to(trainer, step - 1, batches)
-        losses, _ = trainer.gradient(batches)  # (draws, 3)
-        draws = zip(trainer.division.draws_of(step - 1), losses[:, 0].tolist(), strict=True)
+        again = _run_to(trainer, step - 1)
+        losses, _ = trainer.stepper.gradient()  # (draws, 3)
+        draws = zip(trainer.stepper.division.draws_of(step - 1), losses[:, 0].tolist(), strict=True)
         statistics = [_statistics(trainer, draw, loss) for draw, loss in draws]
         gradient = _gradient_norms(trainer)
     return Replay(step, state, again, statistics, gradient, _logged(run / "log.jsonl", step))
@@ -112,12 +110,13 @@ def _state_before(run: Path, step: int) -> Path:
 
 
 def _harmless(recipe: Recipe, folder: str) -> Recipe:
-    """The recipe, writing elsewhere, in which no step ends the run."""
+    """The recipe, writing elsewhere, in which no step ends the run; the state after each is known."""
     guard = replace(recipe.guard, action="skip", max_events=10**9)
-    return replace(recipe, run=replace(recipe.run, dir=folder, stop_at=None), guard=guard)
+    run, train = replace(recipe.run, dir=folder, stop_at=None), replace(recipe.train, read_every=1)
+    return replace(recipe, run=run, train=train, guard=guard)
 
 
-def _run_to(trainer: Trainer, step: int, batches: Iterator[Batch]) -> int:
+def _run_to(trainer: Trainer, step: int) -> int:
     """Take the steps up to `step`; returns how many."""
     again = step - trainer.step
     record = RunRecord(trainer.recipe, trainer.mixing.schedule, None, trainer.step, "")
@@ -127,7 +126,7 @@ def _run_to(trainer: Trainer, step: int, batches: Iterator[Batch]) -> int:
                 trainer.validate(record)
             if trainer.step == step:
                 return again
-            trainer.train_step(batches, StopSignal(), record)
+            trainer.train_step(StopSignal(), record)
             bar.update()
 
 
@@ -144,7 +143,7 @@ def _gradient_norms(trainer: Trainer) -> dict[str, float]:
 @torch.no_grad()
 def _statistics(trainer: Trainer, draw: Draw, loss: float) -> DrawStatistics:
     model, reader = trainer.state.parallel.model, trainer.readers[draw.dataset]
-    length = trainer.lengths[draw.dataset]
+    length = trainer.stepper.lengths[draw.dataset]
     batch = reader.batch(draw.windows, length, draw=draw.index).to(trainer.accelerator.device)
     fields, constants = batch.fields, batch.constants
     first, target = model.normalise(fields[:, 0], draw.dataset), model.normalise(fields[:, 1], draw.dataset)

@@ -114,13 +114,17 @@ class TrainSettings:
     jitter: float = 0.0  # Gaussian noise on true input frames, in units of each channel's std
     ema: float = 0.999  # decay of the averaged weights; ramps up as (1 + step) / (10 + step)
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else float32
+    # steps whose losses are read back from a GPU at once, so that it need not wait; null: 10 on a GPU, 1 on a CPU. The
+    # run is the same, bit for bit. FSDP, DeepSpeed and guard.spike read every step
+    read_every: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "draws", "decay_every"):
             _at_least(name, getattr(self, name), 1)
         _at_least("warmup_steps", self.warmup_steps, 0)
-        if self.micro_batch is not None:
-            _at_least("micro_batch", self.micro_batch, 1)
+        for name in ("micro_batch", "read_every"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
         if self.global_batch % self.draws:
             raise ValueError(
                 f"global_batch: expected a multiple of the {self.draws} draws it is made of, got {self.global_batch}"

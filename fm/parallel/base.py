@@ -22,6 +22,7 @@ class Parallel(ABC):
 
     name: str  # for people
     holds_whole_model = True  # False where a forward pass needs the other processes
+    can_halt = False  # whether `move` takes a verdict that nobody has read
 
     def __init__(self, objective: Unroll, optimizer: GroupedAdamW) -> None:
         self.model, self.optimizer = objective.model, optimizer
@@ -53,9 +54,9 @@ class Parallel(ABC):
         """Before a step's gradient: what stays as it is in it, see `GroupedAdamW.let_rest`."""
         self.optimizer.let_rest(datasets, alone)
 
-    def move(self) -> None:
-        """An optimiser step. Collective."""
-        self.optimizer.step()
+    def move(self, halted: Tensor | None = None) -> None:
+        """An optimiser step, unless `halted`, one number on the device, is 1. Collective."""
+        self.optimizer.step_unless(halted)
 
     def forget(self) -> None:
         """Drop the gradients. Collective."""

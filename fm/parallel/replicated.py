@@ -16,6 +16,8 @@ from fm.unroll import Unroll
 class Replicated(Parallel):
     """One process, or DDP: gradients are averaged while the backward pass of a step's last piece runs."""
 
+    can_halt = True
+
     def __init__(self, accelerator: Accelerator, objective: Unroll, optimizer: GroupedAdamW) -> None:
         super().__init__(objective, optimizer)
         self.name = "DDP" if accelerator.num_processes > 1 else "one process"

@@ -48,7 +48,8 @@ class Zero(Parallel):
         # -1 stands for a group whose norm is not finite
         return torch.linalg.vector_norm(torch.where(norms < 0, torch.nan, norms))
 
-    def move(self) -> None:
+    def move(self, halted: Tensor | None = None) -> None:
+        assert halted is None  # can_halt
         self._engine.step()
         self.optimizer.wake()  # whoever else asks for gradients gets all
         self._has_gradients = False
@@ -127,7 +128,7 @@ class Zero(Parallel):
     def _prepare_state(self) -> None:
         """Make the moments of all groups, zero, which DeepSpeed would leave to their first step."""
         for _, flat in self._flat_groups():
-            step = torch.zeros((), dtype=torch.float32, device=flat.device if self.optimizer.fused else "cpu")
+            step = torch.zeros((), dtype=torch.float32, device=flat.device)
             self.optimizer.state[flat] = {"step": step, **{name: torch.zeros_like(flat) for name in MOMENTS}}
         if self._stage < 3:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -47,9 +47,8 @@ def measure(trainer: Trainer, rounds: int, steps: int) -> tuple[dict, dict]:
     blocks, stalls = defaultdict(list), defaultdict(list)
     stop = StopSignal()
     with trainer.open_record() as record, trainer.writer:
-        batches = trainer.batches()
         for _ in range(WARM_UP):
-            trainer.train_step(batches, stop, record)
+            trainer.train_step(stop, record)
         for round_ in range(rounds):
             for way in WAYS[round_ % 3 :] + WAYS[: round_ % 3]:
                 taken, before = [], (time.perf_counter(), time.process_time())
@@ -57,7 +56,8 @@ def measure(trainer: Trainer, rounds: int, steps: int) -> tuple[dict, dict]:
                     trainer.save(record, wait=way == "waited for")
                     stalls[way].append(time.perf_counter() - before[0])
                 for _ in range(steps):
-                    dataset = trainer.train_step(batches, stop, record).datasets[0]
+                    dataset = trainer.stepper.division.draws_of(trainer.step)[0].dataset
+                    trainer.train_step(stop, record)
                     now = time.perf_counter(), time.process_time()
                     taken.append((dataset, now[0] - before[0], now[1] - before[1]))
                     before = now

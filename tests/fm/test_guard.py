@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from whole_runs import DATASETS, accelerate, finish, last_weights, log, small, start
+from whole_runs import DATASETS, accelerate, finish, last_weights, log, small, spoil, start
 
 from data_pipeline.errors import UserError
 from data_pipeline.shards.manifest import Manifest
@@ -93,15 +93,9 @@ def test_too_many_are_the_end() -> None:
 @pytest.fixture(scope="module")
 def spoilt(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards with two frames, of one trajectory, that are a thousand times too large."""
-    shards = tmp_path_factory.mktemp("spoilt") / "shards"
-    shutil.copytree(tiny_shards, shards)
-    folder = shards / DATASETS[0] / "train"
-    manifest = Manifest.load(folder / "manifest.json")
-    one = manifest.trajectories[0]
-    shape = (2, len(manifest.state_channels), *manifest.grid)
-    shard = folder / manifest.shards[one.shard].name
-    np.memmap(shard, np.float32, "r+", offset=one.offsets[0], shape=shape)[:] *= 1e3
-    return shards
+    return spoil(
+        tiny_shards, tmp_path_factory.mktemp("spoilt") / "shards", lambda frames: np.multiply(frames, 1e3, out=frames)
+    )
 
 
 def guarded(shards: Path, directory: Path, action: str, **sections: dict[str, Any]) -> Recipe:

@@ -2,12 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from data_pipeline.shards.manifest import Manifest
 from fm.recipe_file import dump_recipe, resolve
 from fm.settings import Recipe
 
@@ -38,6 +43,17 @@ def small(shards: Path, directory: Path, **sections: dict[str, Any]) -> Recipe:
     if "finetune" in sections:
         document["model"] = None
     return resolve(document, "the test")
+
+
+def spoil(shards: Path, target: Path, change: Callable[[np.ndarray], object]) -> Path:
+    """A copy of the shards in which `change` edits two frames (2, C, H, W), of one training trajectory, in place."""
+    shutil.copytree(shards, target)
+    folder = target / DATASETS[0] / "train"
+    manifest = Manifest.load(folder / "manifest.json")
+    one = manifest.trajectories[0]
+    shape = (2, len(manifest.state_channels), *manifest.grid)
+    change(np.memmap(folder / manifest.shards[one.shard].name, np.float32, "r+", offset=one.offsets[0], shape=shape))
+    return target
 
 
 def log(directory: Path) -> list[dict[str, Any]]:

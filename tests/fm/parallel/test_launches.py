@@ -122,10 +122,11 @@ def test_processes_on_different_datasets_train_as_one_does(tiny_shards: Path, tm
     """Of four draws of three windows each, two processes take six windows by cost, in different numbers of pieces."""
     batches = {"steps": 12, "global_batch": 12, "draws": 4, "micro_batch": 2}
     sections = {**SECTIONS, "train": {**SECTIONS["train"], **batches}, "sampling": {"draw": "per_rank"}}
+    sections["train"]["read_every"] = 5
     together = small(tiny_shards, tmp_path / "together", **sections)
     code, output = launched(together, "cpu2")
     assert code == 0, output
-    whole = {**sections, "train": {**sections["train"], "micro_batch": None}, "sampling": {"draw": "global"}}
+    whole = {**sections, "train": {**sections["train"], "micro_batch": None, "read_every": 1}, "sampling": {"draw": "global"}}
     assert train(small(tiny_shards, tmp_path / "whole", **whole)) == 0
     assert_same_run(tmp_path / "together", tmp_path / "whole", 12)
 

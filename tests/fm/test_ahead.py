@@ -1,0 +1,140 @@
+"""Losses read back for several steps at once: the run is the one that reads every step, bit for bit."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from whole_runs import DATASETS, last_weights, log, small, spoil
+
+from data_pipeline.errors import UserError
+from fm.ahead import Ahead, Found, Taken
+from fm.runtime import StopSignal, make_accelerator
+from fm.settings import Recipe
+from fm.tracking.logs import parse_lines
+from fm.trainer import Trainer
+from fm.training import train
+
+
+@pytest.fixture(scope="module")
+def spoilt(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards with two frames, of one trajectory, that are too large for float32 once squared."""
+    return spoil(tiny_shards, tmp_path_factory.mktemp("spoilt") / "shards", lambda frames: frames.fill(1e30))
+
+
+def guarded(shards: Path, directory: Path, read_every: int, action: str, **sections: dict[str, Any]) -> Recipe:
+    train_section = {"steps": 20, "read_every": read_every}
+    sections = {"checkpoint": {"every": 8, "keep": 100}, **sections}
+    guard, data = {"action": action, "max_events": 20}, {"datasets": DATASETS[:1]}
+    return small(shards, directory, train=train_section, guard=guard, data=data, **sections)
+
+
+def refused(directory: Path) -> list[tuple[int, str]]:
+    lines, _ = parse_lines((directory / "events.jsonl").read_text())
+    return [(line["refused"], line["text"]) for line in lines if line["kind"] == "guard"]
+
+
+def incidents(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
+    kept = (directory / "incidents").iterdir()
+    return {path.name: load_file(path / name) for path in kept for name in ("model.safetensors", "ema.safetensors")}
+
+
+def test_a_run_does_not_depend_on_how_often_it_is_read(tiny_shards: Path, tmp_path: Path) -> None:
+    sections = {"checkpoint": {"every": 9}, "validation": {"every": 10, "windows": 2, "rollouts": 0}}
+    for every in (1, 7, 1000):
+        settings = {"steps": 24, "read_every": every, "jitter": 0.05}
+        assert train(small(tiny_shards, tmp_path / str(every), train=settings, **sections)) == 0
+    for every in ("7", "1000"):
+        assert log(tmp_path / every) == log(tmp_path / "1")
+        assert last_weights(tmp_path / every) == last_weights(tmp_path / "1")
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_refused_steps_are_the_same_ones(spoilt: Path, tmp_path: Path, action: str) -> None:
+    """Steps after a refused one, taken before anyone knew, are taken again."""
+    for every in (1, 5):
+        assert train(guarded(spoilt, tmp_path / str(every), every, action)) == 0
+    often, seldom = tmp_path / "1", tmp_path / "5"
+    assert refused(seldom) == refused(often) != []
+    assert any(number % 5 and number % 8 for number, _ in refused(often))  # one that was not read at once
+    assert log(seldom) == log(often)
+    assert last_weights(seldom) == last_weights(often)
+    before, after = incidents(often), incidents(seldom)
+    assert before.keys() == after.keys()
+    for name, weights in before.items():
+        assert all(torch.equal(weights[key], after[name][key]) for key in weights)
+
+
+def test_a_broken_step_stops_the_run_before_the_weights_move(spoilt: Path, tmp_path: Path) -> None:
+    said = []
+    for every in (1, 20):
+        with pytest.raises(UserError, match=r"step \d+: the loss of .* is not finite.*The optimiser did not move") as e:
+            train(guarded(spoilt, tmp_path / str(every), every, "stop"))
+        said.append(str(e.value).replace(str(tmp_path / str(every)), ""))
+    assert said[0] == said[1]
+    assert log(tmp_path / "20") == log(tmp_path / "1")
+    assert incidents(tmp_path / "20").keys() == incidents(tmp_path / "1").keys()
+
+
+def test_a_spike_is_judged_at_every_step(tiny_shards: Path, tmp_path: Path) -> None:
+    """What is usual depends on the steps before."""
+    recipe = small(tiny_shards, tmp_path / "run", train={"read_every": 4}, guard={"spike": 50.0})
+    trainer = Trainer(recipe, make_accelerator(recipe.train.clip))
+    assert _reads(trainer, 3) == [True] * 3
+
+
+def test_nothing_is_read_in_between(tiny_shards: Path, tmp_path: Path) -> None:
+    recipe = small(tiny_shards, tmp_path / "run", train={"read_every": 4}, checkpoint={"every": 6})
+    trainer = Trainer(recipe, make_accelerator(recipe.train.clip))
+    assert _reads(trainer, 8) == [number in (4, 6, 8) for number in range(1, 9)]
+
+
+def test_a_stop_is_seen_at_the_next_read(tiny_shards: Path, tmp_path: Path) -> None:
+    recipe = small(tiny_shards, tmp_path / "run", train={"read_every": 3})
+    trainer, stop = Trainer(recipe, make_accelerator(recipe.train.clip)), StopSignal()
+    stop.received = True
+    with trainer.open_record() as record, trainer.writer:
+        assert [trainer.train_step(stop, record) for _ in range(3)] == [False, False, True]
+
+
+def test_what_is_broken_halts_until_the_next_read() -> None:
+    steps = {"fine": [1.0, 0.5, 0.5, 2.0, 0.0], "loss": [float("inf"), 0.5, 0.5, 2.0, 0.0]}
+    steps["norm"] = [1.0, 0.5, 0.5, float("nan"), 0.0]
+    ahead = Ahead()
+    for names, halted in ((("fine", "loss", "fine"), [0.0, 1.0, 1.0]), (("fine", "norm"), [0.0, 1.0])):
+        for name, expected in zip(names, halted, strict=True):
+            ahead.add(Taken(1, (), 0.1, 0.0, 0.0, Found(torch.tensor(steps[name]))))
+            assert float(ahead.halted()) == expected
+        assert len(ahead.read()) == len(names)
+
+
+def test_processes_add_their_losses_and_share_norm_and_stop() -> None:
+    found = Found.by(torch.tensor([[1.0, 2.0, 3.0, 4.0, 0.0], [10.0, 20.0, 30.0, 5.0, 1.0]]))
+    assert (found.losses, found.mse, found.wavelet_l1, found.norm, found.stop) == ([11.0], 22.0, 33.0, 5.0, True)
+
+
+class _Reads(TorchDispatchMode):
+    """Counts numbers that leave the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            self.seen[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def _reads(trainer: Trainer, steps: int) -> list[bool]:
+    """Whether each of the next steps reads a number back."""
+    found = []
+    with trainer.open_record() as record, trainer.writer:
+        for _ in range(steps):
+            with _Reads() as reads:
+                trainer.train_step(StopSignal(), record)
+            found.append(bool(reads.seen))
+    return found
