@@ -126,7 +126,8 @@ def test_processes_on_different_datasets_train_as_one_does(tiny_shards: Path, tm
     together = small(tiny_shards, tmp_path / "together", **sections)
     code, output = launched(together, "cpu2")
     assert code == 0, output
-    whole = {**sections, "train": {**sections["train"], "micro_batch": None, "read_every": 1}, "sampling": {"draw": "global"}}
+    alone = {**sections["train"], "micro_batch": None, "read_every": 1}
+    whole = {**sections, "train": alone, "sampling": {"draw": "global"}}
     assert train(small(tiny_shards, tmp_path / "whole", **whole)) == 0
     assert_same_run(tmp_path / "together", tmp_path / "whole", 12)
 
