@@ -114,6 +114,8 @@ class TrainSettings:
     jitter: float = 0.0  # Gaussian noise on true input frames, in units of each channel's std
     ema: float = 0.999  # decay of the averaged weights; ramps up as (1 + step) / (10 + step)
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else float32
+    # by torch.compile: each block, the whole step, or that with CUDA graphs (fm/compiling.py); auto: blocks on a GPU
+    compile: Literal["auto", "eager", "blocks", "step", "graphs"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "draws", "decay_every"):
