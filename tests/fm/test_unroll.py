@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fm.gradient import _tf32
 from fm.model import DatasetSpec, ModelConfig, WaveLiTFM
 from fm.settings import FinetuneSettings, LossSettings
 from fm.unroll import Unroll, causal_weights
@@ -178,3 +179,10 @@ def test_a_gpu_never_makes_the_host_wait_in_forward_and_backward(objective: str)
         float(windows.sum())
         windows[windows > 0]
     assert waits.found == ["_local_scalar_dense", "index"]
+
+
+def test_tf32_is_for_a_bf16_step_and_ends_with_it() -> None:
+    for allowed, expected in ((False, "highest"), (True, "high")):
+        with _tf32(allowed):
+            assert torch.get_float32_matmul_precision() == expected
+        assert torch.get_float32_matmul_precision() == "highest"
