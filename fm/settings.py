@@ -117,6 +117,8 @@ class TrainSettings:
     # steps whose losses are read back from a GPU at once, so that it need not wait; null: 10 on a GPU, 1 on a CPU. The
     # run is the same, bit for bit. FSDP, DeepSpeed and guard.spike read every step
     read_every: int | None = None
+    # by torch.compile: each block, the whole step, or that with CUDA graphs (fm/compiling.py); auto: blocks on a GPU
+    compile: Literal["auto", "eager", "blocks", "step", "graphs"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "draws", "decay_every"):

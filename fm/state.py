@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fm.checkpoint import load_checkpoint
 from fm.checkpoint_writer import Snapshot, take_snapshot
+from fm.compiling import compile_objective
 from fm.ema import EMA
 from fm.parallel.spread import spread
 from fm.runtime import autocast_dtype
@@ -35,6 +36,7 @@ class TrainingState:
         device = accelerator.device
         autocast = autocast_dtype(recipe.train.precision, device)
         objective = Unroll(model.to(device), recipe.loss, recipe.finetune, autocast)
+        compile_objective(objective, recipe, accelerator)
         self.parallel = spread(accelerator, objective, recipe.train, recipe.adapt)
         average.to(device)
         shards = {name: self.parallel.shard(name, whole) for name, whole in average.named_parameters()}

@@ -1,5 +1,6 @@
-"""Data that many tests read and none may change."""
+"""Data that many tests read and none may change, and the option --compile."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,29 @@ from data_pipeline.shards.build import build_shards
 SLOW = (
     *("test_launches.py", "test_training.py", "test_chaos.py", "test_guard.py", "test_tutorials.py"),
     *("test_adapting.py", "test_deaths.py", "test_nine_datasets.py", "test_status.py", "test_console.py"),
-    *("test_restart.py", "test_plan.py", "test_few_shot.py", "test_finetuning.py", "test_hub.py", "test_transfer.py"),
+    *(
+        "test_compiling.py",
+        "test_restart.py",
+        "test_plan.py",
+        "test_few_shot.py",
+        "test_finetuning.py",
+        "test_hub.py",
+        "test_transfer.py",
+    ),
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--compile",
+        metavar="WAY[:BACKEND]",
+        help="what train.compile: auto means in the runs of tests, subprocesses too: blocks, step, blocks:aot_eager",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--compile"):
+        os.environ["WAVELIT_COMPILE"] = config.getoption("--compile")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

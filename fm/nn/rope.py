@@ -5,8 +5,11 @@ second half with its y index, pair i of an axis by the angle index * base**(-i /
 their product depend on the difference of positions only.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 BASE = 10_000.0
 
@@ -14,11 +17,23 @@ BASE = 10_000.0
 def rope_table(height: int, width: int, head_width: int, device: torch.device | str = "cpu") -> Tensor:
     """Cosine and sine of each pair at each token of an h x w grid: float32 (N, m/2, 2), N = h*w, y running fastest.
 
-    It costs a few thousand cosines, so the model makes it anew in each forward: nothing to cache, save or move.
-    ValueError if m is not a multiple of 4.
+    Shared by whoever asks for the same one: do not write into it. ValueError if m is not a multiple of 4.
     """
     if head_width % 4:
         raise ValueError(f"2D RoPE needs a head width that is a multiple of 4, got {head_width}")
+    # What traces or fakes tensors must neither leave its own in the cache nor find others there.
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return _make_table(height, width, head_width, torch.device(device))
+    return _kept_table(height, width, head_width, torch.device(device))
+
+
+@lru_cache(maxsize=64)
+def _kept_table(height: int, width: int, head_width: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # else training could not use what a prediction has left
+        return _make_table(height, width, head_width, device)
+
+
+def _make_table(height: int, width: int, head_width: int, device: torch.device) -> Tensor:
     quarter = head_width // 4
     frequencies = BASE ** (-torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
     along_x = torch.arange(height, device=device, dtype=torch.float32)[:, None] * frequencies  # (h, m/4)

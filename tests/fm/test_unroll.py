@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fm.gradient import _tf32
 from fm.model import DatasetSpec, ModelConfig, WaveLiTFM
 from fm.settings import FinetuneSettings, LossSettings
 from fm.unroll import Unroll, causal_weights
@@ -145,3 +147,42 @@ def test_checkpointed_activations_keep_one_model_step_in_memory() -> None:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             objective(windows, windows[:, 0, :0], torch.zeros(2, STEPS, dtype=torch.bool), "flow")
     assert kept[True] < kept[False] / STEPS
+
+
+class _Waits(TorchDispatchMode):
+    """Names the operations whose result the host must see, or whose shape depends on the data."""
+
+    NAMES = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_consecutive")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name.removeprefix("aten::")
+        if name in self.NAMES or (name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("objective", ["scheduled_sampling", "causal_bptt", "pushforward"])
+def test_a_gpu_never_makes_the_host_wait_in_forward_and_backward(objective: str) -> None:
+    moments = {key: {"a": 1.0, "b": 1.0} for key in MOMENTS}
+    spec = DatasetSpec("flow", ("a",), ("b",), (("PERIODIC",) * 2, ("WALL",) * 2), moments)
+    model = WaveLiTFM(ModelConfig(width=16, depth=1, heads=2, pointwise=True), [spec])
+    unroll = Unroll(model, LossSettings(), FinetuneSettings(pretrained="x", objective=objective), torch.bfloat16)
+    windows = torch.randn(2, STEPS + 1, 1, 16, 16)
+    with _Waits() as waits:
+        unroll(windows, windows[:, 0], torch.ones(2, STEPS, dtype=torch.bool), "flow")["loss"].backward()
+    assert not waits.found
+    with _Waits() as waits:
+        float(windows.sum())
+        windows[windows > 0]
+    assert waits.found == ["_local_scalar_dense", "index"]
+
+
+def test_tf32_is_for_a_bf16_step_and_ends_with_it() -> None:
+    for allowed, expected in ((False, "highest"), (True, "high")):
+        with _tf32(allowed):
+            assert torch.get_float32_matmul_precision() == expected
+        assert torch.get_float32_matmul_precision() == "highest"

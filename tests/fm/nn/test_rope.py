@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fm.nn.rope import rope_table, rotate
 
@@ -45,3 +47,20 @@ def test_compiled_form_equals_complex_form() -> None:
 def test_head_width_must_be_a_multiple_of_four() -> None:
     with pytest.raises(ValueError, match="multiple of 4, got 6"):
         rope_table(4, 4, 6)
+
+
+def test_tables_are_kept_and_hold_neither_fake_nor_inference_tensors() -> None:
+    with FakeTensorMode():
+        assert isinstance(rope_table(6, 10, 8), FakeTensor)
+    with torch.inference_mode():
+        kept = rope_table(6, 10, 8)
+    assert type(kept) is Tensor
+    assert not kept.is_inference()
+    x = torch.randn(1, 60, 1, 8, requires_grad=True)
+    rotate(x, rope_table(6, 10, 8)).sum().backward()  # an inference tensor would not do
+    assert rope_table(6, 10, 8) is kept
+    assert rope_table(10, 6, 8) is not kept
+    with FakeTensorMode():
+        assert isinstance(rope_table(6, 10, 8), FakeTensor)  # of the mode, whatever is kept
+    traced = torch.compile(lambda x: x + rope_table(6, 10, 8), backend="eager", fullgraph=True)
+    assert torch.equal(traced(torch.zeros(())), kept)
