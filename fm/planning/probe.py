@@ -57,6 +57,7 @@ class Measured:
     seconds: float
     steps: int  # counted
     extrapolated: bool  # scaled up from a smaller step
+    exchange: float = 0.0  # of the seconds, what the exchange of gradients adds
 
 
 class Probe:
