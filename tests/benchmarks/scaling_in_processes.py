@@ -45,7 +45,6 @@ WAYS = (
     Way("one process, two threads", "", 2, 1),
     Way("two processes, the same global batch", "cpu2", 1, 1),
     Way("two processes, the same windows each", "cpu2", 1, 2),
-    Way("one process, two threads, twice the windows", "", 2, 2),
 )
 
 
@@ -88,7 +87,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60, help="that count, a multiple of ten (default 60)")
     parser.add_argument("--batch", type=int, default=4, help="windows of a step (default 4)")
-    parser.add_argument("--json", type=Path, help="also write all paces to this file")
+    parser.add_argument("--json", type=Path, help="also write all paces to this file, after each round")
     options = parser.parse_args()
     steps: dict[str, list[float]] = {way.name: [] for way in WAYS}
     cpu: dict[str, list[float]] = {way.name: [] for way in WAYS}
@@ -100,13 +99,13 @@ def main() -> None:
             steps[way.name] += found
             cpu[way.name].append(used)
             loads.append(os.getloadavg()[0])
+        if options.json:
+            options.json.write_text(json.dumps({"steps": steps, "cpu": cpu, "loads": loads}))
     print(f"{options.rounds} x {options.steps} steps of each way, load {min(loads):.1f} to {max(loads):.1f}\n")
     print("| way | windows | step, ms (quartiles) | windows/s | efficiency | CPU ms/window | over the first |")
     print("|:---|---:|---:|---:|---:|---:|---:|")
     for way in WAYS:
         print(row(way, options.batch, steps, cpu))
-    if options.json:
-        options.json.write_text(json.dumps({"steps": steps, "cpu": cpu, "loads": loads}))
 
 
 def row(way: Way, batch: int, steps: dict[str, list[float]], cpu: dict[str, list[float]]) -> str:

@@ -1,13 +1,14 @@
 """The paper's model on 8 to 1,024 GPUs: what a step would take, and what becomes of the GPUs' time. A calculation.
 
     python tests/benchmarks/scaling_on_gpus.py [--gpu h200] [--utilisation 0.3 | --step-ms MS] [--network 50]
-        [--gradients float32 | bf16] [--plot FILE.png]
+        [--gradients float32 | bf16] [--graphs] [--plot FILE.png]
 
 No GPU is needed. What is put in:
 
     compute   windows of one dataset take what fm/planning/gpus.py says: FLOPs at the utilisation, bytes at the memory's
-              bandwidth, launches at least; --step-ms, measured on one GPU for the mixture's mean step of 4 windows
-              (`fm benchmark` prints it), scales all of them
+              bandwidth, and never less than its kernels take to start one by one, which --graphs leaves out: CUDA
+              graphs start all at once. --step-ms, measured on one GPU for the mixture's mean step of 4 windows (`fm
+              benchmark` prints it), scales all of them
     exchange  fm/planning/exchange.py: buckets of 25 MB, NVLink in nodes of 8, --network GB/s each between them; what
               the backward pass of the last piece does not hide lengthens the step
     waiting   real draws of the sqrt mixture on the published grids, divided as in training; the step ends with the
@@ -22,7 +23,7 @@ Weak scaling: 4 windows a GPU, so the global batch grows with the GPUs. Strong s
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, help="measured, for the mean step of 4 windows on one GPU")
     parser.add_argument("--network", type=float, default=INFINIBAND, help="GB/s of a GPU to other nodes (default 50)")
     parser.add_argument("--gradients", choices=("float32", "bf16"), default="float32", help="as they are sent")
+    parser.add_argument("--graphs", action="store_true", help="starting kernels costs nothing")
     parser.add_argument("--steps", type=int, default=200, help="that are simulated (default 200)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the efficiencies")
     options = parser.parse_args()
@@ -132,7 +134,7 @@ def main() -> None:
     alone = simulate(Setting(1, MICRO_BATCH, "global", 1), sources, costs, options.steps)
     if options.step_ms:
         factor = options.step_ms / 1e3 / alone.step
-        costs = Costs(**{**vars(costs), "factor": factor})
+        costs = replace(costs, factor=factor)
         alone = simulate(alone.setting, sources, costs, options.steps)
     print_assumptions(options, costs, alone)
     curves = {}
@@ -150,6 +152,8 @@ def read_costs(options: argparse.Namespace) -> tuple[Costs, list[Source]]:
     workload = read_workload(load_recipe(RECIPE, ["data.shards=nowhere"]))
     planner = Planner(workload, 1, bf16=True)
     traffic = planner.count(traffic=True)
+    if options.graphs:
+        traffic = {name: replace(one, operations=0) for name, one in traffic.items()}
     ceiling = Ceiling(find_gpu(options.gpu), options.utilisation, bf16=True)
     costs = Costs(
         flops={name: (1.0 + BACKWARD) * flops for name, flops in planner.forward.items()},
@@ -165,7 +169,8 @@ def read_costs(options: argparse.Namespace) -> tuple[Costs, list[Source]]:
 def print_assumptions(options: argparse.Namespace, costs: Costs, alone: Outcome) -> None:
     gpu = costs.ceiling.gpu
     how = "measured" if options.step_ms else f"reckoned at {options.utilisation:.0%} of {gpu.bf16_tflops:g} TFLOP/s"
-    print(f"one {gpu.name} alone: {1e3 * alone.step:.1f} ms a step of {MICRO_BATCH} windows, {how}")
+    kernels = "" if options.graphs else ", at least 5 us a kernel"
+    print(f"one {gpu.name} alone: {1e3 * alone.step:.1f} ms a step of {MICRO_BATCH} windows, {how}{kernels}")
     print(f"gradients: {costs.gradients / 1e6:.1f} MB in {options.gradients}, {len(buckets(costs.gradients))} buckets")
     print(f"links of each GPU: {gpu.link:g} GB/s in nodes of 8, {options.network:g} GB/s between them, 5 us a hop")
 
