@@ -8,6 +8,7 @@ heads, which keep their size. On a CPU the time of fits is CPU time of one threa
 the clock; on a GPU it is the clock's. Larger machines take larger models: --recipe recipes/fm_pretrain.yaml.
 
     ms, clock  median over rounds, and (highest - lowest) / median of the fitted time as the noise
+    system     of the CPU time, what the kernel takes to hand out fresh pages of memory
     slope      of log time against log size, least squares over medians, with its standard error; last: between the two
                largest sizes alone
     fixed      a of time = a + b x size, least squares of relative errors; and its share of the smallest size's time
@@ -15,7 +16,7 @@ the clock; on a GPU it is the clock's. Larger machines take larger models: --rec
 
 import argparse
 import os
-import time
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import log, sqrt
@@ -56,6 +57,8 @@ class Size:
     state: TrainingState
     clock: list[float] = field(default_factory=list)  # seconds
     fitted: list[float] = field(default_factory=list)  # the seconds that fits look at
+    system: list[float] = field(default_factory=list)  # CPU seconds in the kernel, which hands out fresh memory
+    faults: list[int] = field(default_factory=list)  # pages of it
 
     @property
     def seconds(self) -> float:
@@ -149,20 +152,25 @@ def replace_data(recipe: Recipe) -> Recipe:
 
 
 def take(size: Size, accelerator: Accelerator, counts: bool) -> None:
-    cpu = time.process_time()
+    before = resource.getrusage(resource.RUSAGE_SELF)
     whole = size.exercise.step(size.state).read().whole
-    cpu = time.process_time() - cpu
+    after = resource.getrusage(resource.RUSAGE_SELF)
     if counts:
         size.clock.append(whole)
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         size.fitted.append(whole if accelerator.device.type == "cuda" else cpu)
+        size.system.append(after.ru_stime - before.ru_stime)
+        size.faults.append(after.ru_minflt - before.ru_minflt)
 
 
 def report(sweeps: dict[str, list[Size]], fits: dict[str, Fit]) -> None:
-    print("| varied | size | fitted, ms | noise | clock, ms | slope to the next |\n|:---|---:|---:|---:|---:|---:|")
+    print("| varied | size | fitted, ms | noise | clock, ms | system, ms | page faults | slope to the next |")
+    print(f"|:---|{'---:|' * 7}")
     for name, sizes in sweeps.items():
         for size, after in zip(sizes, [*sizes[1:], None], strict=True):
             slope = f"{log(after.seconds / size.seconds) / log(after.value / size.value):.2f}" if after else ""
-            cells = [f"{1e3 * size.seconds:.1f}", f"{100 * size.noise:.0f} %", f"{1e3 * median(size.clock):.1f}", slope]
+            cells = [f"{1e3 * size.seconds:.1f}", f"{100 * size.noise:.0f} %", f"{1e3 * median(size.clock):.1f}"]
+            cells += [f"{1e3 * median(size.system):.1f}", f"{median(size.faults):,.0f}", slope]
             print(f"| {name} | {size.name} | {' | '.join(cells)} |")
     print("\n| varied | slope | last | fixed, ms | of the smallest |\n|:---|---:|---:|---:|---:|")
     for name, found in fits.items():
