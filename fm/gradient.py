@@ -4,7 +4,7 @@ Each window counts 1 / train.global_batch, whichever process takes it, in howeve
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,11 +20,17 @@ from fm.state import TrainingState
 
 
 def step_gradient(
-    recipe: Recipe, state: TrainingState, division: Division, accelerator: Accelerator, batches: Iterator[Batch]
+    recipe: Recipe,
+    state: TrainingState,
+    division: Division,
+    accelerator: Accelerator,
+    batches: Iterator[Batch],
+    mark: Callable[[str], None] = lambda phase: None,
 ) -> tuple[torch.Tensor, float]:
     """Leave the gradient of the step after `state.step`, averaged over the processes, with the parameters. Collective.
 
-    `batches` gives this process's pieces of the step. Returns its parts of each draw's loss, mse and wavelet_l1
+    `batches` gives this process's pieces of the step; `mark` is told when forward or backward of a piece is at its end.
+    Returns its parts of each draw's loss, mse and wavelet_l1
     (draws, 3), which add up to the whole over the processes, and the seconds it waited for data.
     """
     pieces = division.pieces(state.step)
@@ -41,7 +47,9 @@ def step_gradient(
         in_bf16 = autocast_dtype(recipe.train.precision, accelerator.device) is not None
         with state.parallel.accumulate(last=number == len(pieces) - 1), _tf32(in_bf16):
             terms = state.parallel.objective(**inputs)
+            mark("forward")
             state.parallel.backward(terms["loss"] * weight)
+            mark("backward")
         share = len(piece.places) / recipe.train.batch
         found = torch.stack([terms["loss"].detach(), terms["mse"], terms["wavelet_l1"]])
         losses[piece.draw - state.step * division.draws] += share * found

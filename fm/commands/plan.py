@@ -35,6 +35,13 @@ def add(commands: Commands) -> None:
         "--shards", metavar="DIR", help="shards that are there, in place of the recipe's, which may not be"
     )
     plan.add_argument("--processes", type=int, default=1, metavar="N", help="that share each step (default: 1)")
+    plan.add_argument(
+        "--network",
+        type=float,
+        default=50.0,
+        metavar="GBS",
+        help="with --gpu: GB/s of each GPU to other nodes (default: 50, InfiniBand of 400 Gb/s)",
+    )
     plan.add_argument("--json", type=Path, metavar="FILE", help="also write every number to this file")
     plan.set_defaults(command=_run)
 
@@ -49,7 +56,10 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError(f"--probe-seconds: expected seconds above 0, got {options.probe_seconds}")
     if options.processes < 1:
         raise UserError(f"--processes: expected a number of at least 1, got {options.processes}")
+    if not 0 < options.network < float("inf"):
+        raise UserError(f"--network: expected GB/s above 0, got {options.network}")
     overrides = [*options.overrides, *([f"data.shards={options.shards}"] if options.shards else [])]
     speed = options.probe_seconds if options.gpu is None else (options.gpu, options.utilisation)
-    plan_run(options.recipe, overrides, speed, options.processes, options.shards is not None, options.json)
+    shards = options.shards is not None
+    plan_run(options.recipe, overrides, speed, options.processes, shards, options.json, options.network)
     return 0

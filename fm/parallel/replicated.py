@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from fm.optim import GroupedAdamW
 from fm.parallel.base import Parallel
@@ -23,6 +24,8 @@ class Replicated(Parallel):
         self.name = "DDP" if accelerator.num_processes > 1 else "one process"
         self._accelerator = accelerator
         self.objective = accelerator.prepare_model(objective)
+        if isinstance(self.objective, DistributedDataParallel):
+            self.objective.broadcast_buffers = False  # constants; torch 2.13 warns of it as an argument
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:

@@ -18,17 +18,18 @@ class Gpu:
     float32_tflops: float
     bandwidth: float  # GB/s of its memory
     memory: float  # GB
+    link: float  # GB/s each way to the other GPUs of its node: NVLink, or where there is none PCIe 4.0
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 312, 19.5, 2039, 80),  # NVIDIA A100 data sheet, 80 GB SXM
-        Gpu("l40s", 362, 91.6, 864, 48),  # NVIDIA L40S data sheet
-        Gpu("h100", 989, 67, 3350, 80),  # NVIDIA H100 data sheet, SXM; half of what it states with sparsity
-        Gpu("h200", 989, 67, 4800, 141),  # NVIDIA H200 data sheet, SXM; as above
-        Gpu("b200", 2250, 75, 7700, 180),  # NVIDIA Blackwell data sheet, HGX B200; as above
-        Gpu("rtx4090", 165.2, 82.6, 1008, 24),  # NVIDIA Ada GPU Architecture white paper, appendix A
+        Gpu("a100", 312, 19.5, 2039, 80, 300),  # NVIDIA A100 data sheet, 80 GB SXM
+        Gpu("l40s", 362, 91.6, 864, 48, 32),  # NVIDIA L40S data sheet
+        Gpu("h100", 989, 67, 3350, 80, 450),  # NVIDIA H100 data sheet, SXM; half of what it states with sparsity
+        Gpu("h200", 989, 67, 4800, 141, 450),  # NVIDIA H200 data sheet, SXM; as above
+        Gpu("b200", 2250, 75, 7700, 180, 900),  # NVIDIA Blackwell data sheet, HGX B200; as above
+        Gpu("rtx4090", 165.2, 82.6, 1008, 24, 32),  # NVIDIA Ada GPU Architecture white paper, appendix A
     )
 }
 

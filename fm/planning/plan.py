@@ -21,10 +21,25 @@ class DatasetPlan:
     flops: float
     read_bytes: float
     activation_bytes: float  # of the most windows and model calls that one process holds at once
-    seconds: float
+    seconds: float  # the exchange of gradients included, where it is reckoned
     extrapolated: bool  # measured on fewer windows or a smaller grid
     validation_calls: int  # model calls of a validation
     forward_flops: float  # of one of them
+    exchange_seconds: float  # of `seconds`, what the exchange of gradients adds to the backward pass
+
+    @property
+    def computing_seconds(self) -> float:
+        return self.seconds - self.exchange_seconds
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The gradients' way through all processes in a step, by the model of fm/planning/exchange.py."""
+
+    bytes: float
+    seconds: float  # of which the backward pass hides a part
+    link: float  # GB/s assumed within a node
+    network: float  # GB/s assumed between nodes
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,7 @@ class Plan:
     input_bytes: float  # windows of the largest piece
     memory_bytes: float  # that the machine has
     utilisation: float | None  # that was assumed; None where times were measured
+    exchange: Exchange | None  # None where there is none, or where times were measured
     validations: int
     checkpoint_bytes: float  # of one checkpoint
     checkpoints: int  # kept at the end
@@ -63,7 +79,9 @@ class Plan:
     def validation_seconds(self) -> float:
         """Of one validation, on one process, at the speed of training."""
         parts = self.datasets.values()
-        return sum(one.validation_calls * one.forward_flops * one.seconds * self.processes / one.flops for one in parts)
+        pace = [one.computing_seconds * self.processes / one.flops for one in parts]  # seconds a FLOP
+        calls = [one.validation_calls * one.forward_flops for one in parts]
+        return sum(seconds * flops for seconds, flops in zip(pace, calls, strict=True))
 
     @property
     def seconds(self) -> float:

@@ -9,10 +9,11 @@ from tqdm import tqdm
 
 from data_pipeline.cards.card import PATCH
 from data_pipeline.windows.division import Division
-from fm.cost import Footprint, footprint, forward_flops, forward_passes, held_calls, kept_bytes
+from fm.cost import BACKWARD, Footprint, footprint, forward_flops, forward_passes, held_calls, kept_bytes
 from fm.curriculum import unroll_length
+from fm.planning.exchange import INFINIBAND, Interconnect, buckets
 from fm.planning.gpus import STATE_TOUCHES, Ceiling
-from fm.planning.plan import USABLE, DatasetPlan, Plan
+from fm.planning.plan import USABLE, DatasetPlan, Exchange, Plan
 from fm.planning.probe import Measured, Probe
 from fm.planning.workload import FLOAT_BYTES, DatasetWork, Workload
 from fm.runtime import autocast_dtype
@@ -57,9 +58,10 @@ class Planner:
                 self.kept[name] = kept_bytes(self._one_call, name, work.grid, some) / some
         return moved
 
-    def ceiling(self, ceiling: Ceiling) -> Plan:
-        """The plan for a GPU of the table."""
+    def ceiling(self, ceiling: Ceiling, network: float = INFINIBAND) -> Plan:
+        """The plan for GPUs of the table, in nodes of 8 with `network` GB/s each between them."""
         moved, train = self.count(traffic=True), self.recipe.train
+        links, gradients = Interconnect(ceiling.gpu.link, network), float(FLOAT_BYTES * self.parameters)
         pieces = train.draws * -(-train.batch // self.processes // self.micro_batch)
         windows = train.global_batch / self.processes
         times = {}
@@ -72,11 +74,16 @@ class Planner:
                 windows / min(2, self.micro_batch) * calls * moved[name].moved_bytes + state,
                 pieces * calls * moved[name].operations,
             )
-            times[name] = Measured(seconds, 0, False)
-        gpu = ceiling.gpu
+            backward = BACKWARD / rounds * seconds / pieces  # the last one, in which gradients get their final value
+            exposed = links.after_backward(buckets(gradients), backward, self.processes)
+            times[name] = Measured(seconds + exposed, 0, False, exposed)
+        exchange, gpu = None, ceiling.gpu
+        if self.processes > 1:
+            sent = sum(links.all_reduce(size, self.processes) for size in buckets(gradients))
+            exchange = Exchange(gradients, sent, links.link, links.network)
         kind = f"{gpu.bf16_tflops:g} TFLOP/s bf16" if self.bf16 else f"{gpu.float32_tflops:g} TFLOP/s float32"
         machine = f"{gpu.name}: {kind}, {gpu.bandwidth:g} GB/s, {gpu.memory:g} GB"
-        return self._plan(machine, 1e9 * gpu.memory, times, ceiling.utilisation)
+        return self._plan(machine, 1e9 * gpu.memory, times, ceiling.utilisation, exchange)
 
     def probe(self, seconds: float) -> Plan:
         """The plan for this machine, by a probe of about so many seconds."""
@@ -94,7 +101,7 @@ class Planner:
             machine = f"this machine, measured: {torch.cuda.get_device_name()}"
         else:
             machine = f"this machine, measured: CPU, {torch.get_num_threads()} threads"
-        return self._plan(machine, memory, grown, None)
+        return self._plan(machine, memory, grown, None, None)
 
     def _held(self, name: str) -> float:
         """Bytes of activations of one window."""
@@ -108,7 +115,14 @@ class Planner:
         some = np.linspace(0, steps - 1, min(steps, 1000)).astype(int).tolist()
         return float(np.mean([of_calls(unroll_length(step, steps, finetune, name)) for step in some]))
 
-    def _plan(self, machine: str, memory: float, times: Mapping[str, Measured], utilisation: float | None) -> Plan:
+    def _plan(
+        self,
+        machine: str,
+        memory: float,
+        times: Mapping[str, Measured],
+        utilisation: float | None,
+        exchange: Exchange | None,
+    ) -> Plan:
         recipe, train = self.recipe, self.recipe.train
         works = self.workload.datasets.values()
         state = FLOAT_BYTES * self.parameters * (COPIES + (self.processes > 1))
@@ -128,6 +142,7 @@ class Planner:
             input_bytes=self.micro_batch * max(work.window_bytes for work in works),
             memory_bytes=memory,
             utilisation=utilisation,
+            exchange=exchange,
             validations=_validations(recipe),
             checkpoint_bytes=4 * FLOAT_BYTES * self.parameters,  # weights, average, two moments
             checkpoints=_checkpoints(recipe),
@@ -159,6 +174,7 @@ class Planner:
             extrapolated=time.extrapolated,
             validation_calls=validation.windows + validation.rollouts * (work.frames - 1) if validation.every else 0,
             forward_flops=self.forward[name],
+            exchange_seconds=time.exchange,
         )
 
 

@@ -1,9 +1,9 @@
 """Seconds of a training step on this machine, measured: a few steps per dataset, on random data of its grid.
 
-A step is the trainer's own (forward, backward, clip, AdamW, averaged weights). Datasets take turns, as they do in
-training, and the first round, which is slow, does not count. What would take too long is made smaller, first to one
-window, then to a grid of half the sides and so on; its time follows from that of two sizes, on a line in FLOPs, since a
-part of a step does not grow with the grid.
+A step is the trainer's own (fm/exercise.py). Datasets take turns, as they do in training, and the first round, which is
+slow, does not count. What would take too long is made smaller, first to one window, then to a grid of half the sides
+and so on; its time follows from that of two sizes, on a line in FLOPs, since a part of a step does not grow with the
+grid.
 """
 
 import time
@@ -11,20 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from data_pipeline.cards.card import PATCH
-from data_pipeline.windows.batch import Batch
-from data_pipeline.windows.division import Division
-from data_pipeline.windows.schedule import Schedule, Source
 from fm.cost import forward_passes
-from fm.gradient import step_gradient
+from fm.exercise import Exercise, exercise_state, sized
 from fm.planning.workload import DatasetWork, Workload
 from fm.runtime import make_accelerator
 from fm.settings import Recipe
-from fm.state import TrainingState
 from fm.surrogate import MIN_GRID
 
 ROUNDS = 3  # counted steps of each dataset, at least
@@ -57,6 +52,7 @@ class Measured:
     seconds: float
     steps: int  # counted
     extrapolated: bool  # scaled up from a smaller step
+    exchange: float = 0.0  # of the seconds, what the exchange of gradients adds
 
 
 class Probe:
@@ -66,8 +62,7 @@ class Probe:
         """`kept` are the bytes of activations per token, by dataset; `memory` is what this machine has."""
         self.recipe = workload.recipe
         self.accelerator: Accelerator = make_accelerator(self.recipe.train.clip)
-        self.state = TrainingState(self.recipe, workload.model(), self.accelerator, None)
-        self.state.step = self.recipe.train.steps - 1  # whose unroll has its full length
+        self.state = exercise_state(self.recipe, workload.model(), self.accelerator)
         self._works = list(workload.datasets.values())
         self._kept, self._memory = kept, memory
         self._windows = max(1, self.recipe.train.batch // processes)  # of a draw
@@ -129,32 +124,11 @@ class Probe:
             yield self._trial(work, 1, 1, grid)
 
     def _trial(self, work: DatasetWork, windows: int, draws: int, grid: tuple[int, int]) -> Trial:
-        train = replace(self.recipe.train, global_batch=windows * draws, draws=draws)
-        return Trial(work, replace(self.recipe, train=train), grid)
+        return Trial(work, sized(self.recipe, windows, draws), grid)
 
     def _step(self, trial: Trial) -> float:
         """Take a step; returns its seconds. The weights move, by noise."""
-        state, train, name = self.state, trial.recipe.train, trial.work.name
-        source = Source(name, train.batch, trial.work.source.tokens, (train.batch,))
-        schedule = Schedule([source], train.batch, seed=0)
-        division = Division(schedule, draws=train.draws, micro_batch=train.micro_batch)
-        batches = [self._batch(trial, piece.draw, len(piece.places)) for piece in division.pieces(state.step)]
-        started = time.perf_counter()
-        state.parallel.let_rest((name,))
-        step_gradient(trial.recipe, state, division, self.accelerator, iter(batches))
-        float(state.parallel.clip(train.clip))
-        state.parallel.move()
-        state.ema.update(state.parallel.shards(), state.step)
-        state.parallel.forget()
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    def _batch(self, trial: Trial, draw: int, windows: int) -> Batch:
-        spec, frames = trial.work.spec, trial.recipe.window_length(trial.work.name)
-        fields = torch.randn(windows, frames, len(spec.state_channels), *trial.grid)
-        constants = torch.randn(windows, len(spec.constant_channels), *trial.grid)
-        return Batch(spec.name, fields, constants, torch.arange(windows), draw)
+        return Exercise(trial.recipe, trial.work.spec, trial.grid, self.accelerator).step(self.state).read().whole
 
 
 def _of_whole(trial: Trial, times: Sequence[float], least: Mapping[str, tuple[float, float]]) -> Measured:

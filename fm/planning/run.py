@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_file
+from fm.planning.exchange import INFINIBAND
 from fm.planning.gpus import Ceiling, find_gpu
 from fm.planning.plan import Plan
 from fm.planning.planner import Planner, local_bf16
@@ -21,12 +22,14 @@ def plan_run(
     processes: int = 1,
     require_shards: bool = False,
     file: Path | None = None,
+    network: float = INFINIBAND,
 ) -> Plan:
     """Print a recipe's plan and return it.
 
-    `speed` is how many seconds to measure on this machine, or a GPU's name and the utilisation assumed of it; the plan
-    is also written to `file` as JSON. UserError for a broken recipe, an unknown GPU, shards that are required and not
-    there, or a global batch that the processes cannot share.
+    `speed` is how many seconds to measure on this machine, or a GPU's name and the utilisation assumed of it, of which
+    each exchanges gradients with other nodes at `network` GB/s; the plan is also written to `file` as JSON. UserError
+    for a broken recipe, an unknown GPU, shards that are required and not there, or a global batch that the processes
+    cannot share.
     """
     if isinstance(speed, tuple):
         find_gpu(speed[0])  # before the counting, which takes seconds
@@ -35,7 +38,7 @@ def plan_run(
     if isinstance(speed, tuple):
         bf16 = resolved.train.precision != "float32"
         ceiling = Ceiling(find_gpu(speed[0]), speed[1], bf16)
-        plan = Planner(workload, processes, bf16).ceiling(ceiling)
+        plan = Planner(workload, processes, bf16).ceiling(ceiling, network)
     else:
         plan = Planner(workload, processes, local_bf16(resolved)).probe(speed)
     print(plan_text(plan), end="")

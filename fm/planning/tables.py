@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from textwrap import fill
 
+from fm.planning.exchange import HOP_SECONDS, NODE
 from fm.planning.gpus import LAUNCH_SECONDS
 from fm.planning.plan import USABLE, DatasetPlan, Plan
 from fm.scores.formats import markdown
@@ -111,6 +112,7 @@ def _sentences(plan: Plan) -> list[str]:
         f"- checkpoints: {plan.checkpoints} of {digits(plan.checkpoint_bytes / 1e6)} MB stay on disk; "
         "written while training goes on",
         f"- memory: {_memory(plan)}",
+        *_exchange(plan),
         *_assumptions(plan),
         _reference(plan),
     ]
@@ -136,6 +138,18 @@ def _memory(plan: Plan) -> str:
     return f"{needed}; DOES NOT FIT in {USABLE:.0%} of {digits(plan.memory_bytes / 1e9)} GB: {way}"
 
 
+def _exchange(plan: Plan) -> list[str]:
+    if plan.exchange is None:
+        return []
+    one = plan.exchange
+    return [
+        f"- exchange of gradients: {digits(one.bytes / 1e6)} MB a step in {digits(1e3 * one.seconds, 2)} ms, of which "
+        f"the backward pass leaves {digits(1e3 * plan.mean('exchange_seconds'), 2)} ms, counted above; assumed, for "
+        f"each GPU: {one.link:g} GB/s within nodes of {NODE}, {one.network:g} GB/s between them (--network), "
+        f"{1e6 * HOP_SECONDS:.0f} us a hop"
+    ]
+
+
 def _assumptions(plan: Plan) -> list[str]:
     lines = []
     if plan.utilisation is not None:
@@ -148,7 +162,7 @@ def _assumptions(plan: Plan) -> list[str]:
         lines.append(
             "- ~: too large for the probe; two smaller steps were measured, and a line in FLOPs drawn through them"
         )
-    if plan.processes > 1:
+    if plan.processes > 1 and plan.exchange is None:
         lines.append("- not counted: the exchange of gradients; each process is taken to have a device of its own")
     return lines
 

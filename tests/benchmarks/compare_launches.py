@@ -10,35 +10,20 @@ configurations for them: --configs ddp fsdp deepspeed_zero2.
 """
 
 import argparse
-import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from launched import finish, log, start
+
 CONFIGS = ("cpu2", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp")
 
 
 def run(config: str, directory: Path, stop_at: int, options: argparse.Namespace, threads: int = 1) -> None:
     """Train to `stop_at`, in one process where `config` is empty."""
-    launcher = [sys.executable]
-    if config:
-        launcher += ["-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
-        launcher += ["--num_processes", str(options.processes), "--config_file", f"{ROOT}/launch/{config}.yaml"]
-    settings = [f"data.shards={options.shards}", f"run.dir={directory}", f"run.stop_at={stop_at}", "validation.every=0"]
-    settings += ["tracking.progress=false", "train.precision=float32", *options.overrides]
-    command = [*launcher, str(ROOT / "recipes" / "quickstart.yaml"), *settings]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{config or 'one process'}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
-
-
-def log(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    settings = [f"data.shards={options.shards}", f"run.stop_at={stop_at}", *options.overrides]
+    finish(start(directory, settings, config, options.processes, threads), directory)
 
 
 def difference(found: list[dict], expected: list[dict]) -> float:

@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
+from launched import paces
+
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
 
@@ -26,9 +28,7 @@ def measured(shards: str, steps: int, folder: Path) -> float:
     """Seconds a step of training: the median over paces of ten steps, without the first."""
     settings = [f"run.dir={folder}", f"data.shards={shards}", f"train.steps={steps}", "validation.every=0"]
     run([sys.executable, "-m", "fm", "train", str(RECIPE), *settings, "tracking.progress=false"])
-    lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    paces = [line["seconds"] / line["steps"] for line in lines if line["kind"] == "pace"]
-    return median(paces[1:])
+    return median(paces(folder))
 
 
 def run(command: list[str]) -> None:

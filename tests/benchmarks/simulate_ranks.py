@@ -158,16 +158,23 @@ def row(setting: Setting, sources: Sequence[Source], costs: Costs, steps: int) -
 def work(setting: Setting, schedule: Schedule, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and number of pieces of each rank in a step, (R,) each."""
     first = step * setting.draws
-    sizes = [schedule.source(first + index).tokens for index in range(setting.draws)]
+    sizes = [schedule.source(first + draw).tokens for draw in range(setting.draws)]
+    ranks = shares(setting, schedule, step)
+    tokens = [sum(windows * sizes[draw] for draw, windows in mine.items()) for mine in ranks]
+    return np.array(tokens), np.array([len(mine) for mine in ranks])
+
+
+def shares(setting: Setting, schedule: Schedule, step: int) -> list[dict[int, int]]:
+    """How many windows of which of a step's draws each rank takes."""
+    first = step * setting.draws
     if setting.way == "whole":
-        return setting.windows * np.array(sizes), np.ones(setting.ranks)
+        return [{draw: setting.windows} for draw in range(setting.ranks)]
     if setting.way == "global":  # the same for all
         mine = Division(schedule, 0, setting.ranks, setting.draws, "global").pieces(step)
-        share = sum(len(piece.places) * sizes[piece.draw - first] for piece in mine)
-        return np.full(setting.ranks, share), np.full(setting.ranks, len(mine))
+        return [{piece.draw - first: len(piece.places) for piece in mine}] * setting.ranks
+    sizes = [schedule.source(first + draw).tokens for draw in range(setting.draws)]
     ranks = assign_by_cost(sizes, setting.batch, setting.ranks)  # what Division asks for one rank at a time
-    tokens = [sum(len(places) * sizes[draw] for draw, places in mine.items()) for mine in ranks]
-    return np.array(tokens), np.array([len(mine) for mine in ranks])
+    return [{draw: len(places) for draw, places in mine.items()} for mine in ranks]
 
 
 if __name__ == "__main__":

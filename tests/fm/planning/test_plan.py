@@ -11,6 +11,7 @@ from whole_runs import DATASETS, small
 from data_pipeline.cards.registry import load_registry
 from data_pipeline.errors import UserError
 from fm.__main__ import main
+from fm.planning.exchange import Interconnect, buckets
 from fm.planning.gpus import GPUS, STATE_TOUCHES, Ceiling
 from fm.planning.plan import Plan
 from fm.planning.planner import Planner
@@ -114,8 +115,25 @@ def test_micro_batches_and_processes_share_memory(tmp_path: Path, plan: Plan) ->
         assert half.datasets[name].activation_bytes == pytest.approx(one.activation_bytes / 2)
         assert shared.datasets[name].activation_bytes == half.datasets[name].activation_bytes
         assert shared.datasets[name].flops == one.flops
+    assert_exchange(shared)
+    assert plan.exchange is None
+    assert "exchange of gradients" not in plan_text(plan)
     with pytest.raises(UserError, match="a global batch of 4 windows cannot be shared evenly by 3 processes"):
         planned(small(tmp_path / "none", tmp_path / "run"), processes=3)
+
+
+def assert_exchange(shared: Plan) -> None:
+    """Two processes send every gradient; what the backward pass does not hide is in the step, as far as it is known."""
+    links, gradients = Interconnect(450, 50), buckets(4 * shared.parameters)
+    assert shared.exchange is not None
+    assert shared.exchange.seconds == pytest.approx(sum(links.all_reduce(size, 2) for size in gradients))
+    for one in shared.datasets.values():
+        backward = 2 / 3 * one.computing_seconds
+        assert one.exchange_seconds == pytest.approx(links.after_backward(gradients, backward, 2))
+        assert one.exchange_seconds > 0
+    text = " ".join(plan_text(shared).split())
+    assert "450 GB/s within nodes of 8, 50 GB/s between them (--network)" in text
+    assert "not counted: the exchange" not in text
 
 
 def test_what_does_not_fit_says_what_to_lower(tmp_path: Path) -> None:
@@ -173,6 +191,7 @@ def test_the_papers_run_is_compared_with_the_paper() -> None:
         (["--gpu", "h20O"], "no GPU 'h20O' in the table. Did you mean 'h200'?"),
         (["--utilisation", "30", "--gpu", "h200"], "--utilisation: expected a share in (0, 1], got 30.0"),
         (["--probe-seconds", "0"], "--probe-seconds: expected seconds above 0"),
+        (["--network", "0", "--gpu", "h200"], "--network: expected GB/s above 0, got 0.0"),
         (["--processes", "0"], "--processes: expected a number of at least 1, got 0"),
         (["--shards", "nowhere"], "no train shards under nowhere"),
         (["train.stepz=3"], "unknown key train.stepz"),

@@ -1,0 +1,104 @@
+"""Steps on random data: they are the trainer's, their phases add up, and they have the sizes that were asked for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from whole_runs import small
+
+from fm.exercise import PHASES, Clock, Exercise, exercise_state, sized
+from fm.inputs import new_model
+from fm.model import DatasetSpec
+from fm.runtime import make_accelerator
+from fm.settings import Recipe
+from fm.state import TrainingState
+from fm.surrogate import Surrogate
+from fm.unroll import Unroll
+
+NAME = "shear_flow"
+STATS = {key: {"tracer": 1.0} for key in ("mean", "std", "mean_delta", "std_delta")}
+SPEC = DatasetSpec(NAME, ("tracer",), (), (("PERIODIC", "PERIODIC"),) * 2, STATS)
+GRID = (16, 24)
+ACCELERATOR = make_accelerator(1.0)
+
+
+def model(recipe: Recipe) -> Surrogate:
+    return new_model(recipe.model, [SPEC])
+
+
+def begun(recipe: Recipe) -> TrainingState:
+    return exercise_state(recipe, model(recipe), ACCELERATOR)
+
+
+def random_fields(windows: int, frames: int) -> torch.Tensor:
+    return torch.randn(windows, frames, 1, *GRID, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return small(tmp_path / "none", tmp_path / "run", train={"precision": "float32"})
+
+
+def test_a_step_is_forward_backward_clip_adamw_and_average(recipe: Recipe) -> None:
+    state, by_hand = begun(recipe), model(recipe)
+    before = {name: tensor.clone() for name, tensor in by_hand.named_parameters()}
+    Exercise(recipe, SPEC, GRID, ACCELERATOR).step(state)
+
+    coins = torch.ones(4, 1, dtype=torch.bool)
+    fields = random_fields(4, 2)
+    Unroll(by_hand, recipe.loss)(fields, torch.zeros(4, 0, *GRID), coins, NAME)["loss"].backward()
+    torch.nn.utils.clip_grad_norm_(by_hand.parameters(), recipe.train.clip)
+    rate, decay = recipe.train.learning_rate, recipe.train.weight_decay
+    torch.optim.AdamW(by_hand.parameters(), lr=rate, betas=recipe.train.betas, weight_decay=decay).step()
+
+    followed = (1 + state.step) / (10 + state.step)
+    for name, wanted in by_hand.named_parameters():
+        found = state.parallel.model.get_parameter(name)
+        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
+        torch.testing.assert_close(state.ema.average[name], torch.lerp(found.detach(), before[name], followed))
+        assert found.grad is None
+    assert any(not torch.equal(before[name], found) for name, found in state.parallel.model.named_parameters())
+
+
+def test_phases_are_told_apart_and_add_up(recipe: Recipe) -> None:
+    found = Exercise(recipe, SPEC, GRID, ACCELERATOR).step(begun(recipe)).read()
+    seconds = [getattr(found, phase) for phase in PHASES]
+    assert min(seconds[1:]) > 0
+    assert sum(seconds) == pytest.approx(found.whole)
+
+
+def test_a_clock_gives_each_phase_all_its_parts() -> None:
+    clock = Clock(torch.device("cpu"))
+    for phase in ("data", "forward", "backward", "data", "forward", "backward", "optimiser"):
+        sum(range(20_000))
+        clock.mark(phase)
+    found = clock.read()
+    assert found.whole == pytest.approx(found.data + found.forward + found.backward + found.optimiser)
+    clock.mark("coffee")
+    with pytest.raises(KeyError, match="coffee"):
+        clock.read()
+
+
+@pytest.mark.parametrize("pieces", [{"micro_batch": 1}, {"draws": 2}])
+def test_a_step_in_pieces_has_all_its_windows(recipe: Recipe, pieces: dict[str, int], tmp_path: Path) -> None:
+    divided = small(tmp_path / "none", tmp_path / "run", train={"precision": "float32", **pieces})
+    exercise = Exercise(divided, SPEC, GRID, ACCELERATOR)
+    assert sum(len(batch.windows) for batch in exercise.batches) == 4
+    assert len(exercise.batches) > 1
+    assert all(batch.fields.std() > 0.5 for batch in exercise.batches)
+    state = begun(divided)
+    exercise.step(state)
+    for parameter in state.parallel.model.parameters():
+        assert torch.isfinite(parameter).all()
+
+
+def test_sizes_are_those_asked_for(recipe: Recipe, tmp_path: Path) -> None:
+    assert (sized(recipe, 3, 2).train.global_batch, sized(recipe, 3, 2).train.batch) == (6, 3)
+    assert sized(recipe, 1, calls=1).finetune is None
+    longer = sized(recipe, 2, calls=3)
+    exercise = Exercise(longer, SPEC, GRID, ACCELERATOR)
+    assert exercise.batches[0].fields.shape == (2, 4, 1, *GRID)
+    exercise.step(begun(longer))
+    tuned = small(tmp_path / "none", tmp_path / "run", finetune={"pretrained": "x", "unroll_override": {NAME: 9}})
+    assert sized(tuned, 1).window_length(NAME) == 10
+    assert sized(tuned, 1, calls=2).window_length(NAME) == 3
