@@ -31,14 +31,11 @@ def make_accelerator(clip: float) -> Accelerator:
     """The Accelerator of this process: its device, and its connection with the others. float32; fm casts by itself.
 
     `clip` is the gradient norm that DeepSpeed, which clips by itself, is told. Heads and lifting rows of the datasets
-    that a step does not draw have no gradient, hence find_unused_parameters; buffers are constants, which nobody needs
-    to send, and gradients that are views of DDP's buckets need no copy back. Raises UserError where something else
-    would run than what the launcher asked for; accelerate does so in silence.
+    that a step does not draw have no gradient, hence find_unused_parameters; gradients that are views of DDP's buckets
+    need no copy back. Raises UserError where something else would run than what the launcher asked for; accelerate
+    does so in silence.
     """
-    ddp = DistributedDataParallelKwargs(
-        find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
-    handlers: list = [ddp]
+    handlers: list = [DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)]
     has_gpu = torch.cuda.is_available() and not _is_set("ACCELERATE_USE_CPU")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     zero = asked_for("DEEPSPEED")

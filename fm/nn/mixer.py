@@ -82,7 +82,9 @@ class DepthwiseConv(nn.Module):
         if any(periodic):
             x = _Wrap.apply(x, *periodic)
         padding = (int(not periodic[0]), int(not periodic[1]))
-        image = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, padding=padding, groups=self.weight.shape[0])
+        # A view, so that the gradient has the parameter's strides, by which DDP tells whether it must copy.
+        weight = self.weight.flatten(1, 2)[:, None]
+        image = F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias, padding=padding, groups=len(weight))
         return image.permute(0, 2, 3, 1)
 
 
