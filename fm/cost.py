@@ -83,9 +83,7 @@ def kept_bytes(objective: Unroll, dataset: str, grid: tuple[int, int], windows: 
     return kept.bytes
 
 
-def footprint(
-    objective: Unroll, dataset: str, grid: tuple[int, int], windows: int = 1, calls: int = 1
-) -> Footprint:
+def footprint(objective: Unroll, dataset: str, grid: tuple[int, int], windows: int = 1, calls: int = 1) -> Footprint:
     """What `calls` model steps compute, move and keep.
 
     The objective holds a model of fake tensors, whose gradients stay unset.
