@@ -18,10 +18,10 @@ MEANING = (
     "expected at the recipe's sampling shares."
 )
 FLOOR = (
-    "The floor, in milliseconds: each matrix product and convolution of both passes takes the longer of its arithmetic and of reading "
-    "and writing its tensors once, at the ceilings; all else in the passes is free, as if fused; the optimiser takes "
-    "what it reads and writes. Attention's products are float32 whatever the precision. Traffic: the share that memory "
-    "bandwidth bounds, not arithmetic."
+    "The floor, in milliseconds: each matrix product and convolution of both passes takes the longer of its arithmetic "
+    "and of reading and writing its tensors once, at the ceilings; all else in the passes is free, as if fused; the "
+    "optimiser takes what it reads and writes. Attention's products are float32 whatever the precision. Traffic: the "
+    "share that memory bandwidth bounds, not arithmetic."
 )
 
 
@@ -104,21 +104,30 @@ def _cells(found: Benchmark, row: Row, unit: str) -> list[str]:
     flops, moved = row.flops_per_s() or 0.0, row.bytes_per_s() or 0.0
     return [
         row.dataset,
-        *(digits(1e3 * one) if one >= 5e-6 else "0" for one in phases),
+        *map(_milliseconds, phases),
         f"{100 * row.spread:.0f}",
         _cell((row.tokens_per_s() or 0.0) / 1e3),
-        digits(flops / UNITS[unit]),
+        _short(flops / UNITS[unit]),
         f"{100 * flops / rates.flops[row.dtype]:.0f}",
-        digits(moved / 1e9),
+        _short(moved / 1e9),
         f"{100 * moved / rates.bandwidth:.0f}",
         _cell(row.memory / 1e9 if row.memory else None),
-        digits(1e3 * row.work.floor.seconds),
+        _milliseconds(row.work.floor.seconds),
     ]
 
 
 def _unit(values: Collection[float]) -> str:
     """The prefix of FLOP that suits the largest."""
     return "T" if max(values) >= UNITS["T"] else "G"
+
+
+def _milliseconds(seconds: float) -> str:
+    return _short(1e3 * seconds)
+
+
+def _short(value: float) -> str:
+    """Three digits, but not more than two decimals."""
+    return digits(value) if value >= 1 else f"{value:.2f}"
 
 
 def _cell(value: float | None) -> str:
