@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from data_pipeline.errors import UserError
 from fm.exercise import Exercise, StepSeconds, exercise_state
 from fm.planning.workload import Workload
 from fm.settings import Recipe
@@ -114,21 +115,29 @@ def _take_turns(
     for trials in variants:
         bar.set_postfix_str(trials[0].variant, refresh=False)
         if not entrants or _left(begun, seconds) > (1 + LEAST) * a_round:
-            entrant = _Entrant(trials, workload, accelerator)
+            try:
+                entrant = _Entrant(trials, workload, accelerator)
+            except UserError as error:  # what this device, model or recipe does not allow
+                _leave_out(trials, str(error))
+                continue
             own = entrant.warm_up()
             if not entrants or _left(begun, seconds) > LEAST * (a_round + own):
                 entrants.append(entrant)
                 a_round += own
                 _advance(bar, bar_begun + time.perf_counter() - begun)
                 continue
-        for trial in trials:
-            trial.reason = f"no time for it within --seconds {seconds:g}"
+        _leave_out(trials, f"no time for it within --seconds {seconds:g}")
     number = 0
     while not number or _left(begun, seconds) > (a_round if number >= LEAST else -seconds):
         for entrant in entrants:
             entrant.round()
         number += 1
         _advance(bar, bar_begun + time.perf_counter() - begun)
+
+
+def _leave_out(trials: Sequence[Trial], reason: str) -> None:
+    for trial in trials:
+        trial.reason = reason.partition("\n")[0]
 
 
 def _advance(bar: tqdm, seconds: float) -> None:
