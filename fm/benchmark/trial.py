@@ -36,24 +36,23 @@ class Trial:
 
 def run_trials(
     recipes: Mapping[str, Recipe],
-    reasons: Mapping[str, str],
     workload: Workload,
     accelerator: Accelerator,
     seconds: float,
+    whatever_it_takes: bool = False,
 ) -> list[Trial]:
-    """Measure variants, each a recipe, for about so many seconds in all; those with a reason not to are left out.
+    """Measure variants, each a recipe, for about so many seconds in all.
 
-    Of those that take turns the first is measured however long it takes, others as far as there is time.
+    Of those that take turns the first is measured, and the others as far as there is time, or `whatever_it_takes`.
     """
     trials = [Trial(name, data, recipe) for name, recipe in recipes.items() for data in workload.datasets]
-    for trial in trials:
-        trial.reason = reasons.get(trial.variant, "")
-    able = [name for name in recipes if name not in reasons]
-    groups = [able] if accelerator.device.type == "cpu" else [[name] for name in able]
+    groups = [list(recipes)] if accelerator.device.type == "cpu" else [[name] for name in recipes]
     with tqdm(total=round(seconds), desc="benchmark", unit="s", leave=False) as bar:
         for names in filter(None, groups):
             some = [[trial for trial in trials if trial.variant == name] for name in names]
-            _take_turns(some, workload, accelerator, seconds / len(groups), bar)
+            entrants = _enter(some, workload, accelerator, seconds / len(groups), whatever_it_takes, bar)
+            _take_turns(entrants, seconds / len(groups), bar)
+            del entrants
             gc.collect()
             if accelerator.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -101,48 +100,48 @@ class _Entrant:
                 trial.times.extend(clock.read() for clock in clocks)
 
 
-def _take_turns(
-    variants: Sequence[Sequence[Trial]], workload: Workload, accelerator: Accelerator, seconds: float, bar: tqdm
-) -> None:
-    """Rounds of all these variants, as long as there is time; those for which there is none leave that as reason.
-
-    On a machine so busy that LEAST rounds would take twice the time there are fewer.
-    """
+def _enter(
+    variants: Sequence[Sequence[Trial]],
+    workload: Workload,
+    accelerator: Accelerator,
+    seconds: float,
+    whatever_it_takes: bool,
+    bar: tqdm,
+) -> list[_Entrant]:
+    """The variants that can be measured here and for which there is time, warm; the others leave their reason."""
     begun = time.perf_counter()
-    bar_begun = bar.n
     entrants: list[_Entrant] = []
     a_round = 0.0  # seconds
     for trials in variants:
-        bar.set_postfix_str(trials[0].variant, refresh=False)
-        if not entrants or _left(begun, seconds) > (1 + LEAST) * a_round:
-            try:
-                entrant = _Entrant(trials, workload, accelerator)
-            except UserError as error:  # what this device, model or recipe does not allow
-                _leave_out(trials, str(error))
-                continue
-            own = entrant.warm_up()
-            if not entrants or _left(begun, seconds) > LEAST * (a_round + own):
-                entrants.append(entrant)
-                a_round += own
-                _advance(bar, bar_begun + time.perf_counter() - begun)
-                continue
-        _leave_out(trials, f"no time for it within --seconds {seconds:g}")
-    number = 0
+        bar.set_postfix_str(trials[0].variant)
+        try:
+            entrant = _Entrant(trials, workload, accelerator)
+        except UserError as error:  # what this device, model or recipe does not allow
+            _leave_out(trials, str(error))
+            continue
+        own = entrant.warm_up() if not entrants or whatever_it_takes or _left(begun, seconds) > LEAST * a_round else 0.0
+        if entrants and not whatever_it_takes and _left(begun, seconds) < LEAST * (a_round + own):
+            _leave_out(trials, "no time for it within the seconds given")
+            continue
+        entrants.append(entrant)
+        a_round += own
+    return entrants
+
+
+def _take_turns(entrants: Sequence[_Entrant], seconds: float, bar: tqdm) -> None:
+    """Rounds of all of them for so many seconds; LEAST at least, but where that takes twice as long, only one."""
+    begun, number, a_round, shown = time.perf_counter(), 0, 0.0, bar.n
     while not number or _left(begun, seconds) > (a_round if number >= LEAST else -seconds):
+        started = time.perf_counter()
         for entrant in entrants:
             entrant.round()
-        number += 1
-        _advance(bar, bar_begun + time.perf_counter() - begun)
+        number, a_round = number + 1, time.perf_counter() - started
+        bar.update(min(shown + int(time.perf_counter() - begun), bar.total) - bar.n)
 
 
 def _leave_out(trials: Sequence[Trial], reason: str) -> None:
     for trial in trials:
         trial.reason = reason.partition("\n")[0]
-
-
-def _advance(bar: tqdm, seconds: float) -> None:
-    """To so many seconds, or its end."""
-    bar.update(min(int(seconds), bar.total) - bar.n)
 
 
 def _left(begun: float, seconds: float) -> float:

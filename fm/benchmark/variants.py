@@ -16,7 +16,6 @@ class Variant:
     name: str
     overrides: tuple[str, ...]
     default_on: tuple[str, ...] = ("cuda",)
-    needs_gpu: bool = False
 
 
 VARIANTS = {

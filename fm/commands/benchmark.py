@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
     )
     benchmark.add_argument("--variants", nargs="+", metavar="NAME", help="float32, bf16, batch8, ... or none")
     benchmark.add_argument(
-        "--seconds", type=float, metavar="S", help="of taking steps, about (default: 60 on a CPU, 300 on a GPU)"
+        "--seconds", type=float, metavar="S", help="of taking steps, about (default: 45 on a CPU, 300 on a GPU)"
     )
     benchmark.add_argument("--data", metavar="SHARDS", help="also: how long training waits for the loader of these")
     benchmark.add_argument(

@@ -119,11 +119,13 @@ def test_profiles_are_traces_and_tables(whole: tuple[dict, str, Path]) -> None:
 
 
 def test_what_has_no_time_says_so(tmp_path: Path) -> None:
-    """The first variant is measured all the same."""
-    found = benchmark(request(tmp_path, seconds=1e-3, variants=("float32", "batch16")))
+    """The first variant is measured all the same, and so are those that are asked for by name."""
+    found = benchmark(request(tmp_path, seconds=1e-3))
     for row in found.rows:
         assert (row.seconds is not None) == (row.variant == "float32")
-        assert row.reason == ("" if row.variant == "float32" else "no time for it within --seconds 0.001")
+        assert row.reason == ("" if row.variant == "float32" else "no time for it within the seconds given")
+    named = benchmark(request(tmp_path, seconds=1e-3, variants=("bf16", "batch16")))
+    assert all(row.seconds is not None for row in named.rows)
     assert "no time for it" in benchmark_text(found)
     unmeasured = found.rows[-1].to_json(found.ceilings)
     assert unmeasured["step_ms"] is None
