@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from statistics import median
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +37,7 @@ class Fed:
     workers: int
     steps: int
     waited: float  # share of the time that the consumer waited for data
+    median_wait: float  # seconds for a batch; far below the mean where it is the machine that stalls, now and then
     bytes_per_s: float
     windows_per_s: float
     cores: float  # that this process kept busy, which on a CPU are the loader's alone
@@ -97,7 +99,7 @@ class Feed:
                 torch.cuda.synchronize(accelerator.device)
         spent, computed = time.perf_counter() - meter.begun, time.process_time() - meter.begun_cpu
         speed = (meter.bytes / spent, meter.windows / spent)
-        return Fed(workers, steps, meter.waited / spent, *speed, computed / spent)
+        return Fed(workers, steps, sum(meter.waits) / spent, median(meter.waits), *speed, computed / spent)
 
 
 class _Meter(Iterator[Batch]):
@@ -109,12 +111,13 @@ class _Meter(Iterator[Batch]):
 
     def reset(self) -> None:
         self.begun, self.begun_cpu = time.perf_counter(), time.process_time()
-        self.waited, self.bytes, self.windows = 0.0, 0, 0
+        self.waits: list[float] = []  # seconds
+        self.bytes = self.windows = 0
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
         batch = next(self._batches)
-        self.waited += time.perf_counter() - started
+        self.waits.append(time.perf_counter() - started)
         self.bytes += batch.fields.nbytes + batch.constants.nbytes
         self.windows += len(batch.windows)
         return batch
@@ -122,9 +125,9 @@ class _Meter(Iterator[Batch]):
 
 def feed_text(found: Sequence[Fed], pace: str) -> str:
     """A table of the ways, and whether one keeps the aim."""
-    head = ["workers", "waited %", "MB/s", "windows/s", "cores busy"]
-    body = [
-        [str(one.workers), *map(digits, (100 * one.waited, one.bytes_per_s / 1e6, one.windows_per_s, one.cores))]
-        for one in found
-    ]
+    head = ["workers", "waited %", "median ms", "MB/s", "windows/s", "cores busy"]
+    body = []
+    for one in found:
+        waits = (100 * one.waited, 1e3 * one.median_wait)
+        body.append([str(one.workers), *map(digits, (*waits, one.bytes_per_s / 1e6, one.windows_per_s, one.cores))])
     return f"Data wait, {pace}; the aim is below {AIM:.0%}\n\n{markdown(head, body)}"

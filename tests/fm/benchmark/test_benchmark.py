@@ -160,6 +160,7 @@ def test_real_shards_feed_a_consumer(tiny_shards: Path, tmp_path: Path) -> None:
     for fed in found.feeding:
         assert fed.steps == 50
         assert 0 <= fed.waited < 1
+        assert 0 < fed.median_wait < 10
         assert 0 < fed.windows_per_s < 4 / 0.002
         assert fed.bytes_per_s > 0
         assert 0 < fed.cores < 8
