@@ -21,7 +21,8 @@ FLOOR = (
     "The floor, in milliseconds: each matrix product and convolution of both passes takes the longer of its arithmetic "
     "and of reading and writing its tensors once, at the ceilings; all else in the passes is free, as if fused; the "
     "optimiser takes what it reads and writes. Attention's products are float32 whatever the precision. Traffic: the "
-    "share that memory bandwidth bounds, not arithmetic."
+    "share that memory bandwidth bounds, not arithmetic. Unfused: what all but linear layers and attention's products "
+    "would take at the bandwidth, each reading and writing by itself."
 )
 
 
@@ -35,7 +36,9 @@ def benchmark_text(found: Benchmark) -> str:
         _summary([row for row in found.rows if row.dataset == MIXTURE]) if first else "",
         *(_variant(found, variant) for variant in variants if any(row.variant == variant for row in measured)),
         _wrapped(MEANING) if measured else "",
-        f"The floor of {variants[0]}\n\n{floor_table(first)}\n\n{_wrapped(FLOOR)}" if first else "",
+        f"The floor of {variants[0]}\n\n{floor_table(first, found.ceilings.bandwidth)}\n\n{_wrapped(FLOOR)}"
+        if first
+        else "",
         feed_text(found.feeding, found.pace) if found.feeding else "",
         "\n".join(f"- profile: {file}" for file in found.profiles),
         "\n".join(_wrapped(f"- warning: {warning}", "  ") for warning in found.warnings()),
@@ -43,19 +46,24 @@ def benchmark_text(found: Benchmark) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def floor_table(rows: Sequence[Row]) -> str:
-    """What each dataset's floor is made of, for rows of one variant."""
+def floor_table(rows: Sequence[Row], bandwidth: float) -> str:
+    """What each dataset's floor is made of, for rows of one variant; bandwidth in bytes/s."""
     unit = _unit([row.work.flops for row in rows])
-    parts = [*KINDS, "optimiser", "floor ms", "traffic %"]
-    return markdown(["dataset", "grid", f"{unit}FLOP", *parts], [_floor_cells(row, unit) for row in rows])
+    parts = [*KINDS, "optimiser", "floor", "traffic %", "unfused"]
+    return markdown(["dataset", "grid", f"{unit}FLOP", *parts], [_floor_cells(row, unit, bandwidth) for row in rows])
 
 
-def _floor_cells(row: Row, unit: str) -> list[str]:
+def _floor(rows: Sequence[Row], bandwidth: float) -> str:
+    return f"The floor of {rows[0].variant}\n\n{floor_table(rows, bandwidth)}\n\n{_wrapped(FLOOR)}"
+
+
+def _floor_cells(row: Row, unit: str, bandwidth: float) -> list[str]:
     least = row.work.floor
     parts = [digits(1e3 * getattr(least, name)) for name in (*KINDS, "optimiser", "seconds")]
     grid = f"{row.grid[0]} x {row.grid[1]}" if row.grid else ""
+    unfused = 1e3 * row.work.moved_bytes / bandwidth
     traffic = f"{100 * least.traffic / least.seconds:.0f}"
-    return [row.dataset, grid, digits(row.work.flops / UNITS[unit]), *parts, traffic]
+    return [row.dataset, grid, digits(row.work.flops / UNITS[unit]), *parts, traffic, digits(unfused)]
 
 
 def _about(found: Benchmark) -> str:
