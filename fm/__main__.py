@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from data_pipeline.errors import UserError
 from fm.commands import (
+    benchmark,
     compare,
     diagnose,
     evaluate,
@@ -27,7 +28,7 @@ from fm.commands import (
 from fm.commands.arguments import CommandParser
 
 COMMANDS = (
-    *(plan, train, status, replay),
+    *(plan, benchmark, train, status, replay),
     *(export, rollout, extend),
     *(evaluate, score, compare),
     *(diagnose, sweep, few_shot, transfer),

@@ -50,12 +50,26 @@ def held_calls(calls: int, finetune: FinetuneSettings | None) -> int:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A matrix product or convolution, or both that its backward pass takes.
+
+    `kind` is linear (all channels with all), attention (batches of products) or depthwise (each channel with itself).
+    """
+
+    kind: str
+    dtype: torch.dtype  # in which it is taken
+    flops: int  # two a multiply-add
+    bytes: int  # of operands and results, each once
+
+
+@dataclass(frozen=True)
 class Footprint:
-    """Forward and backward pass of one model call on some windows, without the weights themselves."""
+    """Forward and backward pass of some windows, without the weights themselves."""
 
     kept_bytes: int  # held for the backward pass
     moved_bytes: int  # read and written by operations that are no matrix products, none fused with another
     operations: int  # kernels, about
+    products: tuple[Product, ...]  # depthwise convolutions, which count among the moved bytes too, included
 
 
 def kept_bytes(objective: Unroll, dataset: str, grid: tuple[int, int], windows: int = 1, calls: int = 1) -> int:
@@ -69,14 +83,17 @@ def kept_bytes(objective: Unroll, dataset: str, grid: tuple[int, int], windows: 
     return kept.bytes
 
 
-def footprint(objective: Unroll, dataset: str, grid: tuple[int, int], windows: int = 1) -> Footprint:
-    """What one model call moves and keeps; the objective holds a model of fake tensors, whose gradients stay unset."""
+def footprint(objective: Unroll, dataset: str, grid: tuple[int, int], windows: int = 1, calls: int = 1) -> Footprint:
+    """What `calls` model steps compute, move and keep.
+
+    The objective holds a model of fake tensors, whose gradients stay unset.
+    """
     parameters = list(objective.model.parameters())
     kept = _Kept(objective.model)
     with _fake_mode(objective.model), kept.hooks, _Traffic() as traffic:
-        loss = _forward(objective, dataset, grid, windows, 1)
+        loss = _forward(objective, dataset, grid, windows, calls)
         torch.autograd.grad(loss, parameters, allow_unused=True)
-    return Footprint(kept.bytes, traffic.bytes, traffic.operations)
+    return Footprint(kept.bytes, traffic.bytes, traffic.operations, tuple(traffic.products))
 
 
 class _Kept:
@@ -99,27 +116,44 @@ class _Kept:
 
 
 class _Traffic(TorchDispatchMode):
-    """Counts operations that compute, and the bytes that those read and write which are no matrix products."""
+    """Counts operations that compute, lists matrix products and convolutions, and adds up what the others move."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = self.operations = 0
+        self.products: list[Product] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if function.namespace == "aten" and not function.is_view:
             self.operations += 1
-            if not _is_product(function, args):
-                tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-                self.bytes += sum(_size(tensor) for tensor in tensors)
+            moved = sum(_size(leaf) for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor))
+            product = _product(function._schema.name.removeprefix("aten::"), args, result, moved)
+            if product is not None:
+                self.products.append(product)
+            if product is None or product.kind == "depthwise":  # bound by what it moves, as all that are none
+                self.bytes += moved
         return result
 
 
-def _is_product(function: Any, args: Any) -> bool:
-    """Whether an operation is bound by arithmetic: depthwise convolutions are not."""
-    name = function._schema.name.removeprefix("aten::")
-    groups = {"convolution": 8, "convolution_backward": 9}  # place of that argument
-    return args[groups[name]] == 1 if name in groups else name in ("mm", "bmm", "addmm", "baddbmm")
+def _product(name: str, args: Any, result: Any, moved: int) -> Product | None:
+    """The matrix product or convolution that an operation is, if it is one."""
+    if name == "convolution":
+        return Product(_mixes(args[8]), args[0].dtype, 2 * result.numel() * args[1][0].numel(), moved)
+    if name == "convolution_backward":  # args: gradient of the result, input, weight, ..., groups, which are asked for
+        once = 2 * args[0].numel() * args[2][0].numel()
+        return Product(_mixes(args[9]), args[1].dtype, once * sum(args[10][:2]), moved)
+    if name in ("mm", "bmm"):
+        left = args[0]
+    elif name in ("addmm", "baddbmm"):
+        left = args[1]
+    else:
+        return None
+    return Product("attention" if left.dim() == 3 else "linear", left.dtype, 2 * result.numel() * left.shape[-1], moved)
+
+
+def _mixes(groups: int) -> str:
+    return "linear" if groups == 1 else "depthwise"
 
 
 def _size(tensor: Tensor) -> int:

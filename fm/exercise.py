@@ -9,7 +9,7 @@ A step has the first three once for each of its pieces (data_pipeline/windows/di
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,6 +75,24 @@ class Clock:
             self._times.append(time.perf_counter())
 
 
+def take_step(
+    recipe: Recipe,
+    state: TrainingState,
+    division: Division,
+    accelerator: Accelerator,
+    batches: Iterator[Batch],
+    mark: Callable[[str], None] = lambda phase: None,
+) -> None:
+    """The step after `state.step` as the trainer takes it, but for what it judges and records. Collective."""
+    parallel = state.parallel
+    parallel.let_rest(tuple(draw.dataset for draw in division.draws_of(state.step)))
+    step_gradient(recipe, state, division, accelerator, batches, mark)
+    parallel.clip(recipe.train.clip)
+    parallel.move()
+    state.ema.update(parallel.shards(), state.step)
+    parallel.forget()
+
+
 class Exercise:
     """A step that draws one dataset, with its windows: standard normal numbers, the same each time it is taken.
 
@@ -96,12 +114,7 @@ class Exercise:
     def step(self, state: TrainingState) -> Clock:
         """Take the step, without waiting for the device. The weights move, by noise. Collective."""
         clock = Clock(self._accelerator.device)
-        state.parallel.let_rest((self.spec.name,))
-        step_gradient(self.recipe, state, self._division, self._accelerator, self._fetch(clock), clock.mark)
-        state.parallel.clip(self.recipe.train.clip)
-        state.parallel.move()
-        state.ema.update(state.parallel.shards(), state.step)
-        state.parallel.forget()
+        take_step(self.recipe, state, self._division, self._accelerator, self._fetch(clock), clock.mark)
         clock.mark("optimiser")
         return clock
 

@@ -78,8 +78,8 @@ def read_workload(recipe: Recipe, require_shards: bool = False) -> Workload:
     check_unrolls(recipe, readers)
     datasets = _from_shards(recipe, readers, registry)
     unread = [name for name in recipe.data.datasets or () if name not in datasets]
-    datasets |= {name: _from_card(recipe, registry.card(name)) for name in unread}
-    config, notes = _config(recipe)
+    datasets |= {name: published_work(recipe, registry.card(name)) for name in unread}
+    config, notes = planned_config(recipe)
     if unread:
         which = "no shards" if len(unread) == len(datasets) else f"no shards of {', '.join(unread)}"
         notes = [f"{which} in {recipe.data.shards}: grids and windows as published, from the cards", *notes]
@@ -108,7 +108,8 @@ def _from_shards(recipe: Recipe, readers: dict[str, ShardReader], registry: Regi
     return found
 
 
-def _from_card(recipe: Recipe, card: Card) -> DatasetWork:
+def published_work(recipe: Recipe, card: Card) -> DatasetWork:
+    """A dataset at its published size. UserError where the card does not state it."""
     length, (height, width) = recipe.window_length(card.name), card.grid
     windows = sum(trajectories * max(0, frames - length + 1) for trajectories, frames in card.train)
     if not windows:
@@ -124,7 +125,7 @@ def _from_card(recipe: Recipe, card: Card) -> DatasetWork:
     return DatasetWork(spec, source, card.grid, size, card.num_frames[-1], False)
 
 
-def _config(recipe: Recipe) -> tuple[ModelConfig | BaselineConfig, list[str]]:
+def planned_config(recipe: Recipe) -> tuple[ModelConfig | BaselineConfig, list[str]]:
     """The model's configuration and what was assumed of it; a pretrained model may not be there yet."""
     config = recipe.baseline or recipe.model
     if recipe.finetune is None:

@@ -1,0 +1,1 @@
+"""How fast this machine trains, dataset by dataset, and what stops it from being faster."""
