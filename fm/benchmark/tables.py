@@ -49,7 +49,7 @@ def benchmark_text(found: Benchmark) -> str:
 def floor_table(rows: Sequence[Row], bandwidth: float) -> str:
     """What each dataset's floor is made of, for rows of one variant; bandwidth in bytes/s."""
     unit = _unit([row.work.flops for row in rows])
-    parts = [*KINDS, "optimiser", "floor", "traffic %", "unfused"]
+    parts = [*KINDS, "opt", "floor", "traffic %", "unfused"]
     return markdown(["dataset", "grid", f"{unit}FLOP", *parts], [_floor_cells(row, unit, bandwidth) for row in rows])
 
 
