@@ -112,7 +112,7 @@ def keep_incident(root: Path, snapshot: Snapshot, report: Callable[[str], None])
 
 
 def keep_best(root: Path, snapshot: Snapshot) -> None:
-    """Write the best compromise of a run (fm/gate.py) in place of the one before. UserError as the two above."""
+    """Write the best compromise of a run (fm/training/gate.py) in place of the one before. UserError as above."""
     best = write_checkpoint(root, snapshot)
     for step, path in list_checkpoints(root).items():
         if step > snapshot.step:  # of a run that has gone back since

@@ -11,7 +11,7 @@ from pathlib import Path
 from data_pipeline.errors import UserError
 from fm.recipe_file import load_recipe
 from fm.runtime import EXIT_LOST, EXIT_USER_ERROR, ProcessLost
-from fm.training import train
+from fm.training.run import train
 
 
 def run(path: str) -> None:

@@ -22,7 +22,7 @@ from fm.record import RunRecord
 from fm.runtime import StopSignal, make_accelerator
 from fm.settings import Recipe
 from fm.tracking.logs import parse_lines
-from fm.trainer import Trainer
+from fm.training.trainer import Trainer
 
 
 @dataclass(frozen=True)

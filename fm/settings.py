@@ -117,7 +117,7 @@ class TrainSettings:
     # steps whose losses are read back from a GPU at once, so that it need not wait; null: 10 on a GPU, 1 on a CPU. The
     # run is the same, bit for bit. FSDP, DeepSpeed and guard.spike read every step
     read_every: int | None = None
-    # by torch.compile: each block, the whole step, or that with CUDA graphs (fm/compiling.py); auto: blocks on a GPU
+    # by torch.compile: each block, the whole step, or that with CUDA graphs; auto: blocks on a GPU, eager on a CPU
     compile: Literal["auto", "eager", "blocks", "step", "graphs"] = "auto"
 
     def __post_init__(self) -> None:
@@ -197,7 +197,7 @@ class FinetuneSettings:
     checkpoint_activations: bool = False  # keep only the states between model steps: less memory, a third more work
     rehearse: bool = True  # before step 0, take the longest unroll on the largest grid once, to see that it fits
     # Most that one-step VRMSE (geometric mean over datasets, valid split) may be of the pretrained model's, 1.1 say;
-    # null: whatever. The best rollouts within it are kept in <run>/best (fm/gate.py)
+    # null: whatever. The best rollouts within it are kept in <run>/best (fm/training/gate.py)
     gate: float | None = None
     gate_action: Literal["stop", "keep_best"] = "stop"  # where it is more: end the run, or only keep the best
 
@@ -318,7 +318,7 @@ class TrackingSettings:
     pictures: int = 40  # most validations of the run that draw pictures, evenly spread, the last included
     # other trackers that get every scalar and the settings, by accelerate's names, such as [wandb]
     log_with: list[str] | None = None
-    # optimiser steps between measurements of how the datasets' gradients agree (fm/conflict.py); 0 means never
+    # optimiser steps between measurements of how the datasets' gradients agree (fm/training/conflict.py); 0 means never
     gradient_cosine_every: int = 0
 
     def __post_init__(self) -> None:

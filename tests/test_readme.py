@@ -1,6 +1,7 @@
 """The README files say what is there: every file of the packages, and no path, command or link that does not exist."""
 
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,12 @@ def test_every_file_has_its_line() -> None:
     files = [file for file in files if file.parent.name not in named_together]
     missing = [file.name for file in files if file.name != "__init__.py" and f"{file.name}`" not in TEXT]
     assert not missing
+
+
+def test_every_package_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    files = [file for package in ("data_pipeline", "fm") for file in (ROOT / package).rglob("__init__.py")]
+    assert set(listed) == {".".join(file.parent.relative_to(ROOT).parts) for file in files}
 
 
 def test_paths_in_commands_exist() -> None:

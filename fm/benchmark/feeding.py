@@ -17,13 +17,13 @@ from data_pipeline.cards.registry import load_registry
 from data_pipeline.windows.batch import Batch
 from data_pipeline.windows.division import Division
 from data_pipeline.windows.loader import scheduled_batches, sources
-from fm.exercise import take_step
-from fm.inputs import build_model, open_split
-from fm.mixing import Mixing
 from fm.planning.tables import digits
 from fm.scores.formats import markdown
 from fm.settings import Recipe
-from fm.state import TrainingState
+from fm.training.exercise import take_step
+from fm.training.inputs import build_model, open_split
+from fm.training.mixing import Mixing
+from fm.training.state import TrainingState
 
 WORKERS = (0, 1, 2, 4)
 WARM_UP = 5  # steps that do not count

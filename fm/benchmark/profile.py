@@ -9,11 +9,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from data_pipeline.errors import UserError
 from fm.benchmark.trial import WARM_UP
-from fm.exercise import Exercise, exercise_state
 from fm.planning.tables import digits
 from fm.planning.workload import Workload
 from fm.scores.formats import markdown
 from fm.settings import Recipe
+from fm.training.exercise import Exercise, exercise_state
 
 STEPS = 3
 ROWS = 25

@@ -9,8 +9,8 @@ from typing import Any
 from fm.benchmark.ceilings import Ceilings
 from fm.benchmark.feeding import Fed
 from fm.benchmark.floor import Floor
-from fm.exercise import PHASES, StepSeconds
 from fm.planning.tables import PAPER_STEPS
+from fm.training.exercise import PHASES, StepSeconds
 
 MIXTURE = "mixture"
 NOISY = 0.2  # spread above which a figure says little

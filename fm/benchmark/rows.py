@@ -8,9 +8,9 @@ from fm.benchmark.ceilings import Ceilings
 from fm.benchmark.count import Counts
 from fm.benchmark.result import MIXTURE, Row, Work, mean_of, medians, spread
 from fm.benchmark.trial import Trial
-from fm.exercise import StepSeconds
 from fm.planning.workload import Workload
 from fm.runtime import autocast_dtype
+from fm.training.exercise import StepSeconds
 
 DTYPES = {None: "float32", torch.bfloat16: "bfloat16"}
 

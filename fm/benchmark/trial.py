@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from data_pipeline.errors import UserError
-from fm.exercise import Exercise, StepSeconds, exercise_state
 from fm.planning.workload import Workload
 from fm.settings import Recipe
+from fm.training.exercise import Exercise, StepSeconds, exercise_state
 
 LEAST = 3  # rounds that count
 WARM_UP = {"cpu": 1, "cuda": 3}  # rounds that do not: compilers, allocators, CUDA graphs

@@ -1,9 +1,9 @@
 """Seconds of a training step on this machine, measured: a few steps per dataset, on random data of its grid.
 
-A step is the trainer's own (fm/exercise.py). Datasets take turns, as they do in training, and the first round, which is
-slow, does not count. What would take too long is made smaller, first to one window, then to a grid of half the sides
-and so on; its time follows from that of two sizes, on a line in FLOPs, since a part of a step does not grow with the
-grid.
+A step is the trainer's own (fm/training/exercise.py). Datasets take turns, as they do in training, and the first round,
+which is slow, does not count. What would take too long is made smaller, first to one window, then to a grid of half the
+sides and so on; its time follows from that of two sizes, on a line in FLOPs, since a part of a step does not grow with
+the grid.
 """
 
 import time
@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from data_pipeline.cards.card import PATCH
 from fm.cost import forward_passes
-from fm.exercise import Exercise, exercise_state, sized
 from fm.planning.workload import DatasetWork, Workload
 from fm.runtime import make_accelerator
 from fm.settings import Recipe
 from fm.surrogate import MIN_GRID
+from fm.training.exercise import Exercise, exercise_state, sized
 
 ROUNDS = 3  # counted steps of each dataset, at least
 MOST_ROUNDS = 12

@@ -17,12 +17,12 @@ from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Source
 from fm.baselines.config import BaselineConfig
 from fm.checkpoint import find_checkpoint, load_pretrained
-from fm.inputs import check_unrolls, new_model, open_split
-from fm.mixing import Mixing
 from fm.model import DatasetSpec, ModelConfig
 from fm.settings import Recipe
 from fm.specs import check_names, dataset_specs
 from fm.surrogate import Surrogate
+from fm.training.inputs import check_unrolls, new_model, open_split
+from fm.training.mixing import Mixing
 
 FLOAT_BYTES = 4
 STATISTICS = ("mean", "std", "mean_delta", "std_delta")

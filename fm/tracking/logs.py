@@ -11,7 +11,7 @@ Both hold one JSON object a line and are cut back to the checkpoint that a run c
         save        scalars, texts, pending   before a checkpoint is written: what TensorBoard has of this step, and the
                                               steps whose means it does not have yet
         validation  mean_ratio, datasets      {name: {"vrmse", "over_persistence"}}, one step, averaged weights
-        cosine      datasets, matrix, norms   of the datasets' gradients (fm/conflict.py); null where one is zero
+        cosine      datasets, matrix, norms   of the datasets' gradients (training/conflict.py); null where one is zero
         guard       text, refused, reason, action, windows   a refused step; windows: {dataset: [window ids]}
         shares, warning, gate, message     text
         end         state, text               finished | interrupted | failed; a killed process leaves none

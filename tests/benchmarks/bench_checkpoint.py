@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fm.recipe_file import load_recipe
 from fm.runtime import StopSignal, make_accelerator
-from fm.trainer import Trainer
+from fm.training.trainer import Trainer
 
 WAYS = ("never", "asynchronous", "waited for")
 WARM_UP = 40  # steps in which every dataset is seen and moments are allocated

@@ -3,9 +3,9 @@
     python tests/benchmarks/scaling_in_work.py [--recipe R] [--grid 128] [--rounds 5] [--plot FILE.png] [key=value ...]
 
 One quantity at a time is varied around a base: the recipe's model, one window of noise on a square grid, one model
-step. Steps are the trainer's own (fm/exercise.py). Sizes take turns, the first round does not count. Width grows in
-heads, which keep their size. On a CPU the time of fits is CPU time of one thread, which other jobs disturb less than
-the clock; on a GPU it is the clock's. Larger machines take larger models: --recipe recipes/fm_pretrain.yaml.
+step. Steps are the trainer's own (fm/training/exercise.py). Sizes take turns, the first round does not count. Width
+grows in heads, which keep their size. On a CPU the time of fits is CPU time of one thread, which other jobs disturb
+less than the clock; on a GPU it is the clock's. Larger machines take larger models: --recipe recipes/fm_pretrain.yaml.
 
     ms, clock  median over rounds, and (highest - lowest) / median of the fitted time as the noise
     system     of the CPU time, what the kernel takes to hand out fresh pages of memory
@@ -31,14 +31,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 from data_pipeline.cards.card import PATCH
-from fm.exercise import Exercise, exercise_state, sized
-from fm.inputs import new_model
 from fm.model_config import ModelConfig
 from fm.planning.workload import read_workload
 from fm.recipe_file import load_recipe
 from fm.runtime import make_accelerator
 from fm.settings import Recipe
-from fm.state import TrainingState
+from fm.training.exercise import Exercise, exercise_state, sized
+from fm.training.inputs import new_model
+from fm.training.state import TrainingState
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 DATASET = "shear_flow"

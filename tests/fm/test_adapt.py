@@ -20,7 +20,7 @@ from data_pipeline.windows.schedule import sampling_shares
 from fm.adapt import part_of
 from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.settings import Recipe
-from fm.training import train
+from fm.training.run import train
 
 NEW = "shear_flow"  # the pretrained model has rows for its velocities and pressure, none for its tracer
 THREE = [*DATASETS, NEW]

@@ -27,7 +27,7 @@ from fm.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, 
 from fm.checkpoint_writer import CheckpointWriter, Snapshot, prune_checkpoints, take_snapshot, write_checkpoint
 from fm.model import ModelConfig, WaveLiTFM
 from fm.parallel.replicated import named_state
-from fm.training import train
+from fm.training.run import train
 
 NOBODY = 65534
 

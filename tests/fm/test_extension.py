@@ -34,7 +34,7 @@ from fm.extension.rows import Rows, choose_rows
 from fm.model import ModelConfig, WaveLiTFM
 from fm.specs import dataset_specs
 from fm.surrogate import Surrogate
-from fm.training import train
+from fm.training.run import train
 
 OLD = ("acoustic_scattering_maze", "helmholtz_staircase", "shear_flow")
 CONFIG = ModelConfig(16, 1, 2, wavelet="haar")

@@ -19,7 +19,7 @@ from fm.__main__ import main
 from fm.guard import Guard
 from fm.replay import replay
 from fm.settings import GuardSettings, Recipe
-from fm.training import train
+from fm.training.run import train
 
 
 def judge(guard: Guard, loss: float, norm: float = 1.0, dataset: str = "a") -> str | None:

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from fm.ema import EMA
 from fm.optim import GroupedAdamW, ParameterGroup, learning_rate
 from fm.settings import TrainSettings
+from fm.training.ema import EMA
 
 PAPER = TrainSettings(steps=1_000_000)
 

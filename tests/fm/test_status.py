@@ -16,7 +16,7 @@ from whole_runs import DATASETS, finish, fm, log, small, start, wait_for
 from data_pipeline.errors import UserError
 from fm.settings import Recipe
 from fm.status import read_status, status_text
-from fm.training import train
+from fm.training.run import train
 
 VALIDATED: dict[str, dict[str, Any]] = {
     "train": {"steps": 12},

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fm.gradient import _tf32
 from fm.model import DatasetSpec, ModelConfig, WaveLiTFM
 from fm.settings import FinetuneSettings, LossSettings
+from fm.training.gradient import _tf32
 from fm.unroll import Unroll, causal_weights
 
 FACTOR, STEPS, WINDOWS = 1.1, 4, 3

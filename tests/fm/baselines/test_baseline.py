@@ -22,7 +22,7 @@ from fm.model import ModelConfig, WaveLiTFM
 from fm.parallel.spread import spread
 from fm.recipe_file import load_recipe, resolve
 from fm.settings import LossSettings, TrainSettings
-from fm.training import train
+from fm.training.run import train
 from fm.unroll import Unroll
 
 SMALL: dict[str, dict[str, int]] = {

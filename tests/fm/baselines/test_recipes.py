@@ -6,9 +6,9 @@ import pytest
 from handmade import STATE_CHANNELS, make_spec
 
 from fm.baselines.config import SIZES
-from fm.inputs import new_model
 from fm.recipe_file import load_recipe
 from fm.settings import Recipe
+from fm.training.inputs import new_model
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 

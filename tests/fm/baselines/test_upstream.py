@@ -26,6 +26,8 @@ def test_what_is_missing_is_named_with_the_command_that_installs_it() -> None:
 
 
 def test_training_wavelit_imports_no_baseline() -> None:
-    code = "import sys, fm.__main__, fm.training; print([m for m in ('tltorch', 'timm', 'wandb') if m in sys.modules])"
+    code = (
+        "import sys, fm.__main__, fm.training.run; print([m for m in ('tltorch', 'timm', 'wandb') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

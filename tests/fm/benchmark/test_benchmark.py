@@ -19,10 +19,10 @@ from fm.benchmark.run import Request, benchmark, floors
 from fm.benchmark.sizes import sized_workload
 from fm.benchmark.tables import benchmark_text
 from fm.benchmark.variants import VARIANTS, Variant, chosen_variants
-from fm.exercise import StepSeconds
 from fm.planning.tables import PAPER_HOURS
 from fm.recipe_file import dump_recipe, load_recipe, recipe_to_dict
 from fm.settings import Recipe
+from fm.training.exercise import StepSeconds
 
 ROW_KEYS = {
     *("dataset", "variant", "dtype", "grid", "windows", "tokens", "flops", "moved_bytes", "steps", "reason"),

@@ -20,7 +20,7 @@ from fm.diagnosis.measure import diagnose, work
 from fm.diagnosis.page import page
 from fm.diagnosis.sentences import findings
 from fm.diagnosis.subject import Subject, choose_trajectories
-from fm.training import train
+from fm.training.run import train
 
 DATASETS = ["helmholtz_staircase", "rayleigh_benard"]
 

@@ -25,7 +25,7 @@ from fm.evaluation.runs import evaluate_run
 from fm.report.sample import load_samples
 from fm.scores.errors import ErrorFile
 from fm.scores.protocol import PROTOCOLS
-from fm.training import train
+from fm.training.run import train
 
 CPU = torch.device("cpu")
 THIRDS = PROTOCOLS["thirds"]

@@ -20,7 +20,7 @@ from fm.recipe_file import resolve
 from fm.scores.compare import load_scores
 from fm.scores.errors import ErrorFile
 from fm.scores.scoring import score
-from fm.training import train
+from fm.training.run import train
 
 DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]
 

@@ -9,7 +9,7 @@ from whole_runs import small
 
 from fm.evaluation.runs import evaluate_run
 from fm.export.build import export_run
-from fm.training import train
+from fm.training.run import train
 
 
 @pytest.fixture(scope="session")

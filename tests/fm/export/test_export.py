@@ -19,7 +19,7 @@ from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.evaluation.runs import Trained
 from fm.export.build import export_run
 from fm.export.cards import find_cards
-from fm.training import train
+from fm.training.run import train
 
 
 def tree(folder: Path) -> dict[str, bytes]:

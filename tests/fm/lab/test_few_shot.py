@@ -17,7 +17,7 @@ from fm.lab.few_shot import plan_few_shot
 from fm.lab.few_shot_figure import few_shot_figure
 from fm.lab.sweep_file import plan
 from fm.recipe_file import dump_recipe
-from fm.training import train
+from fm.training.run import train
 
 NEW = "shear_flow"
 

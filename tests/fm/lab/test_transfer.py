@@ -22,7 +22,7 @@ from fm.lab.transfer_figure import transfer_figure
 from fm.lab.transfer_report import describe, transfer
 from fm.report.cosines import Cosines
 from fm.scores.formats import render
-from fm.training import train
+from fm.training.run import train
 
 MAZE, WAVES = DATASETS
 OFTEN = {"every": 2, "windows": 3, "rollouts": 0}

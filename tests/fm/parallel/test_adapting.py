@@ -9,7 +9,7 @@ from whole_runs import DATASETS, accelerate, finish, log, small, start
 
 from fm.adapt import part_of
 from fm.settings import Recipe
-from fm.training import train
+from fm.training.run import train
 
 ALONE, STEPS = 3, 7
 NEW = "shear_flow"

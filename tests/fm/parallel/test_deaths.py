@@ -21,7 +21,7 @@ from data_pipeline.errors import UserError
 from fm.checkpoint import list_checkpoints, verify_checkpoint
 from fm.runtime import make_accelerator
 from fm.settings import Recipe
-from fm.training import train
+from fm.training.run import train
 
 STEPS = 60
 LOST = "another process of this run has ended"

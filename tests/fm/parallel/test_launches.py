@@ -14,7 +14,7 @@ from data_pipeline.errors import UserError
 from fm.runtime import _deepspeed_plugin, fsdp_reshards
 from fm.settings import Recipe
 from fm.status import read_status
-from fm.training import train
+from fm.training.run import train
 
 STEPS = 21
 SECTIONS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ from fm.planning.tables import digits, plan_text
 from fm.planning.workload import read_workload
 from fm.recipe_file import dump_recipe
 from fm.settings import Recipe
-from fm.training import train
+from fm.training.run import train
 
 H200 = Ceiling(GPUS["h200"], 0.5, bf16=True)
 

@@ -13,7 +13,7 @@ from data_pipeline.windows.loader import open_readers
 from fm.evaluation.runs import evaluate_run
 from fm.model import ModelConfig, WaveLiTFM
 from fm.specs import dataset_specs
-from fm.training import train
+from fm.training.run import train
 
 DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase", "viscoelastic_instability"]
 

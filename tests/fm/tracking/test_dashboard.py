@@ -24,7 +24,7 @@ from fm.settings import Recipe
 from fm.tracking.dashboard import Dashboard
 from fm.tracking.pictures import is_shown, rollout_pictures
 from fm.tracking.steps import StepResult
-from fm.training import train
+from fm.training.run import train
 
 EIGHT = [
     "acoustic_scattering_maze",

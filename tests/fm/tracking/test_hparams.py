@@ -10,11 +10,11 @@ from whole_runs import DATASETS, small
 
 from data_pipeline.cards.registry import load_registry
 from data_pipeline.windows.schedule import Schedule, Source
-from fm.inputs import build_model, open_split
 from fm.recipe_file import recipe_to_dict
 from fm.record import RunRecord
 from fm.tracking.hparams import telling_settings
-from fm.training import train
+from fm.training.inputs import build_model, open_split
+from fm.training.run import train
 
 SECTIONS: dict[str, dict[str, Any]] = {"train": {"steps": 6}, "validation": {"every": 3, "windows": 1, "rollouts": 0}}
 

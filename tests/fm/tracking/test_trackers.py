@@ -12,7 +12,7 @@ from whole_runs import fm, small
 from data_pipeline.errors import UserError
 from fm.recipe_file import dump_recipe
 from fm.tracking.trackers import check_trackers
-from fm.training import train
+from fm.training.run import train
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "train": {"steps": 6},

@@ -13,7 +13,7 @@ from data_pipeline.errors import UserError
 from fm.evaluation.runs import evaluate_run
 from fm.recipe_file import dump_recipe, resolve
 from fm.settings import Recipe
-from fm.training import train
+from fm.training.run import train
 
 DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]
 

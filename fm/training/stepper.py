@@ -18,16 +18,16 @@ from data_pipeline.windows.division import Division
 from data_pipeline.windows.loader import scheduled_batches
 from data_pipeline.windows.reader import ShardReader
 from fm.adapt import learns_alone
-from fm.ahead import Ahead, Found, Taken
 from fm.checkpoint_writer import keep_incident
 from fm.curriculum import unroll_length
-from fm.gradient import step_gradient
 from fm.guard import Guard, Refusal
-from fm.mixing import Mixing
 from fm.optim import learning_rate
 from fm.record import RunRecord, StepResult
 from fm.settings import Recipe
-from fm.state import TrainingState
+from fm.training.ahead import Ahead, Found, Taken
+from fm.training.gradient import step_gradient
+from fm.training.mixing import Mixing
+from fm.training.state import TrainingState
 
 READ_EVERY = 10  # steps, on a device that computes while the processor goes on
 
@@ -116,7 +116,7 @@ class Stepper:
         return stopped
 
     def gradient(self) -> tuple[torch.Tensor, float]:
-        """That of the next step (fm/gradient.py): losses (draws, 3), and the seconds waited for data."""
+        """That of the next step (fm/training/gradient.py): losses (draws, 3), and the seconds waited for data."""
         if self._batches is None:
             self._batches = self._read_ahead()
         return step_gradient(self.recipe, self.state, self.division, self.accelerator, self._batches)

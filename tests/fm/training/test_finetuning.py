@@ -16,9 +16,9 @@ from whole_runs import DATASETS, last_weights, log, small
 from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import find_checkpoint
-from fm.rehearsal import longest_unroll
 from fm.settings import Recipe
-from fm.training import train
+from fm.training.rehearsal import longest_unroll
+from fm.training.run import train
 
 VALIDATED = {"every": 2, "windows": 2, "rollouts": 1, "protocol": "thirds"}
 
@@ -120,7 +120,7 @@ def test_what_does_not_fit_in_memory_fails_before_the_first_step(
     script = textwrap.dedent(f"""
         import resource, sys, torch
         from pathlib import Path
-        sys.path.insert(0, {str(Path(__file__).parents[1] / "helpers")!r})
+        sys.path.insert(0, {str(Path(__file__).parents[2] / "helpers")!r})
         from whole_runs import small
         from fm.recipe import main
         from fm.recipe_file import dump_recipe

@@ -19,11 +19,11 @@ from data_pipeline.cards.card import PATCH
 from data_pipeline.windows.batch import Batch
 from data_pipeline.windows.division import Division, Piece
 from data_pipeline.windows.schedule import Schedule, Source
-from fm.gradient import step_gradient
 from fm.model import DatasetSpec
 from fm.settings import FinetuneSettings, Recipe
-from fm.state import TrainingState
 from fm.surrogate import Surrogate
+from fm.training.gradient import step_gradient
+from fm.training.state import TrainingState
 
 PHASES = ("data", "forward", "backward", "optimiser")
 SEED = 0  # of the data

@@ -16,11 +16,11 @@ from data_pipeline.errors import UserError
 from data_pipeline.windows.adaptive import adaptive_shares
 from data_pipeline.windows.loader import open_readers, sources
 from data_pipeline.windows.schedule import Schedule, Source, sampling_shares
-from fm.mixing import Mixing
 from fm.model import ModelConfig, WaveLiTFM
 from fm.record import RunRecord, StepResult, repeat_warning
 from fm.settings import Recipe
-from fm.training import train
+from fm.training.mixing import Mixing
+from fm.training.run import train
 
 ADAPTIVE: dict[str, dict[str, Any]] = {
     "sampling": {"scheme": "adaptive", "power": 2.0, "floor": 0.05},

@@ -14,7 +14,7 @@ from data_pipeline.windows.reader import ShardReader
 from fm.cost import held_calls
 from fm.runtime import peak_memory_bytes
 from fm.settings import Recipe
-from fm.state import TrainingState
+from fm.training.state import TrainingState
 
 
 def rehearse(

@@ -14,8 +14,8 @@ from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import find_checkpoint
 from fm.runtime import make_accelerator
 from fm.settings import Recipe
-from fm.trainer import Trainer
-from fm.training import train
+from fm.training.run import train
+from fm.training.trainer import Trainer
 
 HELMHOLTZ = DATASETS[1]
 

@@ -11,12 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from whole_runs import DATASETS, last_weights, log, small, spoil
 
 from data_pipeline.errors import UserError
-from fm.ahead import Ahead, Found, Taken
 from fm.runtime import StopSignal, make_accelerator
 from fm.settings import Recipe
 from fm.tracking.logs import parse_lines
-from fm.trainer import Trainer
-from fm.training import train
+from fm.training.ahead import Ahead, Found, Taken
+from fm.training.run import train
+from fm.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from data_pipeline.windows.division import Division, Piece
 from fm.curriculum import forcing_coins, forcing_prob, input_noise, unroll_length
 from fm.runtime import autocast_dtype
 from fm.settings import Recipe
-from fm.state import TrainingState
+from fm.training.state import TrainingState
 
 
 def step_gradient(

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fm.checkpoint import load_checkpoint
 from fm.checkpoint_writer import Snapshot, take_snapshot
-from fm.compiling import compile_objective
-from fm.ema import EMA
 from fm.parallel.spread import spread
 from fm.runtime import autocast_dtype
 from fm.settings import Recipe
 from fm.surrogate import Surrogate
+from fm.training.compiling import compile_objective
+from fm.training.ema import EMA
 from fm.unroll import Unroll
 
 

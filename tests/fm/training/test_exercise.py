@@ -6,13 +6,13 @@ import pytest
 import torch
 from whole_runs import small
 
-from fm.exercise import PHASES, Clock, Exercise, exercise_state, sized
-from fm.inputs import new_model
 from fm.model import DatasetSpec
 from fm.runtime import make_accelerator
 from fm.settings import Recipe
-from fm.state import TrainingState
 from fm.surrogate import Surrogate
+from fm.training.exercise import PHASES, Clock, Exercise, exercise_state, sized
+from fm.training.inputs import new_model
+from fm.training.state import TrainingState
 from fm.unroll import Unroll
 
 NAME = "shear_flow"

@@ -18,7 +18,7 @@ from whole_runs import DATASETS, accelerate, finish, last_weights, log, small, s
 
 from data_pipeline.errors import UserError
 from fm.checkpoint import verify_checkpoint
-from fm.training import train
+from fm.training.run import train
 
 
 def test_a_run_lowers_the_loss_and_leaves_what_scripts_rely_on(tiny_shards: Path, tmp_path: Path) -> None:

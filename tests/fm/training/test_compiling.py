@@ -15,13 +15,13 @@ from whole_runs import accelerate, finish, last_weights, log, small, start
 from data_pipeline.errors import UserError
 from fm.baselines.baseline import Baseline
 from fm.baselines.config import BaselineConfig
-from fm.compiling import VARIABLE, compile_objective
 from fm.model import ModelConfig, WaveLiTFM
 from fm.nn.linear_attention import LinearAttention
 from fm.nn.rope import rope_table
 from fm.runtime import make_accelerator
 from fm.settings import FinetuneSettings, LossSettings, Recipe
-from fm.training import train
+from fm.training.compiling import VARIABLE, compile_objective
+from fm.training.run import train
 from fm.unroll import Unroll
 
 GRAPHS: list[torch.fx.GraphModule] = []

@@ -12,12 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from whole_runs import DATASETS, accelerate, finish, last_weights, log, small, start
 
 from data_pipeline.errors import UserError
-from fm.conflict import WINDOWS, check_gradient_cosines, cosines_of, gradient_cosines, sampled_windows
 from fm.parallel.fully_sharded import FullySharded
 from fm.report.cosines import Cosines, cosine_figure, mean_cosines
 from fm.runtime import make_accelerator
-from fm.trainer import Trainer
-from fm.training import train
+from fm.training.conflict import WINDOWS, check_gradient_cosines, cosines_of, gradient_cosines, sampled_windows
+from fm.training.run import train
+from fm.training.trainer import Trainer
 from fm.unroll import Unroll
 
 THREE = {"data": {"datasets": [*DATASETS, "shear_flow"]}, "tracking": {"gradient_cosine_every": 3}}

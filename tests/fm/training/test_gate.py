@@ -6,8 +6,8 @@ import pytest
 
 from data_pipeline.errors import UserError
 from fm.evaluation.validation import ValidationResult
-from fm.gate import Gate
 from fm.settings import FinetuneSettings, ValidationSettings
+from fm.training.gate import Gate
 
 
 def gate(limit: float = 1.2, **validation: Any) -> Gate:

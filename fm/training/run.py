@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from data_pipeline.files import only_process
 from fm.runtime import EXIT_DONE, StopSignal, make_accelerator, naming_lost_processes
 from fm.settings import Recipe
-from fm.stepper import RollBack
-from fm.trainer import Trainer
+from fm.training.stepper import RollBack
+from fm.training.trainer import Trainer
 
 
 def train(recipe: Recipe) -> int:

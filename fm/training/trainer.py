@@ -1,4 +1,4 @@
-"""The training loop: load; while step < steps: take a step (fm/stepper.py), save, validate.
+"""The training loop: load; while step < steps: take a step (fm/training/stepper.py), save, validate.
 
 Pretraining and rollout finetuning differ by recipe, not by code.
 """
@@ -14,22 +14,22 @@ from data_pipeline.windows.loader import sources
 from fm.adapt import check_adapted, learns_alone
 from fm.checkpoint import newest_checkpoint, read_state, step_directory
 from fm.checkpoint_writer import CheckpointWriter, keep_best
-from fm.conflict import check_gradient_cosines, gradient_cosines
 from fm.evaluation.validation import ValidationResult, validate
-from fm.gate import Gate
 from fm.guard import Guard
-from fm.inputs import build_model, check_same_shards, check_unrolls, open_split, shard_digests
-from fm.mixing import Mixing
 from fm.recipe_file import changed_settings, recipe_to_dict, resolve
 from fm.record import RunRecord
-from fm.rehearsal import rehearse
 from fm.runtime import EXIT_DONE, EXIT_INTERRUPTED, StopSignal, as_main_process_finds
 from fm.settings import Recipe
 from fm.specs import check_names
-from fm.state import TrainingState
-from fm.stepper import RollBack, Stepper
 from fm.tracking.logs import lacks_validation
 from fm.tracking.trackers import check_trackers
+from fm.training.conflict import check_gradient_cosines, gradient_cosines
+from fm.training.gate import Gate
+from fm.training.inputs import build_model, check_same_shards, check_unrolls, open_split, shard_digests
+from fm.training.mixing import Mixing
+from fm.training.rehearsal import rehearse
+from fm.training.state import TrainingState
+from fm.training.stepper import RollBack, Stepper
 
 
 class Trainer:
@@ -119,7 +119,7 @@ class Trainer:
         return EXIT_DONE
 
     def train_step(self, stop: StopSignal, record: RunRecord) -> bool:
-        """A step; returns whether a process was asked to stop (fm/stepper.py)."""
+        """A step; returns whether a process was asked to stop (fm/training/stepper.py)."""
         self._report_save(self.writer.failure(), record)
         try:
             return self.stepper.take(stop.received, record)

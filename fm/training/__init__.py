@@ -1,0 +1,1 @@
+"""A run: what it starts from, its steps, what is kept of them, and the loop around them."""
