@@ -1,4 +1,4 @@
-"""launch/quickstart runs its commands in order, on all cores or on as many threads as the user says."""
+"""launch/quickstart runs its commands in order, on all idle cores or on as many threads as the user says."""
 
 import os
 import shutil
@@ -20,18 +20,20 @@ STEPS = [
 ]
 
 
-def test_its_commands_run_in_order_on_all_cores_or_as_told(tmp_path: Path) -> None:
+def test_its_commands_run_in_order_on_idle_cores_or_as_told(tmp_path: Path) -> None:
     """The script itself, in a folder whose environment is there already and whose programs say how they were called."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     write_program(tmp_path / "launch" / "setup", "true")
     for name in ("data-pipeline", "accelerate", "fm"):
         write_program(tmp_path / ".venv" / "bin" / name, f'echo "$OMP_NUM_THREADS {name} $*"')
     write_program(tmp_path / ".venv" / "bin" / "python", f'exec "{sys.executable}" "$@"')
-    for told, threads in ((None, available_cores()), ("3", 3)):
+    for told, possible in ((None, range(1, available_cores() + 1)), ("3", (3,))):
         calls = [line for line in printed_by(tmp_path / "launch" / "quickstart", told) if line[0].isdigit()]
         assert len(calls) == len(STEPS)
         for call, step in zip(calls, STEPS, strict=True):
-            assert call.startswith(f"{threads} {step}")
+            threads, _, command = call.partition(" ")
+            assert int(threads) in possible
+            assert command.startswith(step)
 
 
 def write_program(path: Path, script: str) -> None:
