@@ -23,7 +23,8 @@ class EMA:
         Where `halted`, one number on their device, is 1, the averages stay as they are.
         """
         weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
-        averages = list(self.average.values())
-        changes = torch._foreach_sub([parameters[name] for name in self.average], averages)
-        torch._foreach_mul_(changes, weight if halted is None else weight * (1 - halted))
-        torch._foreach_add_(averages, changes)
+        averages, current = list(self.average.values()), [parameters[name] for name in self.average]
+        if halted is not None:  # then each follows itself
+            current = torch._foreach_mul(current, 1 - halted)
+            torch._foreach_add_(current, torch._foreach_mul(averages, halted))
+        torch._foreach_lerp_(averages, current, weight)
