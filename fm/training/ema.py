@@ -25,6 +25,6 @@ class EMA:
         weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
         averages, current = list(self.average.values()), [parameters[name] for name in self.average]
         if halted is not None:  # then each follows itself
-            current = torch._foreach_mul(current, 1 - halted)
+            current = list(torch._foreach_mul(current, 1 - halted))
             torch._foreach_add_(current, torch._foreach_mul(averages, halted))
         torch._foreach_lerp_(averages, current, weight)
