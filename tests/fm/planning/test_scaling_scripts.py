@@ -19,7 +19,7 @@ from fm.planning.gpus import GPUS, Ceiling
 
 SOURCES = [Source(name, 10_000, tokens, (10_000,)) for name, tokens in (("small", 100), ("large", 300))]
 LINKS = Interconnect(450, 50)
-NOTHING = Footprint(kept_bytes=0, moved_bytes=0, operations=0)
+NOTHING = Footprint(kept_bytes=0, moved_bytes=0, operations=0, products=())
 
 
 def costs(**seconds: float) -> Costs:
@@ -56,7 +56,7 @@ def test_overlapping_exchanges_count_once() -> None:
 def test_pieces_are_at_most_the_papers_batch() -> None:
     some = costs(small=1.0)
     assert some.piece("small", 3) == pytest.approx(3)
-    launched = replace(some, traffic={"small": Footprint(0, 0, 1_000_000)})  # 5 s to start the kernels
+    launched = replace(some, traffic={"small": replace(NOTHING, operations=1_000_000)})  # 5 s to start the kernels
     assert launched.piece("small", 3) == pytest.approx(5)
     assert launched.pieces("small", 2 * MICRO_BATCH + 1) == pytest.approx(15)
 

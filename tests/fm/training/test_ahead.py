@@ -26,7 +26,7 @@ def spoilt(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def guarded(shards: Path, directory: Path, read_every: int, action: str, **sections: dict[str, Any]) -> Recipe:
-    train_section = {"steps": 20, "read_every": read_every}
+    train_section = {"steps": 12, "read_every": read_every}
     sections = {"checkpoint": {"every": 8, "keep": 100}, **sections}
     guard, data = {"action": action, "max_events": 20}, {"datasets": DATASETS[:1]}
     return small(shards, directory, train=train_section, guard=guard, data=data, **sections)
@@ -38,8 +38,8 @@ def refused(directory: Path) -> list[tuple[int, str]]:
 
 
 def incidents(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
-    kept = (directory / "incidents").iterdir()
-    return {path.name: load_file(path / name) for path in kept for name in ("model.safetensors", "ema.safetensors")}
+    files = [*directory.glob("incidents/*/model.safetensors"), *directory.glob("incidents/*/ema.safetensors")]
+    return {str(file.relative_to(directory)): load_file(file) for file in files}
 
 
 def test_a_run_does_not_depend_on_how_often_it_is_read(tiny_shards: Path, tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_refused_steps_are_the_same_ones(spoilt: Path, tmp_path: Path, action: s
     assert log(seldom) == log(often)
     assert last_weights(seldom) == last_weights(often)
     before, after = incidents(often), incidents(seldom)
-    assert before.keys() == after.keys()
+    assert before.keys() == after.keys() != set()
     for name, weights in before.items():
         assert all(torch.equal(weights[key], after[name][key]) for key in weights)
 
