@@ -100,6 +100,21 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if precision == "bf16" or auto else None
 
 
+@contextmanager
+def products_in_tf32(allowed: bool) -> Iterator[None]:
+    """Let a GPU round what it multiplies in float32 to TF32's 10 bits, which are more than bf16's 7.
+
+    In a bf16 step it is for attention's products with keys and queries, which are float32 under autocast; the ridge
+    solve is none.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if allowed else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def peak_memory_bytes() -> float:
     """Peak of the GPU's allocator, or of this process on a CPU."""
     if torch.cuda.is_available():

@@ -1,14 +1,14 @@
 """What a machine can do at most: matrix products of a dtype, and memory traffic; measured, or as data sheets say."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from fm.nn.linear import linear
 from fm.planning.gpus import Gpu
+from fm.runtime import products_in_tf32
 
 SECONDS = 0.3  # of each measurement, about
 LEAST = 5  # times that each is taken
@@ -46,7 +46,7 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         rates[name] = 2 * side**3 / _product_seconds(side, dtype, device)
     if device.type == "cuda":
-        with _tf32():
+        with products_in_tf32(True):
             rates["tf32"] = 2 * side**3 / _product_seconds(side, torch.float32, device)
     source = torch.randn(COPIED[device.type] // 4, device=device)
     target = torch.empty_like(source)
@@ -75,13 +75,3 @@ def _best(work: Callable[[], object], device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

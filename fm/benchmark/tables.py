@@ -36,9 +36,7 @@ def benchmark_text(found: Benchmark) -> str:
         _summary([row for row in found.rows if row.dataset == MIXTURE]) if first else "",
         *(_variant(found, variant) for variant in variants if any(row.variant == variant for row in measured)),
         _wrapped(MEANING) if measured else "",
-        f"The floor of {variants[0]}\n\n{floor_table(first, found.ceilings.bandwidth)}\n\n{_wrapped(FLOOR)}"
-        if first
-        else "",
+        _floor(first, found.ceilings.bandwidth) if first else "",
         feed_text(found.feeding, found.pace) if found.feeding else "",
         "\n".join(f"- profile: {file}" for file in found.profiles),
         "\n".join(_wrapped(f"- warning: {warning}", "  ") for warning in found.warnings()),

@@ -5,7 +5,6 @@ Each window counts 1 / train.global_batch, whichever process takes it, in howeve
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from accelerate import Accelerator
 from data_pipeline.windows.batch import Batch
 from data_pipeline.windows.division import Division, Piece
 from fm.curriculum import forcing_coins, forcing_prob, input_noise, unroll_length
-from fm.runtime import autocast_dtype
+from fm.runtime import autocast_dtype, products_in_tf32
 from fm.settings import Recipe
 from fm.training.state import TrainingState
 
@@ -45,7 +44,7 @@ def step_gradient(
         # processes average their gradients, so each counts as many times more
         weight = len(piece.places) * accelerator.num_processes / recipe.train.global_batch
         in_bf16 = autocast_dtype(recipe.train.precision, accelerator.device) is not None
-        with state.parallel.accumulate(last=number == len(pieces) - 1), _tf32(in_bf16):
+        with state.parallel.accumulate(last=number == len(pieces) - 1), products_in_tf32(in_bf16):
             terms = state.parallel.objective(**inputs)
             mark("forward")
             state.parallel.backward(terms["loss"] * weight)
@@ -75,20 +74,6 @@ def _inputs(recipe: Recipe, step: int, piece: Piece, batch: Batch) -> dict[str, 
         "dataset": batch.dataset,
         "noise": noise,
     }
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """Let a GPU round what it multiplies in float32 to TF32's 10 bits, which are more than bf16's 7.
-
-    It is for attention's products with keys and queries, which are float32 under autocast; the ridge solve is none.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if allowed else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
