@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fm.model import DatasetSpec, ModelConfig, WaveLiTFM
+from fm.runtime import products_in_tf32
 from fm.settings import FinetuneSettings, LossSettings
-from fm.training.gradient import _tf32
 from fm.unroll import Unroll, causal_weights
 
 FACTOR, STEPS, WINDOWS = 1.1, 4, 3
@@ -183,6 +183,6 @@ def test_a_gpu_never_makes_the_host_wait_in_forward_and_backward(objective: str)
 
 def test_tf32_is_for_a_bf16_step_and_ends_with_it() -> None:
     for allowed, expected in ((False, "highest"), (True, "high")):
-        with _tf32(allowed):
+        with products_in_tf32(allowed):
             assert torch.get_float32_matmul_precision() == expected
         assert torch.get_float32_matmul_precision() == "highest"
