@@ -9,7 +9,7 @@ __all__ = ["WaveLiTFM"]
 def __getattr__(name: str) -> Any:
     """`fm.WaveLiTFM`, imported when it is first asked for, so that `fm --help` does not wait for torch."""
     if name == "WaveLiTFM":
-        from fm.model import WaveLiTFM
+        from fm.model.wavelit import WaveLiTFM
 
         return WaveLiTFM
     raise AttributeError(f"module 'fm' has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """A recipe is YAML that is also a Python program: `accelerate launch recipes/x.yaml key.sub=value` runs it.
 
-The first and last lines that make it so stand in fm/settings.py. To YAML the first is the key `launch`, ignored here,
+The first and last lines that make it so stand in fm/config.py. To YAML the first is the key `launch`, ignored here,
 and the last a comment; to Python everything between them is one string.
 """
 
@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.errors import UserError
-from fm.recipe_file import load_recipe
-from fm.runtime import EXIT_LOST, EXIT_USER_ERROR, ProcessLost
-from fm.training.run import train
+from data_pipeline.files import UserError
+from fm.config import load_recipe
+from fm.distributed import EXIT_LOST, EXIT_USER_ERROR, ProcessLost
+from fm.training.trainer import train
 
 
 def run(path: str) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.__main__ import main as data_pipeline
-from fm.__main__ import main as fm
+from data_pipeline.cli import main as data_pipeline
+from fm.cli import main as fm
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
-from data_pipeline.well.boundary import edge
+from data_pipeline.well.layout import edge
 
 BULK_MODULUS = 4.0
 CORRIDOR_DENSITY = 3.0

@@ -20,7 +20,7 @@ from scipy.special import ive
 
 from data_pipeline.miniwell.spectral import FourierGrid
 from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
-from data_pipeline.well.boundary import edge
+from data_pipeline.well.layout import edge
 
 LENGTH = 10.0
 BETA, D_T, D_R = 0.8, 0.1, 0.1

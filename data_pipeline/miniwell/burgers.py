@@ -16,7 +16,7 @@ import numpy as np
 
 from data_pipeline.miniwell.spectral import Etdrk4, FourierGrid
 from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
-from data_pipeline.well.boundary import edge
+from data_pipeline.well.layout import edge
 
 LENGTHS = (1.0, 1.0)
 MAX_STEP = 0.01  # at 64 points and |u|, |v| <= 1: k_max (|u| + |v|) dt = 2.6, below RK4's 2.83 on the imaginary axis

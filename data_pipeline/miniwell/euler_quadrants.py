@@ -14,7 +14,7 @@ import numpy as np
 
 from data_pipeline.miniwell import euler
 from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
-from data_pipeline.well.boundary import edge
+from data_pipeline.well.layout import edge
 
 # Half of what one sweep bears: the waves that a jump sends out may be faster than any gas before it, and the step is
 # chosen for two sweeps along each axis.

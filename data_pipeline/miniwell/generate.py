@@ -16,12 +16,19 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from data_pipeline.errors import UserError
-from data_pipeline.files import TEMPORARY_SUFFIX
+from data_pipeline.files import TEMPORARY_SUFFIX, UserError
 from data_pipeline.miniwell.contact_sheet import contact_sheet
-from data_pipeline.miniwell.moments import Moments, statistics
-from data_pipeline.miniwell.task import EIGHT, EXTRAS, SYSTEMS, Task, load_system, run_task, total_trajectories
-from data_pipeline.miniwell.well_file import write_whole
+from data_pipeline.miniwell.system import Moments, statistics
+from data_pipeline.miniwell.task import (
+    EIGHT,
+    EXTRAS,
+    SYSTEMS,
+    Task,
+    load_system,
+    run_task,
+    total_trajectories,
+    write_whole,
+)
 from data_pipeline.workers import available_cores, run_tasks
 
 __all__ = ["EIGHT", "EXTRAS", "PRESETS", "SYSTEMS", "contact_sheet", "load_system", "simulate"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipeline.miniwell.spectral import Etdrk4, FourierGrid
 from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
-from data_pipeline.well.boundary import edge
+from data_pipeline.well.layout import edge
 
 DIFFUSION = np.array([2e-5, 1e-5])  # of A and B at 128 points
 TIME_STEP = 2.5  # off by at most 8e-3 after 400 time units; 5.0 is off by up to 0.08 in spots

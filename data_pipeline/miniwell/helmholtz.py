@@ -18,7 +18,7 @@ from scipy.sparse import coo_array, csc_array
 from scipy.sparse.linalg import SuperLU, splu
 
 from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
-from data_pipeline.well.boundary import BoundaryMask, edge
+from data_pipeline.well.layout import BoundaryMask, edge
 
 LOWER_X, UPPER_X = -8, 8
 LOWER_Y, UPPER_Y = -0.5, 3.5

@@ -16,7 +16,7 @@ import numpy as np
 
 from data_pipeline.miniwell import euler
 from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
-from data_pipeline.well.boundary import edge
+from data_pipeline.well.layout import edge
 
 GAMMA = 5.0 / 3.0
 HOT_TEMPERATURE = 1.0

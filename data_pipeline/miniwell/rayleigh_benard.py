@@ -25,7 +25,7 @@ from data_pipeline.miniwell.mac import (
     upwind,
 )
 from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
-from data_pipeline.well.boundary import edge
+from data_pipeline.well.layout import edge
 
 BUOYANCY_BELOW, BUOYANCY_ABOVE = 1.0, 0.0
 INITIAL_DROPS = (0.4, 0.6, 0.8, 1.0)  # The Well's initial buoyancy differences, but for its 0.2

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipeline.miniwell.spectral import FourierGrid
 from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
-from data_pipeline.well.boundary import edge
+from data_pipeline.well.layout import edge
 
 LENGTHS = (1.0, 2.0)
 MAX_STEP = (

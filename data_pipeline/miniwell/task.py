@@ -1,16 +1,111 @@
-"""One unit of work of the mini-Well: simulate a parameter set, write its files, return its train split's moments."""
+"""One parameter set's trajectories as HDF5 files in the Well's layout (well/layout.py): one file per split.
+
+One unit of work of the mini-Well: simulate a parameter set, write its files, return its train split's moments.
+"""
 
 import importlib
+import io
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 
-from data_pipeline.miniwell.moments import Moments, field_moments
-from data_pipeline.miniwell.system import ParameterSet, System
-from data_pipeline.miniwell.well_file import file_name, split_rows, trajectory_arrays, write_well_file
+from data_pipeline.files import UserError, atomic_file
+from data_pipeline.miniwell.system import SPLITS, Moments, ParameterSet, Simulation, System, field_moments
+from data_pipeline.well.layout import mark_field, strings, write_boundary, write_dimensions, write_root, write_scalars
+
+
+def split_rows(parameter_set: ParameterSet) -> dict[str, slice]:
+    """Which trajectories of a parameter set, in their order train, valid, test, belong to each split that has any."""
+    rows, first = {}, 0
+    for split in SPLITS:
+        count = parameter_set.num_trajectories.get(split, 0)
+        if count:
+            rows[split] = slice(first, first + count)
+        first += count
+    return rows
+
+
+def file_name(dataset: str, parameter_set: ParameterSet) -> str:
+    """`<dataset>_<label>.hdf5`, or `<dataset>.hdf5` for a dataset with a single, unlabelled parameter set."""
+    return f"{dataset}_{parameter_set.label}.hdf5" if parameter_set.label else f"{dataset}.hdf5"
+
+
+def trajectory_arrays(system: System, simulation: Simulation, rows: slice) -> dict[str, np.ndarray]:
+    """The chosen trajectories as float32, state fields in the Well's order, then constant fields.
+
+    Shapes: state (n, T, X, Y) + (2,) * order; constant (X, Y), or (n, X, Y) where it varies between trajectories.
+    Raises RuntimeError if a value is not finite in float32: a solver blew up.
+    """
+    arrays = {name: simulation.fields[name][rows].astype(np.float32) for name in system.tensor_orders}
+    for name, values in simulation.constant_fields.items():
+        arrays[name] = (values[rows] if values.ndim == 3 else values).astype(np.float32)
+    for name, values in arrays.items():
+        if not np.isfinite(values).all():
+            raise RuntimeError(f"{system.name}: field {name} holds values that are not finite")
+    return arrays
+
+
+def write_well_file(
+    path: Path, system: System, parameter_set: ParameterSet, simulation: Simulation, arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Write `arrays` (of `trajectory_arrays`) with their grids, scalars and boundaries to `path`, whole or not at all.
+
+    Raises UserError if the file cannot be written.
+    """
+    # HDF5 reports a full disk late and as several exception types; an image in memory leaves that to one plain write.
+    image = io.BytesIO()
+    with h5py.File(image, "w") as file:
+        leading = next(iter(system.tensor_orders))
+        _write_root(file, system, parameter_set, num_trajectories=arrays[leading].shape[0])
+        write_dimensions(file, simulation.time, simulation.x, simulation.y)
+        write_scalars(file, parameter_set.scalars)
+        for order in range(3):
+            _write_fields(file, order, system, arrays)
+        group = file.create_group("boundary_conditions")
+        for boundary in simulation.boundaries:
+            write_boundary(group, boundary)
+    write_whole(path, image.getbuffer())
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file so that `path` is never half a file.
+
+    Raises UserError, with nothing left behind, if the disk is full or the folder cannot be written.
+    """
+    try:
+        with atomic_file(path) as stream:
+            stream.write(content)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); choose a folder that can, and run again"
+        ) from error
+
+
+def _write_root(file: h5py.File, system: System, parameter_set: ParameterSet, num_trajectories: int) -> None:
+    write_root(file, system.name, num_trajectories, list(parameter_set.scalars))
+    for name, value in parameter_set.scalars.items():
+        file.attrs[name] = float(value)
+
+
+def _write_fields(file: h5py.File, order: int, system: System, arrays: Mapping[str, np.ndarray]) -> None:
+    """Group t<order>_fields; constant fields are scalars, so they belong to t0_fields, after the state fields."""
+    names = [name for name in arrays if system.tensor_orders.get(name, 0) == order]
+    group = file.create_group(f"t{order}_fields")
+    group.attrs["field_names"] = strings(names)
+    for name in names:
+        values = arrays[name]
+        is_state = name in system.tensor_orders
+        dataset = group.create_dataset(name, data=values)
+        mark_field(dataset, sample_varying=is_state or values.ndim == 3, time_varying=is_state)
+        if order == 2:
+            transposed = np.swapaxes(values, -1, -2)
+            dataset.attrs["symmetric"] = bool(np.array_equal(values, transposed))
+            dataset.attrs["antisymmetric"] = bool(np.array_equal(values, -transposed))
+
 
 SYSTEMS: Mapping[str, str] = {  # the Well's dataset name -> module of this package
     "acoustic_scattering_maze": "acoustic_maze",

@@ -31,7 +31,7 @@ from data_pipeline.miniwell.mac import (
     upwind,
 )
 from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
-from data_pipeline.well.boundary import edge
+from data_pipeline.well.layout import edge
 
 XX, XY, YY, ZZ = range(4)  # components of a conformation array (4, b, X, Y)
 DISTURBANCE_MODES = 4  # in x and in y

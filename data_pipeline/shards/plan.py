@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from data_pipeline.cards.registry import Boundary, Card
-from data_pipeline.errors import UserError
-from data_pipeline.hashing import nested_choice
-from data_pipeline.records import digest, encode
-from data_pipeline.shards.manifest import FORMAT_VERSION, ITEM_BYTES, SourceFile, trajectory_key
+from data_pipeline.files import UserError, nested_choice
+from data_pipeline.registry import Boundary, Card
+from data_pipeline.schema import digest, encode
+from data_pipeline.shards.format import FORMAT_VERSION, ITEM_BYTES, SourceFile, trajectory_key
 from data_pipeline.well.hdf5 import SPLITS, WellFile, split_files
-from data_pipeline.well.location import File, Folder, child_file, child_names, file_bytes, read_range, read_small
+from data_pipeline.well.layout import File, Folder, child_file, child_names, file_bytes, read_range, read_small
 from data_pipeline.well.stats import read_stats
 
 

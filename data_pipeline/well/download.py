@@ -1,4 +1,8 @@
-"""Downloads the Well's HDF5 files: estimate first, several at a time, resumed, retried, each verified after arrival.
+"""Which files of the Well to download: their addresses, from the_well's list or from a server's listing of a folder.
+
+Whether a file of the Well has arrived whole: what can be told without its card and without reading its arrays.
+
+Downloads the Well's HDF5 files: estimate first, several at a time, resumed, retried, each verified after arrival.
 
 A file arrives as `<name>.part` and takes its name once it is known to be whole, so whatever bears a final name is good.
 """
@@ -8,22 +12,216 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import unquote
 
+import h5py
+import yaml
 from tqdm import tqdm
 
-from data_pipeline.cards.registry import Card, Registry
-from data_pipeline.errors import UserError
-from data_pipeline.files import is_disk_full, only_process, sync_directory
-from data_pipeline.remote import RemoteFolder, Retries
-from data_pipeline.threads import Threads
-from data_pipeline.transport import Missing
-from data_pipeline.well.addresses import Wanted, chosen_splits, from_folder, from_urls, url_registry
-from data_pipeline.well.arrival import damage
-from data_pipeline.well.hdf5 import WellFile
+from data_pipeline import schema
+from data_pipeline.files import UserError, is_disk_full, only_process, sync_directory
+from data_pipeline.registry import Card, Registry
+from data_pipeline.remote import Missing, RemoteFile, RemoteFolder, Retries, check_name
+from data_pipeline.schema import Node
+from data_pipeline.well.hdf5 import SPLITS, WellFile
+from data_pipeline.well.layout import plain_dataset, plain_group, texts
 from data_pipeline.well.stats import read_stats
+from data_pipeline.workers import Threads
+
+PARTIAL_SUFFIX = ".part"
+_MAX_YAML_BYTES = 4 * 2**20  # of the_well's registry (180 kB) or a stats.yaml (some kB)
+
+UrlRegistry = dict[str, dict[str, list[str]]]  # dataset -> "stats" or a split -> URLs
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One file to have: where it comes from, where it goes, and how it stands."""
+
+    dataset: str
+    source: RemoteFile
+    path: Path
+    size: int | None = None  # as the server says
+    there: bool = False  # whole, under its final name
+
+    @property
+    def partial(self) -> Path:
+        return self.path.with_name(self.path.name + PARTIAL_SUFFIX)
+
+    @property
+    def held(self) -> int:
+        """Bytes that an interrupted run has left."""
+        held = self.partial.stat().st_size if self.size is not None and self.partial.is_file() else 0
+        return held if held <= (self.size or 0) else 0
+
+    @property
+    def missing(self) -> int:
+        return 0 if self.there else (self.size or 0) - self.held
+
+    def __str__(self) -> str:
+        return f"{self.dataset}/{self.path.as_posix().rpartition(f'/datasets/{self.dataset}/')[2]}"
+
+
+def chosen_splits(splits: Sequence[str] | None) -> list[str]:
+    for split in splits or ():
+        if split not in SPLITS:
+            raise UserError(f"split {split!r}: no such split. {schema.nearest(split, SPLITS)}")
+    return [split for split in SPLITS if splits is None or split in splits]
+
+
+def url_registry(path: Path | None) -> UrlRegistry:
+    """the_well's registry.yaml, or another of its form, checked: names, splits and addresses of HDF5 files.
+
+    It is data of another package, so nothing in it is trusted: not a name as a folder, not an address as a file.
+    """
+    file: Traversable = files("the_well") / "utils" / "registry.yaml" if path is None else path
+    root = Node(load_yaml(file), str(file))
+    registry: UrlRegistry = {}
+    for name, node in root.entries().items():
+        Node(name, root.file).name()
+        entries = node.record(("stats",), SPLITS)
+        registry[name] = {"stats": [entries["stats"].text()]}
+        for split in SPLITS:
+            addresses = [item.text() for item in entries[split].elements()] if split in entries else []
+            registry[name][split] = addresses
+            bases = [_file_name(address) for address in addresses]
+            if len(set(bases)) < len(bases):
+                entries[split].fail("addresses of files with different names")
+    return registry
+
+
+def load_yaml(file: Traversable) -> object:
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(_MAX_YAML_BYTES + 1)
+        if len(content) > _MAX_YAML_BYTES:
+            raise UserError(f"{file}: expected at most {_MAX_YAML_BYTES} bytes, got more")
+        return yaml.load(content, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, ValueError, ArithmeticError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{file}: expected plain YAML, got something else: {reason}") from error
+
+
+def _file_name(address: str) -> str:
+    """The name that a file from this address gets; UserError unless it is a plain name of an HDF5 file."""
+    name = unquote(address.rpartition("/")[2])
+    if not _is_hdf5(check_name(name, address)):
+        raise UserError(f"{address}: expected the address of an .hdf5 or .h5 file")
+    return name
+
+
+def _is_hdf5(name: str) -> bool:
+    return name.endswith((".hdf5", ".h5")) and not name.startswith(".")
+
+
+def from_urls(
+    out: Path, dataset: str, known: UrlRegistry, splits: Sequence[str], first_only: bool, retries: Retries
+) -> Iterator[Wanted]:
+    """The files of a dataset by their addresses."""
+    if dataset not in known:
+        raise UserError(f"dataset {dataset!r}: the_well names no addresses for it. {schema.nearest(dataset, known)}")
+    folder = out / "datasets" / dataset
+    yield Wanted(dataset, RemoteFile(known[dataset]["stats"][0], retries), folder / "stats.yaml")
+    for split in splits:
+        for address in known[dataset][split][: 1 if first_only else None]:
+            yield Wanted(dataset, RemoteFile(address, retries), folder / "data" / split / _file_name(address))
+
+
+def from_folder(
+    out: Path,
+    dataset: str,
+    base: RemoteFolder,
+    known: UrlRegistry,
+    splits: Sequence[str] | None,
+    first_only: bool,
+) -> Iterator[Wanted]:
+    """The files of a dataset below a base URL: those the server lists; those the_well names if it lists none."""
+    Node(dataset, "--datasets").name()
+    source, folder = base / dataset, out / "datasets" / dataset
+    listed = _listed(source, known.get(dataset), splits or SPLITS)
+    yield Wanted(dataset, source.file("stats.yaml"), folder / "stats.yaml")
+    for split in splits or SPLITS:
+        for name in listed[split][: 1 if first_only else None]:
+            # `file` refuses a name that is a path
+            yield Wanted(dataset, (source / "data" / split).file(name), folder / "data" / split / name)
+
+
+def _listed(source: RemoteFolder, known: dict[str, list[str]] | None, splits: Sequence[str]) -> dict[str, list[str]]:
+    """Names of the HDF5 files of each split; says where the_well's list is used, or names others."""
+    expected = {split: [_file_name(address) for address in known[split]] if known else [] for split in splits}
+    data = source / "data"
+    try:
+        present = data.names()
+        found = {split: list(filter(_is_hdf5, (data / split).names())) if split in present else [] for split in splits}
+        reason = f"{data}: the server lists no HDF5 files in {', '.join(splits)}"
+    except UserError as error:
+        found, reason = {}, str(error)
+    if not any(found.values()):
+        if known is None:
+            raise UserError(f"{reason}; and the_well has no list of the files of {source.name!r}. Check --from")
+        print(f"{source.name}: {reason}; using the_well's list of files")
+        return expected
+    for split in splits:
+        missing = set(expected[split]) - set(found[split])
+        if missing or not found[split]:
+            note = f"; {len(missing)} of the {len(expected[split])} that the_well names are not among them"
+            print(f"{source.name}: {split}: the server lists {len(found[split])} files{note if missing else ''}")
+    return found
+
+
+def damage(path: Path, size: int | None) -> str | None:
+    """What is wrong with a file that has arrived, or None: its size, an HTML page, no HDF5, not the Well's layout."""
+    found = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(512).lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, most likely an error message of the server"
+    if size is not None and found != size:
+        return f"it holds {found} bytes where the server has {size}"
+    if path.name.removesuffix(PARTIAL_SUFFIX).endswith(".yaml"):
+        try:
+            content = load_yaml(path)
+        except UserError as error:
+            return str(error)
+        return None if isinstance(content, dict) and content else "it is no YAML mapping"
+    try:
+        with h5py.File(path, "r") as opened:
+            return _layout_damage(opened)
+    except UserError as error:
+        return str(error)
+    except (OSError, RuntimeError) as error:
+        return f"it is truncated or no HDF5 file ({error})"
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        return f"it is not in the Well's layout ({error})"
+
+
+def _layout_damage(file: h5py.File) -> str | None:
+    """Compares each field's shape with the trajectories, frames and grid that the file itself declares."""
+    dimensions = plain_group(file, "dimensions", "dimensions")
+    axes = texts(dimensions.attrs["spatial_dims"])
+    num_trajectories = int(file.attrs["n_trajectories"])
+    num_frames, *grid = (plain_dataset(dimensions, name, name).shape[-1] for name in ("time", *axes))
+    if min(num_trajectories, num_frames, *grid) < 1:
+        return f"it declares {num_trajectories} trajectories of {num_frames} frames on the grid {grid}"
+    for order in range(3):
+        group = plain_group(file, f"t{order}_fields", f"t{order}_fields")
+        for name in texts(group.attrs["field_names"]):
+            data = plain_dataset(group, name, f"field {name!r}")
+            shape = (num_trajectories,) * bool(data.attrs["sample_varying"])
+            shape += (num_frames,) * bool(data.attrs["time_varying"])
+            shape += tuple(size for size, varies in zip(grid, data.attrs["dim_varying"], strict=True) if varies)
+            shape += (len(grid),) * order
+            if data.shape != shape:
+                return f"its field {name!r} has the shape {data.shape} where the file declares {shape}"
+    return None
+
 
 _LOOKS_AT_ONCE = 8  # requests for sizes in flight
 _HOPELESS = 8  # failures without a success after which the server counts as gone

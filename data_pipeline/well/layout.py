@@ -1,16 +1,213 @@
-"""The parts of an HDF5 file in the Well's layout, as they are written.
+"""Folders and files of a Well, on this machine or behind a URL: the same few questions to both.
+
+What is taken from an HDF5 file nobody vouches for: its own groups, datasets and texts, and no more than it holds.
+
+A header of a kilobyte can declare a petabyte, or name another file. Both are refused before anything is read.
+
+Boundary conditions of a Well file: the masks that it stores, and the types at the ends of the axes.
+
+The parts of an HDF5 file in the Well's layout, as they are written.
 
 Layout: the Well's data format (Ohana et al. 2024, "The Well"; docs/data_format.md of its repository) as
 `the_well.data.WellDataset` 1.2 reads it: many trajectories of one parameter set in a file, float32, fields of tensor
 order 0, 1, 2 in groups t0_fields, t1_fields, t2_fields, axis 0 = x, axis 1 = y.
 """
 
+import math
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 
 import h5py
 import numpy as np
 
-from data_pipeline.well.boundary import BoundaryMask
+from data_pipeline.files import UserError
+from data_pipeline.registry import BOUNDARY_TYPES, Boundary
+from data_pipeline.remote import RemoteFile, RemoteFolder, is_url
+
+Folder = Path | RemoteFolder
+File = Path | RemoteFile
+MAX_TEXT_BYTES = 16 * 2**20
+
+
+def folder_at(location: str | Path | RemoteFolder) -> Folder:
+    """The folder at a local path or a URL. Raises UserError for a URL of a kind that is not opened."""
+    if isinstance(location, RemoteFolder):
+        return location
+    return RemoteFolder(str(location)) if is_url(location) else Path(location)
+
+
+def child_names(folder: Folder) -> list[str]:
+    """Names of what is directly in a folder, sorted; none if there is no such local folder.
+
+    Raises UserError when a server does not list the folder.
+    """
+    if isinstance(folder, RemoteFolder):
+        return folder.names()
+    return sorted(os.listdir(folder)) if folder.is_dir() else []
+
+
+def child_file(folder: Folder, name: str) -> File:
+    """The file of that name in a folder, which need not be there."""
+    return folder.file(name) if isinstance(folder, RemoteFolder) else folder / name
+
+
+def file_bytes(file: File) -> int:
+    """Size of a file. Raises UserError when a server does not tell it."""
+    if isinstance(file, Path):
+        return file.stat().st_size
+    size = file.size()
+    if size is None:
+        raise UserError(f"{file}: the server does not tell the file's size; download the file first")
+    return size
+
+
+def read_range(file: File, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of a file."""
+    if isinstance(file, RemoteFile):
+        return file.read_range(start, stop)
+    with file.open("rb") as stream:
+        stream.seek(start)
+        return stream.read(stop - start)
+
+
+def read_small(file: File) -> bytes:
+    """All of a small text file. Raises UserError for one of more than MAX_TEXT_BYTES."""
+    if isinstance(file, RemoteFile):
+        return file.read(MAX_TEXT_BYTES)
+    if file.stat().st_size > MAX_TEXT_BYTES:
+        raise UserError(f"{file}: expected a text of at most {MAX_TEXT_BYTES} bytes, got more")
+    return file.read_bytes()
+
+
+def open_for_hdf5(file: File) -> Path | BinaryIO:
+    """What h5py.File takes."""
+    return file if isinstance(file, Path) else file.open()
+
+
+DEFLATE_RATIO = 1032  # deflate's best: 258 bytes for two bits (RFC 1951)
+MAX_CHUNK_BYTES = 2**28  # HDF5 unpacks a whole chunk at a time in memory
+
+
+def plain_group(parent: h5py.Group, name: str, where: str) -> h5py.Group:
+    """A group of this very file. Raises KeyError if it is not there, UserError if it is a link or no group."""
+    _check_hard_link(parent, name, where)
+    group = parent[name]
+    if not isinstance(group, h5py.Group):
+        raise UserError(f"{where}: expected a group, got {type(group).__name__}; get the file again")
+    return group
+
+
+def plain_dataset(parent: h5py.Group, name: str, where: str) -> h5py.Dataset:
+    """A dataset of numbers stored in this very file: links, external and virtual storage are refused."""
+    _check_hard_link(parent, name, where)
+    data = parent[name]
+    if not isinstance(data, h5py.Dataset) or data.external or data.is_virtual:
+        raise UserError(f"{where}: expected a dataset stored in this file")
+    if data.dtype.kind not in "iufb" or data.shape is None:
+        raise UserError(f"{where}: expected an array of numbers, got {data.dtype}")
+    return data
+
+
+def _check_hard_link(parent: h5py.Group, name: str, where: str) -> None:
+    link = parent.get(name, getlink=True)
+    if link is None:
+        raise KeyError(f"Unable to open object (object {name!r} doesn't exist)")
+    if not isinstance(link, h5py.HardLink):
+        what = "another file" if isinstance(link, h5py.ExternalLink) else "another place"
+        raise UserError(f"{where} is a link to {what}, which is not followed")
+
+
+def texts(attribute: object) -> list[str]:
+    """An attribute that holds a text or a list of them; HDF5 libraries write them as str or as bytes."""
+    items = np.atleast_1d(np.asarray(attribute, dtype=object))
+    return [item.decode(errors="replace") if isinstance(item, bytes) else str(item) for item in items]
+
+
+def check_extent(data: h5py.Dataset, where: str) -> None:
+    """Raises UserError if a dataset declares more bytes than the file stores for it, or was written in part only."""
+    declared, stored = math.prod(data.shape) * data.dtype.itemsize, data.id.get_storage_size()
+    possible = stored
+    if data.chunks is not None:
+        if math.prod(data.chunks) * data.dtype.itemsize > MAX_CHUNK_BYTES:
+            raise UserError(
+                f"{where}: expected HDF5 chunks of at most {MAX_CHUNK_BYTES} bytes, got {data.chunks}; "
+                "repack the file with h5repack -l"
+            )
+        if data.id.get_create_plist().get_nfilters():
+            possible = DEFLATE_RATIO * stored
+        needed = math.prod(-(-size // chunk) for size, chunk in zip(data.shape, data.chunks, strict=True))
+        if data.id.get_num_chunks() < needed:
+            possible = 0
+    if declared > possible:
+        raise UserError(
+            f"{where}: it declares {declared} bytes ({data.shape}, {data.dtype}), and the file stores {stored} for it: "
+            "part of it was never written, or the header is wrong; get the file again"
+        )
+
+
+@dataclass(frozen=True)
+class BoundaryMask:
+    """One boundary group of the Well: `mask` is True where the condition holds, over the axes `dims`."""
+
+    name: str  # the Well's group name, e.g. "y_wall_dirichlet"
+    kind: str  # WALL, OPEN or PERIODIC
+    dims: tuple[str, ...]  # ("x",), ("y",) or ("x", "y")
+    mask: np.ndarray  # bool, one axis per dim
+
+
+def edge(name: str, kind: str, dim: str, size: int, *, lower: bool = True, upper: bool = True) -> BoundaryMask:
+    """A boundary on the lower and/or upper end of one axis of `size` points."""
+    mask = np.zeros(size, dtype=bool)
+    mask[0] |= lower
+    mask[-1] |= upper
+    return BoundaryMask(name, kind, (dim,), mask)
+
+
+def edges(boundary: Boundary, grid: tuple[int, int]) -> tuple[BoundaryMask, ...]:
+    """Masks that say no more than the types at the ends of the axes."""
+    return tuple(
+        edge(f"{axis}_{kind.lower()}", kind, axis, size, lower=lower == kind, upper=upper == kind)
+        for axis, size, (lower, upper) in zip("xy", grid, boundary, strict=True)
+        for kind in dict.fromkeys((lower, upper))
+    )
+
+
+def boundary_masks(groups: h5py.Group, where: str) -> tuple[BoundaryMask, ...]:
+    """The boundary groups of a file, by name. Raises UserError for one that is not over x, y or both."""
+    masks = []
+    for name in groups:
+        group = plain_group(groups, name, f"{where}: boundary {name}")
+        kind = " ".join(texts(group.attrs["bc_type"])).upper()
+        dims = tuple(texts(group.attrs["associated_dims"]))
+        stored = plain_dataset(group, "mask", f"{where}: boundary {name}: mask")
+        check_extent(stored, f"{where}: boundary {name}: mask")
+        mask = np.asarray(stored[()], dtype=bool)
+        if kind not in BOUNDARY_TYPES or mask.ndim != len(dims) or not set(dims) <= {"x", "y"}:
+            raise UserError(
+                f"{where}: boundary {name}: expected one of {', '.join(BOUNDARY_TYPES)} with a mask over x, y or both, "
+                f"got {kind} with a mask of shape {mask.shape} over {', '.join(dims)}"
+            )
+        masks.append(BoundaryMask(name, kind, dims, mask))
+    return tuple(masks)
+
+
+def boundary_types(masks: Sequence[BoundaryMask]) -> Boundary:
+    """Boundary type of the lower and upper end of each axis, coded as `the_well` does (its 'padding' type).
+
+    An end is OPEN unless a group says otherwise: PERIODIC or OPEN if its mask holds anywhere on that end, WALL only if
+    it holds on all of it; a later group (by name) overrides an earlier one.
+    """
+    sides = [["OPEN", "OPEN"], ["OPEN", "OPEN"]]
+    for one in masks:
+        holds = np.all if one.kind == "WALL" else np.any
+        for axis, dim in enumerate(one.dims):
+            for end, position in enumerate((0, -1)):
+                if holds(one.mask.take(position, axis=axis)):
+                    sides["xy".index(dim)][end] = one.kind
+    return (sides[0][0], sides[0][1]), (sides[1][0], sides[1][1])
 
 
 def strings(names: Sequence[str]) -> np.ndarray:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from data_pipeline.cards.registry import Card
-from data_pipeline.errors import UserError
+from data_pipeline.files import UserError
+from data_pipeline.registry import Card
 from data_pipeline.well.hdf5 import WellFile, block_frames
-from data_pipeline.well.location import File, read_small
+from data_pipeline.well.layout import File, read_small
 
 Stats = dict[str, dict[str, float]]
 VALUE_STATISTICS = ("mean", "std", "rms")

@@ -25,8 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipeline.errors import UserError
-from data_pipeline.files import is_disk_full
+from data_pipeline.files import UserError, is_disk_full
 
 _NAME = re.compile(r"[0-9a-f]{64}(?:-\d{1,20}-\d{1,20})?")
 _PART = re.compile(rf"({_NAME.pattern}(?:\.\d+_\d+)?)\.(\d{{1,20}})\.part")

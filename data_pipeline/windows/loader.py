@@ -12,15 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.errors import UserError
+from data_pipeline.files import UserError
 from data_pipeline.remote import RemoteFolder, is_url
-from data_pipeline.shards.manifest import MANIFEST_NAME
-from data_pipeline.threads import Threads
-from data_pipeline.windows.batch import Batch
-from data_pipeline.windows.division import Division
-from data_pipeline.windows.reader import ShardReader
-from data_pipeline.windows.schedule import Draw, Source
+from data_pipeline.shards.format import MANIFEST_NAME
+from data_pipeline.windows.reader import Batch, ShardReader
+from data_pipeline.windows.schedule import Division, Draw, Source
 from data_pipeline.windows.streaming import StreamSettings, open_sources
+from data_pipeline.workers import Threads
 
 AHEAD = 2  # batches that each thread is ahead
 

@@ -1,27 +1,92 @@
-"""Reads windows: one reader, whatever its bytes come from.
+"""Windows: `length` consecutive frames of one trajectory at stride 1, numbered trajectory by trajectory.
+
+What the model is fed: windows of one dataset, in raw units.
+
+Reads windows: one reader, whatever its bytes come from.
 
 Local shards are memory-mapped here; streaming.py has the sources behind URLs.
 """
+
+from __future__ import annotations
 
 import copy
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data_pipeline.errors import UserError
-from data_pipeline.hashing import nested_choice
+from data_pipeline.files import UserError, nested_choice
 from data_pipeline.remote import RemoteFolder
-from data_pipeline.shards.findings import Range
-from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest, trajectory_key
+from data_pipeline.shards.format import MANIFEST_NAME, Manifest, Range, trajectory_key
 from data_pipeline.shards.tar import check_shard, map_shard
-from data_pipeline.windows.batch import Batch
-from data_pipeline.windows.index import WindowIndex
+
+
+class WindowIndex:
+    """Numbers all windows of `length` frames that lie inside one segment [first, stop) of a trajectory.
+
+    `segments` holds those of each trajectory, usually one with all its frames; a segment shorter than a window has
+    none. `shard_of_trajectory` does not decrease, so window ids are ordered by shard.
+    """
+
+    def __init__(self, segments: Sequence[Sequence[Range]], length: int, shard_of_trajectory: Sequence[int]) -> None:
+        if length < 1:
+            raise ValueError(f"length: expected at least 1 frame, got {length}")
+        shards = np.asarray(shard_of_trajectory, np.int64)
+        if len(shards) != len(segments) or (np.diff(shards) < 0).any():
+            raise ValueError("shard_of_trajectory: expected one shard for each trajectory, in ascending order")
+        bounds = np.array([one for trajectory in segments for one in trajectory], np.int64).reshape(-1, 2)
+        windows = np.maximum(bounds[:, 1] - bounds[:, 0] - length + 1, 0)
+        counts = [len(trajectory) for trajectory in segments]
+        self.length = length
+        self._trajectories = np.repeat(np.arange(len(segments)), counts)  # (segments,)
+        self._ends = np.cumsum(windows)
+        self._shift = bounds[:, 0] - (self._ends - windows)  # window id -> first frame
+        per_shard = np.bincount(np.repeat(shards, counts), weights=windows, minlength=int(shards.max(initial=-1)) + 1)
+        self.shard_windows: tuple[int, ...] = tuple(per_shard.astype(np.int64).tolist())
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def locate(self, window_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Trajectory and first frame of each window: (B,) ids -> two (B,) int64 arrays. IndexError for a wrong id."""
+        ids = np.asarray(window_ids, np.int64)
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
+            raise IndexError(f"window ids run from 0 to {len(self) - 1}, got {ids.min()} to {ids.max()}")
+        segments = np.searchsorted(self._ends, ids, side="right")
+        return self._trajectories[segments], ids + self._shift[segments]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B windows of T frames of one dataset, in its own channels and physical units."""
+
+    dataset: str
+    fields: torch.Tensor  # (B, T, C, H, W) float32
+    constants: torch.Tensor  # (B, K, H, W) float32; K may be 0
+    windows: torch.Tensor  # (B,) int64, the window ids
+    draw: int = -1  # index of the schedule's draw; -1 if it came from none
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+        fields = self.fields.to(device, non_blocking=non_blocking)
+        constants = self.constants.to(device, non_blocking=non_blocking)
+        return replace(
+            self, fields=fields, constants=constants, windows=self.windows.to(device, non_blocking=non_blocking)
+        )
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU copies while it computes."""
+        return replace(
+            self,
+            fields=self.fields.pin_memory(),
+            constants=self.constants.pin_memory(),
+            windows=self.windows.pin_memory(),
+        )
 
 
 @dataclass
@@ -150,7 +215,7 @@ class ShardReader:
             self._fill_constants(out, trajectory)
         return out
 
-    def restricted_to(self, count: int) -> "ShardReader":
+    def restricted_to(self, count: int) -> ShardReader:
         """This reader with the windows of `count` trajectories alone, the same as `data-pipeline shard --restrict`'s.
 
         Trajectories keep their numbers, and can all be read. Raises UserError where there are fewer.

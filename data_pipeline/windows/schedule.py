@@ -1,4 +1,13 @@
-"""Which windows are trained on, and when: a pure function of the seed and the draw's index.
+"""Sampling shares that follow the validation scores (future work of the paper, section 3.5).
+
+    share_i  in proportion to  base_i * score_i ** power,  and at least `floor`
+
+The base are the sqrt shares. The score of a dataset is its one-step validation VRMSE over that of persistence, a number
+without units that can be compared between datasets: the further from solved, the more often drawn. Only ratios of
+scores matter. They are not smoothed over validations: they come from averaged weights and the same windows each time,
+so they move slowly by themselves.
+
+Which windows are trained on, and when: a pure function of the seed and the draw's index.
 
 A draw is one mini-batch of one dataset (paper section 3.5). Nothing is stored or replayed: to resume, ask for the next
 index. Nothing depends on the number of ranks or workers: they slice the global batch that the draw names.
@@ -12,22 +21,78 @@ Shares may change: a schedule is a sequence of segments, each with its first dra
 segment begin at its first draw. The schedule is then a function of the seed and of this history as well.
 
 Which windows: the draws of one dataset read an endless stream of passes, and each pass is a permutation of all its
-windows, sorted by hash (data_pipeline/hashing.py), which no library's version and no platform can move.
+windows, sorted by hash (data_pipeline/files.py), which no library's version and no platform can move.
+
+How the windows of a step are divided among processes.
+
+A step takes `draws` mini-batches from the schedule, each of one dataset; together they are its global batch. What they
+hold does not depend on the processes, only who takes which windows does:
+
+    global    every process takes an equal, contiguous share of every draw: all work on the same grid at the same time
+    per_rank  windows go, longest first, to the process with the least to do (Graham's LPT rule, SIAM J. Appl. Math. 17,
+              1969), so processes work on different datasets and end together
+
+Either way each window counts 1 / (windows in the global batch) in the gradient.
 """
 
 import copy
 import hashlib
+import heapq
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.errors import UserError
-from data_pipeline.hashing import splitmix64, stream_key, uniform
-from data_pipeline.strict_yaml import nearest
+from data_pipeline.files import UserError, splitmix64, stream_key, uniform
+from data_pipeline.schema import nearest
+
+
+def adaptive_shares(
+    base: Mapping[str, float], scores: Mapping[str, float], power: float, floor: float
+) -> dict[str, float]:
+    """The share of each dataset of `base`; they sum to 1 and none is below `floor`.
+
+    A dataset without a score counts as the geometric mean of those with one. Power 0 gives the base, floored.
+    Raises UserError if the floor leaves nothing to share.
+    """
+    if not 0 <= floor * len(base) < 1:
+        raise UserError(
+            f"sampling.floor: expected less than 1 / {len(base)} = {1 / len(base):.4g}, since each of {len(base)} "
+            f"datasets gets at least that share; got {floor}."
+        )
+    known = {name: math.log(scores[name]) for name in base if name in scores}
+    mean = math.fsum(known.values()) / len(known) if known else 0.0
+    logs = {name: math.log(share) + power * (known.get(name, mean) - mean) for name, share in base.items()}
+    highest = max(logs.values())
+    return _floored({name: math.exp(value - highest) for name, value in logs.items()}, floor)
+
+
+def _floored(mass: Mapping[str, float], floor: float) -> dict[str, float]:
+    """Shares in proportion to `mass`, those below `floor` raised to it at the cost of all others alike."""
+    raised: set[str] = set()
+    while True:
+        left = 1 - floor * len(raised)
+        total = math.fsum(value for name, value in mass.items() if name not in raised)
+        shares = {name: floor if name in raised else left * value / total for name, value in mass.items()}
+        low = {name for name, share in shares.items() if share < floor}
+        if not low:
+            return shares
+        raised |= low  # the others shrink, which may take one more of them below the floor
+
+
+def carry_scores(
+    previous: Mapping[str, float], latest: Mapping[str, float | None]
+) -> tuple[dict[str, float], list[str]]:
+    """The scores to go by, and the names in `latest` whose score is missing or not a finite number above 0.
+
+    The previous score of such a dataset stands, if it has one.
+    """
+    usable = {name: score for name, score in latest.items() if score is not None and 0 < score < math.inf}
+    return {**previous, **usable}, sorted(latest.keys() - usable.keys())
+
 
 BLOCK = 256  # draws per block of the dataset sequence
 SCHEMES = ("sqrt", "uniform", "proportional", "temperature", "weights", "adaptive")
@@ -74,7 +139,7 @@ def sampling_shares(
 
     With pi the share of tokens (windows * tokens per window): `proportional` is pi, `uniform` the same for all, `sqrt`
     in proportion to the root of pi, `temperature` softmax(pi / temperature), `weights` in proportion to `weights`.
-    `adaptive` starts as `sqrt`; its later shares are data_pipeline/windows/adaptive.py's.
+    `adaptive` starts as `sqrt`; its later shares are data_pipeline/windows/schedule.py's.
     Raises UserError for an unknown scheme, a temperature not above 0, or weights that do not fit the datasets.
     """
     sources = sorted(sources, key=lambda source: source.name)
@@ -308,3 +373,110 @@ class Schedule:
         blocks = np.empty(len(shards), dtype=np.int64)
         blocks[order] = np.arange(len(shards)) // self._shards_per_block
         return blocks
+
+
+WAYS = ("global", "per_rank")
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Windows of one draw that a process takes through the model at once."""
+
+    draw: int  # index of the draw
+    places: np.ndarray  # (b,) int64, ascending: places of the windows in the draw's mini-batch
+
+
+class Division:
+    """What one process takes of each step: a pure function of the schedule, the step, the rank and the world size.
+
+    `micro_batch` is the most windows of a piece; None means as many as there are. `model_calls(step, dataset)` is how
+    often a window goes through the model, which multiplies its cost. Raises UserError where the windows
+    cannot be divided: `global` needs a draw that all processes share evenly, `per_rank` a window for every process.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        rank: int = 0,
+        world_size: int = 1,
+        draws: int = 1,
+        way: str = "global",
+        micro_batch: int | None = None,
+        model_calls: Callable[[int, str], int] = lambda step, dataset: 1,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
+        if way not in WAYS:
+            raise UserError(f"sampling.draw: no way {way!r} to divide draws. {nearest(way, WAYS)}")
+        self.schedule, self.draws, self._rank, self._world_size = schedule, draws, rank, world_size
+        self._way, self._micro_batch, self._model_calls = way, micro_batch, model_calls
+        windows = schedule.batch * draws
+        if way == "global" and schedule.batch % world_size:
+            of = f"{windows} windows" if draws == 1 else f"{windows} windows in {draws} draws"
+            divisors = [str(n) for n in range(1, schedule.batch + 1) if schedule.batch % n == 0]
+            raise UserError(
+                f"a global batch of {of} cannot be shared evenly by {world_size} processes: use {_either(divisors)}, "
+                f"or a global batch that is a multiple of {world_size * draws}"
+            )
+        if windows < world_size:
+            raise UserError(
+                f"a global batch of {windows} windows leaves {world_size - windows} of {world_size} processes without "
+                f"any: use at most {windows} processes, or a larger global batch"
+            )
+
+    def pieces(self, step: int) -> list[Piece]:
+        """What this process takes of step `step`, in the order in which it takes it."""
+        batch, first = self.schedule.batch, step * self.draws
+        if self._way == "global":
+            share = batch // self._world_size
+            mine = {index: np.arange(self._rank * share, (self._rank + 1) * share) for index in range(self.draws)}
+        else:
+            sources = [self.schedule.source(first + index) for index in range(self.draws)]
+            costs = [source.tokens * self._model_calls(step, source.name) for source in sources]
+            mine = assign_by_cost(costs, batch, self._world_size)[self._rank]
+        return [
+            Piece(first + index, places[at : at + size])
+            for index, places in mine.items()
+            for size in [self._micro_batch or len(places)]
+            for at in range(0, len(places), size)
+        ]
+
+    @property
+    def largest_piece(self) -> int:
+        """Most windows of the costliest dataset that a process takes through the model at once.
+
+        Of cheaper ones it may take more with `per_rank`, but not more work.
+        """
+        share = -(-self.schedule.batch // self._world_size)
+        return min(share, self._micro_batch or share)
+
+    def draws_of(self, step: int) -> list[Draw]:
+        """The mini-batches of step `step`, over all processes."""
+        return [self.schedule.draw(index) for index in range(step * self.draws, (step + 1) * self.draws)]
+
+    def all_pieces(self, start: int, stop: int) -> Iterator[Piece]:
+        """The pieces of steps start, start + 1, ... stop - 1, one after the other."""
+        for step in range(start, stop):
+            yield from self.pieces(step)
+
+
+def assign_by_cost(costs: list[int], batch: int, world_size: int) -> list[dict[int, np.ndarray]]:
+    """Who takes which windows of a step's draws, by the LPT rule: for each process {draw: places in it, ascending}.
+
+    `costs` holds one window's cost for each draw; every draw has `batch` windows. With at least one window a process,
+    none is left without. The longest process ends at most 4/3 - 1/(3 world_size) times later than is possible.
+    """
+    loads = [(0, rank) for rank in range(world_size)]
+    taken: list[dict[int, list[int]]] = [{} for _ in range(world_size)]
+    for draw in sorted(range(len(costs)), key=lambda draw: (-costs[draw], draw)):
+        for place in range(batch):
+            load, rank = heapq.heappop(loads)
+            taken[rank].setdefault(draw, []).append(place)
+            heapq.heappush(loads, (load + costs[draw], rank))
+    return [{draw: np.array(places) for draw, places in sorted(mine.items())} for mine in taken]
+
+
+def _either(divisors: list[str]) -> str:
+    if divisors == ["1"]:
+        return "1 process"
+    return f"{', '.join(divisors[:-1])} or {divisors[-1]} processes"

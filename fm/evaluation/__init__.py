@@ -1,1 +1,1 @@
-"""A trained model, measured."""
+"""Evaluation: rollouts, their errors, scores under a named protocol, tables, pictures and the report page."""

@@ -1,8 +1,10 @@
 """Runs the model over one dataset and measures its errors, window by window and rollout by rollout.
 
-Beside the model: persistence and the mean field (fm/scores/errors.py), on the same frames. Everything is in physical
-units and float32, whatever the precision of the training and without a GPU's TF32. Windows, and the rollouts of
-different trajectories, run in batches: the grids of a dataset are all equal.
+Beside the model: persistence and the mean field (fm/evaluation/errors.py), on the same frames. Everything is in
+physical units and float32, whatever the precision of the training and without a GPU's TF32. Windows, and the rollouts
+of different trajectories, run in batches: the grids of a dataset are all equal.
+
+What pictures show of an evaluation: one channel of the longest rollout of each dataset, at some of its steps.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import UserError
+from data_pipeline.files import UserError
+from data_pipeline.shards.format import Manifest
 from data_pipeline.windows.reader import ShardReader
-from fm.metrics import squared_error_and_variance
-from fm.scores.errors import Errors
-from fm.scores.protocol import Protocol
-from fm.surrogate import Surrogate
+from fm.evaluation.errors import Errors
+from fm.evaluation.pictures import Domain, Sample, spread_over
+from fm.evaluation.protocol import Protocol
+from fm.model.loss import squared_error_and_variance
+from fm.model.surrogate import Surrogate
 
 # Called once a batch of rollouts and step: trajectory ids, 1-based step, prediction and truth (B, C, H, W).
 Watcher = Callable[[Sequence[int], int, Tensor, Tensor], None]
@@ -216,3 +220,64 @@ def frame_errors(prediction: Tensor, held: Tensor, truth: Tensor) -> np.ndarray:
         "mean_field": variance * (cells - 1) / cells,  # the biased variance: mean squared distance from the own mean
     }
     return torch.stack([columns[one.name] for one in fields(Errors)], dim=1).cpu().numpy()
+
+
+SHOWN_STEPS = 24
+
+
+class Recorder:
+    """Keeps one channel of one trajectory's rollout at a few steps: a watcher for `measure_rollouts`."""
+
+    def __init__(self, trajectory: int, channel: int, steps: tuple[int, ...]) -> None:
+        self.trajectory, self.channel, self.steps = trajectory, channel, steps
+        self.fields: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def __call__(self, trajectories: Sequence[int], step: int, prediction: Tensor, truth: Tensor) -> None:
+        if step in self.steps and self.trajectory in trajectories:
+            row = trajectories.index(self.trajectory)
+            self.fields.append((truth[row, self.channel].cpu().numpy(), prediction[row, self.channel].cpu().numpy()))
+
+    def stacked(self) -> np.ndarray | None:
+        """Truth and prediction, (2, n, H, W); None where nothing was kept."""
+        return np.stack(self.fields, axis=1) if self.fields else None
+
+
+def longest_recorder(reader: ShardReader, protocol: Protocol) -> Recorder:
+    """Keeps what is shown of a dataset, whatever batch its longest rollout is in."""
+    steps = [rollout_steps(reader, trajectory, protocol) for trajectory in range(reader.num_trajectories)]
+    longest = int(np.argmax(steps))
+    shown = tuple(index + 1 for index in spread_over(steps[longest], SHOWN_STEPS))
+    return Recorder(longest, shown_channel(reader.manifest), shown)
+
+
+def shown_channel(manifest: Manifest) -> int:
+    """The channel that pictures show."""
+    std, rms = manifest.stats["std"], manifest.stats["rms"]
+    names = manifest.state_channels
+    return varying_channel([std[name] for name in names], [rms[name] for name in names])
+
+
+def varying_channel(std: Sequence[float], rms: Sequence[float]) -> int:
+    """The first channel with std above a tenth of its rms, else the first.
+
+    The Well lists scalar fields first, but active_matter's first, a concentration, is all but constant.
+    """
+    varying = [index for index, (one, size) in enumerate(zip(std, rms, strict=True)) if one > 0.1 * size]
+    return varying[0] if varying else 0
+
+
+def as_sample(
+    reader: ShardReader, kept: Recorder, fields: np.ndarray, vrmse: np.ndarray, domain: Domain | None = None
+) -> Sample:
+    """What a recorder was to keep: `fields` (2, n, H, W) of truth and prediction, `vrmse` (S, C) of its trajectory."""
+    return Sample(
+        dataset=reader.dataset,
+        channel=reader.manifest.state_channels[kept.channel],
+        trajectory=kept.trajectory,
+        dt=reader.manifest.trajectories[kept.trajectory].dt,
+        steps=kept.steps,
+        truth=fields[0],
+        prediction=fields[1],
+        vrmse=vrmse[np.array(kept.steps) - 1, kept.channel],
+        domain=domain,
+    )

@@ -1,1 +1,1 @@
-"""Experiments over runs: sweeps of variants, and what training together does."""
+"""Experiments over runs: plans, benchmarks, sweeps, few-shot learning, transfer, diagnosis, status and replay."""

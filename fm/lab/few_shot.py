@@ -1,4 +1,8 @@
-"""The few-shot curve: how well a model learns a dataset from few trajectories, pretrained or from scratch.
+"""The few-shot curve: error against number of trajectories, one panel a kind of score.
+
+`fm few-shot`: the curve as a table, a file for programs, a picture and a page.
+
+The few-shot curve: how well a model learns a dataset from few trajectories, pretrained or from scratch.
 
 For each number of trajectories there are two runs of one architecture. They draw only this dataset, the same windows in
 the same order for the same number of steps, one step at a time, and all parts of the model move (the recipe's section
@@ -6,26 +10,186 @@ the same order for the same number of steps, one step at a time, and all parts o
 the learning rate if so asked. A sweep runs them (fm/lab/sweep.py).
 """
 
+import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullFormatter
 
-from data_pipeline.errors import UserError
+from data_pipeline.files import UserError, atomic_file
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
 from fm.checkpoint import load_pretrained
-from fm.evaluation.runs import Trained
-from fm.lab.few_shot_report import ARMS, PRETRAINED, SCRATCH, Curve, write_report
-from fm.lab.sweep import EXIT_FAILED, finish_trials
+from fm.config import Recipe, load_recipe
+from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED
+from fm.evaluation import report
+from fm.evaluation.evaluate import Trained
+from fm.evaluation.protocol import load_protocol
+from fm.evaluation.tables import Document, Marked, Table, render
+from fm.lab.sweep import EXIT_FAILED, finish_trials, sweep_results
 from fm.lab.sweep_file import Sweep, Variant, plan
-from fm.lab.sweep_table import sweep_results
-from fm.recipe_file import load_recipe
-from fm.runtime import EXIT_DONE, EXIT_INTERRUPTED
-from fm.settings import Recipe
+
+# Distinct to colour-blind readers (Okabe and Ito 2008).
+COLOURS, PERSISTENCE = ("#0072B2", "#D55E00"), "#595959"
+
+
+def few_shot_figure(
+    counts: Sequence[int],
+    curves: Mapping[str, Mapping[str, Sequence[float | None]]],
+    persistence: Mapping[str, float | None],
+    subtitle: str,
+) -> Figure:
+    """VRMSE by arm and block at each number of trajectories in `counts`; `persistence` by block is a line."""
+    shown = [block for block, value in persistence.items() if value is not None]
+    figure = Figure(figsize=(max(2.45 * len(shown), 4.6), 2.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, max(len(shown), 1), squeeze=False)[0]
+    for axes, block in zip(panels, shown, strict=False):
+        value = persistence[block]
+        assert value is not None
+        axes.axhline(value, color=PERSISTENCE, linewidth=0.9, linestyle=(0, (1, 1.5)), label="persistence")
+        for colour, (arm, blocks) in zip(COLOURS, curves.items(), strict=True):
+            values = np.array([np.nan if one is None else one for one in blocks[block]], np.float64)
+            axes.plot(counts, values, "o-", color=colour, markersize=3.5, linewidth=1.3, label=arm)
+        _style(axes, counts)
+        axes.set_title(block.replace("_", " "), fontsize=8)
+    panels[0].set_ylabel("VRMSE, test split", fontsize=8)
+    figure.supxlabel(f"training trajectories\n{subtitle}", fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def _style(axes: Axes, counts: Sequence[int]) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(list(counts)))
+    axes.xaxis.set_minor_locator(FixedLocator([]))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%d"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(True, which="major", linewidth=0.3, color="#D0D0D0")
+    axes.tick_params(labelsize=7, width=0.5, length=2.5)
+
+
+PRETRAINED, SCRATCH = ARMS = ("pretrained", "from scratch")
+DPI = 160
+
+
+@dataclass(frozen=True)
+class Curve:
+    """VRMSE of both arms on the test split after training on so many trajectories."""
+
+    dataset: str
+    pretrained: str  # the model that the first arm begins with
+    counts: Sequence[int]
+    windows: Sequence[int]  # one-step windows that so many trajectories have
+    steps: int  # of each run
+    seen: int  # windows that each run takes
+    rates: Mapping[str, float]  # arm -> peak learning rate
+    vrmse: Mapping[str, Mapping[str, Sequence[float | None]]]  # arm -> block -> value at each count
+    persistence: Mapping[str, float | None]  # by block; None where no trajectory covers it
+    unfinished: Sequence[str]  # runs that have failed
+
+
+def write_report(out: Path, sweep: Sweep, curve: Curve) -> str:
+    """Write few_shot.md, .png, .json and index.html into `out`; returns the table as Markdown. JSON comes last."""
+    document = describe(sweep, curve)
+    text = f"# {sweep.title}\n\n{render(document, 'md')}"
+    figure = few_shot_figure(curve.counts, curve.vrmse, curve.persistence, subtitle(curve))
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=DPI)
+    numbers = json.dumps(_to_json(sweep, curve), indent=1, allow_nan=False) + "\n"
+    files = {
+        "few_shot.png": picture.getvalue(),
+        "few_shot.md": f"{text}\n![{sweep.title}](few_shot.png)\n".encode(),
+        "index.html": page(sweep.title, curve, document, picture.getvalue()).encode(),
+        "few_shot.json": numbers.encode(),
+    }
+    (out / "few_shot.json").unlink(missing_ok=True)
+    for name, content in files.items():
+        with atomic_file(out / name) as file:
+            file.write(content)
+    return f"{text}\npage: {out / 'index.html'}\n"
+
+
+def subtitle(curve: Curve) -> str:
+    """What is equal, for the picture."""
+    return f"{curve.steps} steps and {curve.seen} windows of {curve.dataset} each, same architecture"
+
+
+def describe(sweep: Sweep, curve: Curve) -> Document:
+    """A table for each kind of score, and what is compared with what."""
+    about = f"VRMSE of {curve.dataset}, lower is better. {load_protocol(sweep.protocol).describe()}."
+    tables = [_table(curve, block) for block, value in curve.persistence.items() if value is not None]
+    return Document(about, tables, _notes(curve))
+
+
+def _table(curve: Curve, block: str) -> Table:
+    rows = []
+    for place, (count, windows) in enumerate(zip(curve.counts, curve.windows, strict=True)):
+        ours, theirs = (curve.vrmse[arm][block][place] for arm in ARMS)
+        change = None if ours is None or not theirs else ours / theirs - 1
+        passes = f"{curve.seen / windows:.1f}"
+        shown = [Marked(None, "none") if value is None else value for value in (ours, theirs)]
+        rows.append([str(count), windows, passes, *shown, change, curve.persistence[block]])
+    head = ["trajectories", "windows", "passes", *ARMS, "change", "persistence"]
+    return Table("One step" if block == "one step" else f"Rollout, {block}", head, rows, ("change",))
+
+
+def _notes(curve: Curve) -> list[str]:
+    notes = [
+        f"Both arms: {curve.steps} steps, {curve.seen} windows of {curve.dataset} alone, the same windows in the same "
+        "order, one step at a time; one architecture, with as many parameters. Fewer trajectories are passed over more "
+        "often. Sets of trajectories are nested.",
+        f"Pretrained: begins with {curve.pretrained}, whose own training is not counted here; peak learning rate "
+        f"{curve.rates[PRETRAINED]:g}. From scratch: peak learning rate {curve.rates[SCRATCH]:g}.",
+        "Normalisation statistics are those of the whole train split, for both. One seed.",
+    ]
+    return [*notes, f"No scores, see train.out there: {', '.join(curve.unfinished)}."] if curve.unfinished else notes
+
+
+def page(title: str, curve: Curve, document: Document, picture: bytes) -> str:
+    """One self-contained file."""
+    anchors = [(f"table-{number}", table) for number, table in enumerate(document.tables)]
+    links = report.contents([("curve", "Curve", ()), *((anchor, table.title, ()) for anchor, table in anchors)])
+    notes = "".join(f"<p>{escape(note)}</p>" for note in document.notes)
+    body = [
+        f"<h1>{escape(title)}</h1>\n<p>{escape(document.about)}</p>",
+        report.facts([("pretrained model", curve.pretrained), ("dataset", curve.dataset), ("steps", str(curve.steps))]),
+        f'<h2 id="curve">Curve</h2>\n{report.figure(picture, f"{title}: error against trajectories", notes, zoom=0.6)}',
+    ]
+    for anchor, table in anchors:
+        caption = "VRMSE, test split; change: pretrained against from scratch"
+        body.append(f'<h2 id="{anchor}">{escape(table.title)}</h2>\n{report.table(table, caption, _shade(table))}')
+    return report.document(title, links, "\n".join(body))
+
+
+def _shade(table: Table) -> Any:
+    column = list(table.head).index("change")
+
+    def shade(row: int, at: int) -> str:
+        value = table.rows[row][column]
+        if at != column or not isinstance(value, float) or abs(value) < 0.005:
+            return ""
+        return "better" if value < 0 else "worse"
+
+    return shade
+
+
+def _to_json(sweep: Sweep, curve: Curve) -> dict[str, Any]:
+    return {"title": sweep.title, "protocol": load_protocol(sweep.protocol).to_json(), **asdict(curve)}
+
 
 LENGTH = 2  # frames of a window of one-step training
 # What a run of one dataset cannot have, or need not: other datasets' shares and their protection, validations.

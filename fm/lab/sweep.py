@@ -1,7 +1,13 @@
-"""Runs a sweep: each variant with each seed is a run in a process of its own, trained, then evaluated.
+"""The table of a sweep: what each variant costs and reaches, and whether the paper's order is ours.
+
+Variants are ranked by the geometric mean over datasets of one-step VRMSE over persistence's. Datasets that not every
+scored variant knows are left out. Scores of several seeds are averaged, and their standard deviation is given. A run
+that was trained with other settings than the sweep gives it now is named, and has no part in the table.
+
+Runs a sweep: each variant with each seed is a run in a process of its own, trained, then evaluated.
 
 What is there is kept: a finished run is not trained again, and the trainer continues an interrupted one by itself. A
-run that fails is shown and passed over. fm/lab/sweep_state.py says which files there are.
+run that fails is shown and passed over. fm/lab/sweep_file.py says which files there are.
 """
 
 import json
@@ -10,29 +16,304 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
 from tqdm import tqdm
 
-from data_pipeline.errors import UserError
-from data_pipeline.files import atomic_file, only_process
-from fm.checkpoint import find_checkpoint
-from fm.lab.sweep_file import Sweep, Trial, plan
-from fm.lab.sweep_state import (
+from data_pipeline.files import UserError, atomic_file, only_process
+from fm.checkpoint import find_checkpoint, load_pretrained
+from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED, StopSignal
+from fm.evaluation.protocol import load_protocol
+from fm.evaluation.scores import geometric_mean, mean_ranks, spearman
+from fm.evaluation.tables import DASH, Cell, Document, Marked, Table, number, render
+from fm.lab.sweep_file import (
     Probe,
+    Sweep,
+    Trial,
+    check_same_data,
     check_unchanged,
+    find_changes,
     is_trained,
     model_of,
+    plan,
     probe_file,
     probed_settings,
     read_probe,
     read_scores,
 )
-from fm.lab.sweep_table import sweep_document, sweep_results
-from fm.runtime import EXIT_DONE, EXIT_INTERRUPTED, StopSignal
-from fm.scores.formats import render
-from fm.tracking.logs import parse_lines
+from fm.training.runlog import parse_lines
+
+DONE, OTHER, FAILED, NOT_RUN = "done", "other settings", "failed", "not run"
+ONE_STEP = "one step"
+MIN_AGREEMENT = 3  # variants: any two are in the same order or in the opposite one
+
+
+def sweep_results(sweep: Sweep, trials: Sequence[Trial], failed: Collection[str] = ()) -> dict[str, Any]:
+    """All numbers as strict JSON; `failed` names the trials that failed.
+
+    `variants` has a row per variant: its `runs`, one per seed, and over those that are scored the mean `parameters`,
+    `steps` and training `seconds`, and `scores.<block>` with `over_persistence`, its `spread` over seeds and `vrmse` by
+    dataset, and by dataset how many of the `count` trajectories (or windows) of all seeds `diverged`. A block is "one
+    step" or a window of the protocol; null is what is not finite or not there. `paper_rank` and `rank_beside_paper`
+    are among the variants that are done and have a number of the paper's. UserError where two runs were scored on
+    different data.
+    """
+    scores = {trial.name: part for trial in trials if (part := read_scores(trial, sweep)) is not None}
+    found = {trial.name: find_changes(trial, sweep, trial.directory.parent) for trial in trials if trial.name in scores}
+    changes = {name: lines for name, lines in found.items() if lines}
+    scores = {name: part for name, part in scores.items() if name not in changes}
+    check_same_data(scores, sweep)
+    known = [set(part["datasets"]) for part in scores.values()]
+    datasets = sorted(set.intersection(*known)) if known else []
+    blocks = [ONE_STEP, *load_protocol(sweep.protocol).windows]
+    rows = []
+    for variant in sweep.variants:
+        mine = [trial for trial in trials if trial.variant == variant]
+        runs = [
+            _run_result(trial, scores[trial.name], datasets, blocks)
+            if trial.name in scores
+            else _without_scores(trial, changes.get(trial.name, []), trial.name in failed)
+            for trial in mine
+        ]
+        rows.append({"variant": variant.name, **_over_seeds(runs, datasets, blocks), "runs": runs})
+    leads = {row["variant"]: _lead(row) for row in rows if row["status"] == DONE}
+    published = sweep.published or {}
+    both = [name for name in leads if name in published]
+    columns = {
+        "rank": _ranks(leads),
+        "paper": published,
+        "paper_rank": _ranks({name: published[name] for name in both}),
+        "rank_beside_paper": _ranks({name: leads[name] for name in both}),
+    }
+    for row in rows:
+        row |= {key: column.get(row["variant"]) for key, column in columns.items()}
+    return {
+        "title": sweep.title,
+        "paper": sweep.paper,
+        "protocol": replace(load_protocol(sweep.protocol), one_step_windows=sweep.windows).to_json(),
+        "seconds": sweep.seconds,
+        "blocks": blocks,
+        "references": _references(list(scores.values()), datasets, blocks),
+        "variants": rows,
+        "spearman": _agreement([leads[name] for name in both], [published[name] for name in both]),
+    }
+
+
+def sweep_document(sweep: Sweep, results: Mapping[str, Any]) -> Document:
+    """The same for people: a table of the variants, and one of the datasets for each block."""
+    rows, blocks = results["variants"], results["blocks"]
+    protocol = replace(load_protocol(sweep.protocol), one_step_windows=sweep.windows)
+    several = f", mean over seeds {', '.join(map(str, sweep.seeds))} (± their standard deviation)"
+    about = (
+        f"VRMSE, lower is better. {protocol.describe()}. In the first table it is over persistence's, as the geometric "
+        f"mean over the datasets below{several if len(sweep.seeds) > 1 else ''}; seconds are of training, without "
+        "validations and saves."
+    )
+    head = ["variant", "rank", "parameters", "steps", "seconds", *blocks]
+    table = [
+        [row["variant"], _place(row), *_costs(row), *(_ratio(row, block, results) for block in blocks)] for row in rows
+    ]
+    if sweep.published:
+        head += ["paper", "paper's rank", "our rank beside it"]
+        table = [
+            [*cells, row["paper"], _rank(row["paper_rank"]), _rank(row["rank_beside_paper"])]
+            for cells, row in zip(table, rows, strict=True)
+        ]
+    done = [row for row in rows if row["status"] == DONE]
+    tables = [Table("Variants", head, table)]
+    tables += [_datasets_table(block, done, results) for block in blocks] if done else []
+    return Document(about, tables, _notes(sweep, results))
+
+
+def _without_scores(trial: Trial, changes: Sequence[str], failed: bool) -> dict[str, Any]:
+    run = {"run": str(trial.directory), "seed": trial.seed}
+    if changes:
+        return {**run, "status": OTHER, "changes": list(changes)}
+    return {**run, "status": FAILED if failed else NOT_RUN}
+
+
+def _run_result(
+    trial: Trial, scores: Mapping[str, Any], datasets: Sequence[str], blocks: Sequence[str]
+) -> dict[str, Any]:
+    lead = scores["protocol"]["trajectories"]
+    cells = {block: {name: _cell(scores["datasets"][name], block) for name in datasets} for block in blocks}
+    return {
+        "run": str(trial.directory),
+        "seed": trial.seed,
+        "status": DONE,
+        "parameters": load_pretrained(model_of(trial)).num_parameters(),
+        "steps": 0 if trial.variant.only_evaluate else scores["origin"]["step"],
+        "seconds": _training_seconds(trial),
+        "scores": {
+            block: {
+                "over_persistence": geometric_mean([cell.get("ratio_to_persistence") for cell in part.values()]),
+                "vrmse": {name: cell.get(lead) for name, cell in part.items()},
+                **{key: {name: cell.get(key, 0) for name, cell in part.items()} for key in ("diverged", "count")},
+            }
+            for block, part in cells.items()
+        },
+    }
+
+
+def _over_seeds(runs: Sequence[Mapping[str, Any]], datasets: Sequence[str], blocks: Sequence[str]) -> dict[str, Any]:
+    """Means over the runs that are scored; a variant is done when one of them is."""
+    done = [run for run in runs if run["status"] == DONE]
+    if not done:
+        told = [run["status"] for run in runs]
+        return {"status": next(status for status in (OTHER, FAILED, NOT_RUN) if status in told)}
+    return {
+        "status": DONE,
+        **{key: mean(run[key] for run in done) for key in ("parameters", "steps", "seconds")},
+        "scores": {
+            block: {
+                "over_persistence": _mean([run["scores"][block]["over_persistence"] for run in done]),
+                "spread": _spread([run["scores"][block]["over_persistence"] for run in done]),
+                "vrmse": {name: _mean([run["scores"][block]["vrmse"][name] for run in done]) for name in datasets},
+                **{
+                    key: {name: sum(run["scores"][block][key][name] for run in done) for name in datasets}
+                    for key in ("diverged", "count")
+                },
+            }
+            for block in blocks
+        },
+    }
+
+
+def _references(scores: Sequence[Mapping[str, Any]], datasets: Sequence[str], blocks: Sequence[str]) -> dict[str, Any]:
+    """Of persistence and the mean field, which are the same for all variants: dataset -> block -> predictor."""
+    return {
+        name: {
+            block: {key: _cell(scores[0]["datasets"][name], block).get(key) for key in ("persistence", "mean_field")}
+            for block in blocks
+        }
+        for name in datasets
+    }
+
+
+def _cell(part: Mapping[str, Any], block: str) -> Mapping[str, Any]:
+    """A dataset's scores in a block; empty where no trajectory covers the window."""
+    return part["one_step"] if block == ONE_STEP else part["windows"][block] or {}
+
+
+def _training_seconds(trial: Trial) -> float:
+    file = trial.directory / "events.jsonl"
+    lines, _ = parse_lines(file.read_text()) if file.is_file() else ([], 0)
+    return sum(line["seconds"] for line in lines if line["kind"] == "pace")
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    finite = [value for value in values if value is not None]
+    return mean(finite) if len(finite) == len(values) else None
+
+
+def _spread(values: Sequence[float | None]) -> float | None:
+    finite = [value for value in values if value is not None]
+    return stdev(finite) if 1 < len(finite) == len(values) else None
+
+
+def _lead(row: Mapping[str, Any]) -> float | None:
+    return row["scores"][ONE_STEP]["over_persistence"]
+
+
+def _ranks(values: Mapping[str, float | None]) -> dict[str, float]:
+    """1 for the lowest; equal ones share their mean rank, and what is not finite comes last."""
+    return dict(zip(values, mean_ranks([list(values.values())]), strict=True)) if values else {}
+
+
+def _agreement(ours: Sequence[float | None], theirs: Sequence[float]) -> float | None:
+    return spearman(ours, theirs) if len(ours) >= MIN_AGREEMENT else None
+
+
+def _place(row: Mapping[str, Any]) -> Cell:
+    return _rank(row["rank"]) if row["status"] == DONE else row["status"]
+
+
+def _rank(rank: float | None) -> Cell:
+    return None if rank is None else f"{rank:g}"
+
+
+def _costs(row: Mapping[str, Any]) -> list[Cell]:
+    if row["status"] != DONE:
+        return [None] * 3
+    return [round(row["parameters"]), round(row["steps"]), round(row["seconds"])]
+
+
+def _ratio(row: Mapping[str, Any], block: str, results: Mapping[str, Any]) -> Cell:
+    if row["status"] != DONE:
+        return None
+    score = row["scores"][block]
+    marks = [f"± {number(score['spread'])}"] if score["spread"] is not None else []
+    marks += _diverged(sum(score["diverged"].values()), sum(score["count"].values()))
+    covered = all(part[block]["persistence"] is not None for part in results["references"].values())
+    return _finite(score["over_persistence"], covered, marks)
+
+
+def _diverged(diverged: int, count: int) -> list[str]:
+    return [f"{diverged} of {count} diverged"] if diverged else []
+
+
+def _finite(value: float | None, covered: bool, marks: Sequence[str]) -> Cell:
+    """A score with its marks, or why there is none."""
+    if marks and covered:
+        return Marked(value, ", ".join(marks))
+    return value if value is not None else "diverged" if covered else DASH
+
+
+def _vrmse(score: Mapping[str, Any], name: str, covered: bool) -> Cell:
+    return _finite(score["vrmse"][name], covered, _diverged(score["diverged"][name], score["count"][name]))
+
+
+def _datasets_table(block: str, done: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> Table:
+    """VRMSE by dataset, a column per variant."""
+    rows = [
+        [
+            name,
+            *(_vrmse(row["scores"][block], name, part[block]["persistence"] is not None) for row in done),
+            part[block]["persistence"],
+            part[block]["mean_field"],
+        ]
+        for name, part in results["references"].items()
+    ]
+    last = ["geometric mean / persistence", *(_ratio(row, block, results) for row in done), None, None]
+    head = ["dataset", *(row["variant"] for row in done), "persistence", "mean field"]
+    return Table("One step" if block == ONE_STEP else f"Rollout, {block}", head, [*rows, last])
+
+
+def _notes(sweep: Sweep, results: Mapping[str, Any]) -> list[str]:
+    notes = [sweep.note] if sweep.note else []
+    if sweep.paper:
+        notes.append(f"Paper: {sweep.paper}.")
+    if sweep.published:
+        notes.append("The paper's numbers are of other data, protocol and unit; only the order may be compared.")
+    if sweep.seconds is not None:
+        notes.append(f"Each variant has as many steps as {sweep.seconds:g} s would hold, by a probe on this machine.")
+    runs = [run for row in results["variants"] for run in row["runs"]]
+    for status in (FAILED, NOT_RUN):
+        names = [run["run"] for run in runs if run["status"] == status]
+        notes += [f"{status}: {', '.join(names)}"] if names else []
+    notes += [
+        f"{OTHER} than the sweep gives now: {run['run']} ({'; '.join(run['changes'])}). Remove that folder and sweep "
+        "again, or sweep into another one (--out)."
+        for run in runs
+        if run["status"] == OTHER
+    ]
+    with_paper = [row for row in results["variants"] if row["paper_rank"] is not None]
+    agreement = "Spearman's rank correlation with the paper's order: "
+    if not sweep.published:
+        return [*notes, agreement + "not known, the paper's numbers are not at hand."]
+    if results["spearman"] is None:
+        why = (
+            f"it takes {MIN_AGREEMENT} variants that are done and have a number of the paper's, got {len(with_paper)}"
+            if len(with_paper) < MIN_AGREEMENT
+            else "all are equal"
+        )
+        return [*notes, f"{agreement}not known, {why}."]
+    return [*notes, f"{agreement}{results['spearman']:.2f} over {len(with_paper)} variants."]
+
 
 EXIT_FAILED = 1
 WARM_UP, PROBE = 5, 30  # steps of a probe: the first ones, which are slow and left out, and those timed

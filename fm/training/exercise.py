@@ -5,7 +5,7 @@
     backward    its gradient
     optimiser   clip, AdamW, averaged weights
 
-A step has the first three once for each of its pieces (data_pipeline/windows/division.py).
+A step has the first three once for each of its pieces (data_pipeline/windows/schedule.py).
 """
 
 import time
@@ -15,15 +15,14 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate import Accelerator
 
-from data_pipeline.cards.card import PATCH
-from data_pipeline.windows.batch import Batch
-from data_pipeline.windows.division import Division, Piece
-from data_pipeline.windows.schedule import Schedule, Source
-from fm.model import DatasetSpec
-from fm.settings import FinetuneSettings, Recipe
-from fm.surrogate import Surrogate
-from fm.training.gradient import step_gradient
+from data_pipeline.registry import PATCH
+from data_pipeline.windows.reader import Batch
+from data_pipeline.windows.schedule import Division, Piece, Schedule, Source
+from fm.config import FinetuneSettings, Recipe
+from fm.model.spec import DatasetSpec
+from fm.model.surrogate import Surrogate
 from fm.training.state import TrainingState
+from fm.training.step import step_gradient
 
 PHASES = ("data", "forward", "backward", "optimiser")
 SEED = 0  # of the data

@@ -12,11 +12,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
-from data_pipeline.errors import UserError
-from data_pipeline.windows.adaptive import adaptive_shares, carry_scores
-from data_pipeline.windows.schedule import Schedule, Source, sampling_shares
-from fm.adapt import adapted
-from fm.settings import Recipe
+from data_pipeline.files import UserError
+from data_pipeline.windows.schedule import Schedule, Source, adaptive_shares, carry_scores, sampling_shares
+from fm.config import Recipe
+from fm.training.optim import adapted
 
 
 class Mixing:

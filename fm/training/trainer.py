@@ -1,35 +1,41 @@
-"""The training loop: load; while step < steps: take a step (fm/training/stepper.py), save, validate.
+"""The training loop: load; while step < steps: take a step (fm/training/step.py), save, validate.
 
 Pretraining and rollout finetuning differ by recipe, not by code.
+
+Runs a recipe: connects the processes, builds its trainer, keeps others out of its directory, and starts over where
+the guard rolls it back.
 """
 
 from collections.abc import Collection
+from contextlib import nullcontext
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from data_pipeline.cards.registry import load_registry
-from data_pipeline.errors import UserError
+from data_pipeline.files import UserError, only_process
+from data_pipeline.registry import load_registry
 from data_pipeline.windows.loader import sources
-from fm.adapt import check_adapted, learns_alone
-from fm.checkpoint import newest_checkpoint, read_state, step_directory
-from fm.checkpoint_writer import CheckpointWriter, keep_best
-from fm.evaluation.validation import ValidationResult, validate
-from fm.guard import Guard
-from fm.recipe_file import changed_settings, recipe_to_dict, resolve
-from fm.record import RunRecord
-from fm.runtime import EXIT_DONE, EXIT_INTERRUPTED, StopSignal, as_main_process_finds
-from fm.settings import Recipe
-from fm.specs import check_names
-from fm.tracking.logs import lacks_validation
-from fm.tracking.trackers import check_trackers
-from fm.training.conflict import check_gradient_cosines, gradient_cosines
-from fm.training.gate import Gate
-from fm.training.inputs import build_model, check_same_shards, check_unrolls, open_split, shard_digests
+from fm.checkpoint import CheckpointWriter, keep_best, newest_checkpoint, read_state, step_directory
+from fm.config import Recipe, changed_settings, recipe_to_dict, resolve
+from fm.datasets import build_model, check_names, check_same_shards, check_unrolls, open_split, shard_digests
+from fm.distributed import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    StopSignal,
+    as_main_process_finds,
+    make_accelerator,
+    naming_lost_processes,
+)
+from fm.evaluation.evaluate import ValidationResult, validate
+from fm.training.checks import check_gradient_cosines, gradient_cosines, rehearse
+from fm.training.guard import Gate, Guard
 from fm.training.mixing import Mixing
-from fm.training.rehearsal import rehearse
+from fm.training.optim import check_adapted, learns_alone
+from fm.training.record import RunRecord
+from fm.training.runlog import lacks_validation
 from fm.training.state import TrainingState
-from fm.training.stepper import RollBack, Stepper
+from fm.training.step import RollBack, Stepper
+from fm.training.tensorboard import check_trackers
 
 
 class Trainer:
@@ -119,7 +125,7 @@ class Trainer:
         return EXIT_DONE
 
     def train_step(self, stop: StopSignal, record: RunRecord) -> bool:
-        """A step; returns whether a process was asked to stop (fm/training/stepper.py)."""
+        """A step; returns whether a process was asked to stop (fm/training/step.py)."""
         self._report_save(self.writer.failure(), record)
         try:
             return self.stepper.take(stop.received, record)
@@ -236,3 +242,46 @@ class Trainer:
         every = self.recipe.validation.every
         last = step == self.recipe.train.steps and (step > every or self.gate.active)
         return every > 0 and (step % every == 0 or last)
+
+
+def train(recipe: Recipe) -> int:
+    """Run a recipe to its end, to run.stop_at, or to the first signal that asks it to stop.
+
+    Returns the exit code; UserError for what the user can mend.
+    """
+    back: RollBack | None = None
+    with StopSignal().listen() as stop:
+        with naming_lost_processes():
+            accelerator = make_accelerator(recipe.train.clip)
+        while True:
+            try:
+                return _train(recipe, accelerator, stop, back)
+            except RollBack as again:
+                back = again
+                accelerator.free_memory()
+
+
+def _train(recipe: Recipe, accelerator: Accelerator, stop: StopSignal, back: RollBack | None) -> int:
+    with naming_lost_processes():
+        trainer = Trainer(recipe, accelerator, passed_over=back.refused if back else ())
+    say = trainer.say
+    if trainer.step >= recipe.train.steps and not trainer.owes_validation:
+        say(f"{trainer.directory} is finished at step {trainer.step}; nothing to train.")
+        return EXIT_DONE
+    if recipe.run.stop_at is not None and trainer.step >= recipe.run.stop_at:
+        say(f"{trainer.directory} is at step {trainer.step}, where run.stop_at ends it.")
+        return EXIT_DONE
+    if trainer.gate.ends:
+        say(f"{trainer.directory} was ended by finetune.gate at step {trainer.step}; raise it to go on.")
+        return EXIT_DONE
+    if trainer.step:
+        say("\n  changed since: ".join([f"continuing {trainer.directory} from step {trainer.step}", *trainer.changes]))
+    alone = only_process(trainer.directory, "training") if accelerator.is_main_process else nullcontext()
+    with naming_lost_processes():
+        with alone, trainer.open_record() as record, trainer.writer, naming_lost_processes():  # the record has its name
+            if back is not None:
+                record.refusal(back.refusal, trainer.step)
+            code = trainer.train(stop, record)
+        accelerator.wait_for_everyone()  # a launcher ends the others when the first has ended
+    accelerator.end_training()
+    return code

@@ -16,8 +16,8 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from fm.recipe_file import load_recipe
-from fm.runtime import StopSignal, make_accelerator
+from fm.config import load_recipe
+from fm.distributed import StopSignal, make_accelerator
 from fm.training.trainer import Trainer
 
 WAYS = ("never", "asynchronous", "waited for")

@@ -33,9 +33,9 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fm.planning.workload import read_workload
-from fm.recipe_file import load_recipe
-from fm.unroll import Unroll
+from fm.config import load_recipe
+from fm.lab.plan import read_workload
+from fm.training.objective import Unroll
 
 PROCESSES = 2
 DATASETS = ("shear_flow", "gray_scott_reaction_diffusion")

@@ -26,16 +26,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from data_pipeline.cards.registry import load_registry
 from data_pipeline.miniwell.generate import PRESETS, simulate
+from data_pipeline.registry import load_registry
 from data_pipeline.shards.build import build_shards
-from data_pipeline.windows.division import WAYS, Division, Piece
 from data_pipeline.windows.loader import open_readers, scheduled_batches, sources
-from data_pipeline.windows.schedule import Schedule
-from fm.model import WaveLiTFM
-from fm.recipe_file import load_recipe
-from fm.specs import dataset_specs
-from fm.unroll import Unroll
+from data_pipeline.windows.schedule import WAYS, Division, Piece, Schedule
+from fm.config import load_recipe
+from fm.datasets import dataset_specs
+from fm.model.wavelit import WaveLiTFM
+from fm.training.objective import Unroll
 
 PROCESSES = 2
 BUSY, WAITED, CPU, TOKENS, PIECES = range(5)  # what is recorded of each step

@@ -12,11 +12,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from data_pipeline.cards.registry import Card, load_registry
-from fm.artefact import ARTEFACT_FILE, FORMAT, digest
-from fm.model import WaveLiTFM
-from fm.model_config import PRESETS, DatasetSpec
-from fm.pretrained import MODEL_FILE, WEIGHTS_FILE
+from data_pipeline.registry import Card, load_registry
+from fm.model.files import ARTEFACT_FILE, FORMAT, MODEL_FILE, WEIGHTS_FILE, digest
+from fm.model.spec import PRESETS, DatasetSpec
+from fm.model.wavelit import WaveLiTFM
 
 
 def main() -> None:

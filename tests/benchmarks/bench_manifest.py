@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from data_pipeline.shards.manifest import Manifest, Shard, SourceFile, Trajectory
+from data_pipeline.shards.format import Manifest, Shard, SourceFile, Trajectory
 from data_pipeline.well.stats import DELTA_STATISTICS, VALUE_STATISTICS
 
 OPEN = """

@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 import yaml
 
-from data_pipeline.cards.registry import load_registry
+from data_pipeline.registry import load_registry
 from data_pipeline.shards.build import build_shards
 
 CARD = load_registry().card("viscoelastic_instability")
@@ -94,7 +94,7 @@ def peak_mib(well: Path, out: Path) -> float:
     """Peak resident memory of a process that converts, from Linux's /proc."""
     program = (
         "import sys\n"
-        "from data_pipeline.__main__ import main\n"
+        "from data_pipeline.cli import main\n"
         "assert main(sys.argv[1:]) == 0\n"
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )

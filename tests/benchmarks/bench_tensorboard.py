@@ -13,19 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from handmade import STATE_CHANNELS, make_spec
 
-from data_pipeline.cards.registry import load_registry
+from data_pipeline.registry import load_registry
 from data_pipeline.windows.schedule import Schedule, Source
-from fm.evaluation.validation import SHOWN_STEPS, ValidationResult
-from fm.model import ModelConfig, WaveLiTFM
-from fm.record import RunRecord
-from fm.report.sample import Sample
-from fm.settings import DataSettings, Recipe, RunSettings, TrackingSettings, TrainSettings, ValidationSettings
-from fm.tracking.dashboard import Dashboard
-from fm.tracking.steps import StepResult
+from fm.config import DataSettings, Recipe, RunSettings, TrackingSettings, TrainSettings, ValidationSettings
+from fm.evaluation.evaluate import SHOWN_STEPS, ValidationResult
+from fm.evaluation.pictures import Sample
+from fm.model.spec import ModelConfig
+from fm.model.wavelit import WaveLiTFM
+from fm.training.console import StepResult
+from fm.training.record import RunRecord
+from fm.training.tensorboard import Dashboard
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
-from handmade import STATE_CHANNELS, make_spec
 
 GRIDS = {name: card.grid for name, card in load_registry(None).cards.items() if name in STATE_CHANNELS}
 WINDOWS = ("1:20", "21:60")

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.cards.registry import Card, load_registry
 from data_pipeline.miniwell.system import ParameterSet, Simulation, System
-from data_pipeline.miniwell.well_file import trajectory_arrays, write_well_file
-from data_pipeline.well.boundary import edges
+from data_pipeline.miniwell.task import trajectory_arrays, write_well_file
+from data_pipeline.registry import Card, load_registry
+from data_pipeline.well.layout import edges
 
 
 def waves(rng: np.random.Generator, shape: tuple[int, ...], grid: tuple[int, int]) -> np.ndarray:

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from data_pipeline.cards.registry import Card, load_registry
-from fm.cost import kept_bytes
-from fm.model import DatasetSpec, ModelConfig, WaveLiTFM
-from fm.recipe_file import load_recipe
-from fm.runtime import ZERO_BUCKET
-from fm.settings import Recipe
-from fm.unroll import Unroll
+from data_pipeline.registry import Card, load_registry
+from fm.config import Recipe, load_recipe
+from fm.distributed import ZERO_BUCKET
+from fm.model.spec import DatasetSpec, ModelConfig
+from fm.model.wavelit import WaveLiTFM
+from fm.training.flops import kept_bytes
+from fm.training.objective import Unroll
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "fm_pretrain.yaml"
 FLOAT = 4  # bytes; parameters, gradients, moments and averages are float32

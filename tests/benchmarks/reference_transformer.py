@@ -28,13 +28,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import gelu, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_pipeline.cards.registry import load_registry
+from data_pipeline.registry import load_registry
 from data_pipeline.windows.loader import open_readers
-from fm.losses import wavelit_loss
-from fm.model import ModelConfig, WaveLiTFM
-from fm.model_config import DatasetSpec
-from fm.recipe_file import load_recipe
-from fm.specs import dataset_specs
+from fm.config import load_recipe
+from fm.datasets import dataset_specs
+from fm.model.loss import wavelit_loss
+from fm.model.spec import DatasetSpec, ModelConfig
+from fm.model.wavelit import WaveLiTFM
 
 WINDOW = 8  # tokens along each side of an attention window, where the grid allows it
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"

@@ -30,14 +30,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
-from data_pipeline.cards.card import PATCH
-from fm.model_config import ModelConfig
-from fm.planning.workload import read_workload
-from fm.recipe_file import load_recipe
-from fm.runtime import make_accelerator
-from fm.settings import Recipe
+from data_pipeline.registry import PATCH
+from fm.config import Recipe, load_recipe
+from fm.datasets import new_model
+from fm.distributed import make_accelerator
+from fm.lab.plan import read_workload
+from fm.model.spec import ModelConfig
 from fm.training.exercise import Exercise, exercise_state, sized
-from fm.training.inputs import new_model
 from fm.training.state import TrainingState
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"

@@ -5,11 +5,11 @@
 
 No GPU is needed. What is put in:
 
-    compute   windows of one dataset take what fm/planning/gpus.py says: FLOPs at the utilisation, bytes at the memory's
+    compute   windows of one dataset take what fm/lab/hardware.py says: FLOPs at the utilisation, bytes at the memory's
               bandwidth, and never less than its kernels take to start one by one, which --graphs leaves out: CUDA
               graphs start all at once. --step-ms, measured on one GPU for the mixture's mean step of 4 windows (`fm
               benchmark` prints it), scales all of them
-    exchange  fm/planning/exchange.py: buckets of 25 MB, NVLink in nodes of 8, --network GB/s each between them; what
+    exchange  fm/lab/hardware.py: buckets of 25 MB, NVLink in nodes of 8, --network GB/s each between them; what
               the backward pass of the last piece does not hide lengthens the step
     waiting   real draws of the sqrt mixture on the published grids, divided as in training; the step ends with the
               slowest process. `global`: all have equal work. `per_rank`: each has windows of other datasets
@@ -32,12 +32,10 @@ from matplotlib.figure import Figure
 from simulate_ranks import SCHEME, Setting, shares
 
 from data_pipeline.windows.schedule import Schedule, Source
-from fm.cost import BACKWARD, Footprint
-from fm.planning.exchange import INFINIBAND, Interconnect, buckets
-from fm.planning.gpus import STATE_TOUCHES, Ceiling, find_gpu
-from fm.planning.planner import Planner
-from fm.planning.workload import FLOAT_BYTES, read_workload
-from fm.recipe_file import load_recipe
+from fm.config import load_recipe
+from fm.lab.hardware import INFINIBAND, STATE_TOUCHES, Ceiling, Interconnect, buckets, find_gpu
+from fm.lab.plan import FLOAT_BYTES, Planner, read_workload
+from fm.training.flops import BACKWARD, Footprint
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "fm_pretrain.yaml"
 MICRO_BATCH = 4  # windows at once, the paper's batch

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.cards.registry import load_registry
+from data_pipeline.registry import load_registry
 
 COMMAND = str(Path(sys.executable).with_name("data-pipeline"))
 
@@ -75,7 +75,7 @@ def test_verify_names_what_differs(tiny_shards: Path, tmp_path: Path) -> None:
 def test_help_needs_no_heavy_import() -> None:
     program = (
         "import sys\n"
-        "from data_pipeline.__main__ import main\n"
+        "from data_pipeline.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "assert not {'numpy', 'torch', 'h5py', 'yaml'} & set(sys.modules), sorted(sys.modules)"
@@ -118,7 +118,7 @@ def test_mistake_ends_in_one_message(
 def test_simulate_onto_a_full_disk(tmp_path: Path) -> None:
     program = (
         "import resource, sys\n"
-        "from data_pipeline.__main__ import main\n"
+        "from data_pipeline.cli import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))\n"
         f"sys.exit(main(['simulate', '--preset', 'tiny', '--out', {str(tmp_path)!r}, '--jobs', '1', "
         "'--datasets', 'helmholtz_staircase']))"

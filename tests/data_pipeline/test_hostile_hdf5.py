@@ -13,7 +13,7 @@ from fuzzing import MANY, Guard, cases
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.cards.registry import load_registry
+from data_pipeline.registry import load_registry
 from data_pipeline.well.hdf5 import WellFile, split_files
 
 MAZE = "acoustic_scattering_maze"

@@ -13,8 +13,8 @@ from fuzzing import CHANGES, EDITS, PIECES, Guard, cases, edited, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.overview import overview
-from data_pipeline.records import canonical, digest
+from data_pipeline.inspect import overview
+from data_pipeline.schema import canonical, digest
 from data_pipeline.shards.tar import damage
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader

@@ -9,9 +9,9 @@ from fuzzing import CHANGES, EDITS, TEXTS, Guard, cases, edited, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.cards.registry import load_folders, load_registry, packaged_folder
+from data_pipeline.registry import load_folders, load_registry, packaged_folder
 from data_pipeline.remote import PROTOCOLS, RemoteFolder, is_url
-from data_pipeline.well.addresses import url_registry
+from data_pipeline.well.download import url_registry
 from data_pipeline.well.stats import read_stats
 from data_pipeline.windows.loader import open_readers
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from faulty_server import FaultyServer
 
-from data_pipeline.cards.registry import load_registry
-from data_pipeline.errors import UserError
-from data_pipeline.overview import overview
+from data_pipeline.files import UserError
+from data_pipeline.inspect import overview
+from data_pipeline.registry import load_registry
 
 KNOWN = tuple(load_registry().cards)
 

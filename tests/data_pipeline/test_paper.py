@@ -1,7 +1,7 @@
 """Tables 7 and 8 as the paper prints them."""
 
-from data_pipeline.cards.registry import load_registry
-from data_pipeline.paper import paper_tables
+from data_pipeline.inspect import paper_tables
+from data_pipeline.registry import load_registry
 
 TABLE_7 = {
     "AM": ("14,000", "16,384", "229,376,000"),

@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 
-from data_pipeline.threads import Threads
+from data_pipeline.workers import Threads
 
 
 def test_tasks_run_in_order_and_hand_over_results_and_errors() -> None:

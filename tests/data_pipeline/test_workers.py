@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import UserError
+from data_pipeline.files import UserError
 from data_pipeline.workers import run_tasks
 
 VARIABLES = ("OMP_NUM_THREADS", "WAVELIT_TEST_WORKERS")

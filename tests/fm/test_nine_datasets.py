@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.__main__ import main as data_pipeline
-from data_pipeline.cards.registry import VARIABLE, load_folders, load_registry, packaged_folder
+from data_pipeline.cli import main as data_pipeline
+from data_pipeline.registry import VARIABLE, load_folders, load_registry, packaged_folder
 from data_pipeline.windows.loader import open_readers
-from fm.__main__ import main as fm
 from fm.checkpoint import find_checkpoint, load_pretrained
-from fm.model import WaveLiTFM
-from fm.specs import dataset_specs
+from fm.cli import main as fm
+from fm.datasets import dataset_specs
+from fm.model.wavelit import WaveLiTFM
 
 ROOT = Path(__file__).parents[2]
 EIGHT = load_folders([packaged_folder()])

@@ -4,8 +4,8 @@ import inspect
 import pydoc
 
 import fm
-from fm.fields import FieldsWarning
-from fm.surrogate import Surrogate
+from fm.model.fields import FieldsWarning
+from fm.model.surrogate import Surrogate
 
 
 def test_pydoc_shows_every_public_method_with_its_docstring() -> None:

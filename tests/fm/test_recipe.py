@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_pipeline.cards.registry import load_registry
-from data_pipeline.errors import UserError
-from fm.model import DatasetSpec, ModelConfig, WaveLiTFM
-from fm.recipe_file import changed_settings, dump_recipe, load_recipe
+from data_pipeline.files import UserError
+from data_pipeline.registry import load_registry
+from fm.config import changed_settings, dump_recipe, load_recipe
+from fm.model.spec import DatasetSpec, ModelConfig
+from fm.model.wavelit import WaveLiTFM
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from fm.scores.errors import DatasetErrors, ErrorFile, Errors
-from fm.scores.protocol import PROTOCOLS, Protocol
+from fm.evaluation.errors import DatasetErrors, ErrorFile, Errors
+from fm.evaluation.protocol import PROTOCOLS, Protocol
 
 
 def level_errors(

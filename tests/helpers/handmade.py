@@ -2,7 +2,8 @@
 
 import torch
 
-from fm.model import DatasetSpec, WaveLiTFM
+from fm.model.spec import DatasetSpec
+from fm.model.wavelit import WaveLiTFM
 
 STATE_CHANNELS = {
     "active_matter": "concentration velocity_x velocity_y D_xx D_xy D_yx D_yy E_xx E_xy E_yx E_yy",

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.cards.registry import load_folders
-from data_pipeline.errors import UserError
+from data_pipeline.files import UserError
+from data_pipeline.registry import load_folders
 
 CHANNELS = """
 velocity_x: {description: velocity along x, unit: none}

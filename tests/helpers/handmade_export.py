@@ -5,11 +5,10 @@ from pathlib import Path
 from safetensors.torch import save
 from whole_runs import small
 
-from data_pipeline.cards.registry import packaged_folder
-from fm.export.cards import find_cards
-from fm.export.facts import Facts
-from fm.export.folder import write_export
-from fm.surrogate import Surrogate
+from data_pipeline.registry import packaged_folder
+from fm.model.surrogate import Surrogate
+from fm.share.export import write_export
+from fm.share.model_card import Facts, find_cards
 
 
 def exported(model: Surrogate, folder: Path, shards: Path) -> Path:

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import yaml
 
-from data_pipeline.cards.card import Card
+from data_pipeline.registry import Card
 
 
 @dataclass(frozen=True)

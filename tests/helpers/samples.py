@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fm.report.sample import Domain, Sample
+from fm.evaluation.pictures import Domain, Sample
 
 
 def ramp_sample(

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.shards.manifest import Manifest
-from fm.recipe_file import dump_recipe, resolve
-from fm.settings import Recipe
+from data_pipeline.shards.format import Manifest
+from fm.config import Recipe, dump_recipe, resolve
 
 ROOT = Path(__file__).parents[2]
 DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]

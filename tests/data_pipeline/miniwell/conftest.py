@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.miniwell.generate import EIGHT, EXTRAS, simulate
+from data_pipeline.miniwell.generate import simulate
+from data_pipeline.miniwell.task import EIGHT, EXTRAS
 
 
 @pytest.fixture(scope="session")

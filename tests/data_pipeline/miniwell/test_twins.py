@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from small_cases import read_arrays
 
-from data_pipeline.miniwell.generate import SYSTEMS, load_system
+from data_pipeline.miniwell.task import SYSTEMS, file_name, load_system
 from data_pipeline.miniwell.twins import DisturbedGenerator, twin_distance, twin_states
-from data_pipeline.miniwell.well_file import file_name
 
 
 @pytest.mark.parametrize("dataset", ["rayleigh_benard", "active_matter", "acoustic_scattering_maze"])

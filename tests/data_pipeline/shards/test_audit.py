@@ -11,16 +11,14 @@ import pytest
 import yaml
 from handmade_well import spread, write_file, write_stats
 
-from data_pipeline.__main__ import main
-from data_pipeline.cards.registry import load_registry
-from data_pipeline.errors import UserError
+from data_pipeline.cli import main
+from data_pipeline.files import UserError
 from data_pipeline.miniwell.gray_scott import evolve
-from data_pipeline.shards.audit import STILL_FRAMES, TrajectoryAudit
+from data_pipeline.registry import load_registry
+from data_pipeline.shards.audit import STILL_FRAMES, TrajectoryAudit, condense
 from data_pipeline.shards.build import build_shards
-from data_pipeline.shards.findings import Finding
-from data_pipeline.shards.listing import findings_table
-from data_pipeline.shards.review import Review, audit
-from data_pipeline.shards.split_audit import condense
+from data_pipeline.shards.format import Finding
+from data_pipeline.shards.review import Review, audit, findings_table
 from data_pipeline.well.hdf5 import split_files
 
 REGISTRY = load_registry()

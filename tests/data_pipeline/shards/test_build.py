@@ -16,11 +16,10 @@ import pytest
 import webdataset
 from handmade_well import spread, write_file
 
-from data_pipeline.cards.registry import load_registry
-from data_pipeline.errors import UserError
-from data_pipeline.files import only_process
+from data_pipeline.files import UserError, only_process
+from data_pipeline.registry import load_registry
 from data_pipeline.shards.build import build_shards
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.format import Manifest
 from data_pipeline.well.hdf5 import split_files
 from data_pipeline.windows.reader import ShardReader
 
@@ -291,7 +290,7 @@ def start(long_well: Path, out: Path, jobs: int, before: str = "") -> subprocess
     program = (
         f"import sys; {before}\n"
         "import data_pipeline.shards.build\n"
-        "from data_pipeline.__main__ import main\n"
+        "from data_pipeline.cli import main\n"
         "build = data_pipeline.shards.build.build_shards\n"
         "def smaller(*arguments): return build(*arguments[:6], 1)\n"
         "data_pipeline.shards.build.build_shards = smaller\n"

@@ -18,12 +18,12 @@ from faulty_server import FaultyServer
 from handmade_well import spread, write_file, write_stats
 from test_build import contents
 
-from data_pipeline.__main__ import main
-from data_pipeline.cards.registry import load_registry
-from data_pipeline.commands import arguments
-from data_pipeline.errors import UserError
+from data_pipeline import cli
+from data_pipeline.cli import main
+from data_pipeline.files import UserError
+from data_pipeline.registry import load_registry
 from data_pipeline.shards.build import Built, build_shards
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.format import Manifest
 from data_pipeline.shards.review import audit
 from data_pipeline.shards.tar import ShardWriter
 from data_pipeline.well.hdf5 import split_files
@@ -379,7 +379,7 @@ def test_wrong_options(tiny_well: Path, tmp_path: Path, options: dict, message: 
 
 @pytest.mark.parametrize(("text", "num_bytes"), [("512M", 2**29), ("1.5K", 1536), ("2g", 2**31), ("77", 77)])
 def test_sizes_are_read(text: str, num_bytes: int) -> None:
-    assert arguments.num_bytes(text) == num_bytes
+    assert cli.num_bytes(text) == num_bytes
 
 
 @pytest.mark.parametrize("text", ["0", "-2", "two", "1.5"])

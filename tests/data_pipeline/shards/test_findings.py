@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.shards.findings import Finding, frame_ranges, usable_segments
+from data_pipeline.shards.format import Finding, frame_ranges, usable_segments
 
 
 def finding(kind: str, *frames: tuple[int, int]) -> Finding:

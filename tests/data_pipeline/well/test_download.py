@@ -14,13 +14,11 @@ import pytest
 import yaml
 from faulty_server import PAGE, FaultyServer
 
-from data_pipeline.cards.registry import load_registry
-from data_pipeline.errors import UserError
-from data_pipeline.files import only_process
+from data_pipeline.files import UserError, only_process
+from data_pipeline.registry import load_registry
 from data_pipeline.remote import Retries
 from data_pipeline.shards.build import build_shards
-from data_pipeline.well.addresses import url_registry
-from data_pipeline.well.download import download
+from data_pipeline.well.download import download, url_registry
 
 REGISTRY = load_registry()
 NAME = "gray_scott_reaction_diffusion"

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from handmade_well import StoredField, write_layout
 
-from data_pipeline.cards.card import Card
-from data_pipeline.cards.registry import VARIABLE, load_registry
-from data_pipeline.errors import UserError
+from data_pipeline.files import UserError
+from data_pipeline.registry import VARIABLE, Card, load_registry
 from data_pipeline.well.register import Registered, draft_folder, open_registry, register
 
 EIGHT = sorted(load_registry().cards)

@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 from handmade_well import spread
 
-from data_pipeline.cards.registry import load_registry
-from data_pipeline.errors import UserError
-from data_pipeline.files import atomic_path
-from data_pipeline.well.boundary import edges
-from data_pipeline.well.hdf5 import WellFile
-from data_pipeline.well.setting import Setting, read_attributes, read_setting
-from data_pipeline.well.writer import WellWriter
+from data_pipeline.files import UserError, atomic_path
+from data_pipeline.registry import load_registry
+from data_pipeline.well.hdf5 import Setting, WellFile, read_attributes, read_setting
+from data_pipeline.well.layout import edges
+from data_pipeline.well.write import WellWriter
 
 CARDS = load_registry().cards
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.errors import UserError
-from data_pipeline.windows.adaptive import adaptive_shares, carry_scores
+from data_pipeline.files import UserError
+from data_pipeline.windows.schedule import adaptive_shares, carry_scores
 
 NAMES = ["a", "b", "c", "d", "e"]
 POSITIVE = st.floats(1e-6, 1e6)

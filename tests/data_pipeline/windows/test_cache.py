@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.errors import UserError
+from data_pipeline.files import UserError
 from data_pipeline.windows.cache import BlobCache
 
 SIZE = 1000

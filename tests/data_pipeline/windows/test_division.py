@@ -5,9 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_pipeline.errors import UserError
-from data_pipeline.windows.division import Division, assign_by_cost
-from data_pipeline.windows.schedule import Schedule, Source
+from data_pipeline.files import UserError
+from data_pipeline.windows.schedule import Division, Schedule, Source, assign_by_cost
 
 
 def schedule(batch: int) -> Schedule:

@@ -11,13 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.errors import UserError
-from data_pipeline.records import canonical, digest
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.files import UserError
+from data_pipeline.schema import canonical, digest
+from data_pipeline.shards.format import Manifest
 from data_pipeline.shards.tar import damage
-from data_pipeline.windows.batch import Batch
-from data_pipeline.windows.index import WindowIndex
-from data_pipeline.windows.reader import ShardReader
+from data_pipeline.windows.reader import Batch, ShardReader, WindowIndex
 
 MAZE = "acoustic_scattering_maze"
 

@@ -14,10 +14,9 @@ import webdataset
 from faulty_server import FaultyServer
 from streamed import FRAME_BYTES, LENGTH, MAZE, NAMES, assert_all_same, assert_same, batches, settings
 
-from data_pipeline.errors import UserError
-from data_pipeline.windows.blocks import WholeShards
+from data_pipeline.files import UserError
 from data_pipeline.windows.loader import open_readers
-from data_pipeline.windows.streaming import default_cache
+from data_pipeline.windows.streaming import WholeShards, default_cache
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -14,10 +14,10 @@ import pytest
 from faulty_server import FaultyServer
 from streamed import BATCHES, LENGTH, MAZE, NAMES, QUICK, assert_all_same, assert_same, batches, settings
 
-from data_pipeline.errors import UserError
-from data_pipeline.records import canonical, digest
+from data_pipeline.files import UserError
 from data_pipeline.remote import Retries
-from data_pipeline.windows import fetching
+from data_pipeline.schema import canonical, digest
+from data_pipeline.windows import streaming
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.streaming import StreamSettings
 
@@ -144,7 +144,7 @@ def test_hostile_manifest_is_refused(spoilt: FaultyServer, tmp_path: Path, shuff
 
 def test_a_manifest_without_end_is_not_read(spoilt: FaultyServer) -> None:
     with (spoilt.folder / MAZE / "train" / "manifest.json").open("ab") as file:
-        file.truncate(fetching.MANIFEST_LIMIT_BYTES + 1)  # a hole: it takes no space here
+        file.truncate(streaming.MANIFEST_LIMIT_BYTES + 1)  # a hole: it takes no space here
     with pytest.raises(UserError, match=r"manifest.json: expected a manifest of at most 67108864 bytes"):
         open_readers(spoilt.url, [MAZE], "train", stream=StreamSettings(retries=QUICK))
     assert spoilt.total_sent == 0

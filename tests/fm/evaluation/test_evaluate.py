@@ -12,18 +12,18 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from data_pipeline.errors import UserError
+from data_pipeline.files import UserError
 from data_pipeline.shards.build import build_shards
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
+from fm.evaluation.errors import ErrorFile
 from fm.evaluation.evaluate import evaluate_model
-from fm.evaluation.measure import one_step_errors, one_step_windows, rollout_errors
-from fm.evaluation.shown import SHOWN_STEPS, longest_recorder
-from fm.model import DatasetSpec, ModelConfig, WaveLiTFM
-from fm.report.sample import load_samples, spread_over
-from fm.scores.errors import ErrorFile
-from fm.scores.protocol import PROTOCOLS, get_protocol
-from fm.scores.scoring import score
+from fm.evaluation.measure import SHOWN_STEPS, longest_recorder, one_step_errors, one_step_windows, rollout_errors
+from fm.evaluation.pictures import load_samples, spread_over
+from fm.evaluation.protocol import PROTOCOLS, get_protocol
+from fm.evaluation.scores import score
+from fm.model.spec import DatasetSpec, ModelConfig
+from fm.model.wavelit import WaveLiTFM
 
 CPU = torch.device("cpu")
 THIRDS = PROTOCOLS["thirds"]

@@ -8,8 +8,8 @@ import pytest
 
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
-from fm.evaluation.items import Item, divide, list_items
-from fm.scores.protocol import PROTOCOLS, get_protocol
+from fm.evaluation.evaluate import Item, divide, list_items
+from fm.evaluation.protocol import PROTOCOLS, get_protocol
 
 THIRDS = PROTOCOLS["thirds"]
 

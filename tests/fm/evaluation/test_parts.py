@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.errors import UserError
-from fm.evaluation.items import Item
+from data_pipeline.files import UserError
+from fm.evaluation.evaluate import Item, Part, Parts, remove_parts
 from fm.evaluation.measure import Measured
-from fm.evaluation.parts import Part, Parts, remove_parts
 
 ITEM = Item("shear_flow", "rollout", 0, (4, 1), 3, 300)
 IDENTITY = {"model": "a" * 64, "protocol": {"name": "thirds"}, "batch_size": 8}

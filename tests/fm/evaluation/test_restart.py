@@ -15,17 +15,14 @@ import torch
 from torch import Tensor, nn
 from whole_runs import DATASETS, ROOT, accelerate, small, wait_for
 
-from data_pipeline.errors import UserError
-from data_pipeline.files import only_process
+from data_pipeline.files import UserError, only_process
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import load_pretrained
-from fm.evaluation.evaluate import evaluate_model
-from fm.evaluation.items import Item, divide, list_items
-from fm.evaluation.runs import evaluate_run
-from fm.report.sample import load_samples
-from fm.scores.errors import ErrorFile
-from fm.scores.protocol import PROTOCOLS
-from fm.training.run import train
+from fm.evaluation.errors import ErrorFile
+from fm.evaluation.evaluate import Item, divide, evaluate_model, evaluate_run, list_items
+from fm.evaluation.pictures import load_samples
+from fm.evaluation.protocol import PROTOCOLS
+from fm.training.trainer import train
 
 CPU = torch.device("cpu")
 THIRDS = PROTOCOLS["thirds"]

@@ -12,15 +12,15 @@ from faulty_server import FaultyServer
 from whole_runs import fm
 
 import fm as fm_package
-from data_pipeline.errors import UserError
-from fm.__main__ import main
+from data_pipeline.files import UserError
 from fm.checkpoint import find_checkpoint, load_pretrained
-from fm.evaluation.runs import evaluate_run
-from fm.recipe_file import resolve
-from fm.scores.compare import load_scores
-from fm.scores.errors import ErrorFile
-from fm.scores.scoring import score
-from fm.training.run import train
+from fm.cli import main
+from fm.config import resolve
+from fm.evaluation.errors import ErrorFile
+from fm.evaluation.evaluate import evaluate_run
+from fm.evaluation.scores import score
+from fm.evaluation.tables import load_scores
+from fm.training.trainer import train
 
 DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.cards.registry import load_registry
+from data_pipeline.registry import load_registry
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
-from fm.evaluation.validation import ValidationResult, validate
-from fm.model import ModelConfig, WaveLiTFM
-from fm.settings import ValidationSettings
-from fm.specs import dataset_specs
+from fm.config import ValidationSettings
+from fm.datasets import dataset_specs
+from fm.evaluation.evaluate import ValidationResult, validate
+from fm.model.spec import ModelConfig
+from fm.model.wavelit import WaveLiTFM
 
 NAMES = ["rayleigh_benard", "shear_flow"]
 CPU = torch.device("cpu")

@@ -9,15 +9,14 @@ from html_reader import Reader
 from PIL import Image
 from whole_runs import DATASETS, log, small
 
-from data_pipeline.errors import UserError
+from data_pipeline.files import UserError
 from data_pipeline.windows.loader import open_readers
-from fm.__main__ import main as fm
 from fm.checkpoint import find_checkpoint, load_pretrained
-from fm.lab.few_shot import plan_few_shot
-from fm.lab.few_shot_figure import few_shot_figure
+from fm.cli import main as fm
+from fm.config import dump_recipe
+from fm.lab.few_shot import few_shot_figure, plan_few_shot
 from fm.lab.sweep_file import plan
-from fm.recipe_file import dump_recipe
-from fm.training.run import train
+from fm.training.trainer import train
 
 NEW = "shear_flow"
 

@@ -14,13 +14,11 @@ import pytest
 import whole_runs
 from whole_runs import small
 
-from data_pipeline.errors import UserError
-from fm.lab.sweep import run_sweep
-from fm.lab.sweep_file import Sweep, Trial, load_sweep, plan
-from fm.lab.sweep_state import check_same_data, read_scores
-from fm.lab.sweep_table import sweep_document, sweep_results
-from fm.recipe_file import dump_recipe, load_recipe, recipe_to_dict
-from fm.scores.formats import render
+from data_pipeline.files import UserError
+from fm.config import dump_recipe, load_recipe, recipe_to_dict
+from fm.evaluation.tables import render
+from fm.lab.sweep import run_sweep, sweep_document, sweep_results
+from fm.lab.sweep_file import Sweep, Trial, check_same_data, load_sweep, plan, read_scores
 
 BROKEN = "data.datasets: [shear_flaw]"
 

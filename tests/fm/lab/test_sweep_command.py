@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fm.__main__ import main
+from fm.cli import main
 
 SWEEP = str(Path(__file__).parents[3] / "recipes" / "ablations" / "table14")
 

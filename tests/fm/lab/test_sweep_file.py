@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import UserError
+from data_pipeline.files import UserError
+from fm.config import recipe_to_dict
 from fm.lab.sweep_file import load_sweep, plan
-from fm.model import DatasetSpec, WaveLiTFM
-from fm.recipe_file import recipe_to_dict
+from fm.model.spec import DatasetSpec
+from fm.model.wavelit import WaveLiTFM
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))

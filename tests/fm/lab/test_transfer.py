@@ -14,15 +14,12 @@ import numpy as np
 import pytest
 from whole_runs import DATASETS, log, small
 
-from data_pipeline.errors import UserError
-from fm.__main__ import main as fm
-from fm.lab.learning_curves import LearningCurve, TrainedRun, read_run
-from fm.lab.transfer import compare
-from fm.lab.transfer_figure import transfer_figure
-from fm.lab.transfer_report import describe, transfer
-from fm.report.cosines import Cosines
-from fm.scores.formats import render
-from fm.training.run import train
+from data_pipeline.files import UserError
+from fm.cli import main as fm
+from fm.evaluation.plots import Cosines
+from fm.evaluation.tables import render
+from fm.lab.transfer import LearningCurve, TrainedRun, compare, describe, read_run, transfer, transfer_figure
+from fm.training.trainer import train
 
 MAZE, WAVES = DATASETS
 OFTEN = {"every": 2, "windows": 3, "rollouts": 0}

@@ -12,15 +12,16 @@ from handmade import make_spec
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from whole_runs import DATASETS, finish, last_weights, log, small, start
 
-from data_pipeline.errors import UserError
-from data_pipeline.windows.adaptive import adaptive_shares
+from data_pipeline.files import UserError
 from data_pipeline.windows.loader import open_readers, sources
-from data_pipeline.windows.schedule import Schedule, Source, sampling_shares
-from fm.model import ModelConfig, WaveLiTFM
-from fm.record import RunRecord, StepResult, repeat_warning
-from fm.settings import Recipe
+from data_pipeline.windows.schedule import Schedule, Source, adaptive_shares, sampling_shares
+from fm.config import Recipe
+from fm.model.spec import ModelConfig
+from fm.model.wavelit import WaveLiTFM
+from fm.training.console import StepResult
 from fm.training.mixing import Mixing
-from fm.training.run import train
+from fm.training.record import RunRecord, repeat_warning
+from fm.training.trainer import train
 
 ADAPTIVE: dict[str, dict[str, Any]] = {
     "sampling": {"scheme": "adaptive", "power": 2.0, "floor": 0.05},

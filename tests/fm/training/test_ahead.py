@@ -10,13 +10,12 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from whole_runs import DATASETS, last_weights, log, small, spoil
 
-from data_pipeline.errors import UserError
-from fm.runtime import StopSignal, make_accelerator
-from fm.settings import Recipe
-from fm.tracking.logs import parse_lines
-from fm.training.ahead import Ahead, Found, Taken
-from fm.training.run import train
-from fm.training.trainer import Trainer
+from data_pipeline.files import UserError
+from fm.config import Recipe
+from fm.distributed import StopSignal, make_accelerator
+from fm.training.runlog import parse_lines
+from fm.training.step import Ahead, Found, Taken
+from fm.training.trainer import Trainer, train
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,16 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from whole_runs import accelerate, finish, last_weights, log, small, start
 
-from data_pipeline.errors import UserError
-from fm.baselines.baseline import Baseline
-from fm.baselines.config import BaselineConfig
-from fm.model import ModelConfig, WaveLiTFM
-from fm.nn.linear_attention import LinearAttention
-from fm.nn.rope import rope_table
-from fm.runtime import make_accelerator
-from fm.settings import FinetuneSettings, LossSettings, Recipe
-from fm.training.compiling import VARIABLE, compile_objective
-from fm.training.run import train
-from fm.unroll import Unroll
+from data_pipeline.files import UserError
+from fm.config import FinetuneSettings, LossSettings, Recipe
+from fm.distributed import make_accelerator
+from fm.model.attention import LinearAttention, rope_table
+from fm.model.baselines import Baseline, BaselineConfig
+from fm.model.spec import ModelConfig
+from fm.model.wavelit import WaveLiTFM
+from fm.training.objective import Unroll
+from fm.training.state import VARIABLE, compile_objective
+from fm.training.trainer import train
 
 GRAPHS: list[torch.fx.GraphModule] = []
 

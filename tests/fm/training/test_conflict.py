@@ -11,14 +11,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from whole_runs import DATASETS, accelerate, finish, last_weights, log, small, start
 
-from data_pipeline.errors import UserError
-from fm.parallel.fully_sharded import FullySharded
-from fm.report.cosines import Cosines, cosine_figure, mean_cosines
-from fm.runtime import make_accelerator
-from fm.training.conflict import WINDOWS, check_gradient_cosines, cosines_of, gradient_cosines, sampled_windows
-from fm.training.run import train
-from fm.training.trainer import Trainer
-from fm.unroll import Unroll
+from data_pipeline.files import UserError
+from fm.distributed import make_accelerator
+from fm.evaluation.plots import Cosines, cosine_figure, mean_cosines
+from fm.training.checks import WINDOWS, check_gradient_cosines, cosines_of, gradient_cosines, sampled_windows
+from fm.training.objective import Unroll
+from fm.training.parallel import FullySharded
+from fm.training.trainer import Trainer, train
 
 THREE = {"data": {"datasets": [*DATASETS, "shear_flow"]}, "tracking": {"gradient_cosine_every": 3}}
 

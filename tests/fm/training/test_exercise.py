@@ -6,14 +6,14 @@ import pytest
 import torch
 from whole_runs import small
 
-from fm.model import DatasetSpec
-from fm.runtime import make_accelerator
-from fm.settings import Recipe
-from fm.surrogate import Surrogate
+from fm.config import Recipe
+from fm.datasets import new_model
+from fm.distributed import make_accelerator
+from fm.model.spec import DatasetSpec
+from fm.model.surrogate import Surrogate
 from fm.training.exercise import PHASES, Clock, Exercise, exercise_state, sized
-from fm.training.inputs import new_model
+from fm.training.objective import Unroll
 from fm.training.state import TrainingState
-from fm.unroll import Unroll
 
 NAME = "shear_flow"
 STATS = {key: {"tracer": 1.0} for key in ("mean", "std", "mean_delta", "std_delta")}

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from whole_runs import DATASETS, last_weights, log, small
 
-from data_pipeline.errors import UserError
+from data_pipeline.files import UserError
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import find_checkpoint
-from fm.settings import Recipe
-from fm.training.rehearsal import longest_unroll
-from fm.training.run import train
+from fm.config import Recipe
+from fm.training.checks import longest_unroll
+from fm.training.trainer import train
 
 VALIDATED = {"every": 2, "windows": 2, "rollouts": 1, "protocol": "thirds"}
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.errors import UserError
-from fm.evaluation.validation import ValidationResult
-from fm.settings import FinetuneSettings, ValidationSettings
-from fm.training.gate import Gate
+from data_pipeline.files import UserError
+from fm.config import FinetuneSettings, ValidationSettings
+from fm.evaluation.evaluate import ValidationResult
+from fm.training.guard import Gate
 
 
 def gate(limit: float = 1.2, **validation: Any) -> Gate:

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 from whole_runs import DATASETS, last_weights, log, small
 
-from data_pipeline.errors import UserError
+from data_pipeline.files import UserError
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import find_checkpoint
-from fm.runtime import make_accelerator
-from fm.settings import Recipe
-from fm.training.run import train
-from fm.training.trainer import Trainer
+from fm.config import Recipe
+from fm.distributed import make_accelerator
+from fm.training.trainer import Trainer, train
 
 HELMHOLTZ = DATASETS[1]
 

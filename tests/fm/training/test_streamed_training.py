@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 from faulty_server import FaultyServer
 
-from data_pipeline.errors import UserError
-from fm.evaluation.runs import evaluate_run
-from fm.recipe_file import dump_recipe, resolve
-from fm.settings import Recipe
-from fm.training.run import train
+from data_pipeline.files import UserError
+from fm.config import Recipe, dump_recipe, resolve
+from fm.evaluation.evaluate import evaluate_run
+from fm.training.trainer import train
 
 DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from whole_runs import DATASETS, accelerate, finish, last_weights, log, small, start, wait_for
 
-from data_pipeline.errors import UserError
+from data_pipeline.files import UserError
 from fm.checkpoint import verify_checkpoint
-from fm.training.run import train
+from fm.training.trainer import train
 
 
 def test_a_run_lowers_the_loss_and_leaves_what_scripts_rely_on(tiny_shards: Path, tmp_path: Path) -> None:

@@ -1,1 +1,0 @@
-"""How fast data are read, beside other ways to read them."""

@@ -1,1 +1,0 @@
-"""What datasets mean: cards, canonical channels."""

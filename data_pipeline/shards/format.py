@@ -1,0 +1,357 @@
+"""What can be wrong with simulation data, and which windows it costs.
+
+A finding is a fact about frames of one trajectory, a trajectory, a channel or a whole split. By default findings are
+reported and every window is kept, so that counts equal the published ones; three kinds can be left out on request.
+
+The manifest of one dataset and split: what the shards hold and where each frame lies in them.
+
+A manifest comes from anywhere, so nothing in it is trusted: types, names, sizes and offsets are checked when it is
+loaded, and the digest shows any change. `SHARDS/<dataset>/<split>/manifest.json` is written last, so a folder without
+one is not finished.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.files import UserError, atomic_file
+from data_pipeline.registry import BOUNDARY_TYPES, Boundary
+from data_pipeline.schema import canonical, decode, digest, encode, load_json, parse_json, require
+from data_pipeline.well.stats import DELTA_STATISTICS, VALUE_STATISTICS
+
+KINDS = {  # in the order of reports
+    "unreadable": "a file that cannot be read",
+    "nonfinite": "NaN or Inf",
+    "duplicates": "frames equal to the frame before",
+    "stationary": "a tail that hardly changes any more",
+    "zero_variance": "frames without spatial variance, on which VRMSE explodes",
+    "constant_channel": "a channel with one value in the whole split",
+    "duplicated_channel": "two channels with the same values",
+    "out_of_range": "values outside the card's ranges",
+    "stats_disagree": "stats.yaml and the data disagree",
+    "mixed_lengths": "trajectories of several lengths",
+    "grid": "another grid than the card's",
+    "rounding": "the worst error of values stored as float16",
+}
+SEVERITIES = ("error", "warning", "note")
+SKIPPABLE = ("nonfinite", "duplicates", "stationary")
+
+Range = tuple[int, int]  # frames [first, stop)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact; `frames` are ranges [first, stop) of the trajectory, none when it concerns the whole."""
+
+    kind: str  # a key of KINDS
+    severity: str  # error: training on it goes wrong; warning: know it before you trust a score; note
+    file: str  # name of the HDF5 file; "" for the whole split
+    trajectory: int | None  # its index in that file
+    channel: str | None
+    frames: tuple[Range, ...]
+    detail: str  # one line, with the figures
+
+    @property
+    def num_frames(self) -> int:
+        """Frames concerned."""
+        return sum(stop - first for first, stop in self.frames)
+
+    @property
+    def where(self) -> str:
+        """File, trajectory, channel and frames, as far as known; a channel alone is that of the whole split."""
+        parts = [self.file] if self.file else []
+        if self.trajectory is not None:
+            parts.append(f"trajectory {self.trajectory}")
+        if self.channel is not None:
+            parts.append(self.channel)
+        if self.frames:
+            shown = [str(first) if stop == first + 1 else f"{first}-{stop - 1}" for first, stop in self.frames[:4]]
+            word = "frame" if self.num_frames == 1 else "frames"
+            parts.append(f"{word} {', '.join(shown)}{', ...' if len(self.frames) > 4 else ''}")
+        return ", ".join(parts) or "whole split"
+
+
+def frame_ranges(frames: Sequence[int]) -> tuple[Range, ...]:
+    """Ascending frame numbers as ranges: 3, 4, 5, 9 -> (3, 6), (9, 10)."""
+    ranges: list[Range] = []
+    for frame in frames:
+        if ranges and ranges[-1][1] == frame:
+            ranges[-1] = (ranges[-1][0], frame + 1)
+        else:
+            ranges.append((frame, frame + 1))
+    return tuple(ranges)
+
+
+def usable_segments(num_frames: int, findings: Sequence[Finding], skip: Sequence[str]) -> tuple[Range, ...]:
+    """Where the windows of one trajectory may lie when findings of the kinds in `skip` are left out.
+
+    A duplicate frame may not share a window with the frame before it; a stationary tail and frames with NaN or Inf are
+    in no window. A window must lie inside one segment.
+    """
+    removed, starts = set[int](), {0}
+    for finding in findings:
+        if finding.kind not in skip:
+            continue
+        for first, stop in finding.frames:
+            if finding.kind == "duplicates":
+                starts.update(range(first, stop))
+            else:
+                removed.update(range(first, stop))
+                starts.add(stop)
+    segments: list[Range] = []
+    for frame in range(num_frames):
+        if frame in removed:
+            continue
+        if segments and segments[-1][1] == frame and frame not in starts:
+            segments[-1] = (segments[-1][0], frame + 1)
+        else:
+            segments.append((frame, frame + 1))
+    return tuple(segments)
+
+
+FORMAT = "wavelit-shards"
+FORMAT_VERSION = 2
+MANIFEST_NAME = "manifest.json"
+ITEM_BYTES = {"float32": 4, "float16": 2}  # types of stored state fields
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """An HDF5 file that trajectories came from; `fingerprint` is a hash of its size and of blocks spread over it."""
+
+    name: str
+    bytes: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One trajectory and where its frames lie: chunk j starts at byte offsets[j] of its shard."""
+
+    source: int  # index into Manifest.sources
+    source_index: int  # index of the trajectory in that file
+    frames: int
+    dt: float  # time between frames
+    scalars: dict[str, float]
+    shard: int
+    offsets: tuple[int, ...]
+    crc32: str  # eight hex digits per frame
+    constants_offset: int | None
+    constants_crc32: str
+    segments: tuple[Range, ...]  # frames [first, stop); a window lies inside one of them
+
+
+def trajectory_key(dataset: str, split: str, file: str, index: int) -> tuple[str, str, str, str, int]:
+    """What a trajectory is, for `nested_choice`: trajectory `index` of a file, wherever it is stored."""
+    return "restrict", dataset, split, file, index
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file, by its plain name in the manifest's folder."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a reader needs to know of one dataset and split.
+
+    Raises UserError, with the place in the manifest, when its parts contradict each other.
+    """
+
+    dataset: str
+    split: str
+    state_channels: tuple[str, ...]
+    constant_channels: tuple[str, ...]
+    grid: tuple[int, int]  # (H, W)
+    boundary: Boundary
+    dt: float  # of the first trajectory; each has its own
+    frames_per_chunk: int
+    dtype: str  # of stored state fields, a key of ITEM_BYTES; constants are always float32
+    encoding: dict[str, tuple[float, float]]  # float16: state channel -> offset, scale; value = stored * scale + offset
+    stats: dict[str, dict[str, float]]  # statistic -> channel -> value
+    stats_source: str
+    sources: tuple[SourceFile, ...]
+    trajectories: tuple[Trajectory, ...]
+    shards: tuple[Shard, ...]
+    findings: tuple[Finding, ...]  # of the audit, see findings.py
+    skip: tuple[str, ...]  # kinds of findings whose windows are left out
+    converter: str
+    plan: str  # digest of the sources and settings that the shards were made from
+
+    def __post_init__(self) -> None:
+        _check_header(self)
+        _check_encoding(self)
+        _check_stats(self)
+        _check_findings(self)
+        _check_trajectories(self)
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one frame."""
+        return (len(self.state_channels), *self.grid)
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one stored frame."""
+        return ITEM_BYTES[self.dtype] * math.prod(self.frame_shape)
+
+    @property
+    def constants_bytes(self) -> int:
+        """Bytes of one trajectory's constant fields; 0 when there are none."""
+        return 4 * len(self.constant_channels) * math.prod(self.grid)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of all trajectories."""
+        return sum(trajectory.frames for trajectory in self.trajectories)
+
+    def num_windows(self, length: int) -> int:
+        """Windows of `length` frames at stride 1."""
+        segments = (segment for trajectory in self.trajectories for segment in trajectory.segments)
+        return sum(max(0, stop - first - length + 1) for first, stop in segments)
+
+    def num_skipped_windows(self, length: int) -> int:
+        """Windows of `length` frames that `skip` leaves out."""
+        every = sum(max(0, trajectory.frames - length + 1) for trajectory in self.trajectories)
+        return every - self.num_windows(length)
+
+    def count_frames(self, kind: str) -> int:
+        """Frames that findings of one kind concern."""
+        return sum(finding.num_frames for finding in self.findings if finding.kind == kind)
+
+    def chunk_frames(self, trajectory: int, chunk: int) -> int:
+        """Number of frames in one chunk of a trajectory."""
+        return min(self.frames_per_chunk, self.trajectories[trajectory].frames - chunk * self.frames_per_chunk)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything above: two datasets with the same digest hold the same bytes."""
+        return digest(self._to_json())
+
+    def _to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": FORMAT_VERSION} | encode(self)
+
+    def save(self, path: Path) -> None:
+        """Writes the manifest, whole or not at all. Raises UserError when the disk is full."""
+        with atomic_file(path) as file:
+            file.write(canonical({**self._to_json(), "digest": self.digest}))
+
+    @classmethod
+    def load(cls, path: Path) -> "Manifest":
+        """Reads and checks a manifest. Raises UserError if it is missing, damaged, altered or of another format."""
+        return cls._from_json(load_json(path), str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, where: str) -> "Manifest":
+        """A manifest that came from elsewhere, named `where` in messages, checked as `load` does."""
+        return cls._from_json(parse_json(content, where), where)
+
+    @classmethod
+    def _from_json(cls, content: dict[str, Any], where: str) -> "Manifest":
+        kind, version = content.pop("format", None), content.pop("version", None)
+        if kind != FORMAT or version != FORMAT_VERSION:
+            raise UserError(
+                f"{where}: expected format {FORMAT!r} version {FORMAT_VERSION}, got {kind!r} version {version!r}; "
+                "make the shards again with `data-pipeline shard`"
+            )
+        stated = content.pop("digest", None)
+        try:
+            manifest = decode(cls, content, "manifest")
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        if manifest.digest != stated:
+            raise UserError(
+                f"{where}: damaged or altered: its digest is {manifest.digest}, it says {stated}; "
+                "copy it again, or remove the folder and run `data-pipeline shard`"
+            )
+        return manifest
+
+
+def _check_header(manifest: Manifest) -> None:
+    channels = manifest.state_channels + manifest.constant_channels
+    require(len(manifest.state_channels) > 0, "state_channels is empty")
+    require(len(set(channels)) == len(channels), f"a channel is listed twice: {', '.join(channels)}")
+    require(min(manifest.grid) >= 1, f"grid: expected positive sizes, got {manifest.grid}")
+    kinds = {kind for sides in manifest.boundary for kind in sides}
+    require(kinds <= set(BOUNDARY_TYPES), f"boundary: expected {', '.join(BOUNDARY_TYPES)}, got {sorted(kinds)}")
+    require(manifest.frames_per_chunk >= 1, "frames_per_chunk: expected at least 1")
+    for shard in manifest.shards:
+        plain = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", shard.name)
+        require(plain is not None, f"shards: expected a plain file name in the manifest's folder, got {shard.name!r}")
+        require(re.fullmatch(r"[0-9a-f]{64}", shard.sha256) is not None, f"shards: {shard.name}: no SHA-256")
+    names = {shard.name for shard in manifest.shards}
+    require(len(names) == len(manifest.shards), "shards: a name is listed twice")
+
+
+def _check_encoding(manifest: Manifest) -> None:
+    require(manifest.dtype in ITEM_BYTES, f"dtype: expected {' or '.join(ITEM_BYTES)}, got {manifest.dtype!r}")
+    encoded = manifest.state_channels if manifest.dtype == "float16" else ()
+    require(set(manifest.encoding) == set(encoded), f"encoding: expected {', '.join(encoded) or 'none'}")
+    require(all(scale > 0 for _, scale in manifest.encoding.values()), "encoding: expected scales above 0")
+
+
+def _check_findings(manifest: Manifest) -> None:
+    require(set(manifest.skip) <= set(SKIPPABLE), f"skip: expected {', '.join(SKIPPABLE)}, got {manifest.skip}")
+    for index, finding in enumerate(manifest.findings):
+        known = finding.kind in KINDS and finding.severity in SEVERITIES
+        require(known, f"findings[{index}]: no kind {finding.kind!r} of severity {finding.severity!r}")
+
+
+def _check_stats(manifest: Manifest) -> None:
+    for statistic in VALUE_STATISTICS + DELTA_STATISTICS:
+        channels = manifest.state_channels
+        if statistic in VALUE_STATISTICS:
+            channels += manifest.constant_channels
+        got = manifest.stats.get(statistic, {})
+        require(set(got) == set(channels), f"stats.{statistic}: expected {', '.join(channels)}, got {', '.join(got)}")
+
+
+def _check_trajectories(manifest: Manifest) -> None:
+    require(len(manifest.trajectories) > 0 and len(manifest.shards) > 0, "no trajectories")
+    previous = 0
+    for index, trajectory in enumerate(manifest.trajectories):
+        where = f"trajectories[{index}]"
+        require(trajectory.frames >= 1, f"{where}: frames: expected at least 1, got {trajectory.frames}")
+        _check_segments(trajectory, where)
+        require(0 <= trajectory.source < len(manifest.sources), f"{where}: source: no such file")
+        require(previous <= trajectory.shard < len(manifest.shards), f"{where}: shard: out of order or no such shard")
+        _check_offsets(manifest, trajectory, where)
+        previous = trajectory.shard
+
+
+def _check_segments(trajectory: Trajectory, where: str) -> None:
+    last = 0
+    for first, stop in trajectory.segments:
+        inside = last <= first < stop <= trajectory.frames
+        require(inside, f"{where}: segments: [{first}, {stop}) is out of order or not in {trajectory.frames} frames")
+        last = stop
+
+
+def _check_offsets(manifest: Manifest, trajectory: Trajectory, where: str) -> None:
+    size, per_chunk = manifest.shards[trajectory.shard].bytes, manifest.frames_per_chunk
+    # Offsets may be many: compare counts before looking at each.
+    require(len(trajectory.offsets) == -(-trajectory.frames // per_chunk), f"{where}: offsets: not one per chunk")
+    hexes = re.fullmatch(r"(?:[0-9a-f]{8})*", trajectory.crc32) is not None
+    require(hexes and len(trajectory.crc32) == 8 * trajectory.frames, f"{where}: crc32: not eight digits per frame")
+    frame_bytes = manifest.frame_bytes
+    for chunk, offset in enumerate(trajectory.offsets):
+        frames = min(per_chunk, trajectory.frames - chunk * per_chunk)
+        if not 0 <= offset <= size - frames * frame_bytes:
+            raise UserError(
+                f"{where}: offsets[{chunk}]: {frames} frames at byte {offset} do not fit into a shard of {size} bytes"
+            )
+    at, bytes_needed = trajectory.constants_offset, manifest.constants_bytes
+    if bytes_needed == 0:
+        require(at is None and trajectory.constants_crc32 == "", f"{where}: constants: there are none")
+        return
+    require(at is not None and 0 <= at <= size - bytes_needed, f"{where}: constants_offset: not in the shard")
+    hexes = re.fullmatch(r"[0-9a-f]{8}", trajectory.constants_crc32) is not None
+    require(hexes, f"{where}: constants_crc32: not eight digits")

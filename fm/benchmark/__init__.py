@@ -1,1 +1,0 @@
-"""How fast this machine trains, dataset by dataset, and what stops it from being faster."""

@@ -1,0 +1,168 @@
+"""From the manifests of the shards to what the model must know of each dataset.
+
+What a run starts from: readers of its shards, and a model that fits them.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from data_pipeline.files import UserError
+from data_pipeline.registry import Card, Registry
+from data_pipeline.schema import nearest
+from data_pipeline.shards.format import Manifest
+from data_pipeline.windows.loader import open_readers
+from data_pipeline.windows.reader import ShardReader
+from fm.checkpoint import load_pretrained
+from fm.config import Recipe
+from fm.model.baselines import Baseline, BaselineConfig
+from fm.model.spec import DatasetSpec, ModelConfig
+from fm.model.surrogate import MIN_GRID, Surrogate
+from fm.model.wavelit import WaveLiTFM
+
+
+def check_names(names: Sequence[str] | None, registry: Registry) -> None:
+    """UserError, with the nearest valid name, where a dataset has no card. None means whatever the shards hold."""
+    for name in names or ():
+        registry.card(name)
+
+
+def dataset_specs(readers: Mapping[str, ShardReader], registry: Registry) -> list[DatasetSpec]:
+    """One spec per dataset, sorted by name.
+
+    Raises UserError where the shards' channels are not those of the registry's card, where a grid is odd or too small,
+    and for names that torch does not take.
+    """
+    for reader in readers.values():
+        card = registry.card(reader.manifest.dataset)
+        check_channels(reader, card.state_channels, card.constant_channels, "the registry's card names")
+        _check_grid(reader.manifest)
+        _check_free(card)
+    return [
+        DatasetSpec(
+            name=name,
+            state_channels=tuple(reader.manifest.state_channels),
+            constant_channels=tuple(reader.manifest.constant_channels),
+            boundary=reader.manifest.boundary,
+            stats=reader.manifest.stats,
+            grid=reader.manifest.grid,
+            dt=_common_dt(reader.manifest),
+        )
+        for name, reader in sorted(readers.items())
+    ]
+
+
+def check_channels(reader: ShardReader, state: Sequence[str], constant: Sequence[str], says: str) -> None:
+    """UserError unless the shards hold exactly these channels in this order; `says` tells whose channels they are."""
+    manifest = reader.manifest
+    for role, found, expected in (
+        ("state", manifest.state_channels, state),
+        ("constant", manifest.constant_channels, constant),
+    ):
+        if tuple(found) != tuple(expected):
+            raise UserError(
+                f"{reader.folder}: the shards hold the {role} channels {', '.join(found) or 'none'}, but {says} the "
+                f"{role} channels {', '.join(expected) or 'none'}. Make the shards again with `data-pipeline shard`."
+            )
+
+
+def _common_dt(manifest: Manifest) -> float | None:
+    """The time between frames, or None where it differs from trajectory to trajectory."""
+    steps = [trajectory.dt for trajectory in manifest.trajectories]
+    return steps[0] if max(steps) - min(steps) <= 1e-4 * abs(steps[0]) else None
+
+
+def _check_grid(manifest: Manifest) -> None:
+    if any(size % 2 or size < MIN_GRID for size in manifest.grid):
+        raise UserError(
+            f"{manifest.dataset}: the shards have a grid of {manifest.grid[0]} x {manifest.grid[1]}; the wavelet "
+            f"tokens need an even number of at least {MIN_GRID} points along both axes."
+        )
+
+
+def _check_free(card: Card) -> None:
+    """Parts of the model carry the names of datasets and channels, so these may not be what torch calls its methods."""
+    for what, names in (("dataset", (card.name,)), ("channel", card.state_channels + card.constant_channels)):
+        for name in names:
+            if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name == "training":
+                raise UserError(
+                    f"{card.name}: the {what} {name!r} has the name of a method of torch's modules. Rename it in the "
+                    "card and make the shards again with `data-pipeline shard`."
+                )
+
+
+def open_split(recipe: Recipe, registry: Registry, split: str) -> dict[str, ShardReader]:
+    """A reader of each of the recipe's datasets, by name; of the train split as data.trajectories restricts it.
+
+    UserError where there are no shards, or fewer trajectories.
+    """
+    data, sampling = recipe.data, recipe.sampling
+    stream = data.stream(sampling.shuffle, sampling.shards_per_block)
+    readers = open_readers(data.shards, data.datasets, split, data.verify, stream, known=tuple(registry.cards))
+    for name, count in data.trajectories.items() if split == "train" else ():
+        if name not in readers:
+            raise UserError(f"data.trajectories: no dataset {name!r} in this run. {nearest(name, sorted(readers))}")
+        try:
+            readers[name] = readers[name].restricted_to(count)
+        except UserError as error:
+            raise UserError(f"data.trajectories.{name}: {error}") from error
+    return readers
+
+
+def check_unrolls(recipe: Recipe, readers: Mapping[str, ShardReader]) -> None:
+    """UserError where an unroll is of a dataset that is not trained on, or longer than all of its trajectories."""
+    if recipe.finetune is None:
+        return
+    unknown = sorted(set(recipe.finetune.unroll_override) - set(readers))
+    if unknown:
+        known = ", ".join(sorted(readers))
+        raise UserError(f"finetune.unroll_override: expected datasets of this run ({known}), got {unknown[0]!r}")
+    for name, reader in readers.items():
+        longest = max(reader.num_frames(trajectory) for trajectory in range(reader.num_trajectories))
+        if longest < recipe.window_length(name):
+            raise UserError(
+                f"finetune.unroll_steps: {recipe.window_length(name) - 1} model steps take "
+                f"{recipe.window_length(name)} frames, but the longest trajectory of {name} has {longest}; shorten "
+                f"them, or for this dataset alone: finetune.unroll_override.{name}={longest - 1}"
+            )
+
+
+def build_model(recipe: Recipe, readers: Mapping[str, ShardReader], registry: Registry) -> Surrogate:
+    """A new model, or when finetuning the pretrained one. UserError where recipe, shards and it do not fit together."""
+    finetune, config = recipe.finetune, recipe.baseline or recipe.model
+    specs = dataset_specs(readers, registry)
+    if finetune is None:
+        return new_model(config, specs, recipe.run.seed)
+    pretrained = load_pretrained(finetune.pretrained)
+    if config is not None and config != pretrained.config:
+        raise UserError(
+            f"model: the recipe's architecture is not that of {finetune.pretrained}.\n"
+            f"Recipe: {config}\nPretrained: {pretrained.config}\nLeave the section out to take the pretrained one."
+        )
+    return pretrained.adapted_to(specs)
+
+
+def new_model(config: ModelConfig | BaselineConfig | None, specs: Sequence[DatasetSpec], seed: int = 0) -> Surrogate:
+    """A model with new weights: the baseline, or a WaveLiT, of the default sizes where the recipe gives none."""
+    if isinstance(config, BaselineConfig):
+        return Baseline(config, specs, seed)
+    return WaveLiTFM(config or ModelConfig(), specs, seed)
+
+
+def shard_digests(readers: Mapping[str, ShardReader]) -> dict[str, str]:
+    """What a checkpoint remembers of the shards that it was trained on."""
+    return {name: reader.manifest.digest for name, reader in readers.items()}
+
+
+def check_same_shards(trained_on: Mapping[str, str], readers: Mapping[str, ShardReader], checkpoint: Path) -> None:
+    """UserError where the shards are not those that a checkpoint was trained on."""
+    digests = shard_digests(readers)
+    changed = sorted(name for name in digests if trained_on.get(name) != digests[name])
+    if changed or trained_on.keys() != digests.keys():
+        names = changed or sorted(trained_on.keys() ^ digests.keys())
+        raise UserError(
+            f"{checkpoint}: trained on other shards of {', '.join(names)} than those of the recipe; the run would not "
+            "see the same windows. Put the shards back, or start afresh with run.dir=... (finetune.pretrained "
+            "takes the weights along)."
+        )

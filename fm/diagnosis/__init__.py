@@ -1,1 +1,0 @@
-"""Why a rollout diverges: instruments for one model on one dataset, and a page of what they show."""

@@ -1,0 +1,231 @@
+"""Processes, devices, precision and signals: what a run stands on."""
+
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, broadcast, str_to_bool
+
+from data_pipeline.files import UserError
+
+# How long processes wait for each other: all do while the main one validates, from a slow server perhaps. One that dies
+# takes the others along at once, whatever stands here.
+PATIENCE = timedelta(hours=2)
+ZERO_BUCKET = 50_000_000  # numbers that ZeRO exchanges at once; DeepSpeed alone takes ten times as many, 2 GB
+EXIT_DONE, EXIT_USER_ERROR, EXIT_LOST, EXIT_INTERRUPTED = 0, 2, 3, 130
+
+
+class ProcessLost(Exception):
+    """Another process of the run has ended, or cannot be reached."""
+
+
+def make_accelerator(clip: float) -> Accelerator:
+    """The Accelerator of this process: its device, and its connection with the others. float32; fm casts by itself.
+
+    `clip` is the gradient norm that DeepSpeed, which clips by itself, is told. Heads and lifting rows of the datasets
+    that a step does not draw have no gradient, hence find_unused_parameters; gradients that are views of DDP's buckets
+    need no copy back. Raises UserError where something else would run than what the launcher asked for; accelerate
+    does so in silence.
+    """
+    handlers: list = [DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)]
+    has_gpu = torch.cuda.is_available() and not _is_set("ACCELERATE_USE_CPU")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    zero = asked_for("DEEPSPEED")
+    if processes > 1 or zero:
+        backend = "nccl" if has_gpu else "gloo"
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=PATIENCE))
+        _connect_restarted(backend)
+    connect_on_cpu = processes > 1 and not has_gpu and not zero  # unless told so, accelerate connects none of them
+    try:
+        with _hidden("ACCELERATE_USE_FSDP"):  # fm/training/parallel.py does it
+            accelerator = Accelerator(
+                cpu=connect_on_cpu,
+                mixed_precision="no",
+                kwargs_handlers=handlers,
+                deepspeed_plugin=_deepspeed_plugin(clip) if zero else None,
+            )
+    except ValueError as error:  # an environment left over from another launcher
+        raise UserError(f"{processes} process(es), as WORLD_SIZE says, cannot be connected: {error}") from error
+    kind = accelerator.distributed_type
+    if accelerator.num_processes != processes or (processes > 1 and kind == DistributedType.NO):
+        raise UserError(
+            f"the launcher started {processes} processes, but accelerate runs {accelerator.num_processes} as "
+            f"{kind.value}, so they would not train one model; start them with `accelerate launch --config_file "
+            "launch/ddp.yaml`, or launch/cpu2.yaml on a CPU"
+        )
+    if zero and kind != DistributedType.DEEPSPEED:
+        raise UserError(
+            f"the launch configuration asks for DeepSpeed, but accelerate runs {kind.value}, as it does with use_cpu "
+            "or ACCELERATE_USE_CPU; leave that out, DeepSpeed finds out by itself that there is no GPU"
+        )
+    return accelerator
+
+
+def as_main_process_finds(accelerator: Accelerator, look: Callable[[], int | None]) -> int | None:
+    """What `look` returns on the main process; others may see a shared folder as it was a moment ago. Collective."""
+    found = look() if accelerator.is_main_process else None
+    if accelerator.num_processes == 1:
+        return found
+    number = int(broadcast(torch.tensor([-1 if found is None else int(found)], device=accelerator.device)))
+    return None if number < 0 else number
+
+
+def asked_for(what: str) -> bool:
+    """Whether the launch configuration asks for FSDP or DEEPSPEED."""
+    return _is_set(f"ACCELERATE_USE_{what}")
+
+
+def fsdp_reshards() -> bool:
+    """fsdp_reshard_after_forward of the launch configuration. UserError where it asks for what would be left out."""
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(f"fsdp_config: expected fsdp_version: 2, as in launch/fsdp.yaml, got {version}")
+    for key in ("offload_params", "activation_checkpointing"):
+        if _is_set(f"FSDP_{key.upper()}"):
+            raise UserError(f"fsdp_config asks for fsdp_{key}, which fm does not do; leave it out")
+    return _is_set("FSDP_RESHARD_AFTER_FORWARD", "true")
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What matrix products are cast to, or None; `precision` is auto (bf16 on a GPU that has it), float32 or bf16."""
+    auto = precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if precision == "bf16" or auto else None
+
+
+@contextmanager
+def products_in_tf32(allowed: bool) -> Iterator[None]:
+    """Let a GPU round what it multiplies in float32 to TF32's 10 bits, which are more than bf16's 7.
+
+    In a bf16 step it is for attention's products with keys and queries, which are float32 under autocast; the ridge
+    solve is none.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if allowed else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def peak_memory_bytes() -> float:
+    """Peak of the GPU's allocator, or of this process on a CPU."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def _connect_restarted(backend: str) -> None:
+    """Connect processes that the launcher has started again (--max_restarts); otherwise leave that to accelerate.
+
+    The launcher hands every attempt the same store (torch since 2.5), where the attempt before has left addresses at
+    which nobody answers; so each takes a corner of its own. Launchers on several machines may count attempts
+    differently; UserError where they share a store and may restart.
+    """
+    if not _is_set("TORCHELASTIC_USE_AGENT_STORE") or torch.distributed.is_initialized():
+        return
+    if os.environ["GROUP_WORLD_SIZE"] != "1" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        raise UserError(
+            "several machines with --max_restarts would hang when they restart; launch on each of them with "
+            "--rdzv_backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment, as launch/multinode.yaml "
+            "says"
+        )
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if attempt != "0":
+        store, rank, processes = next(torch.distributed.rendezvous("env://", timeout=PATIENCE))
+        corner = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
+        torch.distributed.init_process_group(backend, store=corner, rank=rank, world_size=processes, timeout=PATIENCE)
+
+
+def _deepspeed_plugin(clip: float) -> DeepSpeedPlugin:
+    """What the launch configuration says of ZeRO; everything else is the recipe's. UserError where they disagree."""
+    try:
+        plugin = DeepSpeedPlugin()
+    except ImportError as error:
+        raise UserError(f"DeepSpeed is not installed ({error}): run ./launch/setup deepspeed") from error
+    config = plugin.deepspeed_config
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") not in (1, 2, 3):
+        raise UserError(
+            f"DeepSpeed: expected ZeRO stage 1, 2 or 3, got {zero.get('stage')}; stage 0 is launch/ddp.yaml"
+        )
+    offloaded = [key for key in zero if key.startswith("offload") and zero[key].get("device", "none") != "none"]
+    own = [key for key in ("optimizer", "scheduler") if key in config]
+    cast = [key for key in ("fp16", "bf16") if config.get(key, {}).get("enabled") is True]
+    if offloaded or own or cast:
+        raise UserError(
+            f"the DeepSpeed configuration asks for {', '.join(offloaded + own + cast)}: optimiser, learning rate and "
+            "precision are the recipe's (train.*), and offload is not done; leave these out"
+        )
+    config |= {
+        "train_micro_batch_size_per_gpu": 1,  # the loss is a mean over all windows already
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+    }
+    zero.setdefault("reduce_bucket_size", ZERO_BUCKET)
+    return plugin
+
+
+def _is_set(variable: str, default: str = "false") -> bool:
+    return bool(str_to_bool(os.environ.get(variable, default)))
+
+
+@contextmanager
+def _hidden(variable: str) -> Iterator[None]:
+    value = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[variable] = value
+
+
+@contextmanager
+def naming_lost_processes() -> Iterator[None]:
+    """Raise ProcessLost where torch says, in the words of its transport, that another process does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            reason = str(error).strip().partition("\n")[0]
+            raise ProcessLost(f"another process of this run has ended or cannot be reached ({reason})") from error
+        raise
+
+
+class StopSignal:
+    """Set by the first Ctrl-C, SIGTERM or SIGUSR1 (Slurm's warning), so that the loop can finish its step and save.
+
+    A second Ctrl-C or SIGTERM interrupts at once. A launcher passes on what the terminal has sent to all processes
+    already, so what comes within a second is the same one; and clusters may send their warning more than once.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    SAME_SECONDS = 1.0
+
+    def __init__(self) -> None:
+        self.received = False
+        self._first = 0.0
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received, self._first = True, time.monotonic()
+        elif signum != signal.SIGUSR1 and time.monotonic() - self._first > self.SAME_SECONDS:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def listen(self) -> Iterator["StopSignal"]:
+        """Handle the signals within the block, and restore the handlers after it."""
+        previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

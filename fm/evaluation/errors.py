@@ -1,0 +1,189 @@
+"""What one evaluation stores: the errors of each (trajectory, step, channel), from which every score is made.
+
+Of each predictor it keeps the mean squared error, and of the target the variance:
+
+    VRMSE = sqrt(mean over x, y of (prediction - truth)^2 / (variance of the truth over x, y + eps))
+
+with the unbiased variance, as The Well defines it. Beside the model stand two predictors that know no physics.
+`persistence` repeats the last frame it saw: the input of a one-step window, the initial frame held through a rollout.
+`mean_field` is the target frame's own spatial mean, so its VRMSE is 1 by definition, but for eps and the n-1 in the
+variance: a model above 1 does worse than any single number.
+
+Array legend: R trajectories, S steps, C state channels.
+"""
+
+import dataclasses
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.files import UserError, atomic_file
+from fm.evaluation.protocol import Protocol
+
+FORMAT = 2  # 2: the grid of each dataset
+FILE_NAME = "errors.npz"
+PREDICTORS = ("model", "persistence", "mean_field")
+TASKS = ("one_step", "rollout")
+PICTURES = ("overview", "growth", "spectra")  # of all datasets; one of a dataset has its name
+DAMAGED = (  # as numpy, zipfile and what reads their arrays say it
+    *(AttributeError, EOFError, LookupError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error),
+)
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Errors of one task (one-step or rollout) on one dataset, float64, squared physical units, each (R, S, C).
+
+    Step index t is, one-step, the window that predicts frame t + 1 from frame t; in a rollout, prediction number t + 1.
+    All are NaN at a step that was not measured: beyond the end of a trajectory, or a window left out of a subset.
+    """
+
+    variance: np.ndarray  # of the target over x, y, unbiased; always finite where measured
+    model: np.ndarray  # mean squared error over x, y, as are the next two
+    persistence: np.ndarray
+    mean_field: np.ndarray
+
+    @classmethod
+    def empty(cls, num_trajectories: int, num_steps: int, num_channels: int) -> "Errors":
+        """All NaN, to be filled in: arrays (R, S, C)."""
+        return cls(*(np.full((num_trajectories, num_steps, num_channels), np.nan) for _ in range(4)))
+
+    @property
+    def present(self) -> np.ndarray:
+        """(R, S) bool: the steps that were measured."""
+        return ~np.isnan(self.variance).any(axis=-1)
+
+    @property
+    def steps(self) -> np.ndarray:
+        """(R,) int64: how many steps of each trajectory were measured."""
+        return self.present.sum(axis=1)
+
+    def until(self, num_steps: int | None) -> "Errors":
+        """The first so many steps; all where None."""
+        return Errors(*(getattr(self, part.name)[:, :num_steps] for part in dataclasses.fields(Errors)))
+
+    def vrmse(self, predictor: str, eps: float) -> np.ndarray:
+        """VRMSE (R, S, C) of a predictor: +inf where a prediction was not finite, NaN where there is no such step."""
+        error = np.sqrt(getattr(self, predictor) / (self.variance + eps))
+        return np.where(self.present[..., None] & ~np.isfinite(error), np.inf, error)
+
+    def first_failures(self) -> np.ndarray:
+        """(R,) int64: the 1-based step at which the model first was not finite, 0 where it always was."""
+        failed = self.present & ~np.isfinite(self.model).all(axis=-1)
+        return np.where(failed.any(axis=1), failed.argmax(axis=1) + 1, 0) if failed.size else np.zeros_like(self.steps)
+
+
+@dataclass(frozen=True)
+class DatasetErrors:
+    """All errors of one dataset."""
+
+    channels: tuple[str, ...]
+    trajectories: np.ndarray  # ids (R,)
+    one_step: Errors
+    rollout: Errors
+    data_digest: str  # of the manifest of the shards
+    grid: tuple[int, int]  # (H, W)
+
+    def rollout_vrmse(self, trajectory: int, channel: str, steps: Sequence[int], eps: float) -> np.ndarray:
+        """VRMSE (n,) of the model at n 1-based steps of one rollout, of one channel."""
+        row = self.trajectories.tolist().index(trajectory)
+        return self.rollout.vrmse("model", eps)[row, np.array(steps) - 1, self.channels.index(channel)]
+
+
+@dataclass(frozen=True)
+class ErrorFile:
+    """What one evaluation measured, with the protocol it ran under and, as plain JSON, whose errors they are."""
+
+    protocol: Protocol
+    datasets: dict[str, DatasetErrors]
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write a plain .npz, without pickled objects; complete or not at all. UserError when the disk is full."""
+        head = {"format": FORMAT, "protocol": self.protocol.to_json(), "datasets": sorted(self.datasets)}
+        head["origin"] = self.origin
+        arrays: dict[str, Any] = {"head": np.array(json.dumps(head))}  # windows keep their order
+        for name, errors in sorted(self.datasets.items()):
+            arrays[f"{name}/channels"] = np.array(errors.channels, np.str_)
+            arrays[f"{name}/data_digest"] = np.array(errors.data_digest)
+            arrays[f"{name}/grid"] = np.array(errors.grid, np.int64)
+            arrays[f"{name}/trajectories"] = np.asarray(errors.trajectories, np.int64)
+            for task in TASKS:
+                for part in dataclasses.fields(Errors):
+                    arrays[f"{name}/{task}/{part.name}"] = getattr(getattr(errors, task), part.name)
+        with atomic_file(path) as file:
+            np.savez(file, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> "ErrorFile":
+        """Read `save`'s file. UserError where it is missing, damaged, or of another format."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+            head = json.loads(str(arrays["head"]))
+            if head["format"] != FORMAT:
+                raise UserError(
+                    f"{path}: expected an error file of format {FORMAT}, got {head['format']}: evaluate again"
+                )
+            datasets = {name: _unpack(arrays, name) for name in head["datasets"]}
+            if not isinstance(head["origin"], dict):
+                raise ValueError(f"origin: expected a mapping, got {head['origin']!r}")
+            return cls(Protocol.from_json(head["protocol"]), datasets, head["origin"])
+        except FileNotFoundError:
+            raise UserError(f"{path}: expected an error file, found none: `fm evaluate RUN` writes it") from None
+        except UserError:
+            raise
+        except DAMAGED as error:
+            raise UserError(
+                f"{path}: expected the errors.npz of an evaluation, got {error!r}; evaluate again"
+            ) from None
+
+
+def find_errors(place: Path) -> Path:
+    """The error file of a run, of a report's folder, or the file itself. UserError naming where it was looked for."""
+    if place.is_file():
+        return place
+    candidates = [place / FILE_NAME, place / "report" / FILE_NAME]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise UserError(
+        f"{place}: expected a run that was evaluated, a report's folder or an {FILE_NAME}; looked for "
+        f"{' and '.join(map(str, candidates))}: `fm evaluate RUN` writes it"
+    )
+
+
+def check_names(dataset: str, channels: Sequence[str]) -> None:
+    """ValueError unless files can be called after a dataset, and its channels are named likewise."""
+    for name in (dataset, *channels):
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"expected a name of letters, digits, _, - and . (not first), got {name!r}")
+    if dataset in PICTURES:
+        raise ValueError(f"expected another name for a dataset than {', '.join(PICTURES)}, got {dataset!r}")
+
+
+def _unpack(arrays: Mapping[str, np.ndarray], name: str) -> DatasetErrors:
+    tasks = {
+        task: Errors(**{part.name: arrays[f"{name}/{task}/{part.name}"] for part in dataclasses.fields(Errors)})
+        for task in TASKS
+    }
+    channels = tuple(str(channel) for channel in arrays[f"{name}/channels"])
+    check_names(name, channels)
+    ids = arrays[f"{name}/trajectories"]
+    for task, errors in tasks.items():
+        shapes = {getattr(errors, part.name).shape for part in dataclasses.fields(Errors)}
+        if len(shapes) != 1 or errors.variance.ndim != 3 or errors.variance.shape[2] != len(channels):
+            raise ValueError(f"{name}/{task}: arrays of {sorted(shapes)} for {len(channels)} channels")
+    if ids.shape != tasks["rollout"].variance.shape[:1]:
+        raise ValueError(f"{name}: {ids.shape} trajectory ids for {len(tasks['rollout'].variance)} rollouts")
+    digest = str(arrays[f"{name}/data_digest"])
+    height, width = arrays[f"{name}/grid"].tolist()
+    return DatasetErrors(channels, ids, **tasks, data_digest=digest, grid=(height, width))

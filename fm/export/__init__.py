@@ -1,1 +1,0 @@
-"""A trained run as a folder that others can use."""

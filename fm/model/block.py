@@ -1,0 +1,179 @@
+"""The block of WaveLiT: Mamba-inspired linear attention (MILA, Han et al. 2024) with a ridge state and a kernel gate.
+
+    x = x + CPE(x)
+    u = LayerNorm(x);  z = SiLU(DWConv(W_in u));  o = Attention(z) * sigmoid(W_g u) + LePE(z)
+    x = x + W_out(o * SiLU(W_act u))
+    x = x + CPE2(x);   x = x + MLP(LayerNorm(x))
+
+CPE, CPE2, DWConv and LePE are 3x3 depthwise convolutions. Tokens stay (B, h, w, D) throughout, which is the memory of a
+channels-last image: the layout in which oneDNN's depthwise kernels are fastest forward and backward.
+
+A block applied to several resolutions with the same weights (WaveLiT's multi-scale wrapper).
+
+    y = sum_l a_l Up_{2^l}( Block( AvgPool_{2^l}(x) ) ),  l = 0..L, with learned scalars a_l.
+
+AvgPool averages the cells that exist at the upper edges (ceil mode) and Up repeats and crops, so any token grid works.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fm.model.attention import Linear, LinearAttention, rope_table
+from fm.model.wavelets import NOT_PERIODIC, Periodic
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """What one block is made of; the switches are the ablations of the paper's Tables 13 and 14."""
+
+    width: int
+    heads: int
+    mlp_ratio: float = 4.0
+    ridge: str = "ridge"
+    kernel_gate: bool = True
+    lepe: bool = True
+    cpe: bool = True
+    mila: bool = True
+
+
+class _Wrap(torch.autograd.Function):
+    """One ring of periodic points around the periodic axes; plain indexing would cost full-size copies in backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, along_x: bool, along_y: bool) -> Tensor:
+        ctx.axes = (along_x, along_y)
+        b, h, w, d = x.shape
+        i, j = int(along_x), int(along_y)
+        out = x.new_empty(b, h + 2 * i, w + 2 * j, d)
+        out[:, i : h + i, j : w + j] = x
+        if along_x:
+            out[:, 0, j : w + j] = x[:, -1]
+            out[:, -1, j : w + j] = x[:, 0]
+        if along_y:
+            out[:, :, 0] = out[:, :, -2]
+            out[:, :, -1] = out[:, :, 1]
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        along_x, along_y = ctx.axes
+        i, j = int(along_x), int(along_y)
+        h, w = grad.shape[1] - 2 * i, grad.shape[2] - 2 * j
+        inner = grad[:, i : h + i, j : w + j].clone()
+        if along_y:
+            inner[:, :, -1] += grad[:, i : h + i, 0]
+            inner[:, :, 0] += grad[:, i : h + i, -1]
+        for target, source in ((-1, 0), (0, -1)) if along_x else ():
+            row = grad[:, source]  # (B, w or w + 2, D)
+            inner[:, target] += row[:, j : w + j]
+            if along_y:
+                inner[:, target, -1] += row[:, 0]
+                inner[:, target, 0] += row[:, -1]
+        return inner, None, None
+
+
+class DepthwiseConv(nn.Module):
+    """3x3 depthwise convolution of tokens (B, h, w, D), circular on periodic axes and zero-padded on the others."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, 1, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, periodic: Periodic = NOT_PERIODIC) -> Tensor:
+        if any(periodic):
+            x = _Wrap.apply(x, *periodic)
+        padding = (int(not periodic[0]), int(not periodic[1]))
+        # A view, so that the gradient has the parameter's strides, by which DDP tells whether it must copy.
+        weight = self.weight.flatten(1, 2)[:, None]
+        image = F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias, padding=padding, groups=len(weight))
+        return image.permute(0, 2, 3, 1)
+
+
+class Block(nn.Module):
+    """One block; weights do not depend on the grid, so the pyramid applies it at every level."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.config = config
+        d, hidden = config.width, round(config.width * config.mlp_ratio)
+        self.norm = nn.LayerNorm(d)
+        self.input = Linear(d, d)
+        self.attention = LinearAttention(d, config.heads, config.ridge)
+        self.output = Linear(d, d)
+        self.mlp_norm = nn.LayerNorm(d)
+        self.expand = Linear(d, hidden)
+        self.contract = Linear(hidden, d)
+        if config.cpe:
+            self.cpe = DepthwiseConv(d)
+            self.cpe2 = DepthwiseConv(d)
+        if config.mila:
+            self.conv = DepthwiseConv(d)
+            self.activation = Linear(d, d)
+        if config.kernel_gate:
+            self.gate = Linear(d, d)
+        if config.lepe:
+            self.lepe = DepthwiseConv(d)
+
+    def forward(self, x: Tensor, rope: Tensor, periodic: Periodic = NOT_PERIODIC) -> Tensor:
+        """Tokens (B, h, w, D) to the same; `rope` is the table of this grid, (h*w, m/2, 2)."""
+        if self.config.cpe:
+            x = x + self.cpe(x, periodic)
+        x = x + self._mix(self.norm(x), rope, periodic)
+        if self.config.cpe:
+            x = x + self.cpe2(x, periodic)
+        return x + self.contract(F.gelu(self.expand(self.mlp_norm(x))))
+
+    def _mix(self, u: Tensor, rope: Tensor, periodic: Periodic) -> Tensor:
+        z = self.input(u)
+        if self.config.mila:
+            z = F.silu(self.conv(z, periodic))
+        o = self.attention(z.flatten(1, 2), rope).view_as(z)
+        if self.config.kernel_gate:
+            o = o * torch.sigmoid(self.gate(u))
+        if self.config.lepe:
+            o = o + self.lepe(z, periodic)
+        if self.config.mila:
+            o = o * F.silu(self.activation(u))
+        return self.output(o)
+
+
+def pool(x: Tensor, factor: int) -> Tensor:
+    """Mean over factor x factor cells: (B, h, w, D) to (B, ceil(h/factor), ceil(w/factor), D)."""
+    image = F.avg_pool2d(x.permute(0, 3, 1, 2), factor, ceil_mode=True, count_include_pad=False)
+    return image.permute(0, 2, 3, 1)
+
+
+def upsample(x: Tensor, factor: int, height: int, width: int) -> Tensor:
+    """Each cell repeated factor x factor times, cropped: (B, h', w', D) to (B, height, width, D)."""
+    image = F.interpolate(x.permute(0, 3, 1, 2), scale_factor=factor, mode="nearest")
+    return image.permute(0, 2, 3, 1)[:, :height, :width]
+
+
+def pyramid_tables(height: int, width: int, levels: int, head_width: int, device: torch.device) -> list[Tensor]:
+    """RoPE table of each level's grid, finest first."""
+    sizes = [(-(-height // 2**level), -(-width // 2**level)) for level in range(levels + 1)]
+    return [rope_table(h, w, head_width, device) for h, w in sizes]
+
+
+class Pyramid(nn.Module):
+    """One block at levels 0..L of the pyramid."""
+
+    def __init__(self, config: BlockConfig, levels: int) -> None:
+        super().__init__()
+        self.block = Block(config)
+        self.level_weights = nn.Parameter(torch.zeros(levels + 1))
+
+    def forward(self, x: Tensor, ropes: Sequence[Tensor], periodic: Periodic = NOT_PERIODIC) -> Tensor:
+        """Tokens (B, h, w, D) to the same; `ropes` from `pyramid_tables`."""
+        _, h, w, _ = x.shape
+        a = self.level_weights.to(x.dtype).unbind()
+        y = a[0] * self.block(x, ropes[0], periodic)
+        for level in range(1, len(a)):
+            coarse = a[level] * self.block(pool(x, 2**level), ropes[level], periodic)
+            y = y + upsample(coarse, 2**level, h, w)
+        return y

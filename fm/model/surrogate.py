@@ -1,0 +1,312 @@
+"""What every one-step surrogate is, whatever network it holds: normalisation, the step it predicts, its files.
+
+The trainer, rollouts and scores know a model by this class alone. A subclass gives `output`: what its network says of a
+normalised state, which is the next state, or its change in units of the change's own standard deviation.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from fm.model.fields import Fields, GivenFields, given_fields
+from fm.model.files import (
+    CONFIG_FORMAT,
+    EMA_FILE,
+    MODEL_FILE,
+    WEIGHTS_FILE,
+    is_artefact,
+    locate,
+    read_description,
+    read_weights,
+    settle_companions,
+    upload,
+    verify_artefact,
+    write_model,
+)
+from fm.model.spec import DatasetSpec
+
+STD_FLOOR = 1e-4  # the_well's
+DELTA_FLOOR = 1e-2  # of the channel's std, so that a channel that hardly moves is not amplified more than 100 times
+MIN_GRID = 16
+
+
+class Moments(nn.Module):
+    """Statistics of one dataset as float32 buffers (C, 1, 1); rebuilt from the specification, never in the weights."""
+
+    mean: Tensor
+    std: Tensor
+    constant_mean: Tensor
+    constant_std: Tensor
+    delta_scale: Tensor
+    delta_shift: Tensor
+
+    def __init__(self, spec: DatasetSpec, delta: bool) -> None:
+        super().__init__()
+        mean, std = (spec.moment(key, spec.state_channels) for key in ("mean", "std"))
+        std = std.clamp_min(STD_FLOOR)
+        scale, shift = torch.ones_like(std), torch.zeros_like(std)
+        if delta:
+            scale = (spec.moment("std_delta", spec.state_channels).clamp_min(STD_FLOOR) / std).clamp_min(DELTA_FLOOR)
+            shift = spec.moment("mean_delta", spec.state_channels) / std
+        tensors = {
+            "mean": mean,
+            "std": std,
+            "constant_mean": spec.moment("mean", spec.constant_channels),
+            "constant_std": spec.moment("std", spec.constant_channels).clamp_min(STD_FLOOR),
+            "delta_scale": scale,
+            "delta_shift": shift,
+        }
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor.float(), persistent=False)
+
+
+class Surrogate(nn.Module, ABC):
+    """A model of the given datasets. Subclasses are made as `cls(config, datasets, seed)`."""
+
+    section: ClassVar[str]  # of a recipe: where `config` stands
+    config: Any  # the subclass's own, with to_json
+    blocks: nn.ModuleList  # parts that sharding gathers one at a time; where there are none, processes hold the whole
+
+    def __init__(
+        self, datasets: Sequence[DatasetSpec], predict: str, predict_override: Mapping[str, str], wavelet: str
+    ) -> None:
+        """`predict` and, by dataset, `predict_override` are delta or state; `wavelet` is the loss's."""
+        super().__init__()
+        self.origin: Path | None = None  # the folder that it was loaded from
+        if not datasets or len({spec.name for spec in datasets}) != len(datasets):
+            raise ValueError(f"datasets must be one or more with different names, got {[s.name for s in datasets]}")
+        self.wavelet = wavelet
+        self.specs = {spec.name: spec for spec in sorted(datasets, key=lambda spec: spec.name)}
+        self.delta = {name: predict_override.get(name, predict) == "delta" for name in self.specs}
+        self.moments = nn.ModuleDict({name: Moments(spec, self.delta[name]) for name, spec in self.specs.items()})
+
+    @abstractmethod
+    def output(self, state: Tensor, constants: Tensor, spec: DatasetSpec) -> Tensor:
+        """What the network says of a normalised state (B, C, H, W) and constants (B, K, H, W): (B, C, H, W), float32.
+
+        The next state, or its change over `delta_scale` after the mean change is taken off.
+        """
+
+    def forward(self, state: Tensor, constants: Tensor, dataset: str) -> Tensor:
+        """The next state.
+
+        state (B, C, H, W) and constants (B, K, H, W) normalised, channels in the order of the dataset's specification;
+        returns (B, C, H, W), normalised, float32. ValueError for another channel count, an odd side, or one below 16.
+        """
+        spec = self._spec(dataset)
+        self._check_inputs(spec, state, constants)
+        output = self.output(state, constants, spec)
+        if not self.delta[dataset]:
+            return output
+        moments = self._moments(dataset)
+        return torch.addcmul(state.float() + moments.delta_shift, output, moments.delta_scale)
+
+    def _spec(self, dataset: str) -> DatasetSpec:
+        if dataset not in self.specs:
+            raise ValueError(f"the model has no dataset {dataset!r}: it knows {', '.join(self.specs)}")
+        return self.specs[dataset]
+
+    def _moments(self, dataset: str) -> Moments:
+        return cast(Moments, self.moments[self._spec(dataset).name])
+
+    def _check_inputs(self, spec: DatasetSpec, state: Tensor, constants: Tensor) -> None:
+        for tensor, names, role in (
+            (state, spec.state_channels, "state"),
+            (constants, spec.constant_channels, "constant"),
+        ):
+            if tensor.ndim != 4 or tensor.shape[1] != len(names):
+                raise ValueError(
+                    f"dataset {spec.name}: expected {role} fields (B, {len(names)}, H, W) for channels "
+                    f"({', '.join(names)}), got {tuple(tensor.shape)}"
+                )
+        height, width = state.shape[-2:]
+        if constants.shape[-2:] != state.shape[-2:]:
+            raise ValueError(
+                f"dataset {spec.name}: constants on {tuple(constants.shape[-2:])}, state on {height} x {width}"
+            )
+        if height % 2 or width % 2 or min(height, width) < MIN_GRID:
+            raise ValueError(
+                f"dataset {spec.name}: the grid must have even sides of at least {MIN_GRID}, got {height} x {width}"
+            )
+
+    def normalise(self, fields: Tensor, dataset: str) -> Tensor:
+        """State fields (..., C, H, W) in raw units to zero mean and unit variance, float32."""
+        moments = self._moments(dataset)
+        return (fields.float() - moments.mean) / moments.std
+
+    def denormalise(self, fields: Tensor, dataset: str) -> Tensor:
+        """Inverse of `normalise`."""
+        moments = self._moments(dataset)
+        return fields.float() * moments.std + moments.mean
+
+    def normalise_constants(self, constants: Tensor, dataset: str) -> Tensor:
+        """Constant fields (B, K, H, W) in raw units to zero mean and unit variance, float32."""
+        moments = self._moments(dataset)
+        return (constants.float() - moments.constant_mean) / moments.constant_std
+
+    def residual_scale(self, dataset: str) -> Tensor:
+        """(C, 1, 1): what the loss multiplies errors of normalised next states by; std / std_delta, or 1 for states."""
+        return self._moments(dataset).delta_scale.reciprocal()
+
+    def parameters_by_datasets(self) -> dict[frozenset[str], list[nn.Parameter]]:
+        """The parameters in groups that the same datasets use in their forward passes, by those datasets."""
+        groups: dict[frozenset[str], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            groups.setdefault(self._datasets_using(name), []).append(parameter)
+        return groups
+
+    def _datasets_using(self, parameter: str) -> frozenset[str]:
+        """The datasets whose forward pass the named parameter takes part in: all, unless a subclass knows better."""
+        return frozenset(self.specs)
+
+    def num_parameters(self) -> int:
+        """All trainable numbers, of every dataset."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @abstractmethod
+    def adapted_to(self, datasets: Sequence[DatasetSpec]) -> Self:
+        """A model for `datasets` that begins with this one's weights.
+
+        A dataset that this model knows keeps its statistics, so its predictions do not change. ValueError if its
+        channels differ.
+        """
+
+    def _check_channels(self, datasets: Sequence[DatasetSpec]) -> None:
+        for spec in datasets:
+            known = self.specs.get(spec.name, spec)
+            own, given = ((s.state_channels, s.constant_channels) for s in (known, spec))
+            if own != given:
+                raise ValueError(f"dataset {spec.name}: the model has the channels {own}, the data {given}")
+
+    def _as_known(self, datasets: Sequence[DatasetSpec]) -> list[DatasetSpec]:
+        """The given specifications; of a dataset that this model knows, its own, at the grid and time step given."""
+        own = self.specs
+        return [replace(own.get(spec.name, spec), grid=spec.grid, dt=spec.dt) for spec in datasets]
+
+    def description(self) -> dict[str, Any]:
+        """What model.json holds: format, configuration and dataset specifications, as JSON types."""
+        datasets = [spec.to_json() for spec in self.specs.values()]
+        return {"format": CONFIG_FORMAT, "config": self.config.to_json(), "datasets": datasets}
+
+    def predict(self, fields: Fields, dataset: str, steps: int = 1, dt: float | None = None) -> Fields:
+        """The next `steps` states of one or many initial states, in physical units, by channel name.
+
+        fields: the initial state and the constant fields, each under its canonical channel's name: a dictionary of
+        numpy arrays or tensors (H, W), or (B, H, W) for B of them, or an xarray Dataset with dimensions x, y and at
+        most one more. Returns the state channels in the same form: (steps, H, W) or (B, steps, H, W); in a Dataset the
+        dimension `time` stands before x and y. `dt` is the time between your frames, if you want it compared.
+        ValueError for a dataset the model does not know, missing or unknown channels, shapes that do not fit, NaN;
+        FieldsWarning where grid, dt or units are far from those of the training data.
+        """
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {steps}")
+        given = given_fields(fields, self._spec(dataset), dt)
+        return given.series(torch.stack(list(self._iterate(given, dataset, steps)), dim=1))
+
+    def rollout(
+        self, fields: Fields, dataset: str, steps: int | None = None, dt: float | None = None
+    ) -> Iterator[Fields]:
+        """As `predict`, one state (H, W) or (B, H, W) at a time, so that memory does not grow; None: without end."""
+        given = given_fields(fields, self._spec(dataset), dt)
+        return (given.frame(state, step) for step, state in enumerate(self._iterate(given, dataset, steps), start=1))
+
+    def iterate(self, initial: Tensor, constants: Tensor, dataset: str, steps: int | None) -> Iterator[Tensor]:
+        """Yield the next `steps` states (B, C, H, W) in raw units, without gradients; None: without end.
+
+        initial (B, C, H, W) and constants (B, K, H, W) in raw units. The state stays normalised from step to step.
+        Nothing is clipped: a diverging rollout yields what the model says, infinities included.
+        """
+        with torch.no_grad():
+            state = self.normalise(initial, dataset)
+            fixed = self.normalise_constants(constants, dataset)
+        for _ in count() if steps is None else range(steps):
+            with torch.no_grad():
+                state = self(state, fixed, dataset)
+                raw = self.denormalise(state, dataset)
+            yield raw
+
+    def _iterate(self, given: GivenFields, dataset: str, steps: int | None) -> Iterator[Tensor]:
+        """As `iterate`, from the device where the fields are, and back to it."""
+        own, theirs = next(self.parameters()).device, given.state.device
+        for state in self.iterate(given.state.to(own), given.constants.to(own), dataset, steps):
+            yield state.to(theirs)
+
+    def save_pretrained(
+        self, directory: Path | str, weights: str = WEIGHTS_FILE, state: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write model.json (configuration and dataset specifications) and `weights` (safetensors) into `directory`.
+
+        `state` replaces the model's own weights, with the same keys (an EMA, say). Cards, scores and pictures of the
+        exported model that this one was loaded from come along as long as the weights are those; those of other weights
+        that lay in `directory` go.
+        """
+        directory = Path(directory)
+        tensors = self.state_dict() if state is None else dict(state)
+        self._check_state({name: tuple(tensor.shape) for name, tensor in tensors.items()}, "the state to be saved")
+        write_model(directory, self.description(), tensors, weights)
+        if weights == WEIGHTS_FILE:
+            settle_companions(directory, self.origin)
+
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes to `organisation/name` on the Hugging Face Hub; returns its address.
+
+        `options` are those of huggingface_hub's ModelHubMixin.push_to_hub (private, token, commit_message, branch,
+        create_pr, delete_patterns: by default what an earlier upload had beside its model). ValueError for a name of
+        another form, ConnectionError where the Hub does not take it.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(Path(folder), repository, **options)
+
+    @classmethod
+    def from_pretrained(cls, source: Path | str, weights: str | None = None) -> Self:
+        """A model on the CPU, ready to predict: from an exported folder, a checkpoint, or `hf://organisation/name`.
+
+        `weights` is a file in it; by default the averaged ones. OSError if a file is missing or the Hub does not give
+        it; ValueError if model.json is of a later format, the weights do not fit, or are not those that were exported.
+        """
+        directory = locate(source)
+        if is_artefact(directory):
+            verify_artefact(directory, (MODEL_FILE, weights or WEIGHTS_FILE))
+        description = read_description(directory)
+        if weights is None:
+            weights = EMA_FILE if (directory / EMA_FILE).exists() else WEIGHTS_FILE
+        model = cls._described(description, str(directory / MODEL_FILE)).eval()
+        model.load_weights(directory / weights)
+        model.origin = directory
+        return model
+
+    @classmethod
+    @abstractmethod
+    def _described(cls, description: Mapping[str, Any], where: str) -> Self:
+        """A new model as model.json, at `where`, says."""
+
+    def load_weights(self, file: Path | str) -> None:
+        """Load a safetensors file whose keys and shapes must be exactly the model's."""
+        tensors = read_weights(Path(file))
+        self._check_state({name: tuple(tensor.shape) for name, tensor in tensors.items()}, str(file))
+        self.load_state_dict(tensors)
+
+    def _check_state(self, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        problems = [f"missing {name} {own[name]}" for name in own if name not in shapes]
+        problems += [f"unexpected {name} {shapes[name]}" for name in shapes if name not in own]
+        problems += [
+            f"{name} is {shapes[name]}, the model's is {own[name]}"
+            for name in own
+            if name in shapes and shapes[name] != own[name]
+        ]
+        if problems:
+            listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+            raise ValueError(f"{where} does not fit the model ({self._sizes()}): {listed}")
+
+    @abstractmethod
+    def _sizes(self) -> str:
+        """The model's sizes, for error messages."""

@@ -1,1 +1,0 @@
-"""Layers of WaveLiT. They import torch, ptwt and each other, nothing else."""

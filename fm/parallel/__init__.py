@@ -1,1 +1,0 @@
-"""How the training objective, its gradients and its optimiser are spread over processes."""

@@ -1,1 +1,0 @@
-"""Prediction from file to file, and its scores."""

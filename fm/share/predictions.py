@@ -1,0 +1,197 @@
+"""The scores of a prediction's file beside the truth's: frames are matched by their physical time.
+
+Errors, reports and tables are those of an evaluation (fm/evaluation/measure.py, fm/scores), so `fm score` and
+`fm compare` take them. One-step scores need a prediction from every frame, which a rollout is not: there are none.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.files import UserError
+from data_pipeline.registry import Card, load_registry
+from data_pipeline.well.hdf5 import SPLITS, WellFile, read_attributes, stored_card
+from data_pipeline.well.layout import texts
+from fm.evaluation.errors import DatasetErrors, ErrorFile, Errors
+from fm.evaluation.measure import SHOWN_STEPS, Measured, as_errors, frame_errors, varying_channel
+from fm.evaluation.pictures import Sample, spread_over
+from fm.evaluation.protocol import Protocol, load_protocol
+from fm.evaluation.report import write_report
+from fm.evaluation.scores import score
+from fm.evaluation.tables import score_table
+
+DEFAULT_PROTOCOL = "thirds"  # covers rollouts of any length
+SAME_TIME = 0.1  # of the time between frames
+SAME_STATE = 1e-3  # relative rms difference of initial states
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A rollout and the true trajectory, both open."""
+
+    row: int  # of the prediction's file
+    trajectory: int  # of the truth's
+    frames: np.ndarray  # (1 + steps,) int64: the truth's frame of each predicted one, the initial one first
+
+    @property
+    def steps(self) -> int:
+        return len(self.frames) - 1
+
+
+def evaluate_prediction(prediction: Path, truth: Path, protocol: str | None = None, out: Path | None = None) -> Path:
+    """Score a Well file of rollouts against the one with the truth; print the table, write a report, return its folder.
+
+    `protocol` is a name or a file, `out` by default `<prediction>_report` beside the prediction. UserError where the
+    files are missing, damaged or do not fit together, and where the rollouts start from another frame than the
+    protocol's.
+    """
+    chosen = load_protocol(protocol or DEFAULT_PROTOCOL)
+    if chosen.context != 1:
+        raise UserError(f"protocol {chosen.name}: expected context 1, one initial frame; got {chosen.context}")
+    attributes = read_attributes(prediction)
+    card = stored_card(prediction, load_registry(), None, attributes)
+    with ExitStack() as opened:
+        predicted, true = (opened.enter_context(WellFile(file, card)) for file in (prediction, truth))
+        if predicted.grid != true.grid:
+            raise UserError(f"{prediction} has a grid of {predicted.grid}, {truth} of {true.grid}: expected the same")
+        pairs = _match(predicted, true, attributes)
+        chosen = _fitted(chosen, predicted, true, pairs)
+        pairs = [replace(pair, frames=pair.frames[: 1 + (chosen.max_steps or pair.steps)]) for pair in pairs]
+        errors = _errors(predicted, true, pairs, card, _digest(truth, pairs))
+        measured = ErrorFile(chosen, {card.name: errors}, _origin(prediction, truth, attributes))
+        samples = [_sample(predicted, true, max(pairs, key=lambda pair: pair.steps), measured)]
+    scores = score(measured)
+    out = out or prediction.with_name(f"{prediction.stem}_report")
+    write_report(out, measured, scores, samples)
+    print(f"{prediction} beside {truth}:\n\n{score_table(scores)}\nreport: {out}")
+    return out
+
+
+def _match(predicted: WellFile, true: WellFile, attributes: Mapping[str, Any]) -> list[Pair]:
+    """The trajectory and frames of the truth that each rollout is of."""
+    ids = np.atleast_1d(attributes.get("prediction_trajectories", np.arange(predicted.num_trajectories))).tolist()
+    if len(ids) != predicted.num_trajectories or not all(0 <= one < true.num_trajectories for one in ids):
+        raise UserError(
+            f"{predicted.path}: its {predicted.num_trajectories} rollouts are of the trajectories "
+            f"{' '.join(map(str, ids))}, expected numbers below {true.num_trajectories}, those of {true.path}"
+        )
+    return [Pair(row, one, _match_times(predicted, row, true, one)) for row, one in enumerate(ids)]
+
+
+def _match_times(predicted: WellFile, row: int, true: WellFile, trajectory: int) -> np.ndarray:
+    """Frames of the truth at the times of a rollout, (1 + steps,), as far as the truth goes."""
+    times, known = predicted.times(row), true.times(trajectory)
+    dt = predicted.dt(row)
+    times = times[times <= known[-1] + SAME_TIME * dt]
+    frames = np.abs(known[None] - times[:, None]).argmin(axis=1)
+    apart = np.abs(known[frames] - times)
+    if len(times) < 2 or not (apart <= SAME_TIME * dt).all() or not (np.diff(frames) > 0).all():
+        raise UserError(
+            f"{predicted.path}: expected frames at times of {true.path}, trajectory {trajectory}, which go from "
+            f"{known[0]:g} to {known[-1]:g} by {true.dt(trajectory):g}; got an initial state and predictions from "
+            f"{predicted.times(row)[0]:g} to {predicted.times(row)[-1]:g} by {dt:g}"
+        )
+    return frames
+
+
+def _fitted(protocol: Protocol, predicted: WellFile, true: WellFile, pairs: Sequence[Pair]) -> Protocol:
+    """The protocol for these files: their split, and no steps or windows beyond the rollouts' end.
+
+    UserError where the rollouts start elsewhere or cover none of its windows.
+    """
+    for pair in pairs:
+        if pair.frames[0] != protocol.start:
+            raise UserError(
+                f"{predicted.path}: its rollouts start from frame {pair.frames[0]} of {true.path}; protocol "
+                f"{protocol.name} starts from frame {protocol.start}: roll out with --start {protocol.start}, or score "
+                f"under a protocol with start: {pair.frames[0]}"
+            )
+    folder = true.path.parent.name if isinstance(true.path, Path) else ""
+    split = folder if folder in SPLITS else protocol.split
+    possible = true.num_frames - 1 - protocol.start
+    wanted = possible if protocol.max_steps is None else min(possible, protocol.max_steps)
+    steps = min(pair.steps for pair in pairs)
+    if steps >= wanted:
+        return replace(protocol, split=split)
+    # The rollouts are shorter than they could be. The limit is kept with the errors, so that they are not taken for
+    # longer ones: a third of five steps is not a third of fifty.
+    windows = {name: window for name, window in protocol.windows.items() if window.parts or window.last <= steps}
+    if not windows:
+        raise UserError(
+            f"{predicted.path}: its rollouts of {steps} steps cover no window of protocol {protocol.name} "
+            f"({', '.join(protocol.windows)}): roll out with --steps {wanted}, or choose another --protocol"
+        )
+    return replace(protocol, split=split, windows=windows, max_steps=steps)
+
+
+def _errors(predicted: WellFile, true: WellFile, pairs: Sequence[Pair], card: Card, digest: str) -> DatasetErrors:
+    """Errors of all rollouts, one frame in memory at a time."""
+    channels = card.state_channels
+    parts = [_measure(predicted, true, pair) for pair in pairs]
+    ids = [pair.trajectory for pair in pairs]
+    rollout = as_errors(parts, ids, max(pair.steps for pair in pairs), len(channels))
+    one_step = Errors.empty(len(pairs), 0, len(channels))
+    return DatasetErrors(channels, np.array(ids, np.int64), one_step, rollout, digest, true.grid)
+
+
+def _measure(predicted: WellFile, true: WellFile, pair: Pair) -> Measured:
+    """The errors of one rollout. UserError where the truth is not finite, or another state than it started from."""
+    held = true.read(pair.trajectory, int(pair.frames[0]), int(pair.frames[0]) + 1)
+    initial = predicted.read(pair.row, 0, 1)
+    true.check_finite(held, pair.trajectory, int(pair.frames[0]))
+    difference, size = (np.sqrt(np.square(one.astype(np.float64)).mean((2, 3))) for one in (initial - held, held))
+    if not (difference <= SAME_STATE * size).all():
+        raise UserError(
+            f"{predicted.path}: expected rollout {pair.row} to start from frame {pair.frames[0]} of trajectory "
+            f"{pair.trajectory} of {true.path}; its initial state is another"
+        )
+    values = []
+    for step, frame in enumerate(pair.frames[1:].tolist(), start=1):
+        truth = true.read(pair.trajectory, frame, frame + 1)
+        true.check_finite(truth, pair.trajectory, frame)
+        prediction = predicted.read(pair.row, step, step + 1)
+        values.append(frame_errors(*map(torch.from_numpy, (prediction, held, truth))))
+    return Measured(np.full(pair.steps, pair.trajectory), np.arange(pair.steps), np.concatenate(values))
+
+
+def _digest(truth: Path, pairs: Sequence[Pair]) -> str:
+    """What was predicted: the file of the truth, and which of its trajectories."""
+    with truth.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+    digest.update(repr([pair.trajectory for pair in pairs]).encode())
+    return digest.hexdigest()
+
+
+def _origin(prediction: Path, truth: Path, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    told = {name: attributes.get(f"prediction_{name}") for name in ("model", "weights")}
+    return {"prediction": str(prediction), "truth": str(truth)} | {
+        name: texts(value)[0] for name, value in told.items() if value is not None
+    }
+
+
+def _sample(predicted: WellFile, true: WellFile, pair: Pair, measured: ErrorFile) -> Sample:
+    """What pictures show: one channel of one rollout at some of its steps."""
+    steps = tuple(index + 1 for index in spread_over(pair.steps, SHOWN_STEPS))
+    frames = [int(pair.frames[step]) for step in steps]
+    first = true.read(pair.trajectory, frames[0], frames[0] + 1)[0]
+    std, rms = first.std((1, 2)), np.sqrt(np.square(first).mean((1, 2)))
+    channel = varying_channel(std.tolist(), rms.tolist())
+    name = true.card.state_channels[channel]
+    errors = measured.datasets[true.card.name]
+    return Sample(
+        dataset=true.card.name,
+        channel=name,
+        trajectory=pair.trajectory,
+        dt=predicted.dt(pair.row),
+        steps=steps,
+        truth=np.stack([true.read(pair.trajectory, frame, frame + 1)[0, channel] for frame in frames]),
+        prediction=np.stack([predicted.read(pair.row, step, step + 1)[0, channel] for step in steps]),
+        vrmse=errors.rollout_vrmse(pair.trajectory, name, steps, measured.protocol.eps),
+        domain=true.card.domain,
+    )

@@ -1,0 +1,91 @@
+"""Protocols in files of the user's own."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.files import UserError
+from fm.evaluation.protocol import PROTOCOLS, Protocol, Window, load_protocol
+
+TEXT = """
+name: early
+version: 2
+windows: {"1:5": [1, 5], first_third: {first: 1, last: 1, parts: 3}, "3:4": {first: 3, last: 4}}
+start: 1
+context: 1
+max_steps: 30
+one_step_windows: null
+eps: 1.0e-5
+channels: median
+steps: median
+trajectories: mean
+order: per_trajectory
+split: valid
+"""
+
+
+def test_a_file_says_every_field(tmp_path: Path) -> None:
+    path = tmp_path / "early.yaml"
+    path.write_text(TEXT)
+    windows = {"1:5": Window(1, 5), "first_third": Window(1, 1, 3), "3:4": Window(3, 4)}
+    assert load_protocol(path) == Protocol(
+        *("early", 2, windows, 1, 1, 30, None, 1e-5, "median", "median", "mean", "per_trajectory", "valid")
+    )
+    assert set(re.findall(r"^(\w+):", TEXT, re.MULTILINE)) == {field.name for field in dataclasses.fields(Protocol)}
+
+
+def test_what_a_file_leaves_out_is_the_default(tmp_path: Path) -> None:
+    path = tmp_path / "short.yml"
+    path.write_text('name: short\nversion: 1\nwindows: {"1:20": [1, 20], "21:60": [21, 60]}\nmax_steps: 60\n')
+    assert load_protocol(str(path)) == dataclasses.replace(PROTOCOLS["wavelit"], name="short")
+
+
+def test_a_name_is_a_named_protocol() -> None:
+    assert load_protocol("wavelit") is PROTOCOLS["wavelit"]
+    with pytest.raises(UserError, match=r"got 'early'. One of your own is a file that ends in \.yaml"):
+        load_protocol("early")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("version: 2\n", "", r"expected the keys name, version, windows.* Missing: version\."),
+        ("start: 1", "starts: 1", r"unknown key 'starts'\. Did you mean 'start'\?"),
+        ("name: early", "name: wavelit", r"name: expected a name of its own, not one of wavelit, .* Choose another"),
+        ("version: 2", "version: 0", r"version: expected a whole number of at least 1, got 0"),
+        ("[1, 5]", "[1, 5, 6]", r"windows\.1:5: expected a list of 2"),
+        ("[1, 5]", "[5, 1]", r"windows\.1:5: window: expected 1 <= first <= last"),
+        ('"1:5"', "one_step", r"windows\.one_step: expected another name for a window than 'one_step', got"),
+        ("parts: 3", "part: 3", r"windows\.first_third\.part: unknown key 'part'\. Did you mean 'parts'\?"),
+        ("parts: 3", "parts: 0", r"first_third\.parts: expected a whole number of at least 1, got 0"),
+        ("eps: 1.0e-5", "eps: 1e-5", r"eps: expected a number, got '1e-5'. YAML reads 1e-3 as text; write 1\.0e-3"),
+        ("eps: 1.0e-5", "eps: -1", r"early\.yaml: protocol: expected .*eps >= 0"),
+        ("steps: median\n", "steps: modus\n", r"steps: expected a statistic, got 'modus'\. Valid: mean, median"),
+        ("per_trajectory", "per_traject", r"order: expected an order of averages.*Did you mean 'per_trajectory'\?"),
+        (
+            "max_steps: 30",
+            "max_steps: 4",
+            r"protocol early: expected max_steps that cover the windows, 5 at least, got",
+        ),
+        ("start: 1", "start: 1\nstart: 2", "key 'start' twice"),
+        ("split: valid", "split: 3", "split: expected a name, got 3"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert TEXT.count(old) == 1
+    path = tmp_path / "early.yaml"
+    path.write_text(TEXT.replace(old, new))
+    with pytest.raises(UserError, match=message) as caught:
+        load_protocol(path)
+    assert str(path) in str(caught.value)
+
+
+def test_no_windows_and_no_file_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "none.yaml"
+    with pytest.raises(UserError, match=r"none\.yaml: expected a YAML file, found none"):
+        load_protocol(path)
+    path.write_text("name: none\nversion: 1\nwindows: {}\n")
+    with pytest.raises(UserError, match=r"none\.yaml: protocol none: expected at least one window, got none"):
+        load_protocol(path)

@@ -1,0 +1,130 @@
+"""Linear attention against explicit sums and plain solves, and the limits of lambda."""
+
+import pytest
+import torch
+
+from fm.model.attention import (
+    JITTER,
+    LAMBDA_INIT,
+    LinearAttention,
+    attention_state,
+    eliminate,
+    feature_map,
+    ridge_solve,
+    rope_table,
+    rotate,
+)
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_feature_map_is_elu_plus_one() -> None:
+    x = torch.tensor([-2.0, 0.0, 3.0])
+    torch.testing.assert_close(feature_map(x), torch.tensor([0.1353353, 1.0, 4.0]))
+
+
+def test_plain_state_gives_the_quadratic_sum() -> None:
+    """o_n = sum_j (q_n . k_j) v_j / N, pair by pair."""
+    q, k, v = (tokens(2, 3, 35, 8, seed=i) for i in range(3))
+    expected = torch.zeros_like(v)
+    for n in range(35):
+        for j in range(35):
+            weight = (q[:, :, n] * k[:, :, j]).sum(-1, keepdim=True)
+            expected[:, :, n] += weight * v[:, :, j] / 35
+    torch.testing.assert_close(q @ attention_state(k, v, None), expected, atol=1e-12, rtol=0)
+
+
+def test_ridge_equals_a_plain_solve() -> None:
+    k, v = tokens(2, 3, 50, 8).abs(), tokens(2, 3, 50, 8, seed=1)
+    ridge = torch.tensor([0.01, 0.3, 5.0], dtype=torch.float64)
+    gram = k.mT @ k / 50
+    scale = JITTER * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    shift = (ridge + scale)[..., None, None] * torch.eye(8, dtype=torch.float64)
+    expected = torch.linalg.solve(gram + shift, k.mT @ v / 50)
+    torch.testing.assert_close(attention_state(k, v, ridge), expected, atol=1e-10, rtol=1e-10)
+    in_float32 = attention_state(k.float(), v.float(), ridge.float())
+    torch.testing.assert_close(in_float32, expected.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_small_lambda_is_least_squares_and_large_lambda_the_plain_state() -> None:
+    k, v = tokens(1, 2, 200, 8), tokens(1, 2, 200, 8, seed=1)
+    least_squares = torch.linalg.lstsq(k, v).solution
+    torch.testing.assert_close(attention_state(k, v, torch.zeros(2).double()), least_squares, atol=1e-5, rtol=0)
+    torch.testing.assert_close(attention_state(k, v, torch.full((2,), 1e-9).double()), least_squares, atol=1e-5, rtol=0)
+    large = torch.full((2,), 1e7).double()
+    torch.testing.assert_close(1e7 * attention_state(k, v, large), attention_state(k, v, None), atol=1e-6, rtol=0)
+
+
+def test_gradients_of_the_ridge_solve() -> None:
+    k = tokens(2, 2, 30, 4)
+    gram = (k.mT @ k / 30).requires_grad_()
+    s = tokens(2, 2, 4, 4, seed=1).requires_grad_()
+    shift = torch.tensor([0.2, 0.7], dtype=torch.float64, requires_grad=True)
+
+    def symmetric_solve(gram: torch.Tensor, s: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        return ridge_solve((gram + gram.mT) / 2, s, shift)  # finite differences must stay on symmetric matrices
+
+    assert torch.autograd.gradcheck(symmetric_solve, (gram, s, shift), atol=1e-5, rtol=1e-4)
+
+
+def test_elimination_is_the_same_solve() -> None:
+    k, v = tokens(2, 3, 40, 8), tokens(2, 3, 40, 5, seed=1)
+    gram, s, shift = k.mT @ k / 40, k.mT @ v / 40, torch.tensor([1e-3, 0.1, 10.0], dtype=k.dtype)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    added = shift[:, None] + JITTER * diagonal.mean(-1, keepdim=True)
+    expected = torch.linalg.solve(gram + torch.diag_embed(added.expand_as(diagonal)), s)
+    torch.testing.assert_close(eliminate(gram, s, shift), expected)
+    torch.testing.assert_close(eliminate(gram, s, shift), ridge_solve(gram, s, shift))
+
+
+def test_rank_deficient_keys_stay_finite() -> None:
+    """Fewer tokens than channels, and keys of very different scales, without lambda."""
+    for scale in (1e-3, 1.0, 1e3):
+        k = scale * tokens(1, 1, 3, 16).float()
+        assert torch.isfinite(attention_state(k, tokens(1, 1, 3, 16, seed=1).float(), torch.zeros(1))).all()
+
+
+@pytest.mark.parametrize("ridge", ["ridge", "none", "least_squares"])
+def test_layer_follows_the_formulas(ridge: str) -> None:
+    torch.manual_seed(0)
+    layer = LinearAttention(16, 2, ridge).double()
+    z, table = tokens(3, 15, 16), rope_table(3, 5, 8).double()
+    q, k = layer.query_key(z).chunk(2, dim=-1)
+    q, k = (rotate(feature_map(x).view(3, 15, 2, 8).float(), table.float()).double().transpose(1, 2) for x in (q, k))
+    v = z.view(3, 15, 2, 8).transpose(1, 2)
+    state = k.mT @ v / 15
+    if ridge != "none":
+        gram = k.mT @ k / 15
+        shift = LAMBDA_INIT * float(ridge == "ridge") + JITTER * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+        state = torch.linalg.solve(gram + shift[..., None, None] * torch.eye(8), state)
+    expected = (q @ state).transpose(1, 2).reshape(3, 15, 16)
+    tolerance = 2e-2 if ridge == "least_squares" else 2e-5  # 15 tokens, 8 channels: badly conditioned without lambda
+    torch.testing.assert_close(layer(z, table.float()), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_solve_is_a_float32_island_under_autocast() -> None:
+    torch.manual_seed(0)
+    layer, z, table = LinearAttention(16, 2), tokens(2, 20, 16).float(), rope_table(4, 5, 8)
+    expected = layer(z, table)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(z, table)
+    assert got.dtype == torch.float32
+    assert 0 < (got - expected).abs().max() < 0.05 * expected.abs().max()  # only the linear map is bfloat16
+    assert layer.bfloat16()(z.bfloat16(), table).dtype == torch.bfloat16
+
+
+def test_lambda_is_learned_per_head() -> None:
+    layer = LinearAttention(16, 2)
+    ridge = layer.ridge_lambda()
+    assert ridge is not None
+    assert ridge.tolist() == pytest.approx([LAMBDA_INIT] * 2)
+    layer(tokens(1, 20, 16).float(), rope_table(4, 5, 8)).square().sum().backward()
+    assert layer.log_lambda.grad is not None
+    assert layer.log_lambda.grad.abs().min() > 0
+
+
+def test_unknown_ridge_mode() -> None:
+    with pytest.raises(ValueError, match="unknown ridge mode 'lasso': choose one of ridge, none, least_squares"):
+        LinearAttention(16, 2, "lasso")

@@ -1,0 +1,92 @@
+"""VRMSE against the_well's own."""
+
+import numpy as np
+import pytest
+import torch
+from the_well.benchmark.metrics import VRMSE
+from the_well.data.datasets import WellMetadata
+
+from fm.evaluation.errors import DatasetErrors, ErrorFile, Errors
+from fm.evaluation.protocol import PROTOCOLS
+from fm.evaluation.scores import score
+from fm.model.loss import squared_error_and_variance, vrmse
+
+
+def the_wells_vrmse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """the_well computes on channels-last fields (B, T, H, W, C)."""
+    metadata = WellMetadata(
+        dataset_name="x",
+        n_spatial_dims=2,
+        spatial_resolution=tuple(target.shape[-2:]),
+        scalar_names=[],
+        constant_scalar_names=[],
+        field_names={0: ["a", "b", "c"], 1: [], 2: []},
+        constant_field_names={0: [], 1: [], 2: []},
+        boundary_condition_types=["PERIODIC"],
+        n_files=1,
+        n_trajectories_per_file=[1],
+        n_steps_per_trajectory=[1],
+    )
+    return VRMSE.eval(prediction.movedim(2, -1), target.movedim(2, -1), metadata)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_equals_the_wells(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = scale * torch.randn(2, 4, 5, 3, 32, 48, generator=generator) + scale
+    ours, theirs = vrmse(prediction, target), the_wells_vrmse(prediction, target)
+    assert ours.shape == (4, 5, 3)
+    np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-6)
+
+
+def test_equals_the_wells_where_the_target_hardly_varies() -> None:
+    """Constant, then with the standard deviation of active_matter's concentration, then of a channel of its own."""
+    generator = torch.Generator().manual_seed(0)
+    noise, error = torch.randn(2, 4, 5, 3, 32, 48, generator=generator)
+    target = 0.1 + noise * torch.tensor([0.0, 3e-3, 1.0])[:, None, None]
+    prediction = target + 1e-3 * error
+    ours = vrmse(prediction, target)
+    np.testing.assert_allclose(ours.numpy(), the_wells_vrmse(prediction, target).numpy(), rtol=1e-5)
+    assert ours[..., 0].mean().item() == pytest.approx(1e-3 / 1e-7**0.5, rel=0.01)
+
+
+def test_stored_errors_average_to_the_wells() -> None:
+    """From float64 squares and variances by trajectory, step and channel: the_well's VRMSE, averaged by NumPy."""
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = 1e3 * torch.randn(2, 5, 7, 3, 32, 48, generator=generator) + 1e4
+    target[0, 0, 0] = 1e4  # of no variance
+    squared, variance = (part.numpy() for part in squared_error_and_variance(prediction, target))
+    assert squared.dtype == variance.dtype == np.float64
+    errors = Errors(variance, squared, variance, variance)
+    part = DatasetErrors(("a", "b", "c"), np.arange(5), errors, errors, "x", (32, 48))
+    cells = score(ErrorFile(PROTOCOLS["thirds"], {"x": part}))["datasets"]["x"]
+    frames = the_wells_vrmse(prediction.double(), target.double()).numpy().mean(-1)  # (R, S)
+    assert cells["one_step"]["median"] == pytest.approx(np.median(frames), rel=1e-9)
+    assert cells["one_step"]["mean"] == pytest.approx(frames.mean(), rel=1e-9)
+    last = cells["windows"]["last_third"]
+    assert (last["first"], last["last"]) == (5, 7)
+    assert last["median"] == pytest.approx(np.median(frames[:, 4:], axis=0).mean(), rel=1e-9)
+
+
+def test_the_mean_field_scores_about_one_and_a_perfect_one_zero() -> None:
+    target = torch.randn(6, 64, 64, generator=torch.Generator().manual_seed(0))
+    mean = target.mean((-2, -1), keepdim=True).expand_as(target)
+    assert vrmse(mean, target).numpy() == pytest.approx(1.0, abs=1e-3)
+    assert vrmse(target, target).max() == 0
+
+
+def test_eps_is_that_of_a_constant_target() -> None:
+    target = torch.zeros(1, 16, 16)
+    assert vrmse(target + 1e-3, target).item() == pytest.approx(1e-3 / 1e-7**0.5, rel=1e-5)
+    assert vrmse(target + 1e-3, target, eps=1e-5).item() == pytest.approx(1e-3 / 1e-5**0.5, rel=1e-5)
+
+
+def test_error_and_variance_are_numpys_in_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = torch.randn(2, 3, 16, 20, generator=generator) + 1e4  # float32 sums would lose digits
+    error, variance = squared_error_and_variance(prediction, target)
+    a, b = prediction.double().numpy(), target.double().numpy()
+    np.testing.assert_allclose(error.numpy(), ((a - b) ** 2).mean((-2, -1)), rtol=1e-12)
+    np.testing.assert_allclose(variance.numpy(), b.reshape(3, -1).var(-1, ddof=1), rtol=1e-9)
+    with pytest.raises(ValueError, match="must have one shape"):
+        vrmse(prediction, target[:1])

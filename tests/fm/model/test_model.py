@@ -1,0 +1,373 @@
+"""The model: sizes, switches, names instead of positions, saving and loading."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from handmade import STATE_CHANNELS, make_inputs, make_spec, stir
+
+from fm.model.loss import wavelit_loss
+from fm.model.spec import PRESETS, DatasetSpec, ModelConfig
+from fm.model.wavelets import analysis
+from fm.model.wavelit import POINTWISE_GAIN, WaveLiTFM
+
+SMALL = ModelConfig(width=16, depth=2, heads=2)
+MIXED = ["acoustic_scattering_maze", "active_matter", "rayleigh_benard"]
+
+
+def small_model(*names: str, config: ModelConfig = SMALL, seed: int = 0) -> WaveLiTFM:
+    return WaveLiTFM(config, [make_spec(name) for name in names or MIXED], seed)
+
+
+@pytest.mark.parametrize(
+    ("preset", "names", "millions"),
+    [
+        ("1.2M", ["turbulent_radiative_layer_2D"], 1.2),
+        ("9.5M", ["turbulent_radiative_layer_2D"], 9.5),
+        ("10M", list(STATE_CHANNELS), 10.0),
+    ],
+)
+def test_presets_have_the_size_of_their_name(preset: str, names: list[str], millions: float) -> None:
+    with torch.device("meta"):
+        model = WaveLiTFM(PRESETS[preset], [make_spec(name) for name in names])
+    assert model.num_parameters() == pytest.approx(millions * 1e6, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"wavelet": "haar", "extension": "boundary"},
+        {"wavelet": "bior4.4", "levels": 2},
+        {"tokenizer": "conv"},
+        {"tokenizer": "conv", "levels": 2, "extension": "boundary"},
+        {"pyramid_levels": 0},
+        {"pyramid_levels": 4},
+        {"ridge": "none"},
+        {"ridge": "least_squares", "padding": "zeros"},
+        {"kernel_gate": False, "lepe": False, "cpe": False, "mila": False},
+        {"predict": "state"},
+        {"pointwise": True},
+    ],
+)
+@pytest.mark.parametrize("grid", [(16, 16), (18, 22)])
+def test_every_switch_trains_on_any_even_grid(changes: dict, grid: tuple[int, int]) -> None:
+    model = stir(small_model(config=dataclasses.replace(SMALL, **changes)))
+    for name in ("rayleigh_benard", "acoustic_scattering_maze"):
+        state, constants = make_inputs(model.specs[name], *grid)
+        prediction = model(state, constants, name)
+        assert prediction.shape == state.shape
+        wavelit_loss(prediction, torch.zeros_like(state), model.residual_scale(name)).total.mean().backward()
+    for name, parameter in model.named_parameters():
+        absent = name.startswith(("heads.active_matter", "task_vectors.active_matter")) or name.split(".")[-1] in (
+            set(model.specs["active_matter"].state_channels) - {"velocity_x", "velocity_y"}
+        )
+        assert (parameter.grad is None) == absent, name
+        if parameter.grad is not None:
+            assert torch.isfinite(parameter.grad).all()
+            assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("grid", [(16, 46), (30, 18), (50, 34)])
+def test_grids_that_no_power_of_two_divides(grid: tuple[int, int]) -> None:
+    for config in (ModelConfig(16, 1, 2, levels=2, pyramid_levels=3), ModelConfig(16, 1, 2, pyramid_levels=4)):
+        model = stir(small_model("rayleigh_benard", config=config))
+        state, constants = make_inputs(model.specs["rayleigh_benard"], *grid)
+        assert torch.isfinite(model(state, constants, "rayleigh_benard")).all()
+
+
+def test_other_datasets_and_absent_channels_change_no_bit() -> None:
+    model = stir(small_model())
+    state, constants = make_inputs(model.specs["rayleigh_benard"])
+    before = model(state, constants, "rayleigh_benard")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            owners = ("active_matter", "acoustic", "D_", "E_", "concentration", "density", "speed_of_sound")
+            if any(owner in name for owner in owners):
+                parameter.fill_(float("nan"))
+    assert torch.equal(model(state, constants, "rayleigh_benard"), before)
+
+
+def test_present_constants_do_change_the_output() -> None:
+    model = stir(small_model())
+    state, constants = make_inputs(model.specs["acoustic_scattering_maze"])
+    name = "acoustic_scattering_maze"
+    assert not torch.allclose(model(state, constants, name), model(state, constants + 1, name))
+
+
+def test_listing_order_and_other_datasets_change_no_initial_weight() -> None:
+    forwards, backwards = small_model(*MIXED), small_model(*reversed(MIXED))
+    state = forwards.state_dict()
+    assert list(state) == list(backwards.state_dict())
+    assert all(torch.equal(value, state[name]) for name, value in backwards.state_dict().items())
+    alone = small_model("rayleigh_benard").state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in alone.items())
+    fields, constants = make_inputs(forwards.specs["rayleigh_benard"])
+    outputs = [stir(model)(fields, constants, "rayleigh_benard") for model in (forwards, backwards)]
+    assert torch.equal(*outputs)
+    other = small_model(*MIXED, seed=1).state_dict()
+    assert not torch.equal(other["blocks.0.block.input.weight"], state["blocks.0.block.input.weight"])
+
+
+def test_untrained_models_predict_the_mean_change_or_the_mean() -> None:
+    config = dataclasses.replace(SMALL, predict_override={"rayleigh_benard": "state"})
+    model = small_model(config=config)
+    state, constants = make_inputs(model.specs["rayleigh_benard"])
+    assert torch.equal(model(state, constants, "rayleigh_benard"), torch.zeros_like(state))
+    state, constants = make_inputs(model.specs["active_matter"])
+    raw = model.denormalise(state, "active_matter")
+    change = model.denormalise(model(state, constants, "active_matter"), "active_matter") - raw
+    expected = torch.tensor([0.01 * i for i in range(11)]).view(-1, 1, 1).expand_as(change)
+    torch.testing.assert_close(change, expected, atol=1e-5, rtol=0)
+
+
+def test_a_delta_models_output_is_the_change_in_units_of_its_own_deviation() -> None:
+    """The residual in those units is what the loss sees: error of the next state times residual_scale."""
+    delta = stir(small_model("shear_flow"))
+    plain = stir(small_model("shear_flow", config=dataclasses.replace(SMALL, predict="state")))
+    state, constants = make_inputs(delta.specs["shear_flow"])
+    output = plain(state, constants, "shear_flow")  # the same weights: the bare output of the head
+    std, mean_delta = (delta.specs["shear_flow"].moment(key, delta.specs["shear_flow"].state_channels).float()
+                       for key in ("std", "mean_delta"))  # fmt: skip
+    expected = state + output * 0.2 + mean_delta / std
+    torch.testing.assert_close(delta(state, constants, "shear_flow"), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(delta.residual_scale("shear_flow"), torch.full((4, 1, 1), 5.0))
+    torch.testing.assert_close(plain.residual_scale("shear_flow"), torch.ones(4, 1, 1))
+
+
+def test_normalisation_is_the_z_score_and_survives_long_axes() -> None:
+    model = small_model()
+    raw = 3 * torch.randn(2, 5, 11, 16, 16) + 1
+    normal = model.normalise(raw, "active_matter")
+    torch.testing.assert_close(normal[:, :, 4], (raw[:, :, 4] - 1.0) / 4.3)
+    torch.testing.assert_close(model.denormalise(normal, "active_matter"), raw, atol=1e-5, rtol=1e-5)
+    constants = torch.randn(2, 2, 16, 16)
+    normal = model.normalise_constants(constants, "acoustic_scattering_maze")
+    torch.testing.assert_close(normal[:, 1], (constants[:, 1] - 1.0) / 4.3)  # the fifth channel of the dataset
+
+
+def test_tiny_deviations_are_floored() -> None:
+    spec = make_spec("gray_scott_reaction_diffusion")
+    stats = {**spec.stats, "std": {"A": 0.0, "B": 1.0}, "std_delta": {"A": 0.0, "B": 1e-5}}
+    model = WaveLiTFM(SMALL, [dataclasses.replace(spec, stats=stats)])
+    assert model.normalise(torch.zeros(1, 2, 1, 1), spec.name).flatten().tolist() == pytest.approx([1e4, 0.5])
+    assert model.residual_scale(spec.name).flatten().tolist() == pytest.approx([1.0, 100.0])
+
+
+def test_padding_follows_the_boundary_types() -> None:
+    periodic, walls = make_spec("gray_scott_reaction_diffusion"), (("WALL", "WALL"), ("OPEN", "OPEN"))
+    closed = dataclasses.replace(periodic, boundary=walls)
+    state, constants = make_inputs(periodic)
+    zeros = dataclasses.replace(SMALL, padding="zeros")
+    outputs = [
+        stir(WaveLiTFM(config, [spec]))(state, constants, spec.name)
+        for config, spec in ((SMALL, periodic), (SMALL, closed), (zeros, periodic))
+    ]
+    assert torch.equal(outputs[1], outputs[2])
+    assert not torch.allclose(outputs[0], outputs[1])
+
+
+def test_compiles_to_one_graph_per_dataset() -> None:
+    model = stir(small_model(config=dataclasses.replace(SMALL, depth=1)))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for name in ("rayleigh_benard", "acoustic_scattering_maze"):
+        state, constants = make_inputs(model.specs[name])
+        prediction = compiled(state, constants, name)
+        torch.testing.assert_close(prediction, model(state, constants, name), atol=1e-4, rtol=1e-4)
+        prediction.square().sum().backward()
+    assert all(p.grad is not None for p in model.blocks.parameters())
+
+
+def test_bfloat16_autocast_is_close_and_returns_float32() -> None:
+    model = stir(small_model(config=dataclasses.replace(SMALL, predict="state")))
+    state, constants = make_inputs(model.specs["active_matter"])
+    expected = model(state, constants, "active_matter")
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction = model(state, constants, "active_matter")
+    assert prediction.dtype == torch.float32
+    error = (prediction - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert 0 < error < 0.05
+    prediction.sum().backward()
+
+
+def test_saved_and_loaded_models_agree(tmp_path: Path) -> None:
+    model = stir(small_model(config=dataclasses.replace(SMALL, predict_override={"active_matter": "state"})))
+    model.save_pretrained(tmp_path / "a")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["model.json", "model.safetensors"]
+    loaded = WaveLiTFM.from_pretrained(tmp_path / "a")
+    assert loaded.config == model.config
+    assert loaded.specs == model.specs
+    for name in MIXED:
+        state, constants = make_inputs(model.specs[name])
+        assert torch.equal(loaded(state, constants, name), model(state, constants, name))
+    average = {name: 2 * tensor for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "a", "ema.safetensors", average)
+    key = "lifting.rows.velocity_x"
+    assert torch.equal(WaveLiTFM.from_pretrained(tmp_path / "a").state_dict()[key], average[key])
+    raw = WaveLiTFM.from_pretrained(tmp_path / "a", "model.safetensors")
+    assert torch.equal(raw.state_dict()[key], model.state_dict()[key])
+
+
+def test_weights_of_another_model_are_refused_by_name_and_shape(tmp_path: Path) -> None:
+    small_model("rayleigh_benard").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"missing heads.shear_flow.linear.bias \(16,\)"):
+        small_model("shear_flow").load_weights(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"unexpected task_vectors.rayleigh_benard \(16,\)"):
+        small_model("shear_flow").load_weights(tmp_path / "model.safetensors")
+    wide = small_model("rayleigh_benard", config=dataclasses.replace(SMALL, width=24))
+    with pytest.raises(ValueError, match=r"task_vectors.rayleigh_benard is \(16,\), the model's is \(24,\)"):
+        wide.load_weights(tmp_path / "model.safetensors")
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+        WaveLiTFM.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no weights at .*model\.safetensors"):
+        WaveLiTFM.from_pretrained(tmp_path)
+
+
+def test_damaged_descriptions_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no model\.json in .*save_pretrained"):
+        WaveLiTFM.from_pretrained(tmp_path)
+    model = small_model("rayleigh_benard")
+    model.save_pretrained(tmp_path)
+    for change, message in (
+        ({"format": 99}, "has format 99, this version reads 1"),
+        ({"config": {**model.description()["config"], "wdith": 3}}, r"unexpected keys \['wdith'\]"),
+        ({"datasets": [{"name": "a"}]}, "missing keys"),
+    ):
+        (tmp_path / "model.json").write_text(json.dumps({**model.description(), **change}))
+        with pytest.raises(ValueError, match=message):
+            WaveLiTFM.from_pretrained(tmp_path)
+
+
+def test_adapting_keeps_known_weights_and_draws_the_rest() -> None:
+    model = stir(small_model("rayleigh_benard", "active_matter"))
+    adapted = model.adapted_to([make_spec("shear_flow"), make_spec("rayleigh_benard")])
+    assert list(adapted.specs) == ["rayleigh_benard", "shear_flow"]
+    state, constants = make_inputs(model.specs["rayleigh_benard"])
+    assert torch.equal(adapted(state, constants, "rayleigh_benard"), model(state, constants, "rayleigh_benard"))
+    fresh = small_model("shear_flow").state_dict()
+    for name in ("lifting.rows.tracer", "heads.shear_flow.linear.weight", "task_vectors.shear_flow"):
+        assert torch.equal(adapted.state_dict()[name], fresh[name])
+    other = dataclasses.replace(make_spec("shear_flow"), name="rayleigh_benard")
+    with pytest.raises(ValueError, match="dataset rayleigh_benard: the model has the channels"):
+        model.adapted_to([other])
+
+
+def test_statistics_are_not_in_the_weights() -> None:
+    assert not any(name.startswith("moments") for name in small_model().state_dict())
+
+
+def test_specs_survive_json() -> None:
+    for name in STATE_CHANNELS:
+        spec = make_spec(name)
+        assert DatasetSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_wrong_inputs_are_named() -> None:
+    model = small_model()
+    name = "acoustic_scattering_maze"
+    state, constants = make_inputs(model.specs[name])
+    for arguments, message in (
+        ((state, constants, "euler"), "no dataset 'euler': it knows acoustic_scattering_maze, active_matter"),
+        ((state[:, :2], constants, name), r"expected state fields \(B, 3, H, W\) .* got \(2, 2, 18, 22\)"),
+        ((state, constants[:, :1], name), r"expected constant fields \(B, 2, H, W\)"),
+        ((state, constants[..., :-2], name), "constants on"),
+        ((state[..., 1:], constants[..., 1:], name), "even sides of at least 16, got 18 x 21"),
+        ((state[..., :14], constants[..., :14], name), "even sides of at least 16, got 18 x 14"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 20, "heads": 2}, "multiple of 4"),
+        ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio must be positive"),
+        ({"wavelet": "db2"}, "wavelet must be one of haar, bior2.2, bior4.4, got 'db2'"),
+        ({"levels": 3}, "levels must be one of 1, 2, got 3"),
+        ({"pyramid_levels": 5}, "pyramid_levels must be one of 0, 1, 2, 3, 4, got 5"),
+        ({"predict_override": {"shear_flow": "both"}}, "predict_override.shear_flow must be delta or state"),
+    ],
+)
+def test_impossible_configurations_are_named(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **changes)
+
+
+def test_impossible_datasets_are_named() -> None:
+    spec = make_spec("shear_flow")
+    for changes, message in (
+        ({"state_channels": ()}, "at least one state channel"),
+        ({"name": "a.b"}, "without dots"),
+        ({"boundary": (("PERIODIC", "WALL"), ("WALL", "WALL"))}, "x is periodic at one end only"),
+        ({"boundary": (("WALL", "WALL"), ("WALL", "LEAKY"))}, "boundary of y"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(spec, **changes)
+    with pytest.raises(ValueError, match="different names"):
+        WaveLiTFM(SMALL, [spec, spec])
+    stats = {**spec.stats, "mean": {**spec.stats["mean"], "tracer": float("nan")}}
+    with pytest.raises(ValueError, match="'mean' is not finite: tracer = nan"):
+        WaveLiTFM(SMALL, [dataclasses.replace(spec, stats=stats)])
+    stats = {**spec.stats, "std_delta": {"tracer": 1.0}}
+    with pytest.raises(ValueError, match="no statistic 'std_delta' for channels pressure, velocity_x, velocity_y"):
+        WaveLiTFM(SMALL, [dataclasses.replace(spec, stats=stats)])
+
+
+def test_tokens_are_the_wavelet_coefficients() -> None:
+    """With everything but lifting and head switched off, state + synthesis(analysis) comes out: the road is exact."""
+    spec = make_spec("gray_scott_reaction_diffusion")
+    model = WaveLiTFM(ModelConfig(16, 1, 2, pyramid_levels=0, predict="state"), [spec])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.blocks[0].level_weights.fill_(1.0)
+        for i, channel in enumerate(spec.state_channels):
+            model.lifting.rows[channel][:, 4 * i : 4 * i + 4] = torch.eye(4)
+        model.heads[spec.name].linear.weight[:, :8] = torch.eye(8)
+    state, constants = make_inputs(spec, 18, 22)
+    torch.testing.assert_close(model(state, constants, spec.name), state, atol=1e-5, rtol=0)
+    tokens = model.lifting(analysis(state, "bior2.2"), spec.state_channels)
+    torch.testing.assert_close(tokens[:, 2, 3, 4:8], analysis(state, "bior2.2")[:, 1, :, 2, 3], atol=1e-6, rtol=0)
+
+
+def test_a_pointwise_head_is_a_rotation_exactly() -> None:
+    """helmholtz_staircase: each step rotates (re, im) by 2 pi / 49 at every point, here in raw units."""
+    spec = make_spec("helmholtz_staircase")
+    angle = torch.tensor(2 * math.pi / 49, dtype=torch.float64)
+    turn = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
+    mean, std, std_delta = (spec.moment(key, spec.state_channels)[:, 0, 0] for key in ("mean", "std", "std_delta"))
+    shift = (turn - torch.eye(2)) @ mean  # a rotation about zero moves the mean
+    stats = {**spec.stats, "mean_delta": dict(zip(spec.state_channels, shift.tolist(), strict=True))}
+    config = dataclasses.replace(SMALL, pointwise=True)
+    model = WaveLiTFM(config, [dataclasses.replace(spec, stats=stats)])
+    assert [n for n, _ in model.named_parameters() if "pointwise" in n] == [f"heads.{spec.name}.pointwise"]
+    with torch.no_grad():
+        model.heads[spec.name].pointwise.copy_((turn - torch.eye(2)) * std / std_delta[:, None] / POINTWISE_GAIN)
+    raw = torch.randn(2, 2, 18, 22)
+    state, constants = model.normalise(raw, spec.name), torch.randn(2, 1, 18, 22)
+    expected = torch.einsum("ij,bjhw->bihw", turn.float(), raw)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            prediction = model.denormalise(model(state, constants, spec.name), spec.name)
+        torch.testing.assert_close(prediction, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_a_pointwise_head_is_off_by_default_and_starts_at_nothing(tmp_path: Path) -> None:
+    """model.json says it where it is on only, so that files of before are what they were."""
+    plain, pointwise = small_model(), small_model(config=dataclasses.replace(SMALL, pointwise=True))
+    extra = set(pointwise.state_dict()) - set(plain.state_dict())
+    assert extra == {f"heads.{name}.pointwise" for name in MIXED}
+    state, constants = make_inputs(plain.specs["rayleigh_benard"])
+    assert torch.equal(plain(state, constants, "rayleigh_benard"), pointwise(state, constants, "rayleigh_benard"))
+    assert "pointwise" not in plain.description()["config"]
+    for model in (plain, pointwise):
+        model.save_pretrained(tmp_path / "model")
+        assert WaveLiTFM.from_pretrained(tmp_path / "model").config == model.config

@@ -1,0 +1,385 @@
+"""Extending a trained model on real shards: the old bits stay, rows are what was asked for, and the new part trains."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from handmade import make_spec, stir
+from handmade_export import exported
+from safetensors.torch import load_file
+from whole_runs import small
+
+from data_pipeline.files import UserError
+from data_pipeline.miniwell.generate import simulate
+from data_pipeline.registry import VARIABLE, Channel, load_folders, load_registry
+from data_pipeline.shards.build import build_shards
+from data_pipeline.shards.format import MANIFEST_NAME, Manifest
+from data_pipeline.well.hdf5 import WellFile, split_files
+from data_pipeline.windows.loader import open_readers
+from fm.checkpoint import find_checkpoint, load_pretrained
+from fm.cli import main as fm
+from fm.datasets import dataset_specs
+from fm.model.baselines import Baseline, BaselineConfig
+from fm.model.files import digest, verify_artefact
+from fm.model.spec import ModelConfig
+from fm.model.surrogate import Surrogate
+from fm.model.wavelit import WaveLiTFM
+from fm.share.export import export_run
+from fm.share.extend import Rows, choose_rows, compare, extend, extend_model, same_bits
+from fm.training.trainer import train
+
+OLD = ("acoustic_scattering_maze", "helmholtz_staircase", "shear_flow")
+CONFIG = ModelConfig(16, 1, 2, wavelet="haar")
+CHANNELS = """
+burgers_tracer: {description: passive tracer, unit: that of velocity_x at the start}
+burgers_velocity_x: {description: velocity along x, unit: dimensionless}
+burgers_velocity_y: {description: velocity along y, unit: unknown}
+"""
+CARD = """
+name: burgers
+description: Burgers turbulence, in channels of its own
+state:
+  t0: {tracer: [burgers_tracer]}
+  t1: {velocity: [burgers_velocity_x, burgers_velocity_y]}
+scalars: [nu]
+boundary: {x: [PERIODIC, PERIODIC], y: [PERIODIC, PERIODIC]}
+grid: [32, 32]
+dt: 0.04
+"""
+
+
+def saved(shards: Path, folder: Path, config: ModelConfig = CONFIG) -> Path:
+    """An exported model of OLD whose every parameter is something."""
+    specs = dataset_specs(open_readers(shards, OLD, "train"), load_registry())
+    return exported(stir(WaveLiTFM(config, specs)), folder, shards)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tiny_shards, tmp_path_factory.mktemp("trained") / "model")
+
+
+@pytest.fixture(scope="module")
+def burgers(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `cards` of burgers, in channels of its own, and `shards`: burgers', beside the eight's."""
+    root = tmp_path_factory.mktemp("burgers")
+    (root / "cards" / "datasets").mkdir(parents=True)
+    (root / "cards" / "channels.yaml").write_text(CHANNELS)
+    (root / "cards" / "datasets" / "burgers.yaml").write_text(CARD)
+    simulate(root / "well", preset="tiny", datasets=["burgers"], jobs=1)
+    build_shards(root / "well", root / "shards", jobs=1, registry=load_registry(root / "cards"))
+    for folder in tiny_shards.iterdir():
+        (root / "shards" / folder.name).symlink_to(folder)
+    return root
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def one_step(model: Surrogate, shards: Path, dataset: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state of a first test frame and what follows it, both normalised."""
+    reader = open_readers(shards, [dataset], "test")[dataset]
+    state = model.normalise(torch.from_numpy(reader.trajectory_frames(0, 0, 1)), dataset)
+    constants = model.normalise_constants(torch.from_numpy(reader.constants(0))[None], dataset)
+    with torch.no_grad():
+        return state, model(state, constants, dataset)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in ("model.json", "model.safetensors")}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pointwise": True, "extension": "boundary"},
+        {"tokenizer": "conv", "levels": 2},
+        {"predict": "state", "predict_override": {"shear_flow": "delta", "rayleigh_benard": "delta"}},
+    ],
+)
+def test_old_datasets_keep_every_bit_and_the_new_one_begins_at_the_simplest_prediction(
+    tiny_shards: Path, tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = saved(tiny_shards, tmp_path / "old", replace(CONFIG, **options))
+    added = ["rayleigh_benard", "gray_scott_reaction_diffusion"]
+    proof = extend(str(source), added, str(tiny_shards), tmp_path / "new", "drawn")
+    old, new = load_pretrained(source), load_pretrained(tmp_path / "new")
+    assert list(new.specs) == sorted([*OLD, *added])
+    for dataset in OLD:
+        assert same_bits(one_step(old, tiny_shards, dataset)[1], one_step(new, tiny_shards, dataset)[1])
+    before, after = tensors(source), tensors(tmp_path / "new")
+    assert all(same_bits(before[name], after[name]) for name in before)
+    for dataset in added:
+        state, prediction = one_step(new, tiny_shards, dataset)
+        expected = torch.zeros_like(state)
+        if new.delta[dataset]:
+            expected = state + new.moments[dataset].delta_shift
+        torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-6)
+
+    said = capsys.readouterr().out
+    assert proof.tensors == len(before) + 6 * len(OLD)  # six statistics of each dataset
+    assert f"{proof.tensors} of {proof.tensors} tensors of the model are byte for byte the same." in said
+    assert [one.dataset for one in proof.agreements] == list(OLD)
+    assert all(one.fields == "4 windows" and one.equal and one.before == one.after for one in proof.agreements)
+    assert len({one.before for one in proof.agreements}) == len(OLD)
+    assert proof.agreements[2].values == 4 * one_step(old, tiny_shards, "shear_flow")[0].numel()
+    assert all(f"| {one.dataset} " in said and one.before[:12] in said for one in proof.agreements)
+
+
+def test_where_there_are_no_old_shards_the_proof_takes_random_fields(
+    tiny_shards: Path, tmp_path: Path, trained: Path
+) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "rayleigh_benard").symlink_to(tiny_shards / "rayleigh_benard")
+    (tmp_path / "shards" / "shear_flow").symlink_to(tiny_shards / "shear_flow")
+    proof = extend(str(trained), ["rayleigh_benard"], str(tmp_path / "shards"), tmp_path / "new", "zero")
+    assert [one.fields for one in proof.agreements] == ["4 random fields", "4 random fields", "4 windows"]
+    grid = load_pretrained(trained).specs["helmholtz_staircase"].grid
+    assert grid is not None
+    assert proof.agreements[1].values == 4 * 2 * grid[0] * grid[1]
+    assert all(one.equal for one in proof.agreements)
+
+
+def test_the_proof_finds_one_changed_bit(tiny_shards: Path, trained: Path) -> None:
+    old, new = load_pretrained(trained), load_pretrained(trained)
+    readers = open_readers(tiny_shards, OLD, "train")
+    assert compare(old, new, readers).changed == ()
+    with torch.no_grad():
+        head = new.get_parameter("heads.shear_flow.linear.bias")
+        head[0] = torch.nextafter(head[0], torch.tensor(9.0))
+    proof = compare(old, new, readers)
+    assert proof.changed == ("heads.shear_flow.linear.bias",)
+    assert [one.dataset for one in proof.agreements if not one.equal] == ["shear_flow"]
+    with pytest.raises(UserError, match=r"not the old one .*: 2 of \d+ comparisons differ \(heads\.shear_flow\.linear"):
+        proof.check()
+    assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+
+
+def test_rows_are_zero_drawn_or_those_named(tiny_shards: Path, tmp_path: Path, trained: Path) -> None:
+    added = ["gray_scott_reaction_diffusion", "rayleigh_benard"]
+    for name, rows in (("zero", "zero"), ("drawn", "drawn"), ("named", "buoyancy=tracer,B=density")):
+        extend(str(trained), added, str(tiny_shards), tmp_path / name, rows, seed=3)
+    old = tensors(trained)
+    zero, drawn, named = (tensors(tmp_path / name) for name in ("zero", "drawn", "named"))
+    specs = dataset_specs(open_readers(tiny_shards, [*OLD, *added], "train"), load_registry())
+    fresh = WaveLiTFM(CONFIG, specs, seed=3).state_dict()
+    for channel, copied in (("A", None), ("B", "density"), ("buoyancy", "tracer")):
+        rows = f"lifting.rows.{channel}"
+        assert not zero[rows].any()
+        assert torch.equal(drawn[rows], fresh[rows])
+        assert torch.equal(named[rows], old[f"lifting.rows.{copied}"] if copied else drawn[rows])
+    others = [name for name in zero if name not in old and not name.startswith("lifting.rows")]
+    assert {name.split(".")[1] for name in others} == set(added)
+    assert all(torch.equal(tensor[name], fresh[name]) for tensor in (zero, drawn, named) for name in others)
+
+
+def test_the_nearest_channel_has_the_same_unit_and_a_similar_name() -> None:
+    units = {"velocity_x": "m/s", "velocity_y": "m/s", "velocity_xx": "m", "energy": "J", "draft": "unknown"}
+    new = {"flow_velocity_y": "m/s", "speed": "m/s", "velocity": "m/s", "energies": "K", "drafts": "unknown"}
+    cards = {name: Channel(name, "", unit, None) for name, unit in (units | new).items()}
+    chosen = choose_rows("nearest", list(new), list(units), cards)
+    assert {name: str(rows) for name, rows in chosen.items()} == {
+        "drafts": "drawn (its unit is unknown)",
+        "energies": "drawn (no channel in the unit 'K')",
+        "flow_velocity_y": "copy of velocity_y (same unit, similarity of names 0.80)",
+        "speed": "drawn (in its unit, velocity_x has the most similar name, 0.13 < 0.6)",
+        "velocity": "copy of velocity_x (same unit, similarity of names 0.89)",
+    }
+    only_new = {name: cards[name] for name in new}  # the model's own channels are in no registry at hand
+    assert choose_rows("nearest", ["speed"], list(units), only_new)["speed"].origin == "drawn"
+
+
+def test_neither_the_order_nor_the_number_of_commands_matters(tiny_shards: Path, tmp_path: Path, trained: Path) -> None:
+    one, two = "gray_scott_reaction_diffusion", "rayleigh_benard"
+    for rows in ("zero", "drawn"):
+        made: list[dict[str, bytes]] = []
+        for index, groups in enumerate(([[one, two]], [[two, one, two]], [[one], [two]], [[two], [one]])):
+            source = trained
+            for group in groups:
+                out = tmp_path / f"{rows}_{index}_{group[0]}"
+                extend(str(source), group, str(tiny_shards), out, rows, seed=1)
+                source = out
+            made.append(files(source))
+        assert made[0] == made[1] == made[2] == made[3]
+    lineage = verify_artefact(source)["lineage"]
+    assert (lineage["added"], lineage["earlier"]["added"]) == ([one], [two])
+    assert lineage["earlier"]["earlier"] is None
+    assert lineage["earlier"]["model"] == str(trained)
+    assert lineage["earlier"]["weights"] == digest((trained / "model.safetensors").read_bytes())
+
+
+def test_a_dataset_of_ones_own_is_added_by_its_card(
+    burgers: Path, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    shards, card = str(burgers / "shards"), str(burgers / "cards" / "datasets" / "burgers.yaml")
+    command = ["extend", str(trained), "--shards", shards, "--out", str(tmp_path / "ten"), "--rows", "nearest"]
+    assert fm([*command, "--dataset", card, "--dataset", "rayleigh_benard"]) == 0
+    said = capsys.readouterr().out
+    assert "rayleigh_benard: a head of zeros and a drawn task vector; of its channels the model knows pressure" in said
+    assert "burgers: a head of zeros and a drawn task vector; of its channels the model knows none" in said
+    assert "| burgers_velocity_x | copy of velocity_x (same unit, similarity of names 0.71) |" in said
+    made, old = tensors(tmp_path / "ten"), tensors(trained)
+    assert torch.equal(made["lifting.rows.burgers_velocity_x"], old["lifting.rows.velocity_x"])
+    assert "| drawn (its unit is unknown) |" in " ".join(said.split())
+    assert made["lifting.rows.burgers_velocity_y"].any()
+
+    cards = load_folders([tmp_path / "ten" / "cards"])
+    assert list(cards.cards) == sorted([*OLD, "burgers", "rayleigh_benard"])
+    assert cards.cards["burgers"] == load_registry(burgers / "cards").cards["burgers"]
+    lineage = verify_artefact(tmp_path / "ten")["lineage"]
+    assert lineage["rows"]["burgers_velocity_x"]["copied"] == "velocity_x"
+    assert lineage["proof"]["changed"] == []
+
+    # Its card goes along where the folder that it came from is not at hand.
+    extend(str(tmp_path / "ten"), ["gray_scott_reaction_diffusion"], shards, tmp_path / "eleven", "zero")
+    assert (
+        load_folders([tmp_path / "eleven" / "cards"]).cards.keys() == load_pretrained(tmp_path / "eleven").specs.keys()
+    )
+    (tmp_path / "ten" / "cards" / "datasets" / "burgers.yaml").unlink()
+    said = refused(tmp_path / "ten", Path(shards), tmp_path / "other", "gray_scott_reaction_diffusion")
+    assert "burgers.yaml: expected" in said
+    assert "no such file; fetch or export it again" in said
+
+
+def test_twins_of_channels_are_written_above_them(tiny_shards: Path, tmp_path: Path, trained: Path) -> None:
+    extend(str(trained), ["active_matter", "viscoelastic_instability"], str(tiny_shards), tmp_path / "new", "zero")
+    written, known = load_folders([tmp_path / "new" / "cards"]).channel_cards, load_registry().channel_cards
+    specs = load_pretrained(tmp_path / "new").specs.values()
+    assert set(written) == {name for spec in specs for name in (*spec.state_channels, *spec.constant_channels)}
+    assert all(channel == known[name] for name, channel in written.items())
+    assert written["C_yx"].duplicate_of == "C_xy"
+
+
+def test_an_extended_model_is_scored_and_predicts_with_nothing_else_at_hand(
+    burgers: Path, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    shards, new = burgers / "shards", tmp_path / "new"
+    extend(str(trained), ["burgers"], str(shards), new, "nearest", registry=str(burgers / "cards"))
+    assert fm(["evaluate", str(trained), "--out", str(tmp_path / "before")]) == 0
+    assert fm(["evaluate", str(new), "--out", str(tmp_path / "after")]) == 0
+    before, after = (json.loads((tmp_path / out / "scores.json").read_text()) for out in ("before", "after"))
+    assert list(before["datasets"]) == list(OLD)
+    assert {name: after["datasets"][name] for name in OLD} == before["datasets"]
+    assert after["datasets"]["burgers"]["one_step"]["ratio_to_persistence"] == pytest.approx(1, abs=0.05)
+
+    file, out = split_files(burgers / "well" / "burgers", "test")[0], tmp_path / "predicted.hdf5"
+    assert fm(["rollout", str(new), "--input", str(file), "--steps", "3", "--out", str(out)]) == 0
+    card = load_folders([new / "cards"]).cards["burgers"]
+    with WellFile(file, card) as given, WellFile(out, card) as predicted:
+        np.testing.assert_array_equal(predicted.read(0, 0, 1), given.read(0, 0, 1))
+        change = predicted.read(0, 3, 4) - given.read(0, 0, 1)
+        assert np.ptp(change, axis=(2, 3)).max() < 1e-5  # the mean change of the data, the same everywhere
+
+
+def test_the_extended_model_trains(
+    burgers: Path, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, registry = burgers / "shards", str(burgers / "cards")
+    extend(str(trained), ["burgers"], str(shards), tmp_path / "new", "nearest", registry=registry)
+    recipe = small(
+        shards,
+        tmp_path / "run",
+        data={"datasets": [*OLD, "burgers"]},
+        sampling={"scheme": "weights", "weights": {name: float(name == "burgers") for name in [*OLD, "burgers"]}},
+        finetune={"pretrained": str(tmp_path / "new"), "unroll_steps": 1},
+        train={"steps": 3},
+    )
+    monkeypatch.setenv(VARIABLE, registry)
+    assert train(recipe) == 0
+    after = load_file(find_checkpoint(tmp_path / "run") / "model.safetensors")
+    before = tensors(tmp_path / "new")
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "heads.burgers.linear.weight" in moved
+    assert "lifting.rows.burgers_velocity_x" in moved
+    assert not [name for name in moved if name.startswith("heads.") and ".burgers." not in name]
+
+    monkeypatch.delenv(VARIABLE)  # the card comes from the model that the run began with
+    exported_run = export_run(tmp_path / "run", tmp_path / "exported")
+    assert verify_artefact(exported_run)["lineage"] == {"pretrained": str(tmp_path / "new")}
+    assert load_folders([exported_run / "cards"]) == load_folders([tmp_path / "new" / "cards"])
+    assert "Not trained yet" not in (exported_run / "README.md").read_text()
+
+
+def refused(trained: Path, shards: Path, out: Path, *datasets: str, rows: str = "zero", **options: Any) -> str:
+    """What is said of a wrong command; nothing may be left of it."""
+    with pytest.raises(UserError) as caught:
+        extend(str(trained), datasets, str(shards), out, rows, **options)
+    assert not [path for path in out.parent.glob("*") if out.name in path.name]
+    return str(caught.value)
+
+
+def test_wrong_datasets_are_refused(burgers: Path, tiny_shards: Path, tmp_path: Path, trained: Path) -> None:
+    out = tmp_path / "new"
+    assert f"--dataset shear_flow: expected a dataset that {trained} does not know" in (
+        said := refused(trained, tiny_shards, out, "rayleigh_benard", "shear_flow")
+    )
+    assert "acoustic_scattering_maze, helmholtz_staircase, shear_flow" in said
+    assert "Did you mean 'rayleigh_benard'?" in refused(trained, tiny_shards, out, "rayleigh_bernard")
+    assert "expected the name of a dataset, or its card" in refused(trained, tiny_shards, out, "cards/burgers.yaml")
+    loose = tmp_path / "burgers.yaml"
+    loose.write_text(CARD)
+    assert "got a card that is not in a folder datasets" in refused(trained, tiny_shards, out, str(loose))
+    registry = str(burgers / "cards")
+    said = refused(trained, tiny_shards, out, "burgers", registry=registry)
+    assert "no train shards under" in said
+    other = tmp_path / "cards" / "datasets"
+    other.mkdir(parents=True)
+    (other / "burgers.yaml").write_text(CARD.replace("burgers_", ""))
+    said = refused(trained, burgers / "shards", out, "burgers", registry=str(tmp_path / "cards"))
+    assert "the shards hold the state channels burgers_tracer" in said
+
+
+def test_wrong_rows_are_refused(tiny_shards: Path, tmp_path: Path, trained: Path) -> None:
+    for rows, said in {
+        "zeros": "expected zero, nearest, drawn, or NEW=OLD,... with each unseen channel once, got 'zeros'",
+        "buoyancy=": "got 'buoyancy='",
+        "buoyancy=tracer,buoyancy=density": "each unseen channel once",
+        "bouyancy=tracer": "expected a channel that the model has not seen, got 'bouyancy'. Did you mean 'buoyancy'?",
+        "pressure=tracer": "expected a channel that the model has not seen, got 'pressure'",
+        "buoyancy=trace": "expected a channel of the model, got 'trace'. Did you mean 'tracer'?",
+    }.items():
+        assert said in refused(trained, tiny_shards, tmp_path / "new", "rayleigh_benard", rows=rows)
+
+
+def test_a_folder_that_is_there_or_cannot_be_is_refused(tiny_shards: Path, tmp_path: Path, trained: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(UserError, match="taken: expected a folder that is not there yet"):
+        extend(str(trained), ["rayleigh_benard"], str(tiny_shards), tmp_path / "taken", "zero")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written \(.*\); nothing was kept"):
+        extend(str(trained), ["rayleigh_benard"], str(tiny_shards), tmp_path / "file" / "new", "zero")
+
+
+def test_a_model_without_room_for_more_is_refused(tiny_shards: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ptwt")
+    config = BaselineConfig("wno", {"width": 8, "depth": 2, "levels": 3})
+    exported(Baseline(config, [make_spec("shear_flow")]), tmp_path / "wno", tiny_shards)
+    said = refused(tmp_path / "wno", tiny_shards, tmp_path / "new", "rayleigh_benard")
+    assert "expected a WaveLiT, got a baseline" in said
+    assert "(shear_flow)" in said
+    assert "no checkpoint found" in refused(tmp_path / "nothing", tiny_shards, tmp_path / "new", "rayleigh_benard")
+
+
+def test_shards_that_the_model_cannot_take_are_refused(tiny_shards: Path, tmp_path: Path, trained: Path) -> None:
+    shutil.copytree(tiny_shards / "rayleigh_benard" / "train", tmp_path / "shards" / "rayleigh_benard" / "train")
+    file = tmp_path / "shards" / "rayleigh_benard" / "train" / MANIFEST_NAME
+    replace(Manifest.load(file), boundary=(("PERIODIC", "WALL"), ("WALL", "WALL"))).save(file)
+    said = refused(trained, tmp_path / "shards", tmp_path / "new", "rayleigh_benard")
+    assert "dataset rayleigh_benard: x is periodic at one end only" in said
+    assert "Make the shards again" in said
+
+    model = load_pretrained(trained)
+    assert isinstance(model, WaveLiTFM)
+    bare = replace(make_spec("rayleigh_benard"), stats={})
+    with pytest.raises(ValueError, match="dataset rayleigh_benard: no statistic 'mean' for channels buoyancy"):
+        extend_model(model, [bare], {"buoyancy": Rows("zero")})

@@ -1,0 +1,364 @@
+"""Saving from a thread: the bytes, the consistency, the ways a save can fail, kills, and what a run says of them."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from handmade import make_spec
+from safetensors.torch import save as serialize_tensors
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from whole_runs import finish, log, small, start, wait_for
+
+from data_pipeline.files import UserError
+from fm.checkpoint import (
+    CheckpointWriter,
+    Snapshot,
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    prune_checkpoints,
+    take_snapshot,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from fm.model.spec import ModelConfig
+from fm.model.wavelit import WaveLiTFM
+from fm.training.parallel import named_state
+from fm.training.trainer import train
+
+NOBODY = 65534
+
+
+def make_state(width: int = 16) -> tuple[WaveLiTFM, WaveLiTFM, torch.optim.Optimizer]:
+    """A model, its average, and an optimiser that has moved all parameters but one."""
+    specs = [make_spec("shear_flow"), make_spec("active_matter")]
+    model, ema = (WaveLiTFM(ModelConfig(width=width, depth=2, heads=2), specs, seed) for seed in (0, 1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in list(model.parameters())[1:]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return model, ema, optimizer
+
+
+def make_snapshot(step: int, width: int = 16) -> Snapshot:
+    return snapshot_of(step, *make_state(width), {"shards": {}})
+
+
+def snapshot_of(
+    step: int, model: WaveLiTFM, ema: WaveLiTFM, optimizer: torch.optim.Optimizer, facts: dict[str, Any]
+) -> Snapshot:
+    moments = named_state(model, optimizer)
+    return take_snapshot(step, model.description(), model.state_dict(), ema.state_dict(), moments, facts)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def saved_steps(root: Path) -> list[int]:
+    """Steps of the checkpoints, oldest first; each is whole."""
+    for path in list_checkpoints(root).values():
+        verify_checkpoint(path)
+    return sorted(list_checkpoints(root))
+
+
+def refuse(report: str) -> None:
+    raise AssertionError(report)
+
+
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """As on a full disk, a file cannot grow beyond `limit` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Forbid writing to the folder, to root as well, which is somebody else for as long."""
+    mode, is_root = folder.stat().st_mode, os.geteuid() == 0
+    folder.chmod(0o555)
+    if is_root:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        folder.chmod(mode)
+
+
+def test_the_files_hold_the_state_when_the_save_began(tmp_path: Path) -> None:
+    model, ema, optimizer = make_state()
+    facts: dict[str, Any] = {"shards": {"a": "1"}, "sampling": [0.5]}
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    names = [name for name, _ in model.named_parameters()]
+    moments = {
+        f"{names[index]}/{key}": value.clone()
+        for index, values in optimizer.state_dict()["state"].items()
+        for key, value in values.items()
+    }
+    with CheckpointWriter(tmp_path / "run" / "checkpoints", 3, None) as writer:
+        writer.start(snapshot_of(7, model, ema, optimizer, facts))
+        for parameter in model.parameters():  # training goes on
+            parameter.detach().zero_()
+            parameter.grad = torch.full_like(parameter, 3.0)
+        optimizer.step()
+        facts["sampling"].append(0.25)
+    files = contents(tmp_path / "run/checkpoints/step_00000007")
+    state = json.loads(files.pop("state.json"))
+    assert files == {
+        "model.json": json.dumps(model.description(), indent=1).encode(),
+        "model.safetensors": serialize_tensors(weights),
+        "ema.safetensors": serialize_tensors(dict(ema.state_dict())),
+        "optimizer.safetensors": serialize_tensors(moments),
+    }
+    digests = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    assert state == {
+        "format_version": 2,
+        "step": 7,
+        "shards": {"a": "1"},
+        "sampling": [0.5],
+        "files": digests,
+    }
+    assert f"{names[0]}/exp_avg" not in moments
+    assert f"{names[1]}/exp_avg" in moments
+
+
+def test_the_loop_does_not_wait_for_the_disk(tmp_path: Path) -> None:
+    model, ema, optimizer = make_state(width=256)
+    with CheckpointWriter(tmp_path, 3, None) as writer:
+        writer.start(snapshot_of(1, model, ema, optimizer, {"shards": {}}))
+        assert not list_checkpoints(tmp_path)  # 25 MB to hash and sync
+        assert writer.wait() is None
+        assert saved_steps(tmp_path) == [1]
+    other, average, _ = make_state(width=256)
+    facts, moments = load_checkpoint(tmp_path / "step_00000001", other, average)
+    assert facts["step"] == 1
+    assert moments.keys() == named_state(model, optimizer).keys()
+
+
+def test_pruning_keeps_the_newest_the_milestones_and_what_is_newer(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path, keep=2, keep_every=4) as writer:
+        for step in (3, 4, 5, 6, 7):
+            writer.start(make_snapshot(step))
+            assert writer.wait() is None
+        assert saved_steps(tmp_path) == [4, 6, 7]
+        writer.start(make_snapshot(5))  # a run that starts over in the same folder
+        assert writer.wait() is None
+    assert saved_steps(tmp_path) == [4, 5, 6, 7]
+    assert not list(tmp_path.glob(".*"))
+    prune_checkpoints(tmp_path, tmp_path / "step_00000004", keep=1, keep_every=None)
+    assert saved_steps(tmp_path) == [4, 5, 6, 7]
+
+
+def test_a_full_disk_leaves_what_was_there_and_the_next_save_works(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path, keep=1, keep_every=None) as writer:
+        writer.start(make_snapshot(1))
+        assert writer.wait() is None
+        before = contents(tmp_path / "step_00000001")
+        for limit in (100, len(before["model.safetensors"]) - 1, len(before["optimizer.safetensors"]) - 1):
+            with file_size_limit(limit):
+                writer.start(make_snapshot(2))
+                message = str(writer.wait())
+            assert "could not save the checkpoint" in message
+            assert "step_00000002: File too large" in message
+            assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+            assert contents(tmp_path / "step_00000001") == before
+        writer.start(make_snapshot(2))
+        assert writer.wait() is None
+    assert saved_steps(tmp_path) == [2]
+
+
+def test_a_read_only_folder_leaves_what_was_there() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # tmp_path is closed to others than its owner
+        root = Path(folder) / "checkpoints"
+        Path(folder).chmod(0o755)
+        with CheckpointWriter(root, keep=1, keep_every=None) as writer:
+            writer.start(make_snapshot(1))
+            assert writer.wait() is None
+            with read_only(root):
+                writer.start(make_snapshot(2))
+                assert "step_00000002: Permission denied" in str(writer.wait())
+            assert saved_steps(root) == [1]
+            write_checkpoint(root, make_snapshot(2))
+            with read_only(root):
+                with pytest.raises(UserError, match=r"could not delete old checkpoints in .*: Permission denied"):
+                    prune_checkpoints(root, root / "step_00000002", keep=1, keep_every=None)
+                assert saved_steps(root) == [1, 2]
+
+
+def test_a_vanished_folder_is_made_again(tmp_path: Path) -> None:
+    root = tmp_path / "run" / "checkpoints"
+    with CheckpointWriter(root, keep=1, keep_every=None) as writer:
+        for step in (1, 2):
+            writer.start(make_snapshot(step))
+            assert writer.wait() is None
+            assert saved_steps(root) == [step]
+            shutil.rmtree(tmp_path / "run")
+
+
+def test_a_failure_is_handed_out_once_as_soon_as_it_is_known(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("not a folder")
+    writer = CheckpointWriter(tmp_path / "checkpoints", keep=1, keep_every=None)
+    assert writer.failure() is None
+    writer.start(make_snapshot(1))
+    deadline = time.monotonic() + 30
+    while (failure := writer.failure()) is None:
+        assert time.monotonic() < deadline
+    assert "step_00000001: Not a directory" in str(failure)
+    assert writer.failure() is None
+    assert writer.wait() is None
+    with pytest.raises(UserError, match="could not save"), writer:  # nobody asked
+        writer.start(make_snapshot(1))
+
+
+def save_and_fail(root: Path) -> None:
+    with CheckpointWriter(root, keep=1, keep_every=None) as writer:
+        writer.start(make_snapshot(1))
+        raise ZeroDivisionError
+
+
+def test_an_error_elsewhere_waits_for_the_save_and_hides_no_failure(tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(ZeroDivisionError):
+        save_and_fail(tmp_path)
+    assert saved_steps(tmp_path) == [1]
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ZeroDivisionError):
+        save_and_fail(tmp_path / "file")
+    assert "could not save the checkpoint" in capsys.readouterr().err
+
+
+def test_a_snapshot_that_cannot_be_written_as_json_is_our_fault(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, 1, None)
+    writer.start(snapshot_of(1, *make_state(), {"shards": object()}))
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        writer.wait()
+
+
+def save_for_ever(root: Path) -> None:
+    """Save steps 1, 2, 3, ... after the newest there; `done` holds the last that ended."""
+    torch.set_num_threads(1)
+    model, ema, optimizer = make_state(width=64)
+    newest = newest_checkpoint(root, refuse)
+    step = int(newest.name.removeprefix("step_")) if newest else 0
+    writer = CheckpointWriter(root, keep=1, keep_every=None)
+    while True:
+        step += 1
+        writer.start(snapshot_of(step, model, ema, optimizer, {"shards": {}}))
+        assert writer.wait() is None
+        (root.parent / "done").write_text(f"{step:08d}")
+
+
+def test_kills_during_saves_leave_the_checkpoint_before_or_the_one_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 at random moments of asynchronous saves that keep one checkpoint only."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the fork server imports this file, once
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    root, done, rng, torn = tmp_path / "checkpoints", tmp_path / "done", random.Random(0), 0
+    for _ in range(6):
+        before = done.read_text() if done.exists() else ""
+        process = context.Process(target=save_for_ever, args=(root,), daemon=True)
+        process.start()
+        deadline = time.monotonic() + 60
+        while not done.exists() or done.read_text() in ("", before):
+            assert process.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        torn += bool(list(root.glob(".writing_*")))
+        newest = newest_checkpoint(root, refuse)  # no damaged one at all
+        assert newest is not None
+        assert int(newest.name.removeprefix("step_")) >= int(done.read_text() or 0)
+        load_checkpoint(newest, *make_state(width=64)[:2])
+    assert torn > 0
+    write_checkpoint(root, make_snapshot(10**6))
+    assert not list(root.glob(".*"))
+
+
+def test_by_default_a_failed_save_ends_the_run_at_the_next_step(tiny_shards: Path, tmp_path: Path) -> None:
+    recipe = small(tiny_shards, tmp_path / "run", train={"steps": 30}, checkpoint={"every": 10})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("not a folder")
+    with pytest.raises(UserError, match=r"checkpoints/step_00000010: Not a directory"):
+        train(recipe)
+    assert 10 <= len(log(tmp_path / "run")) < 20
+
+
+@pytest.mark.parametrize("stop_at", [None, 7])
+def test_told_to_continue_a_run_says_so_and_only_its_last_save_ends_it(
+    tiny_shards: Path, tmp_path: Path, capsys: Any, stop_at: int | None
+) -> None:
+    recipe = small(
+        tiny_shards, tmp_path / "run", checkpoint={"every": 3, "on_error": "continue"}, run={"stop_at": stop_at}
+    )
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("not a folder")
+    last = stop_at or 8
+    with pytest.raises(UserError, match=rf"checkpoints/step_0000000{last}: Not a directory"):
+        train(recipe)
+    assert len(log(tmp_path / "run")) == last
+    console = capsys.readouterr().err
+    for step in (3, 6):
+        assert f"could not save the checkpoint {tmp_path}/run/checkpoints/step_0000000{step}" in console
+    assert "saved step" not in console
+    (tmp_path / "run" / "checkpoints").unlink()
+    assert train(recipe) == 0
+    assert saved_steps(tmp_path / "run" / "checkpoints") == [3, 6, last]
+
+
+def test_a_run_that_continues_saves_again_once_there_is_space(tiny_shards: Path, tmp_path: Path) -> None:
+    """The disk is full from step 3 of a run in its own process, until space is made."""
+    directory = tmp_path / "run"
+    assert train(small(tiny_shards, directory, train={"steps": 3})) == 0
+    limit = (directory / "checkpoints/step_00000003/optimizer.safetensors").stat().st_size - 1
+    recipe = small(tiny_shards, directory, train={"steps": 100}, checkpoint={"every": 5, "on_error": "continue"})
+    unlimited = resource.RLIM_INFINITY
+    process = start(recipe, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited)))
+    wait_for(lambda: len((directory / "log.jsonl").read_text().splitlines()) > 12, process)
+    assert saved_steps(directory / "checkpoints") == [3]
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (unlimited, unlimited))
+    code, output = finish(process)
+    assert code == 0, output
+    assert "step_00000005: File too large" in output
+    assert "Training goes on (checkpoint.on_error: continue)" in output
+    assert saved_steps(directory / "checkpoints") == [90, 95, 100]
+    events = EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("events/text_summary")]
+    assert any("could not save the checkpoint" in text for text in texts)
+
+
+def test_a_run_whose_folder_vanishes_makes_it_again(tiny_shards: Path, tmp_path: Path) -> None:
+    """With a save every step, so that each waits for the one before it."""
+    root = tmp_path / "run" / "checkpoints"
+    recipe = small(tiny_shards, tmp_path / "run", train={"steps": 4}, checkpoint={"every": 1})
+    assert train(recipe) == 0
+    assert saved_steps(root) == [2, 3, 4]
+    process = start(small(tiny_shards, tmp_path / "run", train={"steps": 90}, checkpoint={"every": 30}))
+    wait_for(lambda: len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) > 6, process)
+    shutil.rmtree(root)
+    code, output = finish(process)
+    assert code == 0, output
+    assert saved_steps(root) == [30, 60, 90]

@@ -1,0 +1,123 @@
+"""FLOPs and memory that are counted without computing, against hand arithmetic and against what torch really does."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from fm.config import FinetuneSettings, LossSettings
+from fm.model.spec import DatasetSpec, ModelConfig
+from fm.model.wavelit import WaveLiTFM
+from fm.training.flops import footprint, forward_flops, forward_passes, held_calls, kept_bytes
+from fm.training.objective import Unroll
+
+STATS = {key: {"tracer": 1.0} for key in ("mean", "std", "mean_delta", "std_delta")}
+PERIODIC = ("PERIODIC", "PERIODIC")
+SPEC = DatasetSpec("shear_flow", ("tracer",), (), (PERIODIC, PERIODIC), STATS)
+CONFIG = ModelConfig(width=16, depth=2, heads=2, wavelet="haar", pyramid_levels=0)
+# without depthwise convolutions, whose backward pass torch counts as if they were dense
+PRODUCTS = replace(CONFIG, cpe=False, lepe=False, mila=False)
+GRID = (32, 48)
+
+
+def model(config: ModelConfig = CONFIG) -> WaveLiTFM:
+    return WaveLiTFM(config, [SPEC])
+
+
+def fake(config: ModelConfig = CONFIG) -> WaveLiTFM:
+    with FakeTensorMode():
+        return model(config)
+
+
+def real_pass(objective: Unroll, windows: int, calls: int) -> torch.Tensor:
+    fields = torch.randn(windows, calls + 1, 1, *GRID)
+    coins = torch.ones(windows, calls, dtype=torch.bool)
+    return objective(fields, torch.zeros(windows, 0, *GRID), coins, "shear_flow")["loss"]
+
+
+def finetune(objective: str, **settings: bool) -> FinetuneSettings:
+    return FinetuneSettings("nowhere", objective, **settings)  # type: ignore[arg-type]
+
+
+def test_flops_are_those_of_a_real_forward_pass_for_real_and_fake_models() -> None:
+    whole = model()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        whole(torch.randn(1, 1, *GRID), torch.zeros(1, 0, *GRID), "shear_flow")
+    assert forward_flops(whole, "shear_flow", GRID) == counter.get_total_flops()
+    assert forward_flops(fake(), "shear_flow", GRID) == counter.get_total_flops()
+    assert all(type(parameter) is torch.nn.Parameter for parameter in whole.parameters())
+
+
+def test_flops_of_a_wider_hidden_layer_by_hand() -> None:
+    """An MLP of ratio r has 2 x D x rD multiply-adds a token and block."""
+    narrow, wide = (replace(CONFIG, mlp_ratio=ratio) for ratio in (2.0, 4.0))
+    more = forward_flops(fake(wide), "shear_flow", GRID) - forward_flops(fake(narrow), "shear_flow", GRID)
+    tokens, width = GRID[0] * GRID[1] // 4, CONFIG.width
+    assert more == 2 * CONFIG.depth * tokens * 2 * width * (2 * width)
+
+
+def test_flops_grow_as_tokens() -> None:
+    small, large = (forward_flops(fake(), "shear_flow", grid) for grid in (GRID, (128, 192)))
+    assert large / small == pytest.approx(16, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "calls", "passes", "held"),
+    [
+        (None, 1, 3, 1),
+        (finetune("scheduled_sampling"), 4, 12, 4),
+        (finetune("bptt"), 4, 12, 4),
+        (finetune("pushforward"), 4, 6, 1),
+        (finetune("bptt", checkpoint_activations=True), 4, 16, 1),
+        (finetune("pushforward", checkpoint_activations=True), 4, 7, 1),
+    ],
+)
+def test_passes_of_each_objective(settings: FinetuneSettings | None, calls: int, passes: int, held: int) -> None:
+    assert (forward_passes(calls, settings), held_calls(calls, settings)) == (passes, held)
+    objective = Unroll(model(PRODUCTS), LossSettings(), settings)
+    with FlopCounterMode(display=False) as counter:
+        real_pass(objective, 2, calls).backward()
+    forward = 2 * forward_flops(objective.model, "shear_flow", GRID)
+    assert counter.get_total_flops() / forward == pytest.approx(passes, rel=0.1)
+
+
+@pytest.mark.parametrize(("windows", "calls"), [(1, 1), (2, 1), (2, 3)])
+def test_kept_bytes_are_what_autograd_saves(windows: int, calls: int) -> None:
+    objective = Unroll(model(), LossSettings())
+    own = {
+        tensor.untyped_storage().data_ptr() for tensor in (*objective.model.parameters(), *objective.model.buffers())
+    }
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        real_pass(objective, windows, calls)
+    really = sum(storage.nbytes() for storage in saved.values())
+    counted = kept_bytes(Unroll(fake(), LossSettings()), "shear_flow", GRID, windows, calls)
+    assert counted == pytest.approx(really, rel=0.01)
+
+
+def test_model_steps_keep_alike_and_bf16_less() -> None:
+    one, four = (kept_bytes(Unroll(fake(), LossSettings()), "shear_flow", GRID, 2, calls) for calls in (1, 4))
+    assert four / one == pytest.approx(4, rel=0.1)
+    halved = kept_bytes(Unroll(fake(), LossSettings(), autocast=torch.bfloat16), "shear_flow", GRID, 2)
+    assert 0.5 * one < halved < 0.9 * one
+
+
+def test_a_footprint_moves_more_than_it_keeps_and_leaves_no_gradient() -> None:
+    objective = Unroll(fake(), LossSettings())
+    found = footprint(objective, "shear_flow", GRID)
+    assert found.kept_bytes == kept_bytes(objective, "shear_flow", GRID)
+    assert found.moved_bytes > found.kept_bytes
+    assert all(parameter.grad is None for parameter in objective.model.parameters())
+    larger = footprint(objective, "shear_flow", (64, 96))
+    assert larger.moved_bytes / found.moved_bytes == pytest.approx(4, rel=0.1)
+    assert larger.operations == pytest.approx(found.operations, rel=0.01)

@@ -1,0 +1,212 @@
+"""TensorBoard's files as its own reader sees them: pictures, which tags there are, and how large a long run gets."""
+
+import dataclasses
+import io
+import platform
+import re
+import time
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from handmade import make_spec
+from PIL import Image
+from samples import ramp_sample
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from whole_runs import DATASETS, ROOT, small
+
+from data_pipeline.windows.schedule import Schedule, Source
+from fm.config import Recipe
+from fm.evaluation.pictures import Sample
+from fm.model.spec import ModelConfig
+from fm.model.wavelit import WaveLiTFM
+from fm.training.console import StepResult
+from fm.training.record import RunRecord, pictured
+from fm.training.tensorboard import Dashboard, is_shown, rollout_pictures
+from fm.training.trainer import train
+
+EIGHT = [
+    "acoustic_scattering_maze",
+    "active_matter",
+    "gray_scott_reaction_diffusion",
+    "helmholtz_staircase",
+    "rayleigh_benard",
+    "shear_flow",
+    "turbulent_radiative_layer_2D",
+    "viscoelastic_instability",
+]
+
+
+def board_of(directory: Path) -> EventAccumulator:
+    everything = {"scalars": 0, "images": 0, "tensors": 0}
+    return EventAccumulator(str(directory), size_guidance=everything).Reload()
+
+
+def images_of(directory: Path, sample: Sample) -> dict[str, Image.Image]:
+    board = Dashboard(directory, [sample.dataset], ["1:20"], 0)
+    board.rollout(sample, 7)
+    board.close()
+    events = board_of(directory)
+    images = {}
+    for tag in events.Tags()["images"]:
+        (event,) = events.Images(tag)
+        assert event.step == 7
+        image = Image.open(io.BytesIO(event.encoded_image_string))
+        assert image.size == (event.width, event.height)
+        images[tag] = image
+    return images
+
+
+def test_a_rollout_is_shown_still_and_moving(tmp_path: Path) -> None:
+    images = images_of(tmp_path, ramp_sample((16, 32), num_steps=9))
+    assert set(images) == {f"shear_flow/{kind}" for kind in ("truth", "prediction", "error", "spectrum", "rollout")}
+    assert images["shear_flow/rollout"].format == "GIF"
+    assert images["shear_flow/rollout"].n_frames == 9
+    truth = np.asarray(images["shear_flow/truth"].convert("RGB")).astype(int)
+    assert truth.shape[0] == 2 * truth.shape[1]  # x to the right, y upwards
+    assert truth[0, -1, 1] > truth[0, 0, 1] + 150  # from viridis's violet to its yellow
+
+
+def test_a_prediction_that_is_not_finite_is_shown_too(tmp_path: Path) -> None:
+    sample = ramp_sample()
+    broken = dataclasses.replace(sample, prediction=np.full_like(sample.truth, np.nan))
+    images = images_of(tmp_path, broken)
+    assert "shear_flow/rollout" in images
+    assert np.unique(np.asarray(images["shear_flow/prediction"].convert("RGB"))).tolist() == [0xB0]
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 1), (7, 3), (40, 40), (200, 40), (100, 1), (5, 40), (201, 40), (9, 0)])
+def test_occasions_are_few_and_even_and_hold_the_last(count: int, most: int) -> None:
+    shown = [number for number in range(1, count + 1) if is_shown(number, count, most)]
+    assert len(shown) == min(count, most)
+    if most:
+        assert shown[-1] == count
+        gaps = np.diff([0, *shown])
+        assert gaps.max() - gaps.min() <= 1
+
+
+def test_pictures_of_a_run_are_counted_with_those_of_the_pretrained_model(tmp_path: Path) -> None:
+    recipe = small(
+        tmp_path, tmp_path, train={"steps": 95}, validation={"every": 10, "rollouts": 1}, tracking={"pictures": 4}
+    )
+    steps = [*range(10, 91, 10), 95]
+    assert [step for step in steps if pictured(step, recipe)] == [30, 50, 80, 95]
+    gated = small(
+        tmp_path,
+        tmp_path,
+        train={"steps": 95},
+        validation={"every": 10, "rollouts": 1},
+        tracking={"pictures": 4},
+        finetune={"pretrained": "runs/x", "gate": 1.1},
+    )
+    assert [step for step in [0, *steps] if pictured(step, gated)] == [20, 50, 80, 95]
+
+
+@pytest.fixture(scope="module")
+def watched(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that writes every tag there is, in two processes' worth of steps. Read only."""
+    directory = tmp_path_factory.mktemp("watched") / "run"
+    sections = {
+        "train": {"steps": 12},
+        "validation": {"every": 2, "windows": 2, "rollouts": 1},
+        "checkpoint": {"every": 2},
+        "tracking": {"every": 4, "pictures": 3, "gradient_cosine_every": 3},
+    }
+    assert train(small(tiny_shards, directory, run={"stop_at": 6}, **sections)) == 0
+    time.sleep(1.1)  # TensorBoard orders event files by the second in which they were begun
+    assert train(small(tiny_shards, directory, **sections)) == 0
+    return directory
+
+
+def documented() -> dict[str, list[str]]:
+    """The tags of README's table -> the tags that each stands for in `watched`, <channel> excepted."""
+    table = (ROOT / "README.md").read_text().partition("| tag | what |")[2].partition("\n\n")[0]
+    written = [
+        tag for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for tag in row.strip("`").split("`, `")
+    ]
+    windows = ["first_third", "middle_third", "last_third"]
+    found = {}
+    for tag in written:
+        parts = re.split(r"\{(.*?)\}", tag)
+        spread = ["".join(choice) for choice in product(*(part.split(",") for part in parts))]
+        found[tag] = [
+            name.replace("<dataset>", dataset).replace("<window>", window)
+            for name in spread
+            for dataset in (DATASETS if "<dataset>" in name else [""])
+            for window in (windows if "<window>" in name else [""])
+        ]
+    return found
+
+
+def test_the_tags_are_those_of_the_readme(watched: Path) -> None:
+    tags = board_of(watched / "tensorboard").Tags()
+    texts = {tag.removesuffix("/text_summary") for tag in tags["tensors"] if tag.endswith("/text_summary")}
+    there = {*tags["scalars"], *tags["images"], *texts}
+    only_sometimes = ("valid_vrmse_field/<dataset>/<channel>", "learning_rate/<part>")
+    promised = {name for tag, names in documented().items() for name in names if tag not in only_sometimes}
+    fields = {name for name in there if name.startswith("valid_vrmse_field/")}
+    assert there - fields == promised
+    assert documented().keys() >= {*only_sometimes}
+    assert f"valid_vrmse_field/{DATASETS[1]}/pressure_re" in fields
+
+
+def test_a_run_draws_no_more_pictures_than_it_was_told(watched: Path) -> None:
+    board = board_of(watched / "tensorboard")
+    for name in DATASETS:
+        assert [event.step for event in board.Images(f"{name}/rollout")] == [4, 8, 12]
+        assert [event.step for event in board.Scalars(f"valid_over_persistence/{name}")] == [2, 4, 6, 8, 10, 12]
+    assert [event.step for event in board.Images("gradients/cosine")] == [6, 9, 12]
+
+
+def test_losses_of_a_dataset_are_means_since_the_scalars_before(watched: Path) -> None:
+    board, lines = board_of(watched / "tensorboard"), {}
+    for line in (watched / "log.jsonl").read_text().splitlines():
+        step, dataset, loss = re.search(r'"step": (\d+), "dataset": "(\w+)".*"loss": ([\d.e-]+)', line).groups()
+        lines.setdefault((-(-int(step) // 4) * 4, dataset), []).append(float(loss))
+    assert len(lines) > 3
+    for (step, dataset), losses in lines.items():
+        values = {event.step: event.value for event in board.Scalars(f"train_loss/{dataset}")}
+        assert values[step] == pytest.approx(np.mean(losses))
+    assert sum(len(board.Scalars(f"train_loss/{name}")) for name in DATASETS) == len(lines)
+
+
+def test_texts_tell_of_the_environment_and_of_every_save(watched: Path) -> None:
+    board = board_of(watched / "tensorboard")
+
+    def texts(tag: str) -> dict[int, str]:
+        return {event.step: event.tensor_proto.string_val[0].decode() for event in board.Tensors(f"{tag}/text_summary")}
+
+    assert list(texts("environment")) == [0, 6]
+    assert f"| python | {platform.python_version()} |" in texts("environment")[6]
+    assert "| processes | 1 (one process) |" in texts("environment")[6]
+    assert texts("saves") == {step: f"checkpoint of step {step}" for step in (2, 4, 6, 8, 10, 12)}
+    assert texts("events") == {6: "continued from step 6"}
+
+
+def recorded_bytes(recipe: Recipe, steps: int) -> int:
+    """Size of the TensorBoard files after `steps` steps of eight datasets, without validations."""
+    model = WaveLiTFM(ModelConfig(width=16, depth=1, heads=2, wavelet="haar"), [make_spec(name) for name in EIGHT])
+    schedule = Schedule([Source(name, 100, 16, (100,)) for name in EIGHT], 4, seed=0)
+    with RunRecord(recipe, schedule, model, 0, "one process") as record:
+        for step in range(1, steps + 1):
+            name = EIGHT[step % 8]
+            record.step(
+                StepResult(step, (name,), ((16, 16),), "", (1.0,), 1.0, 1.0, 1.0, 1e-3, 4, (1,), 0.0, 1.0, False)
+            )
+    return sum(file.stat().st_size for file in (recipe.run.directory / "tensorboard").iterdir())
+
+
+def test_a_million_steps_stay_below_200_mb(tmp_path: Path) -> None:
+    """Eight datasets, scalars every 50 steps, and the worst case of all pictures: noise in every panel."""
+    tracking = {"every": 50}
+    recipes = [small(tmp_path, tmp_path / name, train={"steps": 10**6}, tracking=tracking) for name in ("a", "b")]
+    few, many = (recorded_bytes(recipe, steps) for recipe, steps in zip(recipes, (100, 2100), strict=True))
+    scalars = (many - few) / 2000 * 1e6
+    truth, prediction = np.random.default_rng(0).standard_normal((2, 16, 256, 256))
+    noise = dataclasses.replace(ramp_sample(num_steps=16), truth=truth, prediction=prediction)
+    pictures = (
+        sum(len(encoded) for encoded in rollout_pictures(noise).values()) * len(EIGHT) * recipes[0].tracking.pictures
+    )
+    assert recipes[0].tracking.pictures == 40
+    assert scalars + pictures < 195e6  # and 200 validations of 70 scalars

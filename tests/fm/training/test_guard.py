@@ -1,0 +1,257 @@
+"""Steps that are not finite or not usual: stopped, skipped, or passed over after a roll back; and replayed."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from whole_runs import DATASETS, accelerate, finish, last_weights, log, small, spoil, start
+
+from data_pipeline.files import UserError
+from data_pipeline.shards.format import Manifest
+from data_pipeline.windows.reader import ShardReader
+from fm.cli import main
+from fm.config import GuardSettings, Recipe
+from fm.lab.replay import replay
+from fm.training.guard import Guard
+from fm.training.trainer import train
+
+
+def judge(guard: Guard, loss: float, norm: float = 1.0, dataset: str = "a") -> str | None:
+    return guard.judge([dataset], [loss], norm)
+
+
+def used_to(losses: list[float], **settings: Any) -> Guard:
+    guard = Guard(GuardSettings(**{"spike": 6.0, **settings}))
+    for loss in losses:
+        assert judge(guard, loss) is None
+    return guard
+
+
+USUAL = [1.0, 1.1, 0.9, 1.05, 0.95, 1.0, 1.2, 0.8] * 4
+
+
+def test_what_is_not_finite_is_named() -> None:
+    guard = Guard(GuardSettings())
+    assert judge(guard, float("nan")) == "the loss of a is not finite"
+    assert judge(guard, 1.0, float("inf")) == "the gradient norm of a is not finite"
+    assert guard.judge(["a", "b"], [float("inf"), 1.0], float("nan")) == (
+        "the loss of a is not finite; the gradient norm is not finite"
+    )
+    assert judge(guard, 1e30) is None  # without guard.spike, finite is good enough
+
+
+def test_a_spike_is_far_above_the_median_in_spreads_of_its_own_dataset() -> None:
+    guard = used_to(USUAL)
+    assert judge(guard, 1.6) is None
+    said = judge(guard, 4.0)
+    assert said is not None
+    assert said.startswith("the loss of a is 4, ")
+    assert "spreads above its median 1 (guard.spike: 6)" in said
+    assert judge(guard, 1e-6) is None  # far below is no harm
+    assert judge(guard, 1.0, norm=9.0).startswith("the gradient norm of a is 9")
+    assert judge(guard, 1000.0, dataset="b") is None  # nothing is known of it yet
+
+
+def test_what_was_refused_does_not_become_usual() -> None:
+    guard = used_to(USUAL)
+    assert all(judge(guard, 4.0) for _ in range(100))
+    rising = used_to(USUAL)
+    assert all(judge(rising, 1.0 + 0.01 * number) is None for number in range(100))  # slow is usual
+
+
+def test_little_variation_is_no_reason_for_alarm() -> None:
+    guard = used_to([1.0] * 40)
+    assert judge(guard, 1.2) is None
+    assert judge(guard, 1.5) is not None
+
+
+def test_the_state_judges_alike() -> None:
+    guard = used_to(USUAL, history=16)
+    guard.refuse(7)
+    other = Guard(guard.settings)
+    other.restore(json.loads(json.dumps(guard.state())))
+    for loss in (1.3, 0.7, 1.7, 2.5, 1.1, 4.0):
+        assert judge(guard, loss) == judge(other, loss)
+    assert other.state() == guard.state()
+    assert other.refused == {7}
+
+
+def test_too_many_are_the_end() -> None:
+    guard = Guard(GuardSettings(max_events=1))
+    guard.refuse(5)
+    guard.refuse(5)  # the same step, in another attempt
+    with pytest.raises(UserError, match=r"the guard has refused 2 steps, more than guard.max_events=1"):
+        guard.refuse(9)
+
+
+@pytest.fixture(scope="module")
+def spoilt(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards with two frames, of one trajectory, that are a thousand times too large."""
+    return spoil(
+        tiny_shards, tmp_path_factory.mktemp("spoilt") / "shards", lambda frames: np.multiply(frames, 1e3, out=frames)
+    )
+
+
+def guarded(shards: Path, directory: Path, action: str, **sections: dict[str, Any]) -> Recipe:
+    guard = {"action": action, "spike": 20.0, "history": 8}
+    data = {"datasets": DATASETS[:1]}
+    sections = {"train": {"steps": 40}, "checkpoint": {"every": 4, "keep": 100}, **sections}
+    return small(shards, directory, guard=guard, data=data, **sections)
+
+
+def lines_of(directory: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def stopped(spoilt: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A run that the guard has stopped, and the step that it refused."""
+    directory = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(UserError, match=r"step \d+: the loss of acoustic\w+ is .* spreads above its median"):
+        train(guarded(spoilt, directory, "stop"))
+    return directory, len(log(directory)) + 1
+
+
+def test_a_spike_stops_the_run_and_says_which_windows(spoilt: Path, stopped: tuple[Path, int]) -> None:
+    directory, step = stopped
+    assert 8 < step < 40
+    (event,) = lines_of(directory, "guard")
+    assert (event["refused"], event["action"], event["step"]) == (step, "stop", step)
+    windows = event["windows"][DATASETS[0]]
+    assert len(windows) == 4
+    assert f"{DATASETS[0]} windows {', '.join(map(str, windows))}" in event["text"]
+    index = ShardReader(spoilt, DATASETS[0], "train").index(2)
+    assert {(0, 0), (0, 1)} & set(zip(*(part.tolist() for part in index.locate(np.array(windows))), strict=True))
+    assert [path.name for path in (directory / "incidents").iterdir()] == [f"step_{step - 1:08d}"]
+    board = EventAccumulator(str(directory / "tensorboard"))
+    board.Reload()
+    assert any(b"refused" in e.tensor_proto.string_val[0] for e in board.Tensors("events/text_summary"))
+
+
+def test_windows_of_two_draws_of_one_dataset_are_all_named(spoilt: Path, tmp_path: Path) -> None:
+    batches = {"steps": 24, "global_batch": 4, "draws": 2, "micro_batch": 1}
+    assert train(guarded(spoilt, tmp_path / "run", "skip", train=batches)) == 0
+    refused = lines_of(tmp_path / "run", "guard")
+    assert refused
+    assert {len(event["windows"][DATASETS[0]]) for event in refused} == {4}
+    last = replay(tmp_path / "run", refused[-1]["refused"])
+    assert last.again == 0
+    assert [draw.dataset for draw in last.draws] == DATASETS[:1] * 2
+    assert sum(draw.loss for draw in last.draws) / 2 == last.logged
+
+
+def test_skipped_steps_leave_the_weights_alone(spoilt: Path, tmp_path: Path, stopped: tuple[Path, int]) -> None:
+    directory, step = tmp_path / "run", stopped[1]
+    assert train(guarded(spoilt, directory, "skip", checkpoint={"every": 1, "keep": 100})) == 0
+    refused = [event["refused"] for event in lines_of(directory, "guard")]
+    assert step in refused
+    for number in range(2, 41):
+        before, after = (
+            load_file(directory / f"checkpoints/step_{n:08d}/model.safetensors") for n in (number - 1, number)
+        )
+        assert all(torch.equal(before[name], after[name]) for name in before) == (number in refused)
+    assert [line["step"] for line in log(directory)] == list(range(1, 41))
+
+
+def test_a_roll_back_passes_the_step_over_and_says_so(spoilt: Path, tmp_path: Path, stopped: tuple[Path, int]) -> None:
+    """The end is that of a run which skips: the state before a refused step is the same either way."""
+    assert train(guarded(spoilt, tmp_path / "back", "rollback")) == 0
+    assert train(guarded(spoilt, tmp_path / "skip", "skip")) == 0
+    back, skip = tmp_path / "back", tmp_path / "skip"
+    assert [event["refused"] for event in lines_of(back, "guard")] == [
+        event["refused"] for event in lines_of(skip, "guard")
+    ]
+    (first, *_) = lines_of(back, "guard")
+    assert first["step"] == (stopped[1] - 1) // 4 * 4  # the checkpoint that it went back to
+    assert last_weights(back) == last_weights(skip)
+    board = EventAccumulator(str(back / "tensorboard"), {"tensors": 0})  # all of them
+    board.Reload()
+    told = [event.tensor_proto.string_val[0].decode() for event in board.Tensors("events/text_summary")]
+    # as sets: event files of one second have no order in TensorBoard, which then shows what another has replaced
+    assert {text for text in told if "refused" in text} == {event["text"] for event in lines_of(back, "guard")}
+    assert [(line["step"], line["windows"]) for line in log(back)] == [
+        (line["step"], line["windows"]) for line in log(skip)
+    ]
+    assert [line["text"] for line in lines_of(back, "start")][1] == f"continued from step {first['step']}"
+
+
+@pytest.mark.parametrize("config", ["fsdp", "deepspeed_zero3"])
+def test_processes_refuse_and_roll_back_together(
+    spoilt: Path, tmp_path: Path, stopped: tuple[Path, int], config: str
+) -> None:
+    """Whatever they hold of the model: the incident is whole, and so is what they go back to."""
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert train(guarded(spoilt, alone, "rollback")) == 0
+    code, output = finish(start(guarded(spoilt, together, "rollback"), *accelerate(config)))
+    assert code == 0, output
+    assert [e["refused"] for e in lines_of(together, "guard")] == [e["refused"] for e in lines_of(alone, "guard")]
+    found, expected = ([line["loss"] for line in log(run) if line["loss"] is not None] for run in (together, alone))
+    assert found == pytest.approx(expected, rel=1e-4)
+    again = [replay(run, stopped[1]).draws[0].loss for run in (together, alone)]
+    assert again[0] == pytest.approx(again[1], rel=1e-4)
+
+
+def test_a_roll_back_needs_checkpoints_to_return_to(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"rollback returns to a checkpoint, expected checkpoint\.resume: auto"):
+        guarded(tmp_path, tmp_path / "run", "rollback", checkpoint={"resume": "never"})
+
+
+def test_a_roll_back_before_the_first_checkpoint_begins_again(spoilt: Path, tmp_path: Path) -> None:
+    assert train(guarded(spoilt, tmp_path / "run", "rollback", checkpoint={"every": 1000})) == 0
+    assert lines_of(tmp_path / "run", "guard")[0]["step"] == 0
+    assert [line["step"] for line in log(tmp_path / "run")] == list(range(1, 41))
+
+
+def test_a_guarded_run_in_parts_is_the_whole_run(spoilt: Path, tmp_path: Path, stopped: tuple[Path, int]) -> None:
+    """What is usual, and what was refused, are in the checkpoint."""
+    assert train(guarded(spoilt, tmp_path / "whole", "skip")) == 0
+    for stop_at in (stopped[1] - 1, stopped[1], stopped[1] + 3, None):
+        assert train(guarded(spoilt, tmp_path / "parts", "skip", run={"stop_at": stop_at})) == 0
+    assert log(tmp_path / "parts") == log(tmp_path / "whole")
+    assert last_weights(tmp_path / "parts") == last_weights(tmp_path / "whole")
+
+
+def test_a_refused_step_is_replayed_from_its_incident(
+    spoilt: Path, stopped: tuple[Path, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, step = stopped
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+    assert main(["replay", str(directory), "--step", str(step)]) == 0
+    said = capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in directory.rglob("*")} == before
+    assert f"step {step}, from {directory}/incidents/step_{step - 1:08d} (0 steps run again)" in said
+    (event,) = lines_of(directory, "guard")
+    result = replay(directory, step)
+    (draw,) = result.draws
+    loss = float(event["reason"].partition(" is ")[2].partition(",")[0])
+    assert draw.loss == pytest.approx(loss, rel=1e-3)
+    assert {window for window, *_ in draw.windows} == set(event["windows"][DATASETS[0]])
+    trajectory, frame = draw.windows[0][1:3]
+    assert (trajectory, frame) in ((0, 0), (0, 1))  # the spoilt frames
+    assert "pressure" in said
+    manifest = Manifest.load(spoilt / DATASETS[0] / "train" / "manifest.json")
+    assert [channel.name for channel in draw.channels] == list(manifest.state_channels)
+
+
+def test_a_step_between_checkpoints_is_run_up_to(spoilt: Path, stopped: tuple[Path, int], tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(stopped[0], directory)
+    result = replay(directory, 7)
+    assert (result.again, result.state.name) == (2, "step_00000004")
+    assert result.draws[0].loss == result.logged == log(directory)[6]["loss"]
+    assert all(norm > 0 for norm in result.gradient.values())
+    assert {"lifting", "blocks.0", f"heads.{DATASETS[0]}", f"task_vectors.{DATASETS[0]}"} == result.gradient.keys()
+    shutil.rmtree(directory / "checkpoints/step_00000004")
+    with pytest.raises(UserError, match="no state before step 7 is kept"):
+        replay(directory, 7)
+    with pytest.raises(UserError, match="--step: expected 1 to 40, the length of"):
+        replay(directory, 41)
+    with pytest.raises(UserError, match="not a run directory"):
+        replay(tmp_path, 1)
