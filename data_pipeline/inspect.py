@@ -20,7 +20,8 @@ from data_pipeline.shards.build import finished_manifest, plan_all
 from data_pipeline.shards.convert import rehearse
 from data_pipeline.shards.format import MANIFEST_NAME, Manifest
 from data_pipeline.shards.plan import Plan, Settings, stats_file
-from data_pipeline.shards.review import count_severities, find_manifests, findings_table, table
+from data_pipeline.shards.review import TEXT_COLUMNS, count_severities, find_manifests, findings_table
+from data_pipeline.tables import markdown, plain
 from data_pipeline.well.hdf5 import SPLITS
 from data_pipeline.well.layout import Folder
 from data_pipeline.well.stats import read_stats
@@ -54,7 +55,7 @@ def forecast(
     free = shutil.disk_usage(next(path for path in (out, *out.resolve().parents) if path.exists())).free
     verdict = "" if needed < free else ": NOT ENOUGH, choose another --out or fewer --datasets"
     lines = [
-        table(FORECAST_COLUMNS, rows),
+        plain(FORECAST_COLUMNS, rows, TEXT_COLUMNS),
         f"{needed / 1e9:.2f} GB to write, {free / 1e9:.1f} GB free under {out}{verdict}",
     ]
     if pending:
@@ -128,7 +129,8 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     """The table without the columns that hold nothing but the usual."""
     columns = [(name, [row[number] for row in rows]) for number, name in enumerate(COLUMNS)]
     shown = [(name, cells) for name, cells in columns if set(cells) != {USUAL.get(name)}]
-    return table([name for name, _ in shown], list(zip(*(cells for _, cells in shown), strict=True)))
+    rows_shown = list(zip(*(cells for _, cells in shown), strict=True))
+    return plain([name for name, _ in shown], rows_shown, TEXT_COLUMNS)
 
 
 def _manifests_behind(url: str, known: Sequence[str]) -> Mapping[RemoteFolder, Manifest]:
@@ -199,41 +201,27 @@ def paper_tables(registry: Registry) -> str:
 
 
 def _table7(cards: Sequence[Card]) -> str:
-    rows = [["dataset", "", "examples", "tokens / example", "total tokens"]]
+    head, rows = ["dataset", "", "examples", "tokens / example", "total tokens"], []
     for card in cards:
         counts = (card.windows, card.tokens, card.windows * card.tokens)
         rows.append([card.name, card.abbreviation, *(f"{count:,}" for count in counts)])
     examples = sum(card.windows for card in cards)
     tokens = sum(card.windows * card.tokens for card in cards)
     rows.append(["total", "", f"{examples:,}", "", f"{tokens:,}"])
-    return _markdown(rows, text_columns=2)
+    return markdown(head, rows, num_text_columns=2)
 
 
 def _table8(cards: Sequence[Card]) -> str:
     sources = [Source(card.name, card.windows, card.tokens, (card.windows,)) for card in cards]
     shares = {scheme: sampling_shares(sources, scheme, TEMPERATURE) for scheme in SCHEMES}
-    rows = [["dataset", "", *SCHEMES.values()]]
+    head, rows = ["dataset", "", *SCHEMES.values()], []
     for card in cards:
         rows.append([card.name, card.abbreviation, *(f"{shares[scheme][card.name]:.4f}" for scheme in SCHEMES)])
     divergence = [_divergence(shares[scheme], shares["proportional"]) for scheme in SCHEMES]
     rows.append(["KL(q, prop) in nats", "", *(f"{value:.4f}" for value in divergence)])
-    return _markdown(rows, text_columns=2)
+    return markdown(head, rows, num_text_columns=2)
 
 
 def _divergence(q: Mapping[str, float], p: Mapping[str, float]) -> float:
     """Kullback-Leibler divergence KL(q || p) in nats."""
     return sum(share * math.log(share / p[name]) for name, share in q.items())
-
-
-def _markdown(rows: Sequence[Sequence[str]], text_columns: int) -> str:
-    """A Markdown table with aligned columns; the first row is the header, columns after the text ones are numbers."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    aligned = [str.ljust] * text_columns + [str.rjust] * (len(widths) - text_columns)
-    rules = ["-" * width for width in widths[:text_columns]] + [
-        "-" * (width - 1) + ":" for width in widths[text_columns:]
-    ]
-    lines = []
-    for row in (rows[0], rules, *rows[1:]):
-        cells = [align(cell, width) for cell, width, align in zip(row, widths, aligned, strict=True)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)

@@ -344,9 +344,10 @@ def _add_compare(commands: Commands) -> None:
 def _run_compare(options: argparse.Namespace) -> int:
     from data_pipeline.files import atomic_file
     from data_pipeline.registry import load_registry
+    from data_pipeline.tables import render
     from fm.evaluation.protocol import load_protocol
     from fm.evaluation.published import beside_published, published_document
-    from fm.evaluation.tables import compare_document, load_scores, render
+    from fm.evaluation.tables import compare_document, load_scores
 
     if options.out is not None and options.out.is_dir():
         raise UserError(f"--out {options.out}: expected a file to write, got a folder: name a file in it")

@@ -23,6 +23,7 @@ from data_pipeline.shards.convert import FROM_FILE
 from data_pipeline.shards.format import ITEM_BYTES, MANIFEST_NAME, SEVERITIES, Finding, Manifest
 from data_pipeline.shards.plan import stats_file
 from data_pipeline.shards.tar import MAX_ERROR, decode, map_shard
+from data_pipeline.tables import plain
 from data_pipeline.well.hdf5 import SPLITS, WellFile, block_frames, split_files
 from data_pipeline.well.layout import File, Folder, child_file, file_bytes, folder_at
 from data_pipeline.well.stats import Stats, read_stats
@@ -78,7 +79,7 @@ def findings_table(found: Sequence[Found], limit: int | None) -> str:
         shown = mine if limit is None else [one for one in mine if one.severity != "note"][:limit]
         hidden += [one for one in mine[len(shown) :] for _ in splits[one]]
         rows += [[dataset, ",".join(splits[f]), f.severity, f.kind, f"{f.where}: {f.detail}"] for f in shown]
-    lines = [table(FINDING_COLUMNS, rows)] if rows else []
+    lines = [plain(FINDING_COLUMNS, rows, TEXT_COLUMNS)] if rows else []
     if hidden:
         lines.append(f"not shown: {count_severities(hidden)}; `data-pipeline inspect DIR --findings` lists all")
     return "\n".join(lines)
@@ -88,19 +89,6 @@ def count_severities(findings: Sequence[Finding]) -> str:
     """`1 error, 2 warnings, 3 notes`, without those that are none; empty if there are none."""
     counts = Counter(finding.severity for finding in findings)
     return ", ".join(f"{counts[one]} {one}{'s' * (counts[one] > 1)}" for one in SEVERITIES if counts[one])
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text to the left, of numbers to the right."""
-    lines = [columns, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if name in TEXT_COLUMNS else cell.rjust(width)
-            for name, cell, width in zip(columns, line, widths, strict=True)
-        ).rstrip()
-        for line in lines
-    )
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from dataclasses import fields
 from typing import Any
 
 from data_pipeline.registry import Card, PublishedTable, Registry
+from data_pipeline.tables import Cell, Document, Table
 from fm.evaluation.protocol import PROTOCOLS, Protocol
-from fm.evaluation.tables import ONE_STEP, Cell, Document, Scores, Table, find_cell, marked
+from fm.evaluation.tables import ONE_STEP, Scores, find_cell, marked
 
 VERSION = 1  # of the protocols that the cards' tables follow
 CARD_ONE_STEP = "one_step"  # what a card calls it

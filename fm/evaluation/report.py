@@ -27,11 +27,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from data_pipeline.files import atomic_file
+from data_pipeline.tables import Cell, Marked, Table
 from fm.evaluation.errors import ErrorFile
 from fm.evaluation.pictures import Sample, gif, overview, save_samples, strip
 from fm.evaluation.plots import QUANTILES, growth_figure, spectra_figure
 from fm.evaluation.protocol import PROTOCOLS, Protocol
-from fm.evaluation.tables import Cell, Marked, Table, about, eps_effect, marked, score_document, score_table, text_rows
+from fm.evaluation.tables import about, eps_effect, marked, score_document, score_table
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5a636e; --rule: #d5dae0; --paper: #ffffff; --shade: #f4f6f8;
@@ -122,7 +123,7 @@ def table(
         f"<caption>{caption}</caption>",
         f"<thead><tr>{''.join(head(column, name) for column, name in enumerate(content.head))}</tr></thead>\n<tbody>",
     ]
-    numbered = enumerate(zip(text_rows(content), content.rows, strict=True))
+    numbered = enumerate(zip(content.text_rows(), content.rows, strict=True))
     for _, group in itertools.groupby(numbered, key=lambda entry: entry[1][1][0]):
         together = list(group)
         for number, (row, cells) in together:

@@ -54,6 +54,7 @@ from data_pipeline.files import UserError
 from data_pipeline.miniwell.task import EIGHT, SYSTEMS, load_system
 from data_pipeline.registry import Card, load_registry
 from data_pipeline.schema import nearest
+from data_pipeline.tables import markdown
 from data_pipeline.windows.loader import scheduled_batches, sources
 from data_pipeline.windows.reader import Batch
 from data_pipeline.windows.schedule import Division
@@ -61,7 +62,6 @@ from data_pipeline.workers import available_cores
 from fm.config import Recipe, load_recipe
 from fm.datasets import build_model, open_split
 from fm.distributed import autocast_dtype, make_accelerator, products_in_tf32
-from fm.evaluation.tables import markdown
 from fm.lab.hardware import STATE_TOUCHES, Gpu, find_gpu
 from fm.lab.plan import FLOAT_BYTES, Workload, planned_config, published_work
 from fm.lab.plan_tables import PAPER_STEPS, digits

@@ -9,7 +9,7 @@ from pathlib import Path
 from textwrap import fill
 
 from data_pipeline.files import UserError, atomic_file
-from fm.evaluation.tables import DASH, markdown
+from data_pipeline.tables import DASH, markdown
 from fm.lab.benchmark import KINDS, MIXTURE, Benchmark, Row, feed_text
 from fm.lab.plan_tables import PAPER_BATCH, PAPER_HOURS, PAPER_STEPS, WIDTH, digits
 

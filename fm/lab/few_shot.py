@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullFormatter
 
 from data_pipeline.files import UserError, atomic_file
+from data_pipeline.tables import Document, Marked, Table, render
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
 from fm.checkpoint import load_pretrained
@@ -34,7 +35,6 @@ from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED
 from fm.evaluation import report
 from fm.evaluation.evaluate import Trained
 from fm.evaluation.protocol import load_protocol
-from fm.evaluation.tables import Document, Marked, Table, render
 from fm.lab.sweep import EXIT_FAILED, finish_trials, sweep_results
 from fm.lab.sweep_file import Sweep, Variant, plan
 

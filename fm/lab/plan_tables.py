@@ -9,8 +9,8 @@ from pathlib import Path
 from textwrap import fill
 
 from data_pipeline.files import UserError, atomic_file
+from data_pipeline.tables import markdown
 from fm.config import load_recipe
-from fm.evaluation.tables import markdown
 from fm.lab.hardware import HOP_SECONDS, INFINIBAND, LAUNCH_SECONDS, NODE, Ceiling, find_gpu
 from fm.lab.plan import USABLE, DatasetPlan, Plan, Planner, local_bf16, read_workload
 

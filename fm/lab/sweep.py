@@ -25,11 +25,11 @@ from typing import Any
 from tqdm import tqdm
 
 from data_pipeline.files import UserError, atomic_file, only_process
+from data_pipeline.tables import DASH, Cell, Document, Marked, Table, format_number, render
 from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED, StopSignal
 from fm.evaluation.protocol import load_protocol
 from fm.evaluation.scores import geometric_mean, mean_ranks, spearman
-from fm.evaluation.tables import DASH, Cell, Document, Marked, Table, number, render
 from fm.lab.sweep_file import (
     Probe,
     Sweep,
@@ -246,7 +246,7 @@ def _ratio(row: Mapping[str, Any], block: str, results: Mapping[str, Any]) -> Ce
     if row["status"] != DONE:
         return None
     score = row["scores"][block]
-    marks = [f"± {number(score['spread'])}"] if score["spread"] is not None else []
+    marks = [f"± {format_number(score['spread'])}"] if score["spread"] is not None else []
     marks += _diverged(sum(score["diverged"].values()), sum(score["count"].values()))
     covered = all(part[block]["persistence"] is not None for part in results["references"].values())
     return _finite(score["over_persistence"], covered, marks)

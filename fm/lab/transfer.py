@@ -24,11 +24,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from data_pipeline.files import UserError, atomic_file
+from data_pipeline.tables import Document, Marked, Table, render
 from fm.checkpoint import find_checkpoint, load_pretrained, read_state
 from fm.config import Recipe, changed_settings, recipe_to_dict, resolve
 from fm.evaluation.plots import Cosines, cosine_figure, mean_cosines
 from fm.evaluation.scores import geometric_mean
-from fm.evaluation.tables import Document, Marked, Table, render
 from fm.training.runlog import parse_lines
 
 

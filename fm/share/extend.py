@@ -30,12 +30,12 @@ from torch import Tensor
 from data_pipeline.files import UserError
 from data_pipeline.registry import Channel, load_folders, packaged_folder, user_folders
 from data_pipeline.schema import nearest
+from data_pipeline.tables import markdown
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
 from fm.config import Recipe
 from fm.datasets import check_names, dataset_specs
 from fm.evaluation.evaluate import Trained
-from fm.evaluation.tables import markdown
 from fm.model.spec import DatasetSpec
 from fm.model.surrogate import MIN_GRID, Surrogate
 from fm.model.wavelit import WaveLiTFM

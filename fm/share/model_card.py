@@ -30,11 +30,12 @@ from torch import Tensor, nn
 import fm
 from data_pipeline.files import UserError
 from data_pipeline.registry import Card, Channel, Registry, load_folders
+from data_pipeline.tables import format_number, markdown
 from fm.checkpoint import read_state
 from fm.config import Recipe
 from fm.evaluation.evaluate import Trained
 from fm.evaluation.protocol import Protocol
-from fm.evaluation.tables import Table, markdown, marked, number, text_rows
+from fm.evaluation.tables import marked
 from fm.model.baselines import Baseline
 from fm.model.files import FORMAT, SCORES_FILE, is_artefact
 from fm.model.spec import DatasetSpec
@@ -355,11 +356,10 @@ def _scores(facts: Facts, scores: Mapping[str, Any] | None, files: Mapping[str, 
             [name, *(value for cell in cells for value in (marked(cell, lead), (cell or {}).get("persistence")))]
         )
     head = ["dataset", *(name for block in ("one step", *protocol.windows) for name in (block, "persistence"))]
-    table = Table("", head, rows)
     text = (
         "VRMSE: root mean square error over the spread of the truth. 0 is perfect, 1 as good as the mean "
         "of the field; *persistence* repeats the first frame.\n\n"
-        f"{markdown(table.head, text_rows(table))}\n\n"
+        f"{markdown(head, rows)}\n\n"
         f"Geometric mean over datasets of the ratio to persistence: {_ratios(scores)}.\n\n"
         f"<sub>{protocol.describe()}.</sub>"
     )
@@ -371,7 +371,7 @@ def _scores(facts: Facts, scores: Mapping[str, Any] | None, files: Mapping[str, 
 def _ratios(scores: Mapping[str, Any]) -> str:
     ratios = {"one step": scores["geometric_mean_ratio_to_persistence"]}
     ratios |= scores["geometric_mean_ratio_to_persistence_windows"]
-    return ", ".join(f"{name} {number(value)}" for name, value in ratios.items())
+    return ", ".join(f"{name} {format_number(value)}" for name, value in ratios.items())
 
 
 def _datasets(facts: Facts) -> str:

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from data_pipeline.tables import Table
 from fm.evaluation import report
-from fm.evaluation.tables import Table
 from fm.lab.diagnosis.quantities import GROWING, UNRELATED, Drift, mean_factor, why_unfitted
 from fm.lab.diagnosis.subject import Diagnosis
 

@@ -9,10 +9,11 @@ import pytest
 from error_files import error_file
 
 from data_pipeline.files import UserError
+from data_pipeline.tables import Marked, Table, render
 from fm.evaluation.errors import ErrorFile
 from fm.evaluation.protocol import PROTOCOLS
 from fm.evaluation.scores import score
-from fm.evaluation.tables import Marked, Table, compare_document, load_scores, render
+from fm.evaluation.tables import compare_document, load_scores
 
 RATIO = "geometric mean of the ratio to persistence"
 

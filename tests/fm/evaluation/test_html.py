@@ -6,8 +6,8 @@ import io
 from html_reader import Reader
 from PIL import Image
 
+from data_pipeline.tables import Marked, Table
 from fm.evaluation import report
-from fm.evaluation.tables import Marked, Table
 
 
 def test_a_table_names_its_rows_once_and_marks_what_must_not_be_read_alone() -> None:

@@ -15,8 +15,8 @@ import whole_runs
 from whole_runs import small
 
 from data_pipeline.files import UserError
+from data_pipeline.tables import render
 from fm.config import dump_recipe, load_recipe, recipe_to_dict
-from fm.evaluation.tables import render
 from fm.lab.sweep import run_sweep, sweep_document, sweep_results
 from fm.lab.sweep_file import Sweep, Trial, check_same_data, load_sweep, plan, read_scores
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from data_pipeline.files import UserError
-from fm.evaluation.tables import Document, Marked, Table, markdown, number, render
+from data_pipeline.tables import Document, Marked, Table, format_number, markdown, plain, render
 
 THIRD = 1 / 3
 TABLE = Table(
@@ -37,7 +37,7 @@ def test_markdown_columns_line_up() -> None:
     ("value", "text"), [(0.12345, "0.1235"), (12.0, "12.0000"), (12345.6, "1.23e+04"), (None, "-")]
 )
 def test_numbers(value: float | None, text: str) -> None:
-    assert number(value) == text
+    assert format_number(value) == text
 
 
 def test_markdown_is_for_people() -> None:
@@ -88,3 +88,9 @@ def test_latex_is_booktabs_with_special_characters_escaped() -> None:
 def test_an_unknown_format_lists_the_known() -> None:
     with pytest.raises(UserError, match="format: expected one of md, csv, json, latex, got 'html'"):
         render(DOCUMENT, "html")
+
+
+def test_plain_tables_align_numbers_to_the_right_and_the_named_columns_to_the_left() -> None:
+    assert plain(["name", "x", "remark"], [["a", "1.0", "long"], ["longer", "10.25", ""]], {"name", "remark"}) == (
+        "name        x  remark\na         1.0  long\nlonger  10.25"
+    )
