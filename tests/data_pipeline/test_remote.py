@@ -354,7 +354,7 @@ def test_missing_package_of_a_store(scheme: str, extra: str) -> None:
 import sys
 sys.modules["s3fs"] = sys.modules["gcsfs"] = None
 from data_pipeline.remote import RemoteFolder
-from data_pipeline.errors import UserError
+from data_pipeline.files import UserError
 try:
     RemoteFolder("{scheme}://bucket/shards").file("manifest.json").size()
 except UserError as error:

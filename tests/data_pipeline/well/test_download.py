@@ -264,7 +264,7 @@ def test_a_disk_that_fills_up(server: FaultyServer, tmp_path: Path) -> None:
 import resource
 from pathlib import Path
 from data_pipeline.well.download import download
-from data_pipeline.errors import UserError
+from data_pipeline.files import UserError
 from data_pipeline.cards.registry import load_registry
 resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))
 try:
