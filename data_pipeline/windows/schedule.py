@@ -379,7 +379,7 @@ WAYS = ("global", "per_rank")
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class MicroBatch:
     """Windows of one draw that a process takes through the model at once."""
 
     draw: int  # index of the draw
@@ -424,7 +424,7 @@ class Division:
                 f"any: use at most {windows} processes, or a larger global batch"
             )
 
-    def pieces(self, step: int) -> list[Piece]:
+    def micro_batches(self, step: int) -> list[MicroBatch]:
         """What this process takes of step `step`, in the order in which it takes it."""
         batch, first = self.schedule.batch, step * self.draws
         if self._way == "global":
@@ -435,14 +435,14 @@ class Division:
             costs = [source.tokens * self._model_calls(step, source.name) for source in sources]
             mine = assign_by_cost(costs, batch, self._world_size)[self._rank]
         return [
-            Piece(first + index, places[at : at + size])
+            MicroBatch(first + index, places[at : at + size])
             for index, places in mine.items()
             for size in [self._micro_batch or len(places)]
             for at in range(0, len(places), size)
         ]
 
     @property
-    def largest_piece(self) -> int:
+    def largest_micro_batch(self) -> int:
         """Most windows of the costliest dataset that a process takes through the model at once.
 
         Of cheaper ones it may take more with `per_rank`, but not more work.
@@ -454,10 +454,10 @@ class Division:
         """The mini-batches of step `step`, over all processes."""
         return [self.schedule.draw(index) for index in range(step * self.draws, (step + 1) * self.draws)]
 
-    def all_pieces(self, start: int, stop: int) -> Iterator[Piece]:
+    def all_micro_batches(self, start: int, stop: int) -> Iterator[MicroBatch]:
         """The pieces of steps start, start + 1, ... stop - 1, one after the other."""
         for step in range(start, stop):
-            yield from self.pieces(step)
+            yield from self.micro_batches(step)
 
 
 def assign_by_cost(costs: list[int], batch: int, world_size: int) -> list[dict[int, np.ndarray]]:

@@ -140,7 +140,7 @@ REQUEST_BYTES = 16 * 2**20  # a request that grew to this takes no further range
 HELD_BYTES = 256 * 2**20  # of announced draws, per process
 
 
-class Piece(NamedTuple):
+class ByteRange(NamedTuple):
     """Bytes [start, stop) of a shard that have a checksum: a frame, or the constant fields of a trajectory."""
 
     shard: int
@@ -154,7 +154,7 @@ class Request:
     """Pieces of one shard that are fetched together; `users` counts the windows held or announced that need them."""
 
     source: "Ranges"
-    pieces: list[Piece]
+    pieces: list[ByteRange]
     start: int
     stop: int
     cached: bool = False
@@ -162,7 +162,7 @@ class Request:
     content: "Future[memoryview]" = field(default_factory=Future)
 
 
-def coalesce(source: "Ranges", pieces: Iterable[Piece]) -> list[Request]:
+def coalesce(source: "Ranges", pieces: Iterable[ByteRange]) -> list[Request]:
     """Few requests for many pieces: neighbours of one shard with at most GAP_BYTES between them go together."""
     requests: list[Request] = []
     for piece in sorted(pieces):
@@ -188,7 +188,7 @@ class RangeFetcher(Fetcher):
         self._held: dict[tuple[Ranges, int, int, int], Request] = {}
         self._held_bytes = 0
 
-    def announce(self, source: "Ranges", key: object, pieces: Sequence[Piece]) -> bool:
+    def announce(self, source: "Ranges", key: object, pieces: Sequence[ByteRange]) -> bool:
         self.own()
         with self.lock:
             if key in self._announced:
@@ -200,7 +200,7 @@ class RangeFetcher(Fetcher):
         return True
 
     @contextmanager
-    def hold(self, source: "Ranges", key: object, pieces: Sequence[Piece]) -> Iterator[None]:
+    def hold(self, source: "Ranges", key: object, pieces: Sequence[ByteRange]) -> Iterator[None]:
         self.own()
         with self.lock:
             requests = self._reach(key)
@@ -227,7 +227,7 @@ class RangeFetcher(Fetcher):
             return request.content.result()[start - request.start : stop - request.start]
         return memoryview(b"".join(part for _, part in parts))
 
-    def _take(self, source: "Ranges", pieces: Sequence[Piece]) -> list[Request]:
+    def _take(self, source: "Ranges", pieces: Sequence[ByteRange]) -> list[Request]:
         """The request of each piece, one more user each; what is not held yet is submitted."""
         missing = [one for one in pieces if self._failed(self._held.get((source, *one[:3])))]
         there = [one for one in missing if self.cache is not None and self.cache.has(source.blob(one))]
@@ -303,11 +303,13 @@ class Ranges(RemoteShards):
     def read(self, shard: int, start: int, stop: int) -> memoryview:
         return self._fetcher.read(self, shard, start, stop)
 
-    def blob(self, piece: Piece) -> str:
+    def blob(self, piece: ByteRange) -> str:
         """Name in the cache: content of the shard, and where in it."""
         return f"{self.manifest.shards[piece.shard].sha256}-{piece.start}-{piece.stop}"
 
-    def _pieces(self, trajectories: Sequence[int], firsts: Sequence[int], length: int, constants: bool) -> list[Piece]:
+    def _pieces(
+        self, trajectories: Sequence[int], firsts: Sequence[int], length: int, constants: bool
+    ) -> list[ByteRange]:
         manifest, pieces = self.manifest, set()
         size = manifest.frame_bytes
         for trajectory, first in zip(trajectories, firsts, strict=True):
@@ -315,10 +317,10 @@ class Ranges(RemoteShards):
             for frame in range(first, first + length):
                 chunk, within = divmod(frame, manifest.frames_per_chunk)
                 start = record.offsets[chunk] + within * size
-                pieces.add(Piece(record.shard, start, start + size, record.crc32[8 * frame : 8 * frame + 8]))
+                pieces.add(ByteRange(record.shard, start, start + size, record.crc32[8 * frame : 8 * frame + 8]))
             if constants and record.constants_offset is not None:
                 start = record.constants_offset
-                pieces.add(Piece(record.shard, start, start + manifest.constants_bytes, record.constants_crc32))
+                pieces.add(ByteRange(record.shard, start, start + manifest.constants_bytes, record.constants_crc32))
         return list(pieces)
 
 

@@ -307,7 +307,7 @@ class Feed:
             if step == FEEDING_WARM_UP:
                 meter.reset()
             if state is None:
-                for _ in islice(meter, len(self._division.pieces(step))):
+                for _ in islice(meter, len(self._division.micro_batches(step))):
                     pass
                 time.sleep(self.step_seconds)
             else:

@@ -412,7 +412,7 @@ class Planner:
         train, way = recipe.train, recipe.sampling.draw
         self.micro_batch = Division(
             self.mixing.schedule, 0, processes, train.draws, way, train.micro_batch
-        ).largest_piece
+        ).largest_micro_batch
         self.model = workload.fake_model()
         self.parameters = self.model.num_parameters()
         self._one_call = Unroll(self.model, recipe.loss, None, torch.bfloat16 if bf16 else None)

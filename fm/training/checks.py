@@ -107,7 +107,7 @@ def rehearse(
     Neither weights nor moments change. UserError where memory does not suffice.
     """
     dataset, length = longest_unroll(recipe, readers)
-    reader, count = readers[dataset], division.largest_piece
+    reader, count = readers[dataset], division.largest_micro_batch
     height, width = reader.manifest.grid
     what = f"{length} model steps of {count} windows of {dataset} ({height} x {width})"
     windows = np.arange(count) % len(reader.index(length + 1))

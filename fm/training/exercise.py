@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from data_pipeline.registry import PATCH
 from data_pipeline.windows.reader import Batch
-from data_pipeline.windows.schedule import Division, Piece, Schedule, Source
+from data_pipeline.windows.schedule import Division, MicroBatch, Schedule, Source
 from fm.config import FinetuneSettings, Recipe
 from fm.model.spec import DatasetSpec
 from fm.model.surrogate import Surrogate
@@ -108,7 +108,7 @@ class Exercise:
         schedule = Schedule([source], train.batch, seed=SEED)
         self._division = Division(schedule, rank, processes, train.draws, micro_batch=train.micro_batch)
         step = last_step(recipe)
-        self.batches = [self._batch(piece) for piece in self._division.pieces(step)]
+        self.batches = [self._batch(piece) for piece in self._division.micro_batches(step)]
 
     def step(self, state: TrainingState) -> Clock:
         """Take the step, without waiting for the device. The weights move, by noise. Collective."""
@@ -123,7 +123,7 @@ class Exercise:
             clock.mark("data")
             yield moved
 
-    def _batch(self, piece: Piece) -> Batch:
+    def _batch(self, piece: MicroBatch) -> Batch:
         spec, windows = self.spec, len(piece.places)
         numbers = torch.Generator().manual_seed(SEED)
         shape = (self.recipe.window_length(spec.name), len(spec.state_channels), *self.grid)

@@ -28,7 +28,7 @@ from torch import Tensor
 from data_pipeline.files import UserError
 from data_pipeline.windows.loader import scheduled_batches
 from data_pipeline.windows.reader import Batch, ShardReader
-from data_pipeline.windows.schedule import Division, Draw, Piece
+from data_pipeline.windows.schedule import Division, Draw, MicroBatch
 from fm.checkpoint import keep_incident
 from fm.config import Recipe
 from fm.distributed import autocast_dtype, products_in_tf32
@@ -55,7 +55,7 @@ def step_gradient(
     Returns its parts of each draw's loss, mse and wavelet_l1
     (draws, 3), which add up to the whole over the processes, and the seconds it waited for data.
     """
-    pieces = division.pieces(state.step)
+    pieces = division.micro_batches(state.step)
     losses, waited = torch.zeros(division.draws, 3, device=accelerator.device), 0.0
     for number, piece in enumerate(pieces):
         fetch = time.perf_counter()
@@ -78,7 +78,7 @@ def step_gradient(
     return losses, waited
 
 
-def _inputs(recipe: Recipe, step: int, piece: Piece, batch: Batch) -> dict[str, Any]:
+def _inputs(recipe: Recipe, step: int, piece: MicroBatch, batch: Batch) -> dict[str, Any]:
     """What the objective takes: the piece's windows, as long as this step's unroll, with its coins and its noise."""
     seed, train, finetune, device = recipe.run.seed, recipe.train, recipe.finetune, batch.fields.device
     length, prob = 1, 0.0

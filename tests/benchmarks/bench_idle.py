@@ -30,7 +30,7 @@ from data_pipeline.miniwell.generate import PRESETS, simulate
 from data_pipeline.registry import load_registry
 from data_pipeline.shards.build import build_shards
 from data_pipeline.windows.loader import open_readers, scheduled_batches, sources
-from data_pipeline.windows.schedule import WAYS, Division, Piece, Schedule
+from data_pipeline.windows.schedule import WAYS, Division, MicroBatch, Schedule
 from fm.config import load_recipe
 from fm.datasets import dataset_specs
 from fm.model.wavelit import WaveLiTFM
@@ -47,9 +47,9 @@ class WholeDraws(Division):
         super().__init__(schedule, rank, PROCESSES, draws, "per_rank")
         self.first = rank
 
-    def pieces(self, step: int) -> list[Piece]:
+    def micro_batches(self, step: int) -> list[MicroBatch]:
         mine = range(step * self.draws + self.first, (step + 1) * self.draws, PROCESSES)
-        return [Piece(index, np.arange(self.schedule.batch)) for index in mine]
+        return [MicroBatch(index, np.arange(self.schedule.batch)) for index in mine]
 
 
 class Bench:
@@ -73,7 +73,7 @@ class Bench:
         batches = scheduled_batches(self.readers, division, self.length, start, stop)
         dist.barrier()
         for step in range(start, stop):
-            began, cpu, tokens, pieces = time.perf_counter(), time.process_time(), 0, division.pieces(step)
+            began, cpu, tokens, pieces = time.perf_counter(), time.process_time(), 0, division.micro_batches(step)
             for piece in pieces:
                 batch = next(batches)
                 forced = torch.ones(len(batch.fields), self.length - 1, dtype=torch.bool)

@@ -169,7 +169,7 @@ def shares(setting: Setting, schedule: Schedule, step: int) -> list[dict[int, in
     if setting.way == "whole":
         return [{draw: setting.windows} for draw in range(setting.ranks)]
     if setting.way == "global":  # the same for all
-        mine = Division(schedule, 0, setting.ranks, setting.draws, "global").pieces(step)
+        mine = Division(schedule, 0, setting.ranks, setting.draws, "global").micro_batches(step)
         return [{piece.draw - first: len(piece.places) for piece in mine}] * setting.ranks
     sizes = [schedule.source(first + draw).tokens for draw in range(setting.draws)]
     ranks = assign_by_cost(sizes, setting.batch, setting.ranks)  # what Division asks for one rank at a time

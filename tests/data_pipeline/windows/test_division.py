@@ -16,7 +16,9 @@ def schedule(batch: int) -> Schedule:
 
 
 def load(division: Division, step: int) -> int:
-    return sum(len(piece.places) * division.schedule.source(piece.draw).tokens for piece in division.pieces(step))
+    return sum(
+        len(piece.places) * division.schedule.source(piece.draw).tokens for piece in division.micro_batches(step)
+    )
 
 
 @pytest.mark.parametrize("way", ["global", "per_rank"])
@@ -26,16 +28,16 @@ def test_every_window_of_a_step_is_taken_once(way: str, micro_batch: int | None,
     plan = schedule(batch=12)
     divisions = [Division(plan, rank, world_size, 3, way, micro_batch) for rank in range(world_size)]
     for step in range(40):
-        pieces = [piece for division in divisions for piece in division.pieces(step)]
+        pieces = [piece for division in divisions for piece in division.micro_batches(step)]
         taken = Counter((piece.draw, place) for piece in pieces for place in piece.places.tolist())
         assert taken == Counter({(draw, place): 1 for draw in range(3 * step, 3 * step + 3) for place in range(12)})
         assert max(len(piece.places) for piece in pieces) <= (micro_batch or 12)
-        assert all(division.pieces(step) for division in divisions)
+        assert all(division.micro_batches(step) for division in divisions)
         assert all((np.diff(piece.places) > 0).all() for piece in pieces)
 
 
 def test_an_even_share_is_contiguous_and_of_every_draw() -> None:
-    pieces = Division(schedule(batch=12), rank=1, world_size=3, draws=2).pieces(7)
+    pieces = Division(schedule(batch=12), rank=1, world_size=3, draws=2).micro_batches(7)
     assert [piece.draw for piece in pieces] == [14, 15]
     assert all(piece.places.tolist() == [4, 5, 6, 7] for piece in pieces)
 
@@ -48,7 +50,7 @@ def test_processes_that_share_by_cost_end_together() -> None:
         loads = [load(division, step) for division in divisions]
         largest = max(plan.source(draw).tokens for draw in range(8 * step, 8 * step + 8))
         assert max(loads) <= sum(loads) / 4 + largest
-    counts = [len({piece.draw for piece in division.pieces(0)}) for division in divisions]
+    counts = [len({piece.draw for piece in division.micro_batches(0)}) for division in divisions]
     assert min(counts) < 8  # not every process works on every dataset
 
 
@@ -94,7 +96,7 @@ def test_windows_that_take_more_model_calls_cost_more() -> None:
     calls = {"long": 8, "short": 1}
 
     def work(division: Division, step: int) -> int:
-        return sum(len(piece.places) * calls[plan.source(piece.draw).name] for piece in division.pieces(step))
+        return sum(len(piece.places) * calls[plan.source(piece.draw).name] for piece in division.micro_batches(step))
 
     divisions = [Division(plan, rank, 2, 4, "per_rank", None, lambda step, name: calls[name]) for rank in (0, 1)]
     for step in range(30):
@@ -107,7 +109,7 @@ def test_no_piece_of_the_costliest_dataset_is_larger_than_is_said(draws: int) ->
     plan = schedule(batch=8)
     for world_size in (1, 2, 4, 8):
         divisions = [Division(plan, rank, world_size, draws, "per_rank") for rank in range(world_size)]
-        pieces = [piece for step in range(60) for division in divisions for piece in division.pieces(step)]
+        pieces = [piece for step in range(60) for division in divisions for piece in division.micro_batches(step)]
         largest = max(len(piece.places) for piece in pieces if plan.source(piece.draw).name == "staircase")
-        assert largest == divisions[0].largest_piece
-    assert Division(plan, 0, 2, 1, "global", 3).largest_piece == 3
+        assert largest == divisions[0].largest_micro_batch
+    assert Division(plan, 0, 2, 1, "global", 3).largest_micro_batch == 3
