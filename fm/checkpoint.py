@@ -38,15 +38,15 @@ from data_pipeline.files import UserError, sync_directory
 from data_pipeline.workers import Threads
 from fm.model.baselines import Baseline
 from fm.model.files import (
-    ARTEFACT_FILE,
     BASELINE,
     EMA_FILE,
+    EXPORT_FILE,
     WEIGHTS_FILE,
-    is_artefact,
+    is_exported,
     locate,
-    read_artefact,
     read_description,
-    verify_artefact,
+    read_exported,
+    verify_exported,
 )
 from fm.model.surrogate import Surrogate
 from fm.model.wavelit import WaveLiTFM
@@ -153,16 +153,16 @@ def verify_model(folder: Path) -> tuple[str, dict[str, Any]]:
 
     `folder` is a checkpoint or an exported model. UserError if anything differs, or it is neither.
     """
-    if not is_artefact(folder):
+    if not is_exported(folder):
         if not (folder / "state.json").is_file():
             raise UserError(
                 f"{folder}: expected a run, one of its checkpoints, or an exported model (`fm export`, `fm extend`), "
-                f"got a model's folder with neither state.json nor {ARTEFACT_FILE}, one of which tells its recipe"
+                f"got a model's folder with neither state.json nor {EXPORT_FILE}, one of which tells its recipe"
             )
         state = verify_checkpoint(folder)
         return state["files"][EMA_FILE]["sha256"], state
     try:
-        content = verify_artefact(folder)
+        content = verify_exported(folder)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
     return content["files"][WEIGHTS_FILE]["sha256"], content
@@ -170,10 +170,10 @@ def verify_model(folder: Path) -> tuple[str, dict[str, Any]]:
 
 def weights_digest(folder: Path) -> str:
     """The SHA-256 of the averaged weights that a checkpoint or an exported model names. UserError if it names none."""
-    if not is_artefact(folder):
+    if not is_exported(folder):
         return str(read_state(folder)["files"][EMA_FILE]["sha256"])
     try:
-        return str(read_artefact(folder)["files"][WEIGHTS_FILE]["sha256"])
+        return str(read_exported(folder)["files"][WEIGHTS_FILE]["sha256"])
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
 
@@ -188,7 +188,7 @@ def find_checkpoint(source: Path | str) -> Path:
         path = locate(source)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
-    if (path / "model.json").is_file() or is_artefact(path):
+    if (path / "model.json").is_file() or is_exported(path):
         return path
     newest = newest_checkpoint(path / "checkpoints", print)
     if newest is None:

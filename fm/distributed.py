@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, broadcast, str_to_bool
+from accelerate.utils import DistributedType, broadcast_object_list, str_to_bool
 
 from data_pipeline.files import UserError
+
+T = TypeVar("T")
 
 # How long processes wait for each other: all do while the main one validates, from a slow server perhaps. One that dies
 # takes the others along at once, whatever stands here.
@@ -69,13 +72,13 @@ def make_accelerator(clip: float) -> Accelerator:
     return accelerator
 
 
-def as_main_process_finds(accelerator: Accelerator, look: Callable[[], int | None]) -> int | None:
-    """What `look` returns on the main process; others may see a shared folder as it was a moment ago. Collective."""
-    found = look() if accelerator.is_main_process else None
-    if accelerator.num_processes == 1:
-        return found
-    number = int(broadcast(torch.tensor([-1 if found is None else int(found)], device=accelerator.device)))
-    return None if number < 0 else number
+def broadcast_from_main(accelerator: Accelerator, look: Callable[[], T]) -> T:
+    """Return on every process what `look` returns on the main one. Collective.
+
+    Processes on several machines may see a shared folder at different moments, so only the main one looks.
+    """
+    found = [look() if accelerator.is_main_process else None]
+    return broadcast_object_list(found)[0]
 
 
 def asked_for(what: str) -> bool:
@@ -101,18 +104,25 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 @contextmanager
-def products_in_tf32(allowed: bool) -> Iterator[None]:
-    """Let a GPU round what it multiplies in float32 to TF32's 10 bits, which are more than bf16's 7.
+def precision(autocast: torch.dtype | None = None, exact: bool = False) -> Iterator[None]:
+    """Set how a GPU computes what stays float32 within the block, and put the settings back after it.
 
-    In a bf16 step it is for attention's products with keys and queries, which are float32 under autocast; the ridge
-    solve is none.
+    A step whose products are cast to bf16 (`autocast`) may round float32 products, which are attention's with keys and
+    queries, to TF32's 10 bits: bf16 has 7. With `exact` neither products nor convolutions are rounded, for evaluation.
+    Otherwise torch's settings stay. Autocast itself is entered by the objective (fm/training/objective.py), since
+    DeepSpeed ends an autocast around its engine, and since torch.compile traces it there.
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if allowed else before)
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    if exact:
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+    elif autocast == torch.bfloat16:
+        torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
 
 
 def peak_memory_bytes() -> float:

@@ -48,7 +48,7 @@ from data_pipeline.windows.reader import ShardReader
 from fm.checkpoint import find_checkpoint, load_pretrained, verify_model
 from fm.config import Recipe, ValidationSettings, load_recipe, resolve
 from fm.datasets import check_channels
-from fm.distributed import as_main_process_finds, make_accelerator, naming_lost_processes
+from fm.distributed import broadcast_from_main, make_accelerator, naming_lost_processes
 from fm.evaluation.errors import FILE_NAME, FORMAT, DatasetErrors, ErrorFile, check_names
 from fm.evaluation.measure import (
     Measured,
@@ -71,7 +71,7 @@ from fm.evaluation.protocol import Protocol, load_protocol
 from fm.evaluation.report import write_report
 from fm.evaluation.scores import score
 from fm.evaluation.tables import score_table
-from fm.model.files import CARDS, RECIPE_FILE, is_artefact
+from fm.model.files import CARDS, RECIPE_FILE, is_exported
 from fm.model.surrogate import Surrogate
 
 BATCHES = 8  # of an item of one-step windows, at most
@@ -432,7 +432,7 @@ class Trained:
         """What `find_checkpoint` finds. UserError if there is nothing, or it is damaged."""
         folder = find_checkpoint(source)
         weights, facts = verify_model(folder)
-        if is_artefact(folder):  # is left as it is
+        if is_exported(folder):  # is left as it is
             recipe, report = load_recipe(folder / RECIPE_FILE), Path(f"{facts['name']}_report")
             shards = {name: one["shards"] for name, one in facts["datasets"].items()}
             lineage, licence = facts["lineage"], facts["licence"]
@@ -446,7 +446,7 @@ class Trained:
 
     def card_folders(self) -> list[Traversable]:
         """The folders that make the registry: an exported model has its own. UserError where one is not there."""
-        if is_artefact(self.checkpoint):
+        if is_exported(self.checkpoint):
             return [self.checkpoint / CARDS]
         return [packaged_folder(), *user_folders(self.recipe.data.registry)]
 
@@ -493,7 +493,7 @@ def evaluate_run(
     with naming_lost_processes():
         accelerator = make_accelerator(recipe.train.clip)  # nothing is clipped; DeepSpeed wants to be told
         say = print if accelerator.is_main_process else lambda text: None
-        if as_main_process_finds(accelerator, lambda: _holds(out, identity)):
+        if broadcast_from_main(accelerator, lambda: _holds(out, identity)):
             if accelerator.is_main_process:
                 remove_parts(out)  # of an evaluation that was killed when all but this was done
             say(f"{out} already holds the scores of {checkpoint.name}:\n\n{score_table(_read_scores(out))}")

@@ -7,8 +7,7 @@ of different trajectories, run in batches: the grids of a dataset are all equal.
 What pictures show of an evaluation: one channel of the longest rollout of each dataset, at some of its steps.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 from data_pipeline.files import UserError
 from data_pipeline.shards.format import Manifest
 from data_pipeline.windows.reader import ShardReader
+from fm.distributed import precision
 from fm.evaluation.errors import Errors
 from fm.evaluation.pictures import Domain, Sample, spread_over
 from fm.evaluation.protocol import Protocol
@@ -117,20 +117,7 @@ def rollout_errors(
     return as_errors(measured, trajectories, longest, len(reader.manifest.state_channels))
 
 
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Neither convolutions nor matrix products in TF32, which keeps 10 bits of a number; afterwards as it was."""
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch.set_float32_matmul_precision(products)
-
-
-@full_float32()
+@precision(exact=True)
 def measure_windows(
     model: Surrogate,
     reader: ShardReader,
@@ -158,7 +145,7 @@ def measure_windows(
     return Measured.joined(parts)
 
 
-@full_float32()
+@precision(exact=True)
 def measure_rollouts(
     model: Surrogate,
     reader: ShardReader,

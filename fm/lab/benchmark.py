@@ -61,7 +61,7 @@ from data_pipeline.windows.schedule import Division
 from data_pipeline.workers import available_cores
 from fm.config import Recipe, load_recipe
 from fm.datasets import build_model, open_split
-from fm.distributed import autocast_dtype, make_accelerator, products_in_tf32
+from fm.distributed import autocast_dtype, make_accelerator, precision
 from fm.lab.hardware import STATE_TOUCHES, Gpu, find_gpu
 from fm.lab.plan import FLOAT_BYTES, Workload, planned_config, published_work
 from fm.lab.plan_tables import PAPER_STEPS, digits
@@ -211,7 +211,7 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         rates[name] = 2 * side**3 / _product_seconds(side, dtype, device)
     if device.type == "cuda":
-        with products_in_tf32(True):
+        with precision(torch.bfloat16):
             rates["tf32"] = 2 * side**3 / _product_seconds(side, torch.float32, device)
     source = torch.randn(COPIED[device.type] // 4, device=device)
     target = torch.empty_like(source)

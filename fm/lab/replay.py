@@ -145,10 +145,10 @@ def _statistics(trainer: Trainer, draw: Draw, loss: float) -> DrawStatistics:
     length = trainer.stepper.lengths[draw.dataset]
     batch = reader.batch(draw.windows, length, draw=draw.index).to(trainer.accelerator.device)
     fields, constants = batch.fields, batch.constants
-    first, target = model.normalise(fields[:, 0], draw.dataset), model.normalise(fields[:, 1], draw.dataset)
-    prediction = model(first, model.normalise_constants(constants, draw.dataset), draw.dataset)
+    first, target = model.normalize(fields[:, 0], draw.dataset), model.normalize(fields[:, 1], draw.dataset)
+    prediction = model(first, model.normalize_constants(constants, draw.dataset), draw.dataset)
     squared = (prediction - target).square()  # (B, C, H, W)
-    parts = {"input": fields[:, 0], "target": fields[:, 1], "prediction": model.denormalise(prediction, draw.dataset)}
+    parts = {"input": fields[:, 0], "target": fields[:, 1], "prediction": model.denormalize(prediction, draw.dataset)}
     channels = [
         ChannelStatistics(
             name,

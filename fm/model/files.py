@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fm.model.spec import check_keys
 
-ARTEFACT_FILE = "artefact.json"
+EXPORT_FILE = "artefact.json"
 CARD_FILE = "README.md"
 RECIPE_FILE = "recipe.yaml"
 SCORES_FILE = "scores.json"
@@ -39,18 +39,18 @@ FORMAT = 1
 KEYS = ("name", "step", "licence", "datasets", "lineage")
 
 
-def is_artefact(folder: Path) -> bool:
+def is_exported(folder: Path) -> bool:
     """Whether `fm export` wrote this folder; it may be damaged."""
-    return (folder / ARTEFACT_FILE).is_file()
+    return (folder / EXPORT_FILE).is_file()
 
 
-def read_artefact(folder: Path) -> dict[str, Any]:
+def read_exported(folder: Path) -> dict[str, Any]:
     """artefact.json, checked. FileNotFoundError where there is none, ValueError where it is of another format, or
     damaged, or names a file outside its folder.
     """
-    file = folder / ARTEFACT_FILE
+    file = folder / EXPORT_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"no {ARTEFACT_FILE} in {folder}: expected a folder that `fm export` wrote")
+        raise FileNotFoundError(f"no {EXPORT_FILE} in {folder}: expected a folder that `fm export` wrote")
     try:
         content = json.loads(file.read_text())
         number, missing = content["format"], [name for name in KEYS if name not in content]
@@ -72,12 +72,12 @@ def read_artefact(folder: Path) -> dict[str, Any]:
     return content
 
 
-def verify_artefact(folder: Path, names: Collection[str] | None = None) -> dict[str, Any]:
+def verify_exported(folder: Path, names: Collection[str] | None = None) -> dict[str, Any]:
     """Compare files, all but the model card by default, with artefact.json, and return what that holds.
 
-    As `read_artefact`, and ValueError naming the file that is missing or not what was exported.
+    As `read_exported`, and ValueError naming the file that is missing or not what was exported.
     """
-    content = read_artefact(folder)
+    content = read_exported(folder)
     for name, expected in content["files"].items():
         if name == CARD_FILE or (names is not None and name not in names):
             continue
@@ -86,7 +86,7 @@ def verify_artefact(folder: Path, names: Collection[str] | None = None) -> dict[
             size = f"{file.stat().st_size} bytes" if file.is_file() else "no such file"
             raise ValueError(f"{file}: expected {expected['bytes']} bytes, found {size}; fetch or export it again")
         if digest(file.read_bytes()) != expected["sha256"]:
-            raise ValueError(f"{file}: its bytes differ from the SHA-256 in {ARTEFACT_FILE}; fetch or export it again")
+            raise ValueError(f"{file}: its bytes differ from the SHA-256 in {EXPORT_FILE}; fetch or export it again")
     return content
 
 
@@ -94,21 +94,21 @@ def settle_companions(folder: Path, origin: Path | None) -> None:
     """After weights were written to `folder`: what is listed beside them (cards, scores, pictures) must be of them.
 
     What an earlier export of other weights left in `folder` goes; what `origin` lists comes, if it was written for
-    these. As `read_artefact`, and FileNotFoundError for a file that `origin` has lost.
+    these. As `read_exported`, and FileNotFoundError for a file that `origin` has lost.
     """
     weights = digest((folder / WEIGHTS_FILE).read_bytes())
-    if is_artefact(folder):
-        files = read_artefact(folder)["files"]
+    if is_exported(folder):
+        files = read_exported(folder)["files"]
         if files[WEIGHTS_FILE]["sha256"] == weights:
             return
-        for name in (ARTEFACT_FILE, *files):
+        for name in (EXPORT_FILE, *files):
             if name not in (MODEL_FILE, WEIGHTS_FILE):
                 (folder / name).unlink(missing_ok=True)
-    if origin is None or not is_artefact(origin):
+    if origin is None or not is_exported(origin):
         return
-    files = read_artefact(origin)["files"]
+    files = read_exported(origin)["files"]
     if files[WEIGHTS_FILE]["sha256"] == weights:
-        for name in (ARTEFACT_FILE, *files):
+        for name in (EXPORT_FILE, *files):
             if name != WEIGHTS_FILE:  # model.json, too: its digest is listed
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(origin / name, folder / name)

@@ -21,13 +21,13 @@ from fm.model.files import (
     EMA_FILE,
     MODEL_FILE,
     WEIGHTS_FILE,
-    is_artefact,
+    is_exported,
     locate,
     read_description,
     read_weights,
     settle_companions,
     upload,
-    verify_artefact,
+    verify_exported,
     write_model,
 )
 from fm.model.spec import DatasetSpec
@@ -136,17 +136,17 @@ class Surrogate(nn.Module, ABC):
                 f"dataset {spec.name}: the grid must have even sides of at least {MIN_GRID}, got {height} x {width}"
             )
 
-    def normalise(self, fields: Tensor, dataset: str) -> Tensor:
+    def normalize(self, fields: Tensor, dataset: str) -> Tensor:
         """State fields (..., C, H, W) in raw units to zero mean and unit variance, float32."""
         moments = self._moments(dataset)
         return (fields.float() - moments.mean) / moments.std
 
-    def denormalise(self, fields: Tensor, dataset: str) -> Tensor:
-        """Inverse of `normalise`."""
+    def denormalize(self, fields: Tensor, dataset: str) -> Tensor:
+        """Inverse of `normalize`."""
         moments = self._moments(dataset)
         return fields.float() * moments.std + moments.mean
 
-    def normalise_constants(self, constants: Tensor, dataset: str) -> Tensor:
+    def normalize_constants(self, constants: Tensor, dataset: str) -> Tensor:
         """Constant fields (B, K, H, W) in raw units to zero mean and unit variance, float32."""
         moments = self._moments(dataset)
         return (constants.float() - moments.constant_mean) / moments.constant_std
@@ -224,12 +224,12 @@ class Surrogate(nn.Module, ABC):
         Nothing is clipped: a diverging rollout yields what the model says, infinities included.
         """
         with torch.no_grad():
-            state = self.normalise(initial, dataset)
-            fixed = self.normalise_constants(constants, dataset)
+            state = self.normalize(initial, dataset)
+            fixed = self.normalize_constants(constants, dataset)
         for _ in count() if steps is None else range(steps):
             with torch.no_grad():
                 state = self(state, fixed, dataset)
-                raw = self.denormalise(state, dataset)
+                raw = self.denormalize(state, dataset)
             yield raw
 
     def _iterate(self, given: GivenFields, dataset: str, steps: int | None) -> Iterator[Tensor]:
@@ -273,8 +273,8 @@ class Surrogate(nn.Module, ABC):
         it; ValueError if model.json is of a later format, the weights do not fit, or are not those that were exported.
         """
         directory = locate(source)
-        if is_artefact(directory):
-            verify_artefact(directory, (MODEL_FILE, weights or WEIGHTS_FILE))
+        if is_exported(directory):
+            verify_exported(directory, (MODEL_FILE, weights or WEIGHTS_FILE))
         description = read_description(directory)
         if weights is None:
             weights = EMA_FILE if (directory / EMA_FILE).exists() else WEIGHTS_FILE

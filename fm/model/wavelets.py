@@ -24,7 +24,7 @@ NOT_PERIODIC: Periodic = (False, False)
 
 
 @dataclass(frozen=True)
-class Lifting:
+class WaveletScheme:
     """A wavelet as lifting steps: odd += a * (even + next even), even += b * (odd + previous odd), and so on in turn.
 
     For haar the two neighbours are one, the sample's own partner. The subbands are low * even and high * odd at last.
@@ -38,9 +38,9 @@ class Lifting:
 
 # bior4.4 is the CDF 9/7 pair, factored in Daubechies & Sweldens (1998), section 7.7.
 WAVELETS = {
-    "haar": Lifting((-1.0, 0.5), sqrt(2.0), -1 / sqrt(2.0), haar=True),
-    "bior2.2": Lifting((-0.5, 0.25), sqrt(2.0), -1 / sqrt(2.0)),
-    "bior4.4": Lifting(
+    "haar": WaveletScheme((-1.0, 0.5), sqrt(2.0), -1 / sqrt(2.0), haar=True),
+    "bior2.2": WaveletScheme((-0.5, 0.25), sqrt(2.0), -1 / sqrt(2.0)),
+    "bior4.4": WaveletScheme(
         (-1.586134342059924, -0.052980118572961, 0.882911075530934, 0.443506852043971),
         1.149604398860241,
         -1 / 1.149604398860241,
@@ -55,29 +55,29 @@ def analysis(x: Tensor, wavelet: str, levels: int = 1, periodic: Periodic = NOT_
     periodic axis, the wrap) of the other samples, which `synthesis` drops. ValueError for an unknown wavelet, other
     levels or odd sides.
     """
-    lifting = _checked(wavelet, levels, x.shape[-2:])
+    scheme = _checked(wavelet, levels, x.shape[-2:])
     with torch.autocast(x.device.type, enabled=False):
         x = x.float()
         if levels == 1:
-            return torch.stack(_analysis_2d(x, lifting, periodic), dim=-3)
+            return torch.stack(_analysis_2d(x, scheme, periodic), dim=-3)
         x = _grown(_grown(x, -2, periodic[0]), -1, periodic[1])
-        coarse, *details = _analysis_2d(x, lifting, periodic)
+        coarse, *details = _analysis_2d(x, scheme, periodic)
         folded = [space_to_depth(detail) for detail in details]
-        return torch.cat([torch.stack(_analysis_2d(coarse, lifting, periodic), dim=-3), *folded], dim=-3)
+        return torch.cat([torch.stack(_analysis_2d(coarse, scheme, periodic), dim=-3), *folded], dim=-3)
 
 
 def synthesis(
     coefficients: Tensor, wavelet: str, levels: int, size: Sequence[int], periodic: Periodic = NOT_PERIODIC
 ) -> Tensor:
     """Inverse of `analysis`: coefficients (..., S, h, w) to float32 fields (..., H, W), size = (H, W)."""
-    lifting = _checked(wavelet, levels, size)
+    scheme = _checked(wavelet, levels, size)
     with torch.autocast(coefficients.device.type, enabled=False):
         coefficients = coefficients.float()
         if levels == 1:
-            return _synthesis_2d(coefficients.unbind(-3), lifting, periodic)
-        coarse = _synthesis_2d(coefficients[..., :4, :, :].unbind(-3), lifting, periodic)
+            return _synthesis_2d(coefficients.unbind(-3), scheme, periodic)
+        coarse = _synthesis_2d(coefficients[..., :4, :, :].unbind(-3), scheme, periodic)
         details = [depth_to_space(part) for part in coefficients[..., 4:, :, :].split(4, dim=-3)]
-        return _synthesis_2d((coarse, *details), lifting, periodic)[..., : size[0], : size[1]]
+        return _synthesis_2d((coarse, *details), scheme, periodic)[..., : size[0], : size[1]]
 
 
 def patches(x: Tensor, levels: int = 1, periodic: Periodic = NOT_PERIODIC) -> Tensor:
@@ -107,7 +107,7 @@ def depth_to_space(x: Tensor) -> Tensor:
     return x.flatten(-2, -1).flatten(-3, -2)
 
 
-def _checked(wavelet: str, levels: int, size: Sequence[int]) -> Lifting:
+def _checked(wavelet: str, levels: int, size: Sequence[int]) -> WaveletScheme:
     if wavelet not in WAVELETS:
         raise ValueError(f"unknown wavelet {wavelet!r}: choose one of {', '.join(WAVELETS)}")
     if levels not in (1, 2):
@@ -125,45 +125,45 @@ def _grown(x: Tensor, dim: int, periodic: bool) -> Tensor:
     return torch.cat([x, extra], dim=dim)
 
 
-def _analysis_2d(x: Tensor, lifting: Lifting, periodic: Periodic) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    low, high = _analysis_1d(x, -2, lifting, periodic[0])
-    return (*_analysis_1d(low, -1, lifting, periodic[1]), *_analysis_1d(high, -1, lifting, periodic[1]))
+def _analysis_2d(x: Tensor, scheme: WaveletScheme, periodic: Periodic) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    low, high = _analysis_1d(x, -2, scheme, periodic[0])
+    return (*_analysis_1d(low, -1, scheme, periodic[1]), *_analysis_1d(high, -1, scheme, periodic[1]))
 
 
-def _synthesis_2d(subbands: Sequence[Tensor], lifting: Lifting, periodic: Periodic) -> Tensor:
+def _synthesis_2d(subbands: Sequence[Tensor], scheme: WaveletScheme, periodic: Periodic) -> Tensor:
     ll, lh, hl, hh = subbands
-    low = _synthesis_1d(ll, lh, -1, lifting, periodic[1])
-    high = _synthesis_1d(hl, hh, -1, lifting, periodic[1])
-    return _synthesis_1d(low, high, -2, lifting, periodic[0])
+    low = _synthesis_1d(ll, lh, -1, scheme, periodic[1])
+    high = _synthesis_1d(hl, hh, -1, scheme, periodic[1])
+    return _synthesis_1d(low, high, -2, scheme, periodic[0])
 
 
-def _analysis_1d(x: Tensor, dim: int, lifting: Lifting, periodic: bool) -> tuple[Tensor, Tensor]:
+def _analysis_1d(x: Tensor, dim: int, scheme: WaveletScheme, periodic: bool) -> tuple[Tensor, Tensor]:
     even, odd = x.unflatten(dim, (-1, 2)).unbind(dim)
-    for i in range(0, len(lifting.steps), 2):
-        odd = torch.add(odd, _next_sum(even, dim, lifting, periodic), alpha=lifting.steps[i])
-        even = torch.add(even, _previous_sum(odd, dim, lifting, periodic), alpha=lifting.steps[i + 1])
-    return even * lifting.low, odd * lifting.high
+    for i in range(0, len(scheme.steps), 2):
+        odd = torch.add(odd, _next_sum(even, dim, scheme, periodic), alpha=scheme.steps[i])
+        even = torch.add(even, _previous_sum(odd, dim, scheme, periodic), alpha=scheme.steps[i + 1])
+    return even * scheme.low, odd * scheme.high
 
 
-def _synthesis_1d(low: Tensor, high: Tensor, dim: int, lifting: Lifting, periodic: bool) -> Tensor:
-    even, odd = low / lifting.low, high / lifting.high
-    for i in reversed(range(0, len(lifting.steps), 2)):
-        even = torch.sub(even, _previous_sum(odd, dim, lifting, periodic), alpha=lifting.steps[i + 1])
-        odd = torch.sub(odd, _next_sum(even, dim, lifting, periodic), alpha=lifting.steps[i])
+def _synthesis_1d(low: Tensor, high: Tensor, dim: int, scheme: WaveletScheme, periodic: bool) -> Tensor:
+    even, odd = low / scheme.low, high / scheme.high
+    for i in reversed(range(0, len(scheme.steps), 2)):
+        even = torch.sub(even, _previous_sum(odd, dim, scheme, periodic), alpha=scheme.steps[i + 1])
+        odd = torch.sub(odd, _next_sum(even, dim, scheme, periodic), alpha=scheme.steps[i])
     return torch.stack([even, odd], dim=dim).flatten(dim - 1, dim)
 
 
-def _next_sum(even: Tensor, dim: int, lifting: Lifting, periodic: bool) -> Tensor:
+def _next_sum(even: Tensor, dim: int, scheme: WaveletScheme, periodic: bool) -> Tensor:
     """Even samples beside each odd one. Past the upper end the mirror of x[N - 2] is the last even sample itself."""
-    if lifting.haar:
+    if scheme.haar:
         return even
     last = even.narrow(dim, 0 if periodic else -1, 1)
     return even + torch.cat([even.narrow(dim, 1, even.shape[dim] - 1), last], dim=dim)
 
 
-def _previous_sum(odd: Tensor, dim: int, lifting: Lifting, periodic: bool) -> Tensor:
+def _previous_sum(odd: Tensor, dim: int, scheme: WaveletScheme, periodic: bool) -> Tensor:
     """Odd samples beside each even one. Before the lower end the mirror of x[1] is the first odd sample itself."""
-    if lifting.haar:
+    if scheme.haar:
         return odd
     first = odd.narrow(dim, -1 if periodic else 0, 1)
     return odd + torch.cat([first, odd.narrow(dim, 0, odd.shape[dim] - 1)], dim=dim)

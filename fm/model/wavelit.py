@@ -33,7 +33,7 @@ from fm.model.surrogate import MIN_GRID, Surrogate
 from fm.model.wavelets import NOT_PERIODIC, Periodic, analysis, patches, synthesis, unpatches
 
 
-class Lifting(nn.Module):
+class ChannelEmbedding(nn.Module):
     """Rows (S, D) for each canonical channel."""
 
     def __init__(self, channels: Iterable[str], subbands: int, width: int) -> None:
@@ -91,7 +91,7 @@ class WaveLiTFM(Surrogate):
         self.config = config
         width, subbands = config.width, config.subbands
         channels = [c for spec in datasets for c in (*spec.state_channels, *spec.constant_channels)]
-        self.lifting = Lifting(channels, subbands, width)
+        self.lifting = ChannelEmbedding(channels, subbands, width)
         self.task_vectors = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name in self.specs})
         self.blocks = nn.ModuleList(Pyramid(config.block(), config.pyramid_levels) for _ in range(config.depth))
         self.heads = nn.ModuleDict(

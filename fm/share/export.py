@@ -15,15 +15,15 @@ from data_pipeline.files import UserError, sync_directory
 from fm.config import dump_recipe
 from fm.evaluation.evaluate import Trained
 from fm.model.files import (
-    ARTEFACT_FILE,
     CARD_FILE,
     CARDS,
     EMA_FILE,
+    EXPORT_FILE,
     MODEL_FILE,
     RECIPE_FILE,
     WEIGHTS_FILE,
     digest,
-    is_artefact,
+    is_exported,
 )
 from fm.share.model_card import MIT, Cards, Facts, find_cards, model_card, report_files, step_program
 
@@ -51,13 +51,13 @@ def write_export(
     files[CARD_FILE] = model_card(facts, files, address or folder.name).encode()
     listing = {name: {"bytes": len(data), "sha256": digest(data)} for name, data in sorted(files.items())}
     content = json.dumps({**facts.to_json(), "files": listing}, indent=1, ensure_ascii=False, allow_nan=False)
-    files[ARTEFACT_FILE] = f"{content}\n".encode()
+    files[EXPORT_FILE] = f"{content}\n".encode()
     _write_whole(folder, files)
 
 
 def check_folder(folder: Path) -> None:
     """UserError where `folder` holds something that is no export, and so must not be replaced."""
-    if folder.exists() and not is_artefact(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and not is_exported(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(
             f"{folder}: expected a folder that is not there yet, or an earlier export, found something else"
         )
@@ -120,7 +120,7 @@ def export_run(
         raise UserError(f"--licence: expected an SPDX identifier, such as MIT or CC-BY-4.0, got {licence!r}")
     check_folder(folder)
     trained = Trained.open(run)
-    if is_artefact(trained.checkpoint):
+    if is_exported(trained.checkpoint):
         raise UserError(f"{run}: is an exported model already; copy it, or push it: model.push_to_hub(...)")
     facts = Facts(
         trained.model, trained.recipe, _cards(trained), trained.step, trained.shards, licence, trained.lineage
@@ -136,7 +136,7 @@ def _cards(trained: Trained) -> Cards:
     names = list(trained.model.specs)
     sources = [(names, trained.card_folders())]
     pretrained = trained.lineage.get("pretrained")
-    if pretrained is not None and is_artefact(Path(pretrained)):
+    if pretrained is not None and is_exported(Path(pretrained)):
         sources.append((names, [Path(pretrained) / CARDS]))
     cards = find_cards(sources)
     cards.check_unchanged(names, trained.checkpoint)

@@ -37,7 +37,7 @@ from fm.evaluation.evaluate import Trained
 from fm.evaluation.protocol import Protocol
 from fm.evaluation.tables import marked
 from fm.model.baselines import Baseline
-from fm.model.files import FORMAT, SCORES_FILE, is_artefact
+from fm.model.files import FORMAT, SCORES_FILE, is_exported
 from fm.model.spec import DatasetSpec
 from fm.model.surrogate import Surrogate
 
@@ -82,7 +82,7 @@ class Cards:
 
         The cards of an exported model came along with it and are always those.
         """
-        if is_artefact(checkpoint):
+        if is_exported(checkpoint):
             return
         then, now = read_state(checkpoint)["registry"]["cards"], self.registry.snapshot()["cards"]
         for name in datasets:
@@ -164,8 +164,8 @@ class Step(nn.Module):
 
     def forward(self, state: Tensor, constants: Tensor) -> Tensor:
         model, dataset = self.model, self.dataset
-        normalised = model.normalise(state, dataset), model.normalise_constants(constants, dataset)
-        return model.denormalise(model(*normalised, dataset), dataset)
+        normalised = model.normalize(state, dataset), model.normalize_constants(constants, dataset)
+        return model.denormalize(model(*normalised, dataset), dataset)
 
 
 def step_program(model: Surrogate, dataset: str) -> bytes:

@@ -41,9 +41,8 @@ from data_pipeline.well.hdf5 import Setting, WellFile, read_attributes, read_set
 from data_pipeline.well.layout import edges
 from data_pipeline.well.register import COMPONENTS
 from data_pipeline.well.write import WellWriter
-from fm.distributed import StopSignal
+from fm.distributed import StopSignal, precision
 from fm.evaluation.evaluate import Trained
-from fm.evaluation.measure import full_float32
 from fm.model.fields import FieldsWarning, given_fields
 from fm.model.surrogate import MIN_GRID, Surrogate
 
@@ -428,7 +427,7 @@ def _until(stop: StopSignal, frames: Iterator[np.ndarray]) -> Iterator[np.ndarra
         yield frame
 
 
-@full_float32()
+@precision(exact=True)
 def _write(
     file: FrameWriter, initial: Initial, frames: Iterator[np.ndarray], steps: int, progress: bool
 ) -> dict[int, tuple[int, str]]:

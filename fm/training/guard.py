@@ -24,7 +24,7 @@ from accelerate import Accelerator
 
 from data_pipeline.files import UserError
 from fm.config import FinetuneSettings, GuardSettings, ValidationSettings
-from fm.distributed import as_main_process_finds
+from fm.distributed import broadcast_from_main
 from fm.evaluation.evaluate import ValidationResult
 from fm.evaluation.scores import geometric_mean
 
@@ -191,7 +191,7 @@ class Gate:
 
     def share(self, verdict: Verdict | None, accelerator: Accelerator) -> bool:
         """Let all processes know the main one's verdict; returns whether it is the best so far. Collective."""
-        code = as_main_process_finds(accelerator, lambda: verdict.code if verdict else None)
+        code = broadcast_from_main(accelerator, lambda: verdict.code if verdict else None)
         assert code is not None
         self._failed = bool(code % 2)
         return code >= 2

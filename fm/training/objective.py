@@ -139,8 +139,8 @@ class Unroll(nn.Module):
         self, fields: Tensor, constants: Tensor, forced: Tensor, dataset: str, noise: Tensor | None
     ) -> list[LossTerms]:
         """The losses of the model steps that have one."""
-        fields = self.model.normalise(fields, dataset)
-        constants = self.model.normalise_constants(constants, dataset)
+        fields = self.model.normalize(fields, dataset)
+        constants = self.model.normalize_constants(constants, dataset)
         last = fields.shape[1] - 2
         terms = []
         prediction = fields[:, 0]

@@ -31,7 +31,7 @@ from data_pipeline.windows.reader import Batch, ShardReader
 from data_pipeline.windows.schedule import Division, Draw, MicroBatch
 from fm.checkpoint import keep_incident
 from fm.config import Recipe
-from fm.distributed import autocast_dtype, products_in_tf32
+from fm.distributed import autocast_dtype, precision
 from fm.training.console import StepResult
 from fm.training.guard import Guard, Refusal
 from fm.training.mixing import Mixing
@@ -66,8 +66,8 @@ def step_gradient(
         inputs = _inputs(recipe, state.step, piece, batch)
         # processes average their gradients, so each counts as many times more
         weight = len(piece.places) * accelerator.num_processes / recipe.train.global_batch
-        in_bf16 = autocast_dtype(recipe.train.precision, accelerator.device) is not None
-        with state.parallel.accumulate(last=number == len(pieces) - 1), products_in_tf32(in_bf16):
+        autocast = autocast_dtype(recipe.train.precision, accelerator.device)
+        with state.parallel.accumulate(last=number == len(pieces) - 1), precision(autocast):
             terms = state.parallel.objective(**inputs)
             mark("forward")
             state.parallel.backward(terms["loss"] * weight)

@@ -15,14 +15,14 @@ from accelerate import Accelerator
 from data_pipeline.files import UserError, only_process
 from data_pipeline.registry import load_registry
 from data_pipeline.windows.loader import sources
-from fm.checkpoint import CheckpointWriter, keep_best, newest_checkpoint, read_state, step_directory
+from fm.checkpoint import CheckpointWriter, keep_best, newest_checkpoint, read_state
 from fm.config import Recipe, changed_settings, recipe_to_dict, resolve
 from fm.datasets import build_model, check_names, check_same_shards, check_unrolls, open_split, shard_digests
 from fm.distributed import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
     StopSignal,
-    as_main_process_finds,
+    broadcast_from_main,
     make_accelerator,
     naming_lost_processes,
 )
@@ -78,7 +78,7 @@ class Trainer:
         run = (recipe, accelerator, self.state, self.readers, self.mixing, self.guard)
         self.stepper = Stepper(*run, self._facts, self._looks_at)
         check_gradient_cosines(recipe, self.state.parallel, list(self.readers))
-        self.owes_validation = bool(as_main_process_finds(self.accelerator, self._killed_while_validating_the_end))
+        self.owes_validation = broadcast_from_main(self.accelerator, self._killed_while_validating_the_end)
 
     @property
     def step(self) -> int:
@@ -197,12 +197,7 @@ class Trainer:
         record.event(f"{failure}\n{note}", self.step)
 
     def _newest_checkpoint(self) -> Path | None:
-        def look() -> int | None:
-            found = newest_checkpoint(self.checkpoints, self.say)
-            return None if found is None else read_state(found)["step"]
-
-        step = as_main_process_finds(self.accelerator, look)
-        return None if step is None else step_directory(self.checkpoints, step)
+        return broadcast_from_main(self.accelerator, lambda: newest_checkpoint(self.checkpoints, self.say))
 
     def _facts(self) -> dict:
         """What state.json holds beside the step, as JSON."""

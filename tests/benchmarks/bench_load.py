@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from data_pipeline.registry import Card, load_registry
-from fm.model.files import ARTEFACT_FILE, FORMAT, MODEL_FILE, WEIGHTS_FILE, digest
+from fm.model.files import EXPORT_FILE, FORMAT, MODEL_FILE, WEIGHTS_FILE, digest
 from fm.model.spec import PRESETS, DatasetSpec
 from fm.model.wavelit import WaveLiTFM
 
@@ -29,7 +29,7 @@ def main() -> None:
             model.save_pretrained(folder)
         data = {name: (exported / name).read_bytes() for name in (MODEL_FILE, WEIGHTS_FILE)}
         files = {name: {"bytes": len(content), "sha256": digest(content)} for name, content in data.items()}
-        (exported / ARTEFACT_FILE).write_text(json.dumps({"format": FORMAT, "files": files}))
+        (exported / EXPORT_FILE).write_text(json.dumps({"format": FORMAT, "files": files}))
         for name, folder in (("plain", plain), ("exported, hashed", exported)):
             seconds = [load_seconds(folder) for _ in range(rounds)]
             size = len(data[WEIGHTS_FILE]) / 1e6

@@ -111,21 +111,21 @@ class Subject:
     def states(self, trajectories: Sequence[int], num_frames: int) -> Tensor:
         """The first frames of trajectories, normalised: (R, T, C, H, W) on the CPU."""
         frames = np.stack([self.reader.trajectory_frames(index, 0, num_frames) for index in trajectories])
-        return self.model.normalise(torch.from_numpy(frames).to(self.device), self.dataset).cpu()
+        return self.model.normalize(torch.from_numpy(frames).to(self.device), self.dataset).cpu()
 
     def physical(self, states: Tensor) -> np.ndarray:
         """Normalised states (..., C, H, W) in physical units."""
-        return self.model.denormalise(states.to(self.device), self.dataset).cpu().numpy()
+        return self.model.denormalize(states.to(self.device), self.dataset).cpu().numpy()
 
     def step(self, trajectories: Sequence[int]) -> Step:
         """The map from normalised states of these trajectories, in their order, to the next ones."""
         constants = torch.from_numpy(np.stack([self.reader.constants(index) for index in trajectories]))
-        fixed = self.model.normalise_constants(constants.to(self.device), self.dataset)
+        fixed = self.model.normalize_constants(constants.to(self.device), self.dataset)
         return lambda state: self.model(state, fixed, self.dataset)
 
     def pairs(self, reader: ShardReader, ids: np.ndarray) -> tuple[Tensor, Tensor]:
         """Normalised states and next states (B, C, H, W) of windows of a reader of the same dataset, on the CPU."""
-        fields = self.model.normalise(reader.batch(ids, 2).fields.to(self.device), self.dataset).cpu()
+        fields = self.model.normalize(reader.batch(ids, 2).fields.to(self.device), self.dataset).cpu()
         return fields[:, 0], fields[:, 1]
 
 

@@ -123,9 +123,9 @@ def test_model_errors_lie_where_they_belong(
     batch = torch.from_numpy(reader.trajectory_frames(trajectory, frame, 2))
     constants = torch.from_numpy(reader.constants(trajectory))[None]
     with torch.no_grad():
-        fixed = model.normalise_constants(constants, "shear_flow")
-        state = model.eval()(model.normalise(batch[:1], "shear_flow"), fixed, "shear_flow")
-        prediction = model.denormalise(state, "shear_flow")[0].numpy()
+        fixed = model.normalize_constants(constants, "shear_flow")
+        state = model.eval()(model.normalize(batch[:1], "shear_flow"), fixed, "shear_flow")
+        prediction = model.denormalize(state, "shear_flow")[0].numpy()
     measured = errors.datasets["shear_flow"].one_step.vrmse("model", 1e-7)[trajectory, frame]
     np.testing.assert_allclose(measured, vrmse(prediction, batch[1].numpy()), rtol=1e-3)
     assert (np.abs(measured - errors.datasets["shear_flow"].one_step.vrmse("persistence", 1e-7)[1, 5]) > 1e-3).all()

@@ -1,13 +1,13 @@
-"""Lifting by canonical channel, and the head."""
+"""ChannelEmbedding by canonical channel, and the head."""
 
 import torch
 
-from fm.model.wavelit import Head, Lifting
+from fm.model.wavelit import ChannelEmbedding, Head
 
 
-def random_lifting() -> Lifting:
+def random_lifting() -> ChannelEmbedding:
     torch.manual_seed(0)
-    lifting = Lifting(["density", "A", "velocity_x", "mask", "pressure"], subbands=4, width=12)
+    lifting = ChannelEmbedding(["density", "A", "velocity_x", "mask", "pressure"], subbands=4, width=12)
     for parameter in lifting.parameters():
         torch.nn.init.normal_(parameter)
     return lifting

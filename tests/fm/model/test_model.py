@@ -118,8 +118,8 @@ def test_untrained_models_predict_the_mean_change_or_the_mean() -> None:
     state, constants = make_inputs(model.specs["rayleigh_benard"])
     assert torch.equal(model(state, constants, "rayleigh_benard"), torch.zeros_like(state))
     state, constants = make_inputs(model.specs["active_matter"])
-    raw = model.denormalise(state, "active_matter")
-    change = model.denormalise(model(state, constants, "active_matter"), "active_matter") - raw
+    raw = model.denormalize(state, "active_matter")
+    change = model.denormalize(model(state, constants, "active_matter"), "active_matter") - raw
     expected = torch.tensor([0.01 * i for i in range(11)]).view(-1, 1, 1).expand_as(change)
     torch.testing.assert_close(change, expected, atol=1e-5, rtol=0)
 
@@ -141,11 +141,11 @@ def test_a_delta_models_output_is_the_change_in_units_of_its_own_deviation() -> 
 def test_normalisation_is_the_z_score_and_survives_long_axes() -> None:
     model = small_model()
     raw = 3 * torch.randn(2, 5, 11, 16, 16) + 1
-    normal = model.normalise(raw, "active_matter")
+    normal = model.normalize(raw, "active_matter")
     torch.testing.assert_close(normal[:, :, 4], (raw[:, :, 4] - 1.0) / 4.3)
-    torch.testing.assert_close(model.denormalise(normal, "active_matter"), raw, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.denormalize(normal, "active_matter"), raw, atol=1e-5, rtol=1e-5)
     constants = torch.randn(2, 2, 16, 16)
-    normal = model.normalise_constants(constants, "acoustic_scattering_maze")
+    normal = model.normalize_constants(constants, "acoustic_scattering_maze")
     torch.testing.assert_close(normal[:, 1], (constants[:, 1] - 1.0) / 4.3)  # the fifth channel of the dataset
 
 
@@ -153,7 +153,7 @@ def test_tiny_deviations_are_floored() -> None:
     spec = make_spec("gray_scott_reaction_diffusion")
     stats = {**spec.stats, "std": {"A": 0.0, "B": 1.0}, "std_delta": {"A": 0.0, "B": 1e-5}}
     model = WaveLiTFM(SMALL, [dataclasses.replace(spec, stats=stats)])
-    assert model.normalise(torch.zeros(1, 2, 1, 1), spec.name).flatten().tolist() == pytest.approx([1e4, 0.5])
+    assert model.normalize(torch.zeros(1, 2, 1, 1), spec.name).flatten().tolist() == pytest.approx([1e4, 0.5])
     assert model.residual_scale(spec.name).flatten().tolist() == pytest.approx([1.0, 100.0])
 
 
@@ -352,11 +352,11 @@ def test_a_pointwise_head_is_a_rotation_exactly() -> None:
     with torch.no_grad():
         model.heads[spec.name].pointwise.copy_((turn - torch.eye(2)) * std / std_delta[:, None] / POINTWISE_GAIN)
     raw = torch.randn(2, 2, 18, 22)
-    state, constants = model.normalise(raw, spec.name), torch.randn(2, 1, 18, 22)
+    state, constants = model.normalize(raw, spec.name), torch.randn(2, 1, 18, 22)
     expected = torch.einsum("ij,bjhw->bihw", turn.float(), raw)
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            prediction = model.denormalise(model(state, constants, spec.name), spec.name)
+            prediction = model.denormalize(model(state, constants, spec.name), spec.name)
         torch.testing.assert_close(prediction, expected, atol=2e-6, rtol=1e-5)
 
 

@@ -27,7 +27,7 @@ def raw_fields(model: WaveLiTFM, size: int = 2) -> tuple[torch.Tensor, torch.Ten
     """State (B, C, H, W) and constants (B, K, H, W) in physical units."""
     state, constants = make_inputs(SPEC, batch=size)
     moments = model._moments(NAME)
-    return model.denormalise(state, NAME), constants * moments.constant_std + moments.constant_mean
+    return model.denormalize(state, NAME), constants * moments.constant_std + moments.constant_mean
 
 
 def by_name(state: torch.Tensor, constants: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from handmade import make_spec, stir
 
 from data_pipeline.files import UserError
 from fm.checkpoint import find_checkpoint, load_checkpoint, load_pretrained, take_snapshot, write_checkpoint
-from fm.model.files import ARTEFACT_FILE, digest, locate, read_description, verify_artefact
+from fm.model.files import EXPORT_FILE, digest, locate, read_description, verify_exported
 from fm.model.spec import ModelConfig
 from fm.model.wavelit import WaveLiTFM
 
@@ -42,7 +42,7 @@ def exported(model: WaveLiTFM, folder: Path) -> Path:
     data = {name: (folder / name).read_bytes() for name in names}
     files = {name: {"bytes": len(content), "sha256": digest(content)} for name, content in data.items()}
     facts = {"format": 1, "name": "a", "step": 3, "licence": "MIT", "datasets": {}, "lineage": {}}
-    (folder / ARTEFACT_FILE).write_text(json.dumps({**facts, "files": files}))
+    (folder / EXPORT_FILE).write_text(json.dumps({**facts, "files": files}))
     return folder
 
 
@@ -96,11 +96,11 @@ def test_an_address_of_another_form_is_refused() -> None:
 def test_companions_come_along_with_the_weights_that_they_are_of(model: WaveLiTFM, tmp_path: Path) -> None:
     loaded = WaveLiTFM.from_pretrained(exported(model, tmp_path / "exported"))
     loaded.save_pretrained(tmp_path / "copy")
-    verify_artefact(tmp_path / "copy")
+    verify_exported(tmp_path / "copy")
     assert (tmp_path / "copy/pictures/growth.png").read_bytes() == b"png"
     assert (tmp_path / "copy/README.md").read_text() == "# A model"
     loaded.save_pretrained(tmp_path / "exported")  # onto itself
-    verify_artefact(tmp_path / "exported")
+    verify_exported(tmp_path / "exported")
     with torch.no_grad():
         next(loaded.parameters()).add_(1)
     loaded.save_pretrained(tmp_path / "changed")
@@ -116,7 +116,7 @@ def test_words_of_the_card_may_change(model: WaveLiTFM, tmp_path: Path) -> None:
     folder = exported(model, tmp_path / "exported")
     (folder / "README.md").write_text("# A model\n\nBetter words.")
     assert find_checkpoint(folder) == folder
-    verify_artefact(folder)
+    verify_exported(folder)
     WaveLiTFM.from_pretrained(folder)
 
 
@@ -156,7 +156,7 @@ def test_a_damaged_list_of_files_is_refused(
     model: WaveLiTFM, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     folder = exported(model, tmp_path / "exported")
-    file = folder / ARTEFACT_FILE
+    file = folder / EXPORT_FILE
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ValueError, match=message):
         WaveLiTFM.from_pretrained(folder)
@@ -166,9 +166,9 @@ def test_a_damaged_list_of_files_is_refused(
 
 def test_the_list_of_files_must_be_json(model: WaveLiTFM, tmp_path: Path) -> None:
     folder = exported(model, tmp_path / "exported")
-    (folder / ARTEFACT_FILE).write_text("{")
+    (folder / EXPORT_FILE).write_text("{")
     with pytest.raises(UserError, match=r"artefact\.json: expected a list of files"):
         load_pretrained(folder)
     shutil.rmtree(folder / "pictures")
-    (folder / ARTEFACT_FILE).unlink()
+    (folder / EXPORT_FILE).unlink()
     WaveLiTFM.from_pretrained(folder)  # without the list it is a plain model

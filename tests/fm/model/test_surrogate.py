@@ -45,8 +45,8 @@ def test_the_output_is_the_next_state_or_its_change_in_units_of_its_deviation() 
     state, constants = make_inputs(SPEC)
     assert torch.equal(Scaled("state")(state, constants, SPEC.name), 0.5 * state)
     model = Scaled("delta", rayleigh_benard="state")
-    raw = model.denormalise(state, SPEC.name)
-    change = model.denormalise(model(state, constants, SPEC.name), SPEC.name) - raw
+    raw = model.denormalize(state, SPEC.name)
+    change = model.denormalize(model(state, constants, SPEC.name), SPEC.name) - raw
     expected = 0.5 * state * moments("std_delta") + moments("mean_delta")
     torch.testing.assert_close(change, expected, atol=1e-5, rtol=1e-4)
     state, constants = make_inputs(make_spec("rayleigh_benard"))

@@ -25,7 +25,7 @@ from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.cli import main as fm
 from fm.datasets import dataset_specs
 from fm.model.baselines import Baseline, BaselineConfig
-from fm.model.files import digest, verify_artefact
+from fm.model.files import digest, verify_exported
 from fm.model.spec import ModelConfig
 from fm.model.surrogate import Surrogate
 from fm.model.wavelit import WaveLiTFM
@@ -85,8 +85,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def one_step(model: Surrogate, shards: Path, dataset: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The state of a first test frame and what follows it, both normalised."""
     reader = open_readers(shards, [dataset], "test")[dataset]
-    state = model.normalise(torch.from_numpy(reader.trajectory_frames(0, 0, 1)), dataset)
-    constants = model.normalise_constants(torch.from_numpy(reader.constants(0))[None], dataset)
+    state = model.normalize(torch.from_numpy(reader.trajectory_frames(0, 0, 1)), dataset)
+    constants = model.normalize_constants(torch.from_numpy(reader.constants(0))[None], dataset)
     with torch.no_grad():
         return state, model(state, constants, dataset)
 
@@ -208,7 +208,7 @@ def test_neither_the_order_nor_the_number_of_commands_matters(tiny_shards: Path,
                 source = out
             made.append(files(source))
         assert made[0] == made[1] == made[2] == made[3]
-    lineage = verify_artefact(source)["lineage"]
+    lineage = verify_exported(source)["lineage"]
     assert (lineage["added"], lineage["earlier"]["added"]) == ([one], [two])
     assert lineage["earlier"]["earlier"] is None
     assert lineage["earlier"]["model"] == str(trained)
@@ -234,7 +234,7 @@ def test_a_dataset_of_ones_own_is_added_by_its_card(
     cards = load_folders([tmp_path / "ten" / "cards"])
     assert list(cards.cards) == sorted([*OLD, "burgers", "rayleigh_benard"])
     assert cards.cards["burgers"] == load_registry(burgers / "cards").cards["burgers"]
-    lineage = verify_artefact(tmp_path / "ten")["lineage"]
+    lineage = verify_exported(tmp_path / "ten")["lineage"]
     assert lineage["rows"]["burgers_velocity_x"]["copied"] == "velocity_x"
     assert lineage["proof"]["changed"] == []
 
@@ -305,7 +305,7 @@ def test_the_extended_model_trains(
 
     monkeypatch.delenv(VARIABLE)  # the card comes from the model that the run began with
     exported_run = export_run(tmp_path / "run", tmp_path / "exported")
-    assert verify_artefact(exported_run)["lineage"] == {"pretrained": str(tmp_path / "new")}
+    assert verify_exported(exported_run)["lineage"] == {"pretrained": str(tmp_path / "new")}
     assert load_folders([exported_run / "cards"]) == load_folders([tmp_path / "new" / "cards"])
     assert "Not trained yet" not in (exported_run / "README.md").read_text()
 

@@ -14,10 +14,10 @@ def test_rollout_feeds_predictions_back() -> None:
     frames = list(model.iterate(raw, constants, spec.name, 3))
     assert len(frames) == 3
     assert not any(frame.requires_grad for frame in frames)
-    state, fixed = model.normalise(raw, spec.name), model.normalise_constants(constants, spec.name)
+    state, fixed = model.normalize(raw, spec.name), model.normalize_constants(constants, spec.name)
     for frame in frames:
         state = model(state, fixed, spec.name)
-        assert torch.equal(frame, model.denormalise(state, spec.name))
+        assert torch.equal(frame, model.denormalize(state, spec.name))
 
 
 def test_rollout_of_an_untrained_model_drifts_by_the_mean_change() -> None:

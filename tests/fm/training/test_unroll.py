@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fm.config import FinetuneSettings, LossSettings
-from fm.distributed import products_in_tf32
+from fm.distributed import precision
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.wavelit import WaveLiTFM
 from fm.training.objective import Unroll, causal_weights
@@ -29,10 +29,10 @@ class Linear(nn.Module):
     def forward(self, state: Tensor, constants: Tensor, dataset: str) -> Tensor:
         return self.factor * state
 
-    def normalise(self, fields: Tensor, dataset: str) -> Tensor:
+    def normalize(self, fields: Tensor, dataset: str) -> Tensor:
         return fields
 
-    normalise_constants = normalise
+    normalize_constants = normalize
 
     def residual_scale(self, dataset: str) -> Tensor:
         return torch.ones(1, 1, 1)
@@ -183,7 +183,7 @@ def test_a_gpu_never_makes_the_host_wait_in_forward_and_backward(objective: str)
 
 
 def test_tf32_is_for_a_bf16_step_and_ends_with_it() -> None:
-    for allowed, expected in ((False, "highest"), (True, "high")):
-        with products_in_tf32(allowed):
+    for autocast, expected in ((None, "highest"), (torch.bfloat16, "high")):
+        with precision(autocast):
             assert torch.get_float32_matmul_precision() == expected
         assert torch.get_float32_matmul_precision() == "highest"

@@ -62,8 +62,8 @@ def test_measurements_are_those_of_plain_loops(subject: Subject, tiny_shards: Pa
     assert found.stability.true_flow is None
     model, reader = subject.model, subject.reader
     raw = torch.from_numpy(reader.trajectory_frames(0, 0, reader.num_frames(0)))
-    truth = model.normalise(raw, "rayleigh_benard")
-    constants = model.normalise_constants(torch.from_numpy(reader.constants(0))[None], "rayleigh_benard")
+    truth = model.normalize(raw, "rayleigh_benard")
+    constants = model.normalize_constants(torch.from_numpy(reader.constants(0))[None], "rayleigh_benard")
     state = truth[:1]
     with torch.no_grad():
         for step in range(1, len(truth)):
@@ -73,7 +73,7 @@ def test_measurements_are_those_of_plain_loops(subject: Subject, tiny_shards: Pa
                 error = (predicted[0] - truth[step]).square().mean().sqrt()
                 assert measured[0, step - 1] == pytest.approx(float(error), rel=1e-4)
     unbiased = raw[-1].flatten(1).var(-1)
-    scores = ((model.denormalise(state, "rayleigh_benard")[0] - raw[-1]).square().mean((-2, -1)) / unbiased).sqrt()
+    scores = ((model.denormalize(state, "rayleigh_benard")[0] - raw[-1]).square().mean((-2, -1)) / unbiased).sqrt()
     assert found.growth.vrmse[0, -1] == pytest.approx(float(scores.mean()), rel=1e-3)
     assert found.drifts[0].label == "mean of velocity_y"
     assert (found.stability.largest_along_truth >= found.stability.along_truth.min()).all()

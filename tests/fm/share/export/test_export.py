@@ -16,7 +16,7 @@ from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.cli import main
 from fm.evaluation.evaluate import Trained
-from fm.model.files import verify_artefact
+from fm.model.files import verify_exported
 from fm.share.export import export_run
 from fm.share.model_card import find_cards
 from fm.training.trainer import train
@@ -27,7 +27,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_folder_holds_the_averaged_weights_and_lists_every_file(run: Path, artefact: Path) -> None:
-    content = verify_artefact(artefact)
+    content = verify_exported(artefact)
     files = tree(artefact)
     assert set(content["files"]) == set(files) - {"artefact.json"}
     assert {"LICENSE", "README.md", "recipe.yaml", "scores.json", "pictures/growth.png"} <= set(files)
@@ -77,7 +77,7 @@ def test_an_export_is_finetuned_as_its_run(run: Path, artefact: Path, tiny_shard
         finished.append(load_pretrained(tmp_path / name).state_dict())
     assert all(torch.equal(finished[0][key], finished[1][key]) for key in finished[0])
     again = export_run(tmp_path / "of_export", tmp_path / "second")
-    assert verify_artefact(again)["lineage"] == {"pretrained": str(artefact)}
+    assert verify_exported(again)["lineage"] == {"pretrained": str(artefact)}
     assert f"Finetuned from `{artefact}`" in (again / "README.md").read_text()
 
 

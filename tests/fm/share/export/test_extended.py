@@ -16,7 +16,7 @@ from whole_runs import DATASETS
 from data_pipeline.files import UserError
 from data_pipeline.registry import load_registry
 from fm.evaluation.evaluate import Trained, evaluate_run
-from fm.model.files import verify_artefact
+from fm.model.files import verify_exported
 from fm.model.wavelit import WaveLiTFM
 from fm.share.export import export_run
 from fm.share.extend import extend
@@ -44,13 +44,13 @@ def test_a_run_and_its_export_become_the_same_model(
     of_run, of_export = tree(extended), tree(tmp_path / "three")
     assert of_run.keys() == of_export.keys()
     assert {name for name in of_run if of_run[name] != of_export[name]} == {"README.md", "artefact.json"}
-    ours, theirs = (verify_artefact(folder) for folder in (extended, tmp_path / "three"))
+    ours, theirs = (verify_exported(folder) for folder in (extended, tmp_path / "three"))
     assert (ours["lineage"].pop("model"), theirs["lineage"].pop("model")) == (str(run), str(artefact))
     assert {**ours, "files": None} == {**theirs, "files": None}
 
 
 def test_it_is_opened_as_an_exported_model(run: Path, extended: Path, tiny_shards: Path) -> None:
-    content = verify_artefact(extended)
+    content = verify_exported(extended)
     assert set(content["files"]) == set(tree(extended)) - {"artefact.json"}
     source, trained = Trained.open(run), Trained.open(extended)
     assert (content["name"], content["step"], content["licence"]) == ("three", 8, "MIT")
@@ -85,10 +85,10 @@ def test_another_extension_keeps_licence_and_lineage(run: Path, tiny_shards: Pat
     export_run(run, tmp_path / "one", licence="CC-BY-4.0")
     extend(str(tmp_path / "one"), [NEW], str(tiny_shards), tmp_path / "two", "zero")
     extend(str(tmp_path / "two"), ["active_matter"], str(tiny_shards), tmp_path / "three", "zero")
-    content = verify_artefact(tmp_path / "three")
+    content = verify_exported(tmp_path / "three")
     assert content["licence"] == "CC-BY-4.0"
     assert not (tmp_path / "three" / "LICENSE").exists()
-    assert content["lineage"]["earlier"] == verify_artefact(tmp_path / "two")["lineage"]
+    assert content["lineage"]["earlier"] == verify_exported(tmp_path / "two")["lineage"]
     text = (tmp_path / "three" / "README.md").read_text()
     assert (
         f"It is `{tmp_path / 'two'}`, extended by active_matter. **Not trained yet: active_matter and {NEW}.**" in text

@@ -41,7 +41,7 @@ def model() -> WaveLiTFM:
 def test_the_program_gives_the_models_steps_where_the_package_is_not(model: WaveLiTFM, tmp_path: Path) -> None:
     (tmp_path / "step.pt2").write_bytes(step_program(model, MAZE.name))
     generator = torch.Generator().manual_seed(3)
-    state = model.denormalise(torch.randn(5, 3, 18, 22, generator=generator), MAZE.name)
+    state = model.denormalize(torch.randn(5, 3, 18, 22, generator=generator), MAZE.name)
     constants = torch.randn(5, 2, 18, 22, generator=generator) + MAZE.moment("mean", MAZE.constant_channels).float()
     np.savez(tmp_path / "given.npz", state=state.numpy(), constants=constants.numpy())
     files = [str(tmp_path / name) for name in ("step.pt2", "given.npz", "out.npz")]
