@@ -128,8 +128,7 @@ def load_checkpoint(path: Path, model: Surrogate, average: Surrogate) -> tuple[d
     Raises UserError if the architecture, the datasets or their statistics are not those of `model`.
     """
     state = read_state(path)
-    wanted = model.description()
-    _require_same(path, _filled(read_description(path), wanted), wanted)
+    _require_same(path, read_description(path), model.description())
     for target, name in ((model, "model.safetensors"), (average, "ema.safetensors")):
         target.load_state_dict(_read_tensors(path / name))
     return state, _read_tensors(path / "optimizer.safetensors")
@@ -206,16 +205,6 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
         return load_tensors(file.read_bytes())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: cannot be read as safetensors ({error})") from error
-
-
-def _filled(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """A saved description; what it does not know of its datasets (fm/model/files.py, format 1) is as in `wanted`."""
-    known = {spec["name"]: spec for spec in wanted["datasets"]}
-    datasets = [
-        {key: known.get(spec["name"], spec)[key] if value is None else value for key, value in spec.items()}
-        for spec in saved["datasets"]
-    ]
-    return {**saved, "datasets": datasets}
 
 
 def _require_same(path: Path, saved: Any, wanted: Any, key: str = "") -> None:

@@ -159,8 +159,7 @@ def locate(source: Path | str) -> Path:
 def read_description(directory: Path | str) -> dict[str, Any]:
     """model.json as a dict with keys format, config, datasets; a baseline's has its name as `baseline`.
 
-    One of an older format is brought up to this one. FileNotFoundError where there is none, ValueError where it is of a
-    later format or not such a file.
+    FileNotFoundError where there is none, ValueError where it is of another format or not such a file.
     """
     file = Path(directory) / MODEL_FILE
     if not file.is_file():
@@ -174,14 +173,12 @@ def read_description(directory: Path | str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: expected a model's description with a format, got {error}") from error
     check_keys(str(file), description, ("format", "config", "datasets"), optional=(BASELINE,))
-    if number not in (1, CONFIG_FORMAT):
+    if number != CONFIG_FORMAT:
         raise ValueError(
-            f"{file} has format {number}, this version reads 1 to {FORMAT}; install the version of the project that "
+            f"{file} has format {number}, this version reads {CONFIG_FORMAT}; install the version of the project that "
             "wrote it, or a later one"
         )
-    if number == 1:  # did not know what the data were sampled at
-        description["datasets"] = [{**spec, "grid": None, "dt": None} for spec in description["datasets"]]
-    return {**description, "format": CONFIG_FORMAT}
+    return description
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

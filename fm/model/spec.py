@@ -14,7 +14,6 @@ from fm.model.block import BlockConfig
 from fm.model.wavelets import WAVELETS, Periodic
 
 BOUNDARY_TYPES = ("WALL", "OPEN", "PERIODIC")
-LATER = ("pointwise",)  # options of ModelConfig that files written before them do not have
 
 
 @dataclass(frozen=True)
@@ -141,15 +140,13 @@ class ModelConfig:
         return BlockConfig(**{f.name: getattr(self, f.name) for f in fields(BlockConfig)})
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dicts, strings and numbers; an option that came later is left out where it is at its default."""
-        later = {f.name for f in fields(self) if f.name in LATER and getattr(self, f.name) == f.default}
-        values = json.loads(json.dumps(asdict(self)))
-        return {name: value for name, value in values.items() if name not in later}
+        """Plain dicts, strings and numbers."""
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str) -> "ModelConfig":
         """Inverse of `to_json`. ValueError, naming `where`, for unknown or missing keys."""
-        check_keys(f"config of {where}", value, (f.name for f in fields(cls)), optional=LATER)
+        check_keys(f"config of {where}", value, (f.name for f in fields(cls)))
         return cls(**value)
 
 

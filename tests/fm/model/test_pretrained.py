@@ -10,7 +10,7 @@ import torch
 from handmade import make_spec, stir
 
 from data_pipeline.files import UserError
-from fm.checkpoint import find_checkpoint, load_checkpoint, load_pretrained, take_snapshot, write_checkpoint
+from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.model.files import EXPORT_FILE, digest, locate, read_description, verify_exported
 from fm.model.spec import ModelConfig
 from fm.model.wavelit import WaveLiTFM
@@ -21,14 +21,6 @@ SPEC = type(make_spec("shear_flow"))(**{**vars(make_spec("shear_flow")), "grid":
 @pytest.fixture
 def model() -> WaveLiTFM:
     return stir(WaveLiTFM(ModelConfig(16, 1, 2), [SPEC]))
-
-
-def as_format_1(file: Path) -> None:
-    """model.json as it was written before models knew grid and time step."""
-    description = json.loads(file.read_text())
-    for spec in description["datasets"]:
-        del spec["grid"], spec["dt"]
-    file.write_text(json.dumps({**description, "format": 1}))
 
 
 def exported(model: WaveLiTFM, folder: Path) -> Path:
@@ -46,31 +38,11 @@ def exported(model: WaveLiTFM, folder: Path) -> Path:
     return folder
 
 
-def test_format_1_is_read_without_grid_and_time_step(model: WaveLiTFM, tmp_path: Path) -> None:
-    model.save_pretrained(tmp_path)
-    as_format_1(tmp_path / "model.json")
-    loaded = WaveLiTFM.from_pretrained(tmp_path)
-    assert loaded.specs["shear_flow"].grid is None
-    assert loaded.specs["shear_flow"].dt is None
-    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_a_checkpoint_of_format_1_is_continued(model: WaveLiTFM, tmp_path: Path) -> None:
-    weights = model.state_dict()
-    snapshot = take_snapshot(5, model.description(), weights, weights, {}, {"recipe": {}})
-    checkpoint = write_checkpoint(tmp_path, snapshot)
-    as_format_1(checkpoint / "model.json")
-    target, average = (WaveLiTFM(ModelConfig(16, 1, 2), [SPEC]) for _ in range(2))
-    state, _ = load_checkpoint(checkpoint, target, average)
-    assert state["step"] == 5
-    assert target.specs["shear_flow"].grid == (18, 22)
-    assert all(torch.equal(average.state_dict()[name], tensor) for name, tensor in weights.items())
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 3}, "format 3, this version reads 1 to 2; install the version of the project that wrote it"),
+        ({"format": 3}, "format 3, this version reads 2; install the version of the project that wrote it"),
+        ({"format": 1}, "format 1, this version reads 2"),
         ({"format": None}, "format None"),
         ({"surplus": 1}, "unexpected keys"),
     ],
