@@ -19,7 +19,7 @@ from data_pipeline.windows.schedule import Draw
 from fm.checkpoint import list_checkpoints, verify_checkpoint
 from fm.config import Recipe, load_recipe
 from fm.distributed import StopSignal, make_accelerator
-from fm.training.record import RunRecord
+from fm.training.record import NullRecord
 from fm.training.runlog import parse_lines
 from fm.training.trainer import Trainer
 
@@ -118,7 +118,7 @@ def _harmless(recipe: Recipe, folder: str) -> Recipe:
 def _run_to(trainer: Trainer, step: int) -> int:
     """Take the steps up to `step`; returns how many."""
     again = step - trainer.step
-    record = RunRecord(trainer.recipe, trainer.mixing.schedule, None, trainer.step, "")
+    record = NullRecord()
     with tqdm(total=step, initial=trainer.step, desc="replay", unit="step", disable=not again) as bar:
         while True:
             if trainer.mixing.changes_at(trainer.step):

@@ -12,7 +12,7 @@ import yaml
 
 from data_pipeline.files import UserError
 from fm.checkpoint import list_checkpoints, read_state
-from fm.training.runlog import parse_lines, process_lives
+from fm.training.runlog import is_alive, parse_lines
 
 RATE_LINES = 20  # the rate is that of the last so many pace lines of the present process
 QUIET_SECONDS = 600  # longer without a line, on another machine: the run may have ended, or validate
@@ -183,7 +183,7 @@ def _state(run: Path, process: Mapping[str, Any] | None, present: list[dict[str,
     opened = process is None or (present and present[0].get("time", 0) >= process["started"] - 1)
     if present and opened and present[-1].get("kind") == "end":
         return str(present[-1].get("state", "unknown")), str(present[-1].get("text", ""))
-    lives = process_lives(process) if process else None
+    lives = is_alive(process) if process else None
     if process and lives:
         return "running", f"process {process['pid']} on {process['host']} lives, {silence}"
     if process and lives is False:

@@ -1,65 +1,126 @@
-"""The record of a run: recipe.yaml, run.json, logs, TensorBoard, the console. Main process only; silent elsewhere."""
+"""The record of a run: what training writes to the run directory, to TensorBoard and to the console.
 
-from collections.abc import Mapping, Sequence
+Only the main process writes (`RunRecord`). Other processes have a `NullRecord`, which ignores everything. The run
+directory gets recipe.yaml, the logs (fm/training/runlog.py) and TensorBoard's files (fm/training/tensorboard.py).
+"""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
 from data_pipeline.files import atomic_file
 from data_pipeline.windows.schedule import Schedule
 from fm.config import Recipe, dump_recipe, recipe_to_dict
+from fm.distributed import peak_memory_bytes
 from fm.evaluation.evaluate import ValidationResult, protocol_windows
 from fm.evaluation.plots import Cosines
 from fm.model.surrogate import Surrogate
-from fm.training.console import Console, Meter, Progress, StepResult
+from fm.training.console import Console, Progress
+from fm.training.flops import forward_flops, forward_passes
 from fm.training.guard import Refusal
 from fm.training.optim import rates_after
-from fm.training.runlog import EventLog, StepLog, environment, write_process
-from fm.training.tensorboard import Dashboard, Session, Trackers, final_scores, is_shown, telling_settings
+from fm.training.runlog import EventLog, JsonLog, environment, write_process
+from fm.training.tensorboard import Dashboard, flat_settings, start_trackers
 
 
-class RunRecord(AbstractContextManager):
-    """Receives what the trainer does, from the step at which the run starts or continues.
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, over all processes. A step may consist of several draws (train.draws)."""
 
-    `model` is a whole model like the one that is trained, None where nothing is recorded: on all processes but the main
-    one. `spread` says how the model is spread over processes.
+    step: int  # optimizer steps done, this one included
+    datasets: tuple[str, ...]  # one per draw
+    grids: tuple[tuple[int, int], ...]  # (H, W), one per draw
+    windows: str  # digest of the global batches' window ids
+    losses: tuple[float, ...]  # one per draw
+    mse: float
+    wavelet_l1: float
+    grad_norm: float  # before clipping
+    lr: float
+    samples: int  # windows
+    model_calls: tuple[int, ...]  # forward passes of the unroll, one number per draw
+    data_seconds: float
+    seconds: float
+    stop: bool  # a process received a signal to stop
+
+    @property
+    def loss(self) -> float:
+        """Return the mean loss of the draws."""
+        return sum(self.losses) / len(self.losses)
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of token updates: windows x model calls x H W / 4."""
+        windows = self.samples // len(self.grids)
+        calls = zip(self.grids, self.model_calls, strict=True)
+        return sum(windows * count * h * w // 4 for (h, w), count in calls)
+
+
+class NullRecord(AbstractContextManager["NullRecord"]):
+    """The record on processes other than the main one, with the methods of RunRecord."""
+
+    end_reason: str | None = None
+
+    def _ignore(self, *arguments: Any) -> None:
+        pass
+
+    __exit__ = print = log_message = log_refusal = log_step = log_validation = log_verdict = _ignore
+    log_cosines = log_shares = flush = _ignore
+
+
+class RunRecord(AbstractContextManager["RunRecord"]):
+    """The record on the main process, from the step at which the run starts or continues.
+
+    `end_reason` may be set to explain why the run ends before its last step.
     """
 
-    def __init__(self, recipe: Recipe, schedule: Schedule, model: Surrogate | None, step: int, spread: str) -> None:
-        self.recipe, self.schedule, self.active = recipe, schedule, model is not None
-        self._repeated: set[str] = set()  # datasets that a warning was given for
-        self._done = step  # optimiser steps
-        self.ended: str | None = None  # why the run is over before its last step, if it is
-        if model is None:
-            return
+    def __init__(self, recipe: Recipe, schedule: Schedule, model: Surrogate, step: int, spread: str) -> None:
+        """Open the files in the run directory.
+
+        `model` is a whole model like the one that is trained; `spread` describes how the trained model is distributed
+        over processes.
+        """
+        self.end_reason: str | None = None
+        self._recipe, self._schedule, self._step = recipe, schedule, step
+        self._warned: set[str] = set()  # datasets with a warning of too many passes
         resolved = replace(recipe, **{model.section: model.config})
-        self.directory = recipe.run.directory
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.directory / "recipe.yaml", durable=False) as file:
+        directory, names = recipe.run.directory, sorted(schedule.shares)
+        directory.mkdir(parents=True, exist_ok=True)
+        with atomic_file(directory / "recipe.yaml", durable=False) as file:
             file.write(dump_recipe(resolved).encode())
-        write_process(self.directory / "run.json", spread)
-        self._log = StepLog(self.directory / "log.jsonl", step)
-        self._events = EventLog(self.directory / "events.jsonl", step)
+        write_process(directory / "run.json", spread)
+        self._log = JsonLog(directory / "log.jsonl", lambda line: line["step"] <= step)
+        self._events = EventLog(directory / "events.jsonl", step)
         self._meter = Meter(model, recipe, self._events.saved["pending"] if step else ())
-        self._board = self._open_board(resolved, step)
+
+        settings = flat_settings(recipe_to_dict(resolved), names)
+        others = recipe.tracking.log_with or ()
+        trackers = start_trackers(others, recipe.run.name, directory / "trackers", settings)
+        windows = protocol_windows(recipe.validation.protocol)
+        folder = directory / "tensorboard"
+        self._board = Dashboard(folder, names, windows, step, self._events.saved, settings, trackers)
         self._board.text("recipe", f"```yaml\n{dump_recipe(resolved)}```", step)
         facts = environment(next(model.parameters()).device, spread)
-        self._board.text("environment", _table(f"from step {step}", facts), step)
+        rows = [f"| | from step {step} |", "|:--|:--|", *(f"| {name} | {fact} |" for name, fact in facts.items())]
+        self._board.text("environment", "\n".join(rows), step)
         if step:
             for text in self._events.refusals:
                 self._board.text("events", text, step)
-            self._tell("start", f"continued from step {step}", step)
+            self._log_text("start", f"continued from step {step}", step)
         else:
-            self._events.write("start", step, text="started")
-        names = sorted(schedule.shares)
+            self._log_event("start", step, text="started")
+
         progress = Progress(recipe.run.name, recipe.train.steps, step, names, scores=self._events.scores)
         self._console = Console(progress, shown=recipe.tracking.progress)
-        self._warn_of_repeats(recipe.train.steps, step)
+        self._warn_of_passes(recipe.train.steps, step)
         for ignored in recipe.finetune.ignored() if recipe.finetune else ():
-            self.say(f"warning: finetune.{ignored}")
+            self.print(f"warning: finetune.{ignored}")
         if recipe.sampling.scheme == "adaptive" and recipe.train.steps <= recipe.validation.every:
-            self.say(
+            self.print(
                 f"sampling.scheme: adaptive changes nothing in {recipe.train.steps} steps, since the first validation "
                 f"is after {recipe.validation.every}; lower validation.every"
             )
@@ -67,173 +128,209 @@ class RunRecord(AbstractContextManager):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.active:
-            ending = self._ending(error)
-            self._events.write("end", self._done, **ending)
-            self._console.close()
-            self._log.close()
-            self._events.close()
-            self._board.close()
-            self._trackers.close()
-            self._session.close({"finished": True, "failed": False}.get(ending["state"]))
+        state, text = "finished", self.end_reason or f"finished after step {self._step}"
+        if error is not None:
+            reason = str(error).strip().partition("\n")[0]
+            state, text = "failed", f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+        elif self.end_reason is None and self._step < self._recipe.train.steps:
+            state, text = "interrupted", f"ended after step {self._step}, as asked"
+        self._log_event("end", self._step, state=state, text=text)
+        self._console.close()
+        self._log.close()
+        self._events.close()
+        self._board.close({"finished": True, "failed": False}.get(state))
 
-    def say(self, message: str) -> None:
+    def print(self, message: str) -> None:
         """Print a message."""
-        if self.active:
-            self._console.say(message)
+        self._console.print(message)
 
-    def event(self, message: str, step: int) -> None:
-        """Print a message, and keep it among TensorBoard's events."""
-        if self.active:
-            self._tell("message", message, step)
-            self.say(f"step {step}: {message}")
+    def log_message(self, message: str, step: int) -> None:
+        """Print a message and add it to TensorBoard's events."""
+        self._log_text("message", message, step)
+        self.print(f"step {step}: {message}")
 
-    def refusal(self, refusal: Refusal, step: int) -> None:
-        """Log that the guard refused a step; `step` is where the record stands, or where a run goes back to."""
-        if self.active:
-            facts = {"refused": refusal.step, "reason": refusal.reason, "action": refusal.action}
-            self._tell("guard", refusal.text, step, **facts, windows=refusal.windows)
-            self.say(refusal.text)
+    def log_refusal(self, refusal: Refusal, step: int) -> None:
+        """Log a refused step; `step` is the last step of the record, or the step that a run rolls back to."""
+        facts = {"refused": refusal.step, "reason": refusal.reason, "action": refusal.action}
+        self._log_text("guard", refusal.text, step, **facts, windows=refusal.windows)
+        self.print(refusal.text)
 
-    def step(self, result: StepResult) -> None:
-        """Log one optimiser step: every one in log.jsonl, TensorBoard scalars every tracking.every."""
-        if not self.active:
-            return
-        dataset = "+".join(result.datasets)
-        entry = {"step": result.step, "dataset": dataset, "windows": result.windows}
-        self._log.write({**entry, "loss": result.loss, "lr": result.lr})
+    def log_step(self, result: StepResult) -> None:
+        """Log one optimizer step: each step in log.jsonl, means of tracking.every steps in TensorBoard."""
+        entry = {"step": result.step, "dataset": "+".join(result.datasets), "windows": result.windows}
+        loss = result.loss if math.isfinite(result.loss) else None
+        self._log.write({**entry, "loss": loss, "lr": result.lr})
         self._meter.add(result)
-        self._done = result.step
-        self._console.step(result)
-        if result.step % self.recipe.tracking.every == 0 or result.step == self.recipe.train.steps:
-            self._scalars(result.step)
+        self._step = result.step
+        self._console.update_losses(result.step, dict(zip(result.datasets, result.losses, strict=True)))
+        if result.step % self._recipe.tracking.every == 0 or result.step == self._recipe.train.steps:
+            self._log_scalars(result.step)
 
-    def settle(self, step: int) -> None:
-        """Called before a checkpoint of `step` is written: a run that continues from it finds this record whole."""
-        if self.active:
-            self._board.text("saves", f"checkpoint of step {step}", step)
-            self._events.write("save", step, **self._board.settle(step), pending=self._meter.saved())
-
-    def validation(self, result: ValidationResult, step: int) -> None:
+    def log_validation(self, result: ValidationResult, step: int) -> None:
         """Log the scores and pictures of a validation after `step` steps."""
-        if not self.active:
-            return
         self._board.scalars(result.scalars(), step)
-        if pictured(step, self.recipe):
+        if draws_pictures(step, self._recipe):
             for sample in result.samples.values():
                 self._board.rollout(sample, step)
-        self._console.scores(result.one_step())
+        self._console.update_scores(result.one_step())
         ratio = result.mean_ratio
-        self._events.write("validation", step, mean_ratio=ratio, datasets=result.one_step())
-        self.say(
-            f"step {step}: valid one-step VRMSE / persistence, geometric mean {ratio:.3f}"
-            if ratio
-            else f"step {step}: validated"
-        )
+        self._log_event("validation", step, mean_ratio=ratio, datasets=result.one_step())
+        scores = f"valid one-step VRMSE / persistence, geometric mean {ratio:.3f}" if ratio else "validated"
+        self.print(f"step {step}: {scores}")
 
-    def verdict(self, text: str, step: int) -> None:
-        """Log what the gate says of a validation after `step` steps."""
-        if self.active:
-            self._tell("gate", text, step)
-            self.say(f"step {step}: {text}")
+    def log_verdict(self, text: str, step: int) -> None:
+        """Log whether the validation after `step` steps is within finetune.gate."""
+        self._log_text("gate", text, step)
+        self.print(f"step {step}: {text}")
 
-    def cosines(self, cosines: Cosines, step: int) -> None:
-        """Log how the gradients of the datasets agreed after `step` steps."""
-        if self.active:
-            every, tracking = self.recipe.tracking.gradient_cosine_every, self.recipe.tracking
-            picture = is_shown(step // every, self.recipe.train.steps // every, tracking.pictures)
-            self._board.cosines(cosines, step, picture)
-            self._events.write("cosine", step, **cosines.to_json())
+    def log_cosines(self, cosines: Cosines, step: int) -> None:
+        """Log the cosines between the gradients of the datasets after `step` steps."""
+        every, tracking = self._recipe.tracking.gradient_cosine_every, self._recipe.tracking
+        picture = is_chosen(step // every, self._recipe.train.steps // every, tracking.pictures)
+        self._board.cosines(cosines, step, picture)
+        self._log_event("cosine", step, **cosines.to_json())
 
-    def shares(self, schedule: Schedule, unscored: Sequence[str], step: int) -> None:
-        """Log that `schedule` takes over after `step` steps; `unscored` datasets had no usable validation score."""
-        before, after, self.schedule = self.schedule.shares, schedule.shares, schedule
-        if not self.active:
-            return
+    def log_shares(self, schedule: Schedule, unscored: Sequence[str], step: int) -> None:
+        """Log the schedule of the steps after `step`; `unscored` datasets had no usable validation score."""
+        before, after, self._schedule = self._schedule.shares, schedule.shares, schedule
         changes = {name: f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in after}
         largest = sorted(changes, key=lambda name: abs(after[name] - before[name]), reverse=True)[:3]
         notes = [f"no finite score of {name}: its last one stands, or else the average" for name in unscored]
         body = "\n".join(f"- {line}" for line in [*changes.values(), *notes])
-        self._tell("shares", f"sampling shares from here on\n\n{body}", step)
-        self.say(f"step {step}: sampling shares, largest changes: {', '.join(changes[name] for name in largest)}")
+        self._log_text("shares", f"sampling shares from here on\n\n{body}", step)
+        self.print(f"step {step}: sampling shares, largest changes: {', '.join(changes[name] for name in largest)}")
         for note in notes:
-            self.say(f"step {step}: {note}")
+            self.print(f"step {step}: {note}")
 
-    def _tell(self, kind: str, text: str, step: int, **facts: Any) -> None:
-        """Keep a message in events.jsonl and among TensorBoard's events."""
-        self._events.write(kind, step, text=text, **facts)
+    def flush(self, step: int) -> None:
+        """Write everything to the files, so that a run which continues from the checkpoint of `step` finds it."""
+        self._board.text("saves", f"checkpoint of step {step}", step)
+        self._log_event("save", step, **self._board.flush(step), pending=self._meter.pending())
+
+    def _log_event(self, kind: str, step: int, **facts: Any) -> None:
+        """Write a line to events.jsonl."""
+        self._events.write({"kind": kind, "step": step, "time": time.time(), **facts})
+
+    def _log_text(self, kind: str, text: str, step: int, **facts: Any) -> None:
+        """Write a text to events.jsonl and to TensorBoard's events."""
+        self._log_event(kind, step, text=text, **facts)
         self._board.text("events", text, step)
 
-    def _ending(self, error: BaseException | None) -> dict[str, str]:
-        if error is not None:
-            reason = str(error).strip().partition("\n")[0]
-            return {"state": "failed", "text": f"{type(error).__name__}: {reason}" if reason else type(error).__name__}
-        if self.ended is not None:
-            return {"state": "finished", "text": self.ended}
-        if self._done < self.recipe.train.steps:
-            return {"state": "interrupted", "text": f"ended after step {self._done}, as asked"}
-        return {"state": "finished", "text": f"finished after step {self._done}"}
-
-    def _warn_of_repeats(self, until: int, step: int) -> None:
-        """Warn once of each dataset that the first `until` steps pass over more often than sampling.max_passes."""
-        limit = self.recipe.sampling.max_passes
-        if limit is None:
-            return
-        passes = self.schedule.passes(until * self.recipe.train.draws)
-        for name in [name for name in passes if passes[name] > limit and name not in self._repeated]:
-            self._repeated.add(name)
-            warning = repeat_warning(name, passes[name], limit, until)
-            if until > step and self.recipe.sampling.scheme == "adaptive":
-                warning = f"at the present shares, {warning}"
-            self._tell("warning", warning, step)
-            self.say(f"warning: {warning}")
-
-    def _scalars(self, step: int) -> None:
-        """Write what the steps since the last call come to, and what the schedule has given."""
+    def _log_scalars(self, step: int) -> None:
+        """Write the means of the steps since the last call, and what the schedule has drawn so far."""
         values, pace = self._meter.read()
-        draws = step * self.recipe.train.draws
-        counts, passes = self.schedule.counts(draws), self.schedule.passes(draws)
-        if self.recipe.adapt is not None:
-            rates = rates_after(self.recipe.adapt, step - 1)
+        draws = step * self._recipe.train.draws
+        counts, passes = self._schedule.counts(draws), self._schedule.passes(draws)
+        if self._recipe.adapt is not None:
+            rates = rates_after(self._recipe.adapt, step - 1)
             values |= {f"learning_rate/{part}": values["train/lr"] * rate for part, rate in rates.items()}
-        for name, share in self.schedule.shares_at(draws - 1).items():
+        for name, share in self._schedule.shares_at(draws - 1).items():
             values[f"sampling/target_share/{name}"] = share
             values[f"sampling/drawn_share/{name}"] = counts[name] / draws
             values[f"sampling/passes/{name}"] = passes[name]
         self._board.scalars(values, step)
-        self._events.write("pace", step, **pace)
-        self._warn_of_repeats(step, step)
-        self._console.scalars(values)
+        self._log_event("pace", step, **pace)
+        self._warn_of_passes(step, step)
+        self._console.update_values(values)
 
-    def _open_board(self, recipe: Recipe, step: int) -> Dashboard:
-        """TensorBoard's files and the other trackers; `recipe` holds all the settings there are."""
-        names, folder = sorted(self.schedule.shares), self.directory / "tensorboard"
-        settings = telling_settings(recipe_to_dict(recipe), names)
-        self._trackers = Trackers(
-            recipe.tracking.log_with or (), recipe.run.name, self.directory / "trackers", settings
-        )
-        self._session = Session(folder, settings, final_scores(names))  # before the dashboard's own file
-        windows = protocol_windows(recipe.validation.protocol)
-        return Dashboard(folder, names, windows, step, self._events.saved, self._trackers)
+    def _warn_of_passes(self, until: int, step: int) -> None:
+        """Warn once of each dataset that the first `until` steps pass over more often than sampling.max_passes."""
+        limit = self._recipe.sampling.max_passes
+        if limit is None:
+            return
+        for name, passes in self._schedule.passes(until * self._recipe.train.draws).items():
+            if passes > limit and name not in self._warned:
+                self._warned.add(name)
+                warning = passes_warning(name, passes, limit, until)
+                if until > step and self._recipe.sampling.scheme == "adaptive":
+                    warning = f"at the present shares, {warning}"
+                self._log_text("warning", warning, step)
+                self.print(f"warning: {warning}")
 
 
-def pictured(step: int, recipe: Recipe) -> bool:
-    """Whether the validation after `step` steps draws pictures: tracking.pictures of them, the last included."""
+def open_record(
+    recipe: Recipe, schedule: Schedule, model: Surrogate | None, step: int, spread: str
+) -> RunRecord | NullRecord:
+    """Return the record of this process; `model` is None on processes other than the main one."""
+    return NullRecord() if model is None else RunRecord(recipe, schedule, model, step, spread)
+
+
+class Meter:
+    """Collects optimizer steps and returns their means and their speed."""
+
+    def __init__(self, model: Surrogate, recipe: Recipe, pending: Iterable[Mapping[str, Any]]) -> None:
+        """`pending` is what `pending()` returned where the run continues."""
+        self._model, self._num_steps, self._finetune = model, recipe.train.steps, recipe.finetune
+        self._results = [StepResult(**saved) for saved in pending]  # since the last reading
+        self._flops: dict[str, int] = {}  # dataset -> FLOPs of one model call on one window
+        self._first: tuple[float, int] | None = None  # time.monotonic() and step of this process's first reading
+
+    def add(self, result: StepResult) -> None:
+        """Add one step."""
+        self._results.append(result)
+
+    def pending(self) -> list[dict[str, Any]]:
+        """Return the steps since the last reading, as JSON."""
+        return [asdict(result) for result in self._results]
+
+    def read(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return TensorBoard's values by tag and the facts of a `pace` event, for the steps since the last reading.
+
+        At least one step must have been added. Speed is measured over steps alone; the hours left are measured from
+        the first reading on, so they include validations and checkpoints.
+        """
+        results, self._results = self._results, []
+        count, seconds = len(results), sum(s.seconds for s in results)
+        samples, last = sum(s.samples for s in results), results[-1]
+        losses = defaultdict(list)
+        flops = 0.0
+        for result in results:
+            windows = result.samples // len(result.datasets)
+            draws = zip(result.datasets, result.grids, result.model_calls, result.losses, strict=True)
+            for name, grid, calls, loss in draws:
+                losses[name].append(loss)
+                if name not in self._flops:
+                    self._flops[name] = forward_flops(self._model, name, grid)
+                flops += windows * forward_passes(calls, self._finetune) * self._flops[name]
+        seconds_per_step = seconds / count
+        if self._first is None:
+            self._first = (time.monotonic(), last.step)
+        else:
+            seconds_per_step = (time.monotonic() - self._first[0]) / (last.step - self._first[1])
+        values = {
+            "train/loss": sum(s.loss for s in results) / count,
+            "train/mse": sum(s.mse for s in results) / count,
+            "train/wavelet_l1": sum(s.wavelet_l1 for s in results) / count,
+            "train/grad_norm": sum(s.grad_norm for s in results) / count,
+            "train/lr": last.lr,
+            **{f"train_loss/{name}": sum(values) / len(values) for name, values in sorted(losses.items())},
+            "throughput/samples_per_s": samples / seconds,
+            "throughput/tokens_per_s": sum(s.tokens for s in results) / seconds,
+            "throughput/tflops": flops / seconds / 1e12,
+            "throughput/data_wait_fraction": sum(s.data_seconds for s in results) / seconds,
+            "throughput/peak_memory_gb": peak_memory_bytes() / 1e9,
+            "throughput/hours_left": (self._num_steps - last.step) * seconds_per_step / 3600,
+        }
+        return values, {"steps": count, "seconds": seconds, "samples": samples}
+
+
+def draws_pictures(step: int, recipe: Recipe) -> bool:
+    """Return whether the validation after `step` steps draws pictures, which tracking.pictures validations do."""
     every, most = recipe.validation.every, recipe.tracking.pictures
-    before = 1 if recipe.finetune and recipe.finetune.gate else 0  # of the pretrained model, before the first step
+    before = 1 if recipe.finetune and recipe.finetune.gate else 0  # the validation of the pretrained model
     number, count = (-(-steps // every) + before for steps in (step, recipe.train.steps))
-    return is_shown(number, count, most)
+    return is_chosen(number, count, most)
 
 
-def repeat_warning(dataset: str, passes: float, limit: float, steps: int) -> str:
-    """What to say of a dataset that `steps` steps pass over more often than `limit`."""
+def is_chosen(number: int, count: int, most: int) -> bool:
+    """Return whether the `number`-th of `count` events, from 1, is among `most`: evenly spread, the last included."""
+    return number * most // count > (number - 1) * most // count
+
+
+def passes_warning(dataset: str, passes: float, limit: float, steps: int) -> str:
+    """Return a warning of a dataset that `steps` steps pass over more often than `limit`."""
     return (
         f"{steps} steps pass {passes:.1f} times over {dataset}, more than sampling.max_passes={limit:g}; it may be "
         "learnt by heart. Add trajectories, lower its share (sampling.scheme, sampling.weights) or train.steps, or "
         "raise the limit (null: no limit)."
     )
-
-
-def _table(head: str, facts: Mapping[str, str]) -> str:
-    """Markdown."""
-    return "\n".join([f"| | {head} |", "|:--|:--|", *(f"| {name} | {fact} |" for name, fact in facts.items())])

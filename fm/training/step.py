@@ -32,12 +32,11 @@ from data_pipeline.windows.schedule import Division, Draw, MicroBatch
 from fm.checkpoint import keep_incident
 from fm.config import Recipe
 from fm.distributed import autocast_dtype, precision
-from fm.training.console import StepResult
 from fm.training.guard import Guard, Refusal
 from fm.training.mixing import Mixing
 from fm.training.objective import forcing_coins, forcing_prob, input_noise, unroll_length
 from fm.training.optim import learning_rate, learns_alone
-from fm.training.record import RunRecord
+from fm.training.record import NullRecord, RunRecord, StepResult
 from fm.training.state import TrainingState
 
 
@@ -236,7 +235,7 @@ class Stepper:
         finetune = self.recipe.finetune
         return unroll_length(step, self.recipe.train.steps, finetune, dataset) if finetune else 1
 
-    def take(self, stop: bool, record: RunRecord) -> bool:
+    def take(self, stop: bool, record: RunRecord | NullRecord) -> bool:
         """Take a step; `stop` is whether this process was asked to. Collective.
 
         If it is time to read, `record` gets the steps that nobody has read; returns whether a process was asked to stop
@@ -304,7 +303,7 @@ class Stepper:
     def _must_read(self, number: int) -> bool:
         return number % self._read_every == 0 or self._looks_at(number)
 
-    def _read(self, record: RunRecord) -> bool:
+    def _read(self, record: RunRecord | NullRecord) -> bool:
         """Judge and record the steps since the last read, up to one that is refused; the state goes back to that one.
 
         Returns whether a process was asked to stop in one of them.
@@ -314,14 +313,14 @@ class Stepper:
         for one in taken:
             self.state.step = one.number - 1
             refused = one.number not in self.guard.refused and self._refuses(one, record)
-            record.step(self._result(one, seconds))
+            record.log_step(self._result(one, seconds))
             if refused:
                 if one is not taken[-1]:
                     self._batches = None  # those of the steps after it come again
                 break
         return any(one.found.stop for one in taken)
 
-    def _refuses(self, taken: Taken, record: RunRecord) -> bool:
+    def _refuses(self, taken: Taken, record: RunRecord | NullRecord) -> bool:
         """Whether a step's gradient is refused; UserError or RollBack where that ends the run, or this attempt."""
         usual = [self._usual_for(draw.dataset) for draw in taken.draws]
         reason = self.guard.judge(usual, taken.found.losses, taken.found.norm)
@@ -336,7 +335,7 @@ class Stepper:
         if snapshot is not None:
             keep_incident(self.recipe.run.directory / "incidents", snapshot, self.accelerator.print)
         if action == "stop":
-            record.refusal(refusal, number)
+            record.log_refusal(refusal, number)
             run = self.recipe.run.directory
             raise UserError(
                 f"step {number}: {reason}. The optimiser did not move; the newest checkpoint in {run / 'checkpoints'} "
@@ -347,7 +346,7 @@ class Stepper:
         self.guard.refuse(number)
         if action == "rollback":
             raise RollBack(refusal, self.guard.refused)
-        record.refusal(refusal, number)
+        record.log_refusal(refusal, number)
         return True
 
     def _usual_for(self, dataset: str) -> str:

@@ -31,7 +31,7 @@ from fm.training.checks import check_gradient_cosines, gradient_cosines, rehears
 from fm.training.guard import Gate, Guard
 from fm.training.mixing import Mixing
 from fm.training.optim import check_adapted, learns_alone
-from fm.training.record import RunRecord
+from fm.training.record import NullRecord, RunRecord, open_record
 from fm.training.runlog import lacks_validation
 from fm.training.state import TrainingState
 from fm.training.step import RollBack, Stepper
@@ -85,21 +85,23 @@ class Trainer:
         """Optimiser steps done."""
         return self.state.step
 
-    def open_record(self) -> RunRecord:
+    def open_record(self) -> RunRecord | NullRecord:
         """The record of this run from the step it continues at; silent but on the main process."""
         model = self.state.averaged_model()
-        return RunRecord(self.recipe, self.mixing.schedule, model, self.step, self.state.parallel.name)
+        return open_record(self.recipe, self.mixing.schedule, model, self.step, self.state.parallel.name)
 
-    def train(self, stop: StopSignal, record: RunRecord) -> int:
+    def train(self, stop: StopSignal, record: RunRecord | NullRecord) -> int:
         """Step to the end of the run; returns the exit code."""
         settings = self.recipe.train
         every = self.recipe.validation.every
         if self.recipe.finetune and self.recipe.finetune.rehearse and self.step < settings.steps:
-            record.say(rehearse(self.recipe, self.state, self.stepper.division, self.readers, self.accelerator.device))
+            record.print(
+                rehearse(self.recipe, self.state, self.stepper.division, self.readers, self.accelerator.device)
+            )
         adapt = self.recipe.adapt
         if adapt is not None and learns_alone(adapt, self.step):
             which = f"only {', '.join(adapt.datasets)} is drawn, and only parts of its own move"
-            record.say(f"up to step {adapt.alone_steps} {which} (adapt.alone_steps)")
+            record.print(f"up to step {adapt.alone_steps} {which} (adapt.alone_steps)")
         self.compare_gradients(record)  # the checkpoint was written before this step's comparison
         if self.gate.active and not self.gate.knows_pretrained:
             self.validate(record)
@@ -113,7 +115,7 @@ class Trainer:
                 self.save(record, wait=last or stopped)
             if stopped and not last:
                 why = "interrupted" if interrupted else "run.stop_at"
-                record.say(f"{why}: saved step {self.step}; the same command continues from here.")
+                record.print(f"{why}: saved step {self.step}; the same command continues from here.")
                 return EXIT_INTERRUPTED if interrupted else EXIT_DONE
             self.compare_gradients(record)
             if self._validated_at(self.step):
@@ -121,10 +123,10 @@ class Trainer:
         if self.gate.ends:
             if self.saved != self.step:
                 self.save(record, wait=True)
-            record.ended = f"ended by finetune.gate after step {self.step}"
+            record.end_reason = f"ended by finetune.gate after step {self.step}"
         return EXIT_DONE
 
-    def train_step(self, stop: StopSignal, record: RunRecord) -> bool:
+    def train_step(self, stop: StopSignal, record: RunRecord | NullRecord) -> bool:
         """A step; returns whether a process was asked to stop (fm/training/step.py)."""
         self._report_save(self.writer.failure(), record)
         try:
@@ -134,14 +136,14 @@ class Trainer:
             self.accelerator.wait_for_everyone()  # until the checkpoint that all go back to is there
             raise
 
-    def save(self, record: RunRecord, wait: bool) -> None:
+    def save(self, record: RunRecord | NullRecord, wait: bool) -> None:
         """Begin to write a checkpoint on the main process, after the one before is written; all processes meet here.
 
         `wait` until it is on disk where no step follows that would say that it failed.
         """
         if self.accelerator.is_main_process:
             self._report_save(self.writer.wait(), record)
-            record.settle(self.step)
+            record.flush(self.step)
         snapshot, self.saved = self.state.snapshot(self._facts()), self.step
         if snapshot is not None:
             self.writer.start(snapshot)
@@ -149,7 +151,7 @@ class Trainer:
                 raise failure  # whatever checkpoint.on_error: no later save makes up for this one
         self.accelerator.wait_for_everyone()
 
-    def validate(self, record: RunRecord) -> None:
+    def validate(self, record: RunRecord | NullRecord) -> None:
         """Score the averaged weights on the valid split, on the main process; all processes meet here."""
         result, model = None, self.state.averaged_model()
         if model is not None:
@@ -157,28 +159,28 @@ class Trainer:
         if self.gate.active:
             self._pass_gate(result, record)
         if result is not None:
-            record.validation(result, self.step)  # last: a run that was killed before it does all of this again
+            record.log_validation(result, self.step)  # last: a run that was killed before it does all of this again
         if self.mixing.changes_at(self.step):
             unscored = self.mixing.follow(result.ratios() if result else None, self.step, self.accelerator)
             self.stepper.divide()
-            record.shares(self.mixing.schedule, unscored, self.step)
+            record.log_shares(self.mixing.schedule, unscored, self.step)
         self.accelerator.wait_for_everyone()
 
-    def compare_gradients(self, record: RunRecord) -> None:
+    def compare_gradients(self, record: RunRecord | NullRecord) -> None:
         """Log how the datasets' gradients agree, at multiples of tracking.gradient_cosine_every; all processes meet."""
         every = self.recipe.tracking.gradient_cosine_every
         if not every or not self.step or self.step % every:
             return
         if self.accelerator.is_main_process:
             parallel, device = self.state.parallel, self.accelerator.device
-            record.cosines(gradient_cosines(self.recipe, parallel, self.readers, self.step, device), self.step)
+            record.log_cosines(gradient_cosines(self.recipe, parallel, self.readers, self.step, device), self.step)
         self.accelerator.wait_for_everyone()
 
-    def _pass_gate(self, result: ValidationResult | None, record: RunRecord) -> None:
+    def _pass_gate(self, result: ValidationResult | None, record: RunRecord | NullRecord) -> None:
         """Judge a validation, which the main process has, and keep the best compromise. Collective."""
         verdict = self.gate.judge(result, self.step) if result else None
         if verdict is not None:
-            record.verdict(verdict.text, self.step)
+            record.log_verdict(verdict.text, self.step)
         if self.gate.share(verdict, self.accelerator):
             snapshot = self.state.snapshot(self._facts())
             if snapshot is not None:
@@ -187,14 +189,14 @@ class Trainer:
                 except UserError as failure:
                     self._report_save(failure, record)
 
-    def _report_save(self, failure: UserError | None, record: RunRecord) -> None:
+    def _report_save(self, failure: UserError | None, record: RunRecord | NullRecord) -> None:
         """Stop the run where a save has failed, or say so and go on (checkpoint.on_error)."""
         if failure is None:
             return
         if self.recipe.checkpoint.on_error == "stop":
             raise failure
         note = "Training goes on (checkpoint.on_error: continue); the next save tries again."
-        record.event(f"{failure}\n{note}", self.step)
+        record.log_message(f"{failure}\n{note}", self.step)
 
     def _newest_checkpoint(self) -> Path | None:
         return broadcast_from_main(self.accelerator, lambda: newest_checkpoint(self.checkpoints, self.say))
@@ -275,7 +277,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, stop: StopSignal, back: Rol
     with naming_lost_processes():
         with alone, trainer.open_record() as record, trainer.writer, naming_lost_processes():  # the record has its name
             if back is not None:
-                record.refusal(back.refusal, trainer.step)
+                record.log_refusal(back.refusal, trainer.step)
             code = trainer.train(stop, record)
         accelerator.wait_for_everyone()  # a launcher ends the others when the first has ended
     accelerator.end_training()

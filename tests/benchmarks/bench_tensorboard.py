@@ -22,8 +22,7 @@ from fm.evaluation.evaluate import SHOWN_STEPS, ValidationResult
 from fm.evaluation.pictures import Sample
 from fm.model.spec import ModelConfig
 from fm.model.wavelit import WaveLiTFM
-from fm.training.console import StepResult
-from fm.training.record import RunRecord
+from fm.training.record import RunRecord, StepResult
 from fm.training.tensorboard import Dashboard
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
@@ -73,12 +72,12 @@ def bytes_of_steps(recipe: Recipe, steps: int) -> int:
             name = list(GRIDS)[step % len(GRIDS)]
             loss, norm = chance.random(2).tolist()
             grids = (GRIDS[name],)
-            record.step(
+            record.log_step(
                 StepResult(step, (name,), grids, "", (loss,), loss, loss, norm, 1e-3, 4, (1,), 0.01, 0.15, False)
             )
             if step % recipe.validation.every == 0:
-                record.settle(step)
-                record.validation(made_up_scores(), step)
+                record.flush(step)
+                record.log_validation(made_up_scores(), step)
     return sum(file.stat().st_size for file in (recipe.run.directory / "tensorboard").iterdir())
 
 
@@ -114,7 +113,7 @@ def bytes_of_pictures(directory: Path, kind: str) -> int:
 
 
 def written(board: Dashboard, directory: Path) -> int:
-    board.settle(1)
+    board.flush(1)
     return sum(file.stat().st_size for file in directory.iterdir())
 
 

@@ -18,9 +18,8 @@ from data_pipeline.windows.schedule import Schedule, Source, adaptive_shares, sa
 from fm.config import Recipe
 from fm.model.spec import ModelConfig
 from fm.model.wavelit import WaveLiTFM
-from fm.training.console import StepResult
 from fm.training.mixing import Mixing
-from fm.training.record import RunRecord, repeat_warning
+from fm.training.record import RunRecord, StepResult, passes_warning
 from fm.training.trainer import train
 
 ADAPTIVE: dict[str, dict[str, Any]] = {
@@ -184,7 +183,7 @@ def test_a_missing_score_leaves_the_last_one_standing_and_is_told(tmp_path: Path
     assert mixing.follow({DATASETS[0]: 100.0, DATASETS[1]: float("inf")}, 9, accelerator) == DATASETS[1:]
     assert mixing.schedule.shares == pytest.approx({DATASETS[0]: 0.95, DATASETS[1]: 0.05})
     with RunRecord(recipe, mixing.schedule, tiny_model(), 0, "one process") as record:
-        record.shares(mixing.schedule, DATASETS[1:], 6)
+        record.log_shares(mixing.schedule, DATASETS[1:], 6)
     note = f"no finite score of {DATASETS[1]}: its last one stands, or else the average"
     assert f"step 6: {note}" in capsys.readouterr().err
     assert any(f"- {note}" in text for text in event_texts(tmp_path / "run"))
@@ -206,7 +205,7 @@ def test_repeats_planned_are_told_at_the_start(tiny_shards: Path, tmp_path: Path
         "learnt by heart. Add trajectories, lower its share (sampling.scheme, sampling.weights) or train.steps, or "
         "raise the limit (null: no limit)."
     )
-    assert repeat_warning(most, planned[most], limit, 8) == warning
+    assert passes_warning(most, planned[most], limit, 8) == warning
     console = capsys.readouterr().err
     assert console.count("warning: ") == 1
     assert f"warning: {warning}" in console
@@ -220,13 +219,13 @@ def test_repeats_that_shares_bring_about_are_told_once_when_they_happen(tmp_path
     with RunRecord(recipe, mixing.schedule, tiny_model(), 0, "one process") as record:
         assert "warning" not in capsys.readouterr().err  # 80 draws of 4 windows out of 2 x 100: 1.6 passes
         mixing.follow({DATASETS[0]: 0.1, DATASETS[1]: 9.0}, 3, Accelerator(cpu=True))
-        record.shares(mixing.schedule, [], 3)
+        record.log_shares(mixing.schedule, [], 3)
         for step in (10, 20, 30, 40):
-            record.step(finished_step(step))
+            record.log_step(finished_step(step))
     passes = {step: mixing.schedule.passes(2 * step)[DATASETS[1]] for step in (20, 30)}
     assert passes[20] <= 2.0 < passes[30]
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert told == [f"warning: {repeat_warning(DATASETS[1], passes[30], 2.0, 30)}"]
+    assert told == [f"warning: {passes_warning(DATASETS[1], passes[30], 2.0, 30)}"]
 
 
 def test_a_forecast_of_repeats_says_that_shares_may_change(tmp_path: Path, capsys: Any) -> None:
@@ -242,7 +241,7 @@ def test_throughput_is_that_of_the_steps_whatever_lies_between_them(tmp_path: Pa
     recipe, mixing = recipe_and_mixing(tmp_path, tracking={"every": 4})
     with RunRecord(recipe, mixing.schedule, tiny_model(), 0, "one process") as record:
         for step in (1, 2, 3, 4):  # a validation after step 3
-            record.step(finished_step(step))
+            record.log_step(finished_step(step))
     assert [event.value for event in events(tmp_path / "run").Scalars("throughput/samples_per_s")] == [8.0]
 
 

@@ -21,9 +21,8 @@ from fm.config import Recipe
 from fm.evaluation.pictures import Sample
 from fm.model.spec import ModelConfig
 from fm.model.wavelit import WaveLiTFM
-from fm.training.console import StepResult
-from fm.training.record import RunRecord, pictured
-from fm.training.tensorboard import Dashboard, is_shown, rollout_pictures
+from fm.training.record import RunRecord, StepResult, draws_pictures, is_chosen
+from fm.training.tensorboard import Dashboard, rollout_pictures
 from fm.training.trainer import train
 
 EIGHT = [
@@ -78,7 +77,7 @@ def test_a_prediction_that_is_not_finite_is_shown_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("count", "most"), [(1, 1), (7, 3), (40, 40), (200, 40), (100, 1), (5, 40), (201, 40), (9, 0)])
 def test_occasions_are_few_and_even_and_hold_the_last(count: int, most: int) -> None:
-    shown = [number for number in range(1, count + 1) if is_shown(number, count, most)]
+    shown = [number for number in range(1, count + 1) if is_chosen(number, count, most)]
     assert len(shown) == min(count, most)
     if most:
         assert shown[-1] == count
@@ -91,7 +90,7 @@ def test_pictures_of_a_run_are_counted_with_those_of_the_pretrained_model(tmp_pa
         tmp_path, tmp_path, train={"steps": 95}, validation={"every": 10, "rollouts": 1}, tracking={"pictures": 4}
     )
     steps = [*range(10, 91, 10), 95]
-    assert [step for step in steps if pictured(step, recipe)] == [30, 50, 80, 95]
+    assert [step for step in steps if draws_pictures(step, recipe)] == [30, 50, 80, 95]
     gated = small(
         tmp_path,
         tmp_path,
@@ -100,7 +99,7 @@ def test_pictures_of_a_run_are_counted_with_those_of_the_pretrained_model(tmp_pa
         tracking={"pictures": 4},
         finetune={"pretrained": "runs/x", "gate": 1.1},
     )
-    assert [step for step in [0, *steps] if pictured(step, gated)] == [20, 50, 80, 95]
+    assert [step for step in [0, *steps] if draws_pictures(step, gated)] == [20, 50, 80, 95]
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +190,7 @@ def recorded_bytes(recipe: Recipe, steps: int) -> int:
     with RunRecord(recipe, schedule, model, 0, "one process") as record:
         for step in range(1, steps + 1):
             name = EIGHT[step % 8]
-            record.step(
+            record.log_step(
                 StepResult(step, (name,), ((16, 16),), "", (1.0,), 1.0, 1.0, 1.0, 1e-3, 4, (1,), 0.0, 1.0, False)
             )
     return sum(file.stat().st_size for file in (recipe.run.directory / "tensorboard").iterdir())

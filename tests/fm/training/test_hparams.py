@@ -13,7 +13,7 @@ from data_pipeline.windows.schedule import Schedule, Source
 from fm.config import recipe_to_dict
 from fm.datasets import build_model, open_split
 from fm.training.record import RunRecord
-from fm.training.tensorboard import telling_settings
+from fm.training.tensorboard import flat_settings
 from fm.training.trainer import train
 
 SECTIONS: dict[str, dict[str, Any]] = {"train": {"steps": 6}, "validation": {"every": 3, "windows": 1, "rollouts": 0}}
@@ -65,7 +65,7 @@ def test_a_failed_run_is_marked_until_it_is_continued(tiny_shards: Path, tmp_pat
 
 def test_settings_are_flat_and_plain(tmp_path: Path) -> None:
     recipe = small(tmp_path, tmp_path, finetune={"pretrained": "runs/x", "objective": "bptt"})
-    settings = telling_settings(recipe_to_dict(recipe), DATASETS[:1])
+    settings = flat_settings(recipe_to_dict(recipe), DATASETS[:1])
     assert settings["finetune.objective"] == "bptt"
     assert settings["data.datasets"] == DATASETS[0]
     assert "train.betas" not in settings  # two numbers

@@ -1,12 +1,10 @@
 """Whole runs on real shards: learning, exact resume, interruption, bad input, two processes, finetuning, the record."""
 
-import json
 import os
 import resource
 import shutil
 import signal
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -294,16 +292,3 @@ def test_the_seed_draws_the_initial_weights(tiny_shards: Path, tmp_path: Path) -
         weights = load_file(tmp_path / f"{seed}/checkpoints/step_00000001/model.safetensors")
         drawn[seed] = next(v for name, v in sorted(weights.items()) if name.startswith("blocks.") and v.ndim > 1)
     assert not torch.equal(drawn[0], drawn[1])
-
-
-def test_results_that_an_older_version_left_are_passed_over(tiny_shards: Path, tmp_path: Path) -> None:
-    recipe = small(tiny_shards, tmp_path, tracking={"every": 4})
-    assert train(replace(recipe, run=replace(recipe.run, stop_at=3))) == 0
-    events = tmp_path / "events.jsonl"
-    lines = [json.loads(line) for line in events.read_text().splitlines()]
-    for line in lines:
-        for result in line.get("pending", ()):
-            result["model_calls"] = 1  # as it was before each draw had its own
-    events.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    assert train(recipe) == 0
-    assert len(log(tmp_path)) == 8
