@@ -1,11 +1,4 @@
-"""The one error type for what a user can mend.
-
-Writes files whole or not at all, and says so when the disk is full.
-
-Random numbers that are functions of where they are used: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
-
-Written out here so that neither a library's version nor the platform moves a single number.
-"""
+"""Files that are written whole or not at all, their digests, and the error for what a user can correct."""
 
 import errno
 import fcntl
@@ -13,32 +6,37 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-import numpy as np
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
-class UserError(ValueError):
-    """Bad input, missing data, a damaged file: the message says what was expected, what came, where, and what to do.
+class UserError(Exception):
+    """Wrong input, missing data or a damaged file. The message gives what was expected, what came, where, what to do.
 
-    Commands print the message alone and exit with code 2; any other exception is our own bug and keeps its traceback.
+    Commands print the message alone and exit with code 2. Any other exception is a bug and keeps its traceback. This is
+    no ValueError, so code that turns a library's ValueError into a UserError lets a UserError through.
     """
 
 
-TEMPORARY_SUFFIX = ".tmp"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+TEMPORARY_SUFFIX = ".tmp"  # of files and folders that are being written, and of those that a killed process left
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Whether an error means no space, no quota or a file size limit; h5py only says so in its message."""
-    return error.errno in _FULL or any(f"errno = {code}," in str(error) for code in _FULL)
+    """Return whether an error means: no space, no quota, or a file size limit.
+
+    h5py gives the error's number in its message only.
+    """
+    return error.errno in _DISK_FULL or any(f"errno = {code}," in str(error) for code in _DISK_FULL)
 
 
 def disk_full_error(path: object, error: OSError) -> UserError:
-    """The message for a disk that filled up while `path` was written."""
+    """Return the error for a disk that filled up while `path` was written."""
     return UserError(
         f"{path}: cannot be written, the disk or the quota is full ({error.strerror or error}); "
         "nothing half written was kept; free some space and run the same command again, it goes on from there"
@@ -46,65 +44,96 @@ def disk_full_error(path: object, error: OSError) -> UserError:
 
 
 @contextmanager
-def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
-    """A binary file to write that appears under `path` only when the block ends without an error.
+def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write a file or a folder to; it becomes `path` when the block ends.
 
-    Raises UserError when the disk is full; whatever the error, the temporary file is removed. A file that is not
-    `durable` survives a kill, but may be empty or torn after a power cut: for files that can be told to be so.
+    Everything is on the disk before it is renamed. After a kill or a power cut, `path` is therefore either as before or
+    whole. A file or folder that was there is replaced. If the block or the renaming fails, `path` stays as it was and
+    the temporary path is removed. UserError when the disk is full.
+
+    Not `durable`: the system writes to the disk when it likes. The result survives a kill, but may be empty or torn
+    after a power cut. This is for files that are checked when they are read, and can be made again.
     """
-    # The process id keeps two writers of the same file apart.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")  # two processes do not share one
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
+        remove(temporary)
+        yield temporary
         if durable:
-            sync_directory(path.parent)
+            _sync_all(temporary)
+        _replace(path, temporary)
+        if durable:
+            sync(path.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
         if isinstance(error, OSError) and is_disk_full(error):
             raise disk_full_error(path, error) from error
         raise
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A place to write a file or a folder to, which takes the name `path` only when the block ends without an error.
+def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
+    """Give a binary file to write, which appears as `path` when the block ends; see `atomic_path`."""
+    with atomic_path(path, durable) as temporary, temporary.open("wb") as file:
+        yield file
 
-    What `path` was before is replaced. Raises UserError when the disk is full; whatever the error, nothing is left.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+
+def write_whole(path: Path, content: "Buffer") -> None:
+    """Write a file whole or not at all. UserError if the disk is full or the folder cannot be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-        sync_directory(path.parent)
-    except BaseException as error:
-        _remove(temporary)
-        if isinstance(error, OSError) and is_disk_full(error):
-            raise disk_full_error(path, error) from error
-        raise
+        with atomic_file(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); choose a folder that can, and run again"
+        ) from error
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it. What cannot be deleted stays, without an error."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
+
+
+def _replace(path: Path, temporary: Path) -> None:
+    """Rename `temporary` to `path`. A folder cannot be renamed onto another one, so the old one is moved away first."""
+    if not (path.is_dir() and temporary.is_dir()):
+        os.replace(temporary, path)
+        return
+    before = path.with_name(f"{path.name}.{os.getpid()}.before{TEMPORARY_SUFFIX}")
+    path.rename(before)
+    try:
+        temporary.rename(path)
+    except OSError:
+        before.rename(path)
+        raise
+    remove(before)
+
+
+def _sync_all(path: Path) -> None:
+    for inside in path.iterdir() if path.is_dir() else ():
+        _sync_all(inside)
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or a folder's list of names, to the disk, so that it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
 def only_process(folder: Path, doing: str) -> Iterator[None]:
-    """Keeps other processes `doing` the same out of a folder, which is made if need be. UserError if one is there.
+    """Keep other processes `doing` the same thing out of `folder`, which is made if it is missing.
 
-    The lock is on the folder itself and ends with the process, however it ends. Where a file system has no locks, as
-    some in a network, nothing is kept out, and that is said.
+    UserError if there is one. The lock is on the folder itself and ends with the process, however that ends. Some
+    network file systems have no locks; there a warning is printed and nothing is kept out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -120,38 +149,18 @@ def only_process(folder: Path, doing: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def sync_directory(directory: Path) -> None:
-    """Makes a rename in `directory` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sha256(*parts: "Buffer") -> str:
+    """Return the SHA-256 of the parts, one after the other, as 64 hex digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
-def stream_key(*parts: int | str) -> np.uint64:
-    """64 bits that stand for the parts; different parts, different streams."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return np.uint64(int.from_bytes(digest, "little"))
-
-
-def splitmix64(key: np.uint64, numbers: np.ndarray) -> np.ndarray:
-    """Element `numbers` (n,) of the SplitMix64 stream that starts at `key`, (n,) uint64.
-
-    Distinct numbers give distinct hashes, so sorting by hash is a permutation without ties, whatever the algorithm.
-    """
-    z = key + (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def nested_choice(keys: Sequence[tuple[int | str, ...]], count: int | None) -> list[int]:
-    """The places of the `count` keys with the smallest hashes, ascending; None: all. Those of N are among N + 1's."""
-    ranked = sorted(range(len(keys)), key=lambda place: stream_key(*keys[place]))
-    return sorted(ranked[:count])
-
-
-def uniform(key: np.uint64, numbers: np.ndarray) -> np.ndarray:
-    """Hashes as numbers in [0, 1), (n,) float64."""
-    return (splitmix64(key, numbers) >> np.uint64(11)) * 2.0**-53
+def sha256_file(path: Path, *more: "Buffer") -> str:
+    """Return the SHA-256 of a file's content, followed by `more`, as 64 hex digits."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    for part in more:
+        digest.update(part)
+    return digest.hexdigest()

@@ -29,7 +29,8 @@ import fsspec
 import numpy as np
 from fsspec.asyn import iothread, reset_lock, sync
 
-from data_pipeline.files import UserError, stream_key, uniform
+from data_pipeline.files import UserError
+from data_pipeline.hashing import stream_key, uniform
 
 EXTRAS = {"s3": "s3", "gs": "gcs"}  # scheme -> our extra that installs its package; the others need none
 _PIECE_BYTES = 256 * 1024  # written at a time, at most

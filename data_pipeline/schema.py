@@ -9,7 +9,6 @@ they are how a hostile file runs code, grows without bound or says two things at
 import dataclasses
 import difflib
 import functools
-import hashlib
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from data_pipeline.files import UserError
+from data_pipeline.files import UserError, sha256
 
 MAX_JSON_BYTES = 2**28  # a manifest of a million windows has 9 MB
 
@@ -44,7 +43,7 @@ def canonical(content: object) -> bytes:
 
 def digest(content: object) -> str:
     """SHA-256 of the canonical JSON, 64 hex digits."""
-    return hashlib.sha256(canonical(content)).hexdigest()
+    return sha256(canonical(content))
 
 
 def load_json(path: Path) -> dict[str, Any]:

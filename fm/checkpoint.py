@@ -15,7 +15,6 @@ what is then on disk, and only after that deletes checkpoints that are no longer
 """
 
 import copy
-import hashlib
 import json
 import os
 import re
@@ -34,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as serialize_tensors
 
-from data_pipeline.files import UserError, sync_directory
+from data_pipeline.files import UserError, sha256, sha256_file, sync
 from data_pipeline.workers import Threads
 from fm.model.baselines import Baseline
 from fm.model.files import (
@@ -98,7 +97,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         if not file.is_file() or file.stat().st_size != expected["bytes"]:
             size = f"{file.stat().st_size} bytes" if file.is_file() else "no such file"
             raise UserError(f"{file}: expected {expected['bytes']} bytes, found {size}")
-        if hashlib.sha256(file.read_bytes()).hexdigest() != expected["sha256"]:
+        if sha256_file(file) != expected["sha256"]:
             raise UserError(f"{file}: its bytes differ from the SHA-256 in state.json")
     return state
 
@@ -269,7 +268,7 @@ def write_checkpoint(root: Path, snapshot: Snapshot) -> Path:
         if final.exists():  # damaged, or of a run before this one (checkpoint.resume=never)
             final.rename(root / f".deleting_{final.name}")
         temporary.rename(final)
-        sync_directory(root)
+        sync(root)
     except (OSError, UserError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
@@ -379,11 +378,11 @@ def _write_files(folder: Path, snapshot: Snapshot) -> None:
             data = json.dumps(snapshot.description, indent=1).encode()
         else:
             data = serialize_tensors(snapshot.tensors[name])
-        digests[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        digests[name] = {"bytes": len(data), "sha256": sha256(data)}
         _write_synced(folder / name, data)
     state = {"format_version": FORMAT_VERSION, "step": snapshot.step, **snapshot.facts, "files": digests}
     _write_synced(folder / "state.json", json.dumps(state, indent=1).encode())
-    sync_directory(folder)
+    sync(folder)
 
 
 def _write_synced(file: Path, data: bytes) -> None:

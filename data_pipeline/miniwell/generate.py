@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from data_pipeline.files import TEMPORARY_SUFFIX, UserError
+from data_pipeline.files import TEMPORARY_SUFFIX, UserError, write_whole
 from data_pipeline.miniwell.contact_sheet import contact_sheet
 from data_pipeline.miniwell.system import Moments, statistics
 from data_pipeline.miniwell.task import (
@@ -27,7 +27,6 @@ from data_pipeline.miniwell.task import (
     load_system,
     run_task,
     total_trajectories,
-    write_whole,
 )
 from data_pipeline.workers import available_cores, run_tasks
 

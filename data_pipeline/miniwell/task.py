@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from data_pipeline.files import UserError, atomic_file
+from data_pipeline.files import write_whole
 from data_pipeline.miniwell.system import SPLITS, Moments, ParameterSet, Simulation, System, field_moments
 from data_pipeline.well.layout import mark_field, strings, write_boundary, write_dimensions, write_root, write_scalars
 
@@ -69,20 +69,6 @@ def write_well_file(
         for boundary in simulation.boundaries:
             write_boundary(group, boundary)
     write_whole(path, image.getbuffer())
-
-
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file so that `path` is never half a file.
-
-    Raises UserError, with nothing left behind, if the disk is full or the folder cannot be written.
-    """
-    try:
-        with atomic_file(path) as stream:
-            stream.write(content)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); choose a folder that can, and run again"
-        ) from error
 
 
 def _write_root(file: h5py.File, system: System, parameter_set: ParameterSet, num_trajectories: int) -> None:

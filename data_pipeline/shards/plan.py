@@ -1,12 +1,12 @@
 """What will go into which shard, decided from the HDF5 headers alone, before anything is written."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from data_pipeline.files import UserError, nested_choice
+from data_pipeline.files import UserError, sha256
+from data_pipeline.hashing import nested_choice
 from data_pipeline.registry import Boundary, Card
 from data_pipeline.schema import digest, encode
 from data_pipeline.shards.format import FORMAT_VERSION, ITEM_BYTES, SourceFile, trajectory_key
@@ -175,11 +175,9 @@ def _divide(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
 
 def _fingerprint(path: File, blocks: int = 16, block_bytes: int = 2**16) -> SourceFile:
     """Tells files apart by size and blocks spread over them: cheap for terabytes; other data differ all over."""
-    size, hasher = file_bytes(path), hashlib.sha256()
-    for block in range(blocks):
-        start = block * max(size - block_bytes, 0) // (blocks - 1)
-        hasher.update(read_range(path, start, min(start + block_bytes, size)))
-    return SourceFile(path.name, size, hasher.hexdigest())
+    size = file_bytes(path)
+    starts = [block * max(size - block_bytes, 0) // (blocks - 1) for block in range(blocks)]
+    return SourceFile(path.name, size, sha256(*(read_range(path, at, min(at + block_bytes, size)) for at in starts)))
 
 
 def stats_file(folder: Folder) -> File | None:
@@ -192,7 +190,7 @@ def _stats_key(folder: Folder, train: Sequence[File], card: Card) -> str:
     path = stats_file(folder)
     if path is not None:
         read_stats(path, card)
-        return f"stats.yaml {hashlib.sha256(read_small(path)).hexdigest()}"
+        return f"stats.yaml {sha256(read_small(path))}"
     if not train:
         raise UserError(
             f"{card.name}: expected {folder}/stats.yaml, or train files to compute the statistics from, got neither; "

@@ -24,7 +24,7 @@ import yaml
 from tqdm import tqdm
 
 from data_pipeline import schema
-from data_pipeline.files import UserError, is_disk_full, only_process, sync_directory
+from data_pipeline.files import UserError, is_disk_full, only_process, sync
 from data_pipeline.registry import Card, Registry
 from data_pipeline.remote import Missing, RemoteFile, RemoteFolder, Retries, check_name
 from data_pipeline.schema import Node
@@ -362,7 +362,7 @@ def _fetch(one: Wanted, on_bytes: Callable[[int], None]) -> None:
         with one.partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(one.partial, one.path)
-        sync_directory(one.path.parent)
+        sync(one.path.parent)
     except OSError as error:
         if is_disk_full(error):
             raise _DiskFull(

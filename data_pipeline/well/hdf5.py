@@ -304,8 +304,6 @@ class WellFile:
         """Turns h5py's errors into one that names the file."""
         try:
             yield
-        except UserError:
-            raise
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise UserError(f"{self._where}: not in the Well's layout: {error.args[0]}") from error
         except (OSError, RuntimeError) as error:

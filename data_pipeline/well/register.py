@@ -139,8 +139,6 @@ def read_header(path: Path) -> tuple[tuple[Field, ...], tuple[str, ...]]:
             for order in range(3):
                 found += _group_fields(file, order, path)
             uneven = tuple(axis for axis in ("x", "y") if not _evenly_spaced(file, axis, path))
-    except UserError:
-        raise
     except (KeyError, AttributeError, TypeError, ValueError) as error:  # the last three: an attribute of another kind
         raise UserError(f"{path}: not in the Well's layout: {error.args[0]}") from error
     except (OSError, RuntimeError) as error:

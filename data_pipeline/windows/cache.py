@@ -14,7 +14,6 @@ The folder should be on a local disk: flock over NFS is slow, and missing on som
 """
 
 import fcntl
-import hashlib
 import os
 import re
 import stat
@@ -25,14 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipeline.files import UserError, is_disk_full
+from data_pipeline.files import UserError, is_disk_full, sha256_file, sync
 
 _NAME = re.compile(r"[0-9a-f]{64}(?:-\d{1,20}-\d{1,20})?")
 _PART = re.compile(rf"({_NAME.pattern}(?:\.\d+_\d+)?)\.(\d{{1,20}})\.part")
 _SLACK = 0.95  # of the limit is left when small blobs are evicted, so that not each new one looks at all others
 _STALE_SECONDS = 86400.0  # after which a dead process's part goes even if there is room for it
 _POLL_SECONDS = 0.1
-_HASH_BYTES = 2**22
 
 
 class _Entry(NamedTuple):
@@ -128,11 +126,12 @@ class BlobCache:
         resumed = part.stat().st_size > 0
         with self._full_disk_explained():
             fill(part)
-            found = _sha256(part)
+            found = sha256_file(part)
             if found != name and resumed:  # what was left may have been torn by a power cut
                 os.truncate(part, 0)
                 fill(part)
-                found = _sha256(part)
+                found = sha256_file(part)
+            sync(part)
         if found != name:
             part.unlink()
             self._release(num_bytes)
@@ -304,13 +303,3 @@ def _read_count(descriptor: int) -> int | None:
 
 def _write_count(descriptor: int, count: int) -> None:
     os.pwrite(descriptor, b"%020d" % count, 0)
-
-
-def _sha256(path: Path) -> str:
-    """SHA-256 of a file that is on the disk when this returns."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(_HASH_BYTES):
-            digest.update(piece)
-        os.fsync(file.fileno())
-    return digest.hexdigest()

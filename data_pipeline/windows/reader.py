@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipeline.files import UserError, nested_choice
+from data_pipeline.files import UserError
+from data_pipeline.hashing import nested_choice
 from data_pipeline.remote import RemoteFolder
 from data_pipeline.shards.format import MANIFEST_NAME, Manifest, Range, trajectory_key
 from data_pipeline.shards.tar import check_shard, map_shard

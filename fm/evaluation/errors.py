@@ -139,8 +139,6 @@ class ErrorFile:
             return cls(Protocol.from_json(head["protocol"]), datasets, head["origin"])
         except FileNotFoundError:
             raise UserError(f"{path}: expected an error file, found none: `fm evaluate RUN` writes it") from None
-        except UserError:
-            raise
         except DAMAGED as error:
             raise UserError(
                 f"{path}: expected the errors.npz of an evaluation, got {error!r}; evaluate again"

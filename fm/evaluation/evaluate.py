@@ -24,7 +24,6 @@ What is done with a run once it is trained: open it, and score it.
 Scores on the valid split while training: a few windows and rollouts per dataset, by evaluation's own code.
 """
 
-import hashlib
 import heapq
 import json
 import re
@@ -41,7 +40,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from data_pipeline.files import UserError, atomic_file, only_process
+from data_pipeline.files import UserError, atomic_file, only_process, sha256
 from data_pipeline.registry import Registry, load_folders, packaged_folder, user_folders
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
@@ -310,11 +309,12 @@ class _Job:
 
     def identity(self) -> dict[str, Any]:
         """What the errors depend on, but for rounding: parts of another identity may not be taken over."""
-        digest = hashlib.sha256(json.dumps(self.model.description(), sort_keys=True).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+        parts = [json.dumps(self.model.description(), sort_keys=True).encode()]
+        parts += [
+            name.encode() + tensor.cpu().numpy().tobytes() for name, tensor in sorted(self.model.state_dict().items())
+        ]
         return {
-            "model": digest.hexdigest(),
+            "model": sha256(*parts),
             "protocol": self.protocol.to_json(),
             "data": {name: reader.manifest.digest for name, reader in self.readers.items()},
             "batch_size": self.batch_size,

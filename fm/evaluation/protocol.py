@@ -155,8 +155,6 @@ def load_protocol(name_or_path: str | Path) -> Protocol:
         entries["name"].fail(f"a name of its own, not one of {', '.join(PROTOCOLS)}", "Choose another.")
     try:
         return Protocol(**{key: (_REQUIRED | _OPTIONAL)[key](node) for key, node in entries.items()})
-    except UserError:
-        raise
     except ValueError as error:
         raise UserError(f"{root.file}: {error}") from error
 
@@ -168,8 +166,6 @@ def _window(node: Node) -> Window:
         parts = node.record(("first", "last"), ("parts",))
     try:
         return Window(**{key: part.count() for key, part in parts.items()})
-    except UserError:
-        raise
     except ValueError as error:
         raise UserError(f"{node.file}: {node.path}: {error}") from error
 

@@ -8,7 +8,6 @@ The files of a model: model.json beside safetensors, in a folder here or in a re
 A folder that `fm export` wrote has more, which fm/model/files.py knows.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -28,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data_pipeline.files import sha256_file
 from fm.model.spec import check_keys
 
 EXPORT_FILE = "artefact.json"
@@ -85,7 +85,7 @@ def verify_exported(folder: Path, names: Collection[str] | None = None) -> dict[
         if not file.is_file() or file.stat().st_size != expected["bytes"]:
             size = f"{file.stat().st_size} bytes" if file.is_file() else "no such file"
             raise ValueError(f"{file}: expected {expected['bytes']} bytes, found {size}; fetch or export it again")
-        if digest(file.read_bytes()) != expected["sha256"]:
+        if sha256_file(file) != expected["sha256"]:
             raise ValueError(f"{file}: its bytes differ from the SHA-256 in {EXPORT_FILE}; fetch or export it again")
     return content
 
@@ -96,7 +96,7 @@ def settle_companions(folder: Path, origin: Path | None) -> None:
     What an earlier export of other weights left in `folder` goes; what `origin` lists comes, if it was written for
     these. As `read_exported`, and FileNotFoundError for a file that `origin` has lost.
     """
-    weights = digest((folder / WEIGHTS_FILE).read_bytes())
+    weights = sha256_file(folder / WEIGHTS_FILE)
     if is_exported(folder):
         files = read_exported(folder)["files"]
         if files[WEIGHTS_FILE]["sha256"] == weights:
@@ -112,11 +112,6 @@ def settle_companions(folder: Path, origin: Path | None) -> None:
             if name != WEIGHTS_FILE:  # model.json, too: its digest is listed
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(origin / name, folder / name)
-
-
-def digest(data: bytes) -> str:
-    """SHA-256 in hexadecimal digits."""
-    return hashlib.sha256(data).hexdigest()
 
 
 MODEL_FILE = "model.json"

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_pipeline.files import UserError, sync_directory
+from data_pipeline.files import UserError, sha256, sync
 from fm.config import dump_recipe
 from fm.evaluation.evaluate import Trained
 from fm.model.files import (
@@ -22,7 +22,6 @@ from fm.model.files import (
     MODEL_FILE,
     RECIPE_FILE,
     WEIGHTS_FILE,
-    digest,
     is_exported,
 )
 from fm.share.model_card import MIT, Cards, Facts, find_cards, model_card, report_files, step_program
@@ -49,7 +48,7 @@ def write_export(
     if facts.licence == LICENCE:
         files["LICENSE"] = MIT.format(name=facts.name).encode()
     files[CARD_FILE] = model_card(facts, files, address or folder.name).encode()
-    listing = {name: {"bytes": len(data), "sha256": digest(data)} for name, data in sorted(files.items())}
+    listing = {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in sorted(files.items())}
     content = json.dumps({**facts.to_json(), "files": listing}, indent=1, ensure_ascii=False, allow_nan=False)
     files[EXPORT_FILE] = f"{content}\n".encode()
     _write_whole(folder, files)
@@ -96,7 +95,7 @@ def _replace(folder: Path, whole: Path, before: Path) -> None:
         if before.exists():
             before.rename(folder)
         raise
-    sync_directory(folder.parent)
+    sync(folder.parent)
 
 
 _SPDX = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")

@@ -14,7 +14,6 @@ vector and a head, drawn as a new model's are (heads start at zero: it predicts 
 unseen channels get lifting rows (fm/share/extend.py); channels that the model knows are shared, rows and all.
 """
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import SequenceMatcher
@@ -27,7 +26,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from data_pipeline.files import UserError
+from data_pipeline.files import UserError, sha256
 from data_pipeline.registry import Channel, load_folders, packaged_folder, user_folders
 from data_pipeline.schema import nearest
 from data_pipeline.tables import markdown
@@ -222,7 +221,7 @@ def _random_fields(spec: DatasetSpec) -> tuple[Tensor, Tensor]:
 
 
 def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+    return sha256(tensor.contiguous().numpy().tobytes())
 
 
 def extend(
@@ -248,8 +247,6 @@ def extend(
         added = dataset_specs(readers, described)
         chosen = choose_rows(rows, unseen_channels(model, added), model.lifting.rows.keys(), described.channel_cards)
         extended = extend_model(model, added, chosen, seed)
-    except UserError:
-        raise
     except ValueError as error:  # moments that are missing or not finite, a boundary that cannot be
         raise UserError(f"{shards}: {error}. Make the shards again with `data-pipeline shard`.") from error
     proof = compare(model, extended, _old_readers(shards, model))

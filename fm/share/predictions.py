@@ -4,7 +4,6 @@ Errors, reports and tables are those of an evaluation (fm/evaluation/measure.py,
 `fm compare` take them. One-step scores need a prediction from every frame, which a rollout is not: there are none.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.files import UserError
+from data_pipeline.files import UserError, sha256_file
 from data_pipeline.registry import Card, load_registry
 from data_pipeline.well.hdf5 import SPLITS, WellFile, read_attributes, stored_card
 from data_pipeline.well.layout import texts
@@ -162,10 +161,7 @@ def _measure(predicted: WellFile, true: WellFile, pair: Pair) -> Measured:
 
 def _digest(truth: Path, pairs: Sequence[Pair]) -> str:
     """What was predicted: the file of the truth, and which of its trajectories."""
-    with truth.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256")
-    digest.update(repr([pair.trajectory for pair in pairs]).encode())
-    return digest.hexdigest()
+    return sha256_file(truth, repr([pair.trajectory for pair in pairs]).encode())
 
 
 def _origin(prediction: Path, truth: Path, attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.files import UserError, stream_key, uniform
+from data_pipeline.files import UserError
+from data_pipeline.hashing import stream_key, uniform
 from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Division
 from fm.config import Recipe

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data_pipeline.files import stream_key, uniform
+from data_pipeline.hashing import stream_key, uniform
 from fm.config import FinetuneSettings, LossSettings
 from fm.model.loss import LossTerms, wavelit_loss
 from fm.model.surrogate import Surrogate

@@ -15,7 +15,6 @@ Which windows, teacher-forcing coins and learning rate a step gets is a function
 is arithmetic. With adaptive sampling the windows depend on the history of shares too, which the checkpoints hold.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from data_pipeline.files import UserError
+from data_pipeline.files import UserError, sha256
 from data_pipeline.windows.loader import scheduled_batches
 from data_pipeline.windows.reader import Batch, ShardReader
 from data_pipeline.windows.schedule import Division, Draw, MicroBatch
@@ -360,7 +359,7 @@ class Stepper:
             step=taken.number,
             datasets=names,
             grids=tuple(self.readers[name].manifest.grid for name in names),
-            windows=hashlib.sha256("".join(draw.digest() for draw in taken.draws).encode()).hexdigest()[:16],
+            windows=sha256("".join(draw.digest() for draw in taken.draws).encode())[:16],
             losses=tuple(taken.found.losses),
             mse=taken.found.mse,
             wavelet_l1=taken.found.wavelet_l1,

@@ -20,8 +20,8 @@ from data_pipeline.well.stats import DELTA_STATISTICS, VALUE_STATISTICS
 OPEN = """
 import json, resource, sys, time
 from pathlib import Path
-from data_pipeline.windows.index import WindowIndex
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.windows.reader import WindowIndex
+from data_pipeline.shards.format import Manifest
 
 def peak_mb():
     status = Path("/proc/self/status")  # Linux's ru_maxrss starts with what the parent had at the fork

@@ -38,7 +38,7 @@ def test_what_has_not_begun_is_cancelled_and_what_runs_is_waited_for() -> None:
 PROGRAM = """
 import sys, time
 import numpy as np, torch
-from data_pipeline.threads import Threads
+from data_pipeline.workers import Threads
 
 def work():
     while True:

@@ -221,7 +221,7 @@ def start_download(server: FaultyServer, out: Path) -> subprocess.Popen:
     program = f"""
 from pathlib import Path
 from data_pipeline.well.download import download
-from data_pipeline.cards.registry import load_registry
+from data_pipeline.registry import load_registry
 download(Path({str(out)!r}), load_registry(), [{NAME!r}], source={server.url!r})
 """
     command = [sys.executable, "-c", program]
@@ -265,7 +265,7 @@ import resource
 from pathlib import Path
 from data_pipeline.well.download import download
 from data_pipeline.files import UserError
-from data_pipeline.cards.registry import load_registry
+from data_pipeline.registry import load_registry
 resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))
 try:
     download(Path({str(out)!r}), load_registry(), [{NAME!r}], ["train"], source={server.url!r})

@@ -9,9 +9,9 @@ import pytest
 import torch
 from handmade import make_spec, stir
 
-from data_pipeline.files import UserError
+from data_pipeline.files import UserError, sha256
 from fm.checkpoint import find_checkpoint, load_pretrained
-from fm.model.files import EXPORT_FILE, digest, locate, read_description, verify_exported
+from fm.model.files import EXPORT_FILE, locate, read_description, verify_exported
 from fm.model.spec import ModelConfig
 from fm.model.wavelit import WaveLiTFM
 
@@ -32,7 +32,7 @@ def exported(model: WaveLiTFM, folder: Path) -> Path:
     (folder / "README.md").write_text("# A model")
     names = ("model.json", "model.safetensors", "scores.json", "pictures/growth.png", "README.md")
     data = {name: (folder / name).read_bytes() for name in names}
-    files = {name: {"bytes": len(content), "sha256": digest(content)} for name, content in data.items()}
+    files = {name: {"bytes": len(content), "sha256": sha256(content)} for name, content in data.items()}
     facts = {"format": 1, "name": "a", "step": 3, "licence": "MIT", "datasets": {}, "lineage": {}}
     (folder / EXPORT_FILE).write_text(json.dumps({**facts, "files": files}))
     return folder

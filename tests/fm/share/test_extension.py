@@ -14,7 +14,7 @@ from handmade_export import exported
 from safetensors.torch import load_file
 from whole_runs import small
 
-from data_pipeline.files import UserError
+from data_pipeline.files import UserError, sha256
 from data_pipeline.miniwell.generate import simulate
 from data_pipeline.registry import VARIABLE, Channel, load_folders, load_registry
 from data_pipeline.shards.build import build_shards
@@ -25,7 +25,7 @@ from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.cli import main as fm
 from fm.datasets import dataset_specs
 from fm.model.baselines import Baseline, BaselineConfig
-from fm.model.files import digest, verify_exported
+from fm.model.files import verify_exported
 from fm.model.spec import ModelConfig
 from fm.model.surrogate import Surrogate
 from fm.model.wavelit import WaveLiTFM
@@ -212,7 +212,7 @@ def test_neither_the_order_nor_the_number_of_commands_matters(tiny_shards: Path,
     assert (lineage["added"], lineage["earlier"]["added"]) == ([one], [two])
     assert lineage["earlier"]["earlier"] is None
     assert lineage["earlier"]["model"] == str(trained)
-    assert lineage["earlier"]["weights"] == digest((trained / "model.safetensors").read_bytes())
+    assert lineage["earlier"]["weights"] == sha256((trained / "model.safetensors").read_bytes())
 
 
 def test_a_dataset_of_ones_own_is_added_by_its_card(

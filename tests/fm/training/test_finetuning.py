@@ -123,7 +123,7 @@ def test_what_does_not_fit_in_memory_fails_before_the_first_step(
         sys.path.insert(0, {str(Path(__file__).parents[2] / "helpers")!r})
         from whole_runs import small
         from fm.recipe import main
-        from fm.recipe_file import dump_recipe
+        from fm.config import dump_recipe
         finetune = {{"pretrained": {str(pretrained)!r}, "unroll_steps": 6}}
         recipe = small(Path({str(tiny_shards)!r}), Path({str(tmp_path / "run")!r}), finetune=finetune,
                        train={{"global_batch": 2048}})
