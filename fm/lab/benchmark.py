@@ -66,11 +66,11 @@ from fm.lab.hardware import STATE_TOUCHES, Gpu, find_gpu
 from fm.lab.plan import FLOAT_BYTES, Workload, planned_config, published_work
 from fm.lab.plan_tables import PAPER_STEPS, digits
 from fm.model.attention import linear
-from fm.training.exercise import PHASES, Exercise, StepSeconds, exercise_state, take_step
 from fm.training.flops import Footprint, Product, footprint
 from fm.training.mixing import Mixing
 from fm.training.objective import Unroll
 from fm.training.state import TrainingState
+from fm.training.step import PHASES, DryRun, StepSeconds, train_step
 
 NONE = "none"
 
@@ -311,8 +311,7 @@ class Feed:
                     pass
                 time.sleep(self.step_seconds)
             else:
-                state.step = step
-                take_step(self.recipe, state, self._division, accelerator, meter)
+                train_step(self.recipe, state, self._division, meter, accelerator, step)
                 torch.cuda.synchronize(accelerator.device)
         spent, computed = time.perf_counter() - meter.begun, time.process_time() - meter.begun_cpu
         speed = (meter.bytes / spent, meter.windows / spent)
@@ -360,12 +359,12 @@ class Floor:
     linear: float
     attention: float
     depthwise: float
-    optimiser: float
+    optimizer: float
     traffic: float
 
     @property
     def seconds(self) -> float:
-        return self.linear + self.attention + self.depthwise + self.optimiser
+        return self.linear + self.attention + self.depthwise + self.optimizer
 
 
 def floor(products: Sequence[Product], parameters: int, ceilings: Ceilings) -> Floor:
@@ -375,8 +374,8 @@ def floor(products: Sequence[Product], parameters: int, ceilings: Ceilings) -> F
         seconds = ceilings.seconds(one.flops, one.bytes, one.dtype)
         parts[one.kind] += seconds
         traffic += seconds if seconds > one.flops / ceilings.rate(one.dtype) else 0.0
-    optimiser = STATE_TOUCHES * FLOAT_BYTES * parameters / ceilings.bandwidth
-    return Floor(**parts, optimiser=optimiser, traffic=traffic + optimiser)
+    optimizer = STATE_TOUCHES * FLOAT_BYTES * parameters / ceilings.bandwidth
+    return Floor(**parts, optimizer=optimizer, traffic=traffic + optimizer)
 
 
 MIXTURE = "mixture"
@@ -560,44 +559,44 @@ def run_trials(
 
 
 class _Entrant:
-    """A variant with a model, an optimiser and averages of its own, and a step of every dataset."""
+    """A variant with a model, an optimizer and averages of its own, and a step of every dataset."""
 
     def __init__(self, trials: Sequence[Trial], workload: Workload, accelerator: Accelerator) -> None:
         recipe = trials[0].recipe
         self.device = accelerator.device
-        self.state = exercise_state(recipe, workload.model(), accelerator)
+        self.state = TrainingState(recipe, workload.model(), accelerator, None)
         works = [workload.datasets[trial.dataset] for trial in trials]
-        exercises = [Exercise(recipe, work.spec, work.grid, accelerator) for work in works]
-        self.steps = list(zip(trials, exercises, strict=True))
+        dry_runs = [DryRun(recipe, work.spec, work.grid, accelerator) for work in works]
+        self.steps = list(zip(trials, dry_runs, strict=True))
 
     def warm_up(self) -> float:
         """Steps that do not count; those that cannot be taken leave their reason. Returns seconds of the last round."""
         begun = time.perf_counter()
         for _ in range(WARM_UP[self.device.type]):
             begun = time.perf_counter()
-            for trial, exercise in self.steps:
+            for trial, dry_run in self.steps:
                 if not trial.reason:
-                    self._try(trial, exercise)
+                    self._try(trial, dry_run)
         return time.perf_counter() - begun
 
-    def _try(self, trial: Trial, exercise: Exercise) -> None:
+    def _try(self, trial: Trial, dry_run: DryRun) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
-            exercise.step(self.state).read()
+            dry_run.step(self.state).read()
         except RuntimeError as error:  # out of memory, or no compiler
             trial.reason = _first_line(error)
-            self.state.parallel.forget()
+            self.state.parallel.zero_grad()
             return
         if self.device.type == "cuda":
             trial.memory = float(torch.cuda.max_memory_allocated(self.device))
 
     def round(self) -> None:
         """A turn of each dataset."""
-        for trial, exercise in self.steps:
+        for trial, dry_run in self.steps:
             if not trial.reason:
-                clocks = [exercise.step(self.state) for _ in range(TURN[self.device.type])]
-                trial.times.extend(clock.read() for clock in clocks)
+                timers = [dry_run.step(self.state) for _ in range(TURN[self.device.type])]
+                trial.times.extend(timer.read() for timer in timers)
 
 
 def _enter(
@@ -699,14 +698,14 @@ def profile_step(
     Returns the table's path. UserError where the folder cannot be written.
     """
     on_gpu = accelerator.device.type == "cuda"
-    state, work = exercise_state(recipe, workload.model(), accelerator), workload.datasets[dataset]
-    exercise = Exercise(recipe, work.spec, work.grid, accelerator)
+    state, work = TrainingState(recipe, workload.model(), accelerator, None), workload.datasets[dataset]
+    dry_run = DryRun(recipe, work.spec, work.grid, accelerator)
     for _ in range(WARM_UP[accelerator.device.type]):
-        exercise.step(state).read()
+        dry_run.step(state).read()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities, acc_events=True) as found:
         for _ in range(STEPS):
-            exercise.step(state)
+            dry_run.step(state)
         if on_gpu:
             torch.cuda.synchronize()
     table = folder / f"{name}-{dataset}.md"

@@ -16,7 +16,7 @@ from fm.lab.plan_tables import PAPER_BATCH, PAPER_HOURS, PAPER_STEPS, WIDTH, dig
 HEAD = ("dataset", "fwd", "bwd", "opt", "data", "step", "±%", "ktok/s", "{}FLOP/s", "%", "GB/s", "%", "GB", "floor")
 UNITS = {"T": 1e12, "G": 1e9}
 MEANING = (
-    "Milliseconds: forward, backward, optimiser (clip, AdamW, averaged weights), data (copy to the device), the whole "
+    "Milliseconds: forward, backward, optimizer (clip, AdamW, averaged weights), data (copy to the device), the whole "
     "step; ±%: half the distance of its quartiles. FLOP/s of matrix products and convolutions, GB/s of all other "
     "operations as if none were fused, each with its share of the ceiling. GB: peak memory of the GPU. Mixture: "
     "expected at the recipe's sampling shares."
@@ -24,7 +24,7 @@ MEANING = (
 FLOOR = (
     "The floor, in milliseconds: each matrix product and convolution of both passes takes the longer of its arithmetic "
     "and of reading and writing its tensors once, at the ceilings; all else in the passes is free, as if fused; the "
-    "optimiser takes what it reads and writes. Attention's products are float32 whatever the precision. Traffic: the "
+    "optimizer takes what it reads and writes. Attention's products are float32 whatever the precision. Traffic: the "
     "share that memory bandwidth bounds, not arithmetic. Unfused: what all but linear layers and attention's products "
     "would take at the bandwidth, each reading and writing by itself."
 )
@@ -61,7 +61,7 @@ def _floor(rows: Sequence[Row], bandwidth: float) -> str:
 
 def _floor_cells(row: Row, unit: str, bandwidth: float) -> list[str]:
     least = row.work.floor
-    parts = [digits(1e3 * getattr(least, name)) for name in (*KINDS, "optimiser", "seconds")]
+    parts = [digits(1e3 * getattr(least, name)) for name in (*KINDS, "optimizer", "seconds")]
     grid = f"{row.grid[0]} x {row.grid[1]}" if row.grid else ""
     unfused = 1e3 * row.work.moved_bytes / bandwidth
     traffic = f"{100 * least.traffic / least.seconds:.0f}"
@@ -110,7 +110,7 @@ def _cells(found: Benchmark, row: Row, unit: str) -> list[str]:
     if row.seconds is None:
         return [row.dataset, *[DASH] * (len(HEAD) - 2), digits(1e3 * row.work.floor.seconds)]
     seconds, rates = row.seconds, found.ceilings
-    phases = (seconds.forward, seconds.backward, seconds.optimiser, seconds.data, seconds.whole)
+    phases = (seconds.forward, seconds.backward, seconds.optimizer, seconds.data, seconds.whole)
     flops, moved = row.flops_per_s() or 0.0, row.bytes_per_s() or 0.0
     return [
         row.dataset,

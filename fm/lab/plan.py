@@ -6,7 +6,7 @@ A run's cost before it is launched: work, time and memory, by dataset and for th
 
 Seconds of a training step on this machine, measured: a few steps per dataset, on random data of its grid.
 
-A step is the trainer's own (fm/training/exercise.py). Datasets take turns, as they do in training, and the first round,
+A step is the trainer's own (fm/training/step.py). Datasets take turns, as they do in training, and the first round,
 which is slow, does not count. What would take too long is made smaller, first to one window, then to a grid of half the
 sides and so on; its time follows from that of two sizes, on a line in FLOPs, since a part of a step does not grow with
 the grid.
@@ -44,10 +44,11 @@ from fm.lab.hardware import INFINIBAND, STATE_TOUCHES, Ceiling, Interconnect, bu
 from fm.model.baselines import BaselineConfig
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.surrogate import MIN_GRID, Surrogate
-from fm.training.exercise import Exercise, exercise_state, sized
 from fm.training.flops import BACKWARD, Footprint, footprint, forward_flops, forward_passes, held_calls, kept_bytes
 from fm.training.mixing import Mixing
 from fm.training.objective import Unroll, unroll_length
+from fm.training.state import TrainingState
+from fm.training.step import DryRun, resized
 
 FLOAT_BYTES = 4
 STATISTICS = ("mean", "std", "mean_delta", "std_delta")
@@ -310,7 +311,7 @@ class Probe:
         """`kept` are the bytes of activations per token, by dataset; `memory` is what this machine has."""
         self.recipe = workload.recipe
         self.accelerator: Accelerator = make_accelerator(self.recipe.train.clip)
-        self.state = exercise_state(self.recipe, workload.model(), self.accelerator)
+        self.state = TrainingState(self.recipe, workload.model(), self.accelerator, None)
         self._works = list(workload.datasets.values())
         self._kept, self._memory = kept, memory
         self._windows = max(1, self.recipe.train.batch // processes)  # of a draw
@@ -372,11 +373,11 @@ class Probe:
             yield self._trial(work, 1, 1, grid)
 
     def _trial(self, work: DatasetWork, windows: int, draws: int, grid: tuple[int, int]) -> Trial:
-        return Trial(work, sized(self.recipe, windows, draws), grid)
+        return Trial(work, resized(self.recipe, windows, draws), grid)
 
     def _step(self, trial: Trial) -> float:
         """Take a step; returns its seconds. The weights move, by noise."""
-        return Exercise(trial.recipe, trial.work.spec, trial.grid, self.accelerator).step(self.state).read().whole
+        return DryRun(trial.recipe, trial.work.spec, trial.grid, self.accelerator).step(self.state).read().whole
 
 
 def _of_whole(trial: Trial, times: Sequence[float], least: Mapping[str, tuple[float, float]]) -> Measured:

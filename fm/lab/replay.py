@@ -19,8 +19,10 @@ from data_pipeline.windows.schedule import Draw
 from fm.checkpoint import list_checkpoints, verify_checkpoint
 from fm.config import Recipe, load_recipe
 from fm.distributed import StopSignal, make_accelerator
+from fm.model.surrogate import Surrogate
 from fm.training.record import NullRecord
 from fm.training.runlog import parse_lines
+from fm.training.step import StepMetrics
 from fm.training.trainer import Trainer
 
 
@@ -31,7 +33,7 @@ class ChannelStatistics:
     name: str
     ranges: Mapping[str, tuple[float, float]]  # least and greatest finite value, physical units
     nonfinite: Mapping[str, int]  # cells
-    rms_error: float  # normalised
+    rms_error: float  # normalized
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,15 @@ def replay(run: Path, step: int, shards: str | None = None) -> Replay:
     with tempfile.TemporaryDirectory(prefix="fm-replay-") as folder:
         trainer = Trainer(_harmless(recipe, folder), make_accelerator(recipe.train.clip), checkpoint=state)
         again = _run_to(trainer, step - 1)
-        losses, _ = trainer.stepper.gradient()  # (draws, 3)
-        draws = zip(trainer.stepper.division.draws_of(step - 1), losses[:, 0].tolist(), strict=True)
+        gradient: dict[str, float] = {}
+
+        def keep_norms(metrics: StepMetrics) -> bool:
+            gradient.update(_gradient_norms(trainer.state.parallel.model))
+            return True  # the weights stay as they are
+
+        taken = trainer.take_step(step - 1, keep_norms)
+        draws = zip(taken.draws, taken.metrics.losses, strict=True)
         statistics = [_statistics(trainer, draw, loss) for draw, loss in draws]
-        gradient = _gradient_norms(trainer)
     return Replay(step, state, again, statistics, gradient, _logged(run / "log.jsonl", step))
 
 
@@ -125,14 +132,14 @@ def _run_to(trainer: Trainer, step: int) -> int:
                 trainer.validate(record)
             if trainer.step == step:
                 return again
-            trainer.train_step(StopSignal(), record)
+            trainer.train_steps(StopSignal(), record)
             bar.update()
 
 
-def _gradient_norms(trainer: Trainer) -> dict[str, float]:
-    """By part of the model: blocks by number, heads and task vectors by dataset."""
+def _gradient_norms(model: Surrogate) -> dict[str, float]:
+    """Return the gradient norm of each part of the model: blocks by number, heads and task vectors by dataset."""
     squares: dict[str, float] = {}
-    for name, parameter in trainer.state.parallel.model.named_parameters():
+    for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             part = ".".join(name.split(".")[: 1 if name.startswith("lifting") else 2])
             squares[part] = squares.get(part, 0.0) + float(parameter.grad.double().square().sum())
@@ -142,7 +149,7 @@ def _gradient_norms(trainer: Trainer) -> dict[str, float]:
 @torch.no_grad()
 def _statistics(trainer: Trainer, draw: Draw, loss: float) -> DrawStatistics:
     model, reader = trainer.state.parallel.model, trainer.readers[draw.dataset]
-    length = trainer.stepper.lengths[draw.dataset]
+    length = trainer.lengths[draw.dataset]
     batch = reader.batch(draw.windows, length, draw=draw.index).to(trainer.accelerator.device)
     fields, constants = batch.fields, batch.constants
     first, target = model.normalize(fields[:, 0], draw.dataset), model.normalize(fields[:, 1], draw.dataset)

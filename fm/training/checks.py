@@ -1,21 +1,20 @@
-"""Do the datasets of a run pull the shared part of the model the same way? Cosines between their gradients.
+"""Checks of a run on its own state: the cosines between the datasets' gradients, and the memory of its largest step.
 
-For each dataset: the gradient of the one-step training loss over a few windows, with the present weights, with respect
-to the parameters that all datasets use. Which windows is a hash of (seed, step, dataset), the model is in evaluation
-mode and no `.grad` is touched, so the training is the same bit for bit whether it is looked at or not.
+Gradient cosines show whether the datasets of a run change the shared parameters in the same direction. Each dataset's
+gradient is that of the one-step training loss over WINDOWS windows, at the present weights, with respect to the
+parameters that all datasets use. The windows are a hash of (seed, step, dataset), the model is in evaluation mode, and
+no `.grad` changes. So the training is bit for bit the same with and without the comparison.
 
-n datasets cost n forward and backward passes of WINDOWS windows, and hold n gradients: n x 4 bytes a shared parameter.
-Eight datasets every 1000 steps of global batch 4 add 0.8% to the time; at ten million parameters they hold 0.3 GB.
-
-The longest unroll on the largest grid, once, before step 0: what does not fit in memory fails now and not at night.
-
-An unroll grows with its curriculum and differs by dataset, so the step that needs the most memory may come late.
+n datasets cost n forward and backward passes of WINDOWS windows, and n gradients in memory: n x 4 bytes per shared
+parameter. Eight datasets every 1000 steps of global batch 4 add 0.8 % to the time. With ten million parameters their
+gradients take 0.3 GB.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from data_pipeline.files import UserError
@@ -29,12 +28,13 @@ from fm.training.flops import held_calls
 from fm.training.objective import Unroll
 from fm.training.parallel import Parallel
 from fm.training.state import TrainingState
+from fm.training.step import DryRun, resized
 
 WINDOWS = 4  # of each dataset
 
 
 def check_gradient_cosines(recipe: Recipe, parallel: Parallel, datasets: Sequence[str]) -> None:
-    """UserError where the recipe asks for cosines that cannot be had for the datasets of the run."""
+    """Raise UserError if the recipe asks for cosines that the run's datasets or launch configuration do not allow."""
     if not recipe.tracking.gradient_cosine_every:
         return
     if len(datasets) < 2:
@@ -52,7 +52,7 @@ def check_gradient_cosines(recipe: Recipe, parallel: Parallel, datasets: Sequenc
 def gradient_cosines(
     recipe: Recipe, parallel: Parallel, readers: Mapping[str, ShardReader], step: int, device: torch.device
 ) -> Cosines:
-    """Cosines after `step` steps, on this process alone, of the datasets that the readers (train split) are of."""
+    """Return the cosines between the datasets of `readers` (train split) after `step` steps. Not collective."""
     model = parallel.model
     objective = Unroll(model, recipe.loss, autocast=autocast_dtype(recipe.train.precision, device))
     shared = model.parameters_by_datasets()[frozenset(model.specs)]
@@ -69,56 +69,55 @@ def gradient_cosines(
 
 
 def sampled_windows(reader: ShardReader, seed: int, step: int) -> np.ndarray:
-    """Ids of the windows of two frames that a dataset's gradient is taken over, (WINDOWS,) int64."""
+    """Return the ids of the windows of two frames whose mean gradient stands for the dataset, (WINDOWS,) int64."""
     chances = uniform(stream_key("gradient cosine", seed, step, reader.dataset), np.arange(WINDOWS, dtype=np.uint64))
     return (chances * len(reader.index(2))).astype(np.int64)
 
 
 def cosines_of(gradients: Mapping[str, Tensor]) -> Cosines:
-    """Of vectors (P,) by dataset."""
+    """Return the cosines between gradient vectors (P,), by dataset."""
     vectors = list(gradients.values())
     norms = np.array([float(torch.linalg.vector_norm(vector)) for vector in vectors])
     dots = np.array([[float(torch.dot(one, other)) for other in vectors] for one in vectors])
-    lengths = np.where(np.isfinite(norms) & (norms > 0), norms, np.nan)  # what has no length has no direction
+    lengths = np.where(np.isfinite(norms) & (norms > 0), norms, np.nan)  # a zero vector has no direction
     return Cosines(tuple(gradients), np.clip(dots / np.outer(lengths, lengths), -1, 1), norms)
 
 
 def _gradient(
     objective: Unroll, shared: list[torch.nn.Parameter], reader: ShardReader, windows: np.ndarray, device: torch.device
 ) -> Tensor:
-    """The gradient of the one-step loss over some windows, all shared parameters one after the other, (P,) float32."""
+    """Return the mean gradient of the one-step loss over some windows, all shared parameters in a row, (P,) float32."""
     batch = reader.batch(windows, 2).to(device)
     forced = torch.ones(1, 1, dtype=torch.bool, device=device)
     mean = torch.zeros(sum(parameter.numel() for parameter in shared), device=device)
-    # One by one: no process of the run takes less at once, so it fits wherever the training does.
+    # One window at a time: no process of the run takes fewer at once, so this fits where the training fits.
     for fields, constants in zip(batch.fields.split(1), batch.constants.split(1), strict=True):
         loss = objective(fields, constants, forced, batch.dataset)["loss"]
-        # Not backward(): that would add to .grad, and make DDP and DeepSpeed exchange it.
+        # backward() would add to .grad and make DDP and DeepSpeed exchange it.
         found = torch.autograd.grad(loss, shared, allow_unused=True)
         parts = [torch.zeros_like(p) if g is None else g for p, g in zip(shared, found, strict=True)]
         mean += torch.cat([part.flatten() for part in parts]) / len(windows)
     return mean
 
 
-def rehearse(
-    recipe: Recipe, state: TrainingState, division: Division, readers: Mapping[str, ShardReader], device: torch.device
+def check_memory(
+    recipe: Recipe,
+    state: TrainingState,
+    division: Division,
+    readers: Mapping[str, ShardReader],
+    accelerator: Accelerator,
 ) -> str:
-    """Forward and backward of the piece that needs the most memory; returns what to say of it. Collective.
+    """Compute the gradient of the largest unroll on random data; return a message for the user. Collective.
 
-    Neither weights nor moments change. UserError where memory does not suffice.
+    An unroll grows during training and differs by dataset, so the step that needs the most memory may come late.
+    Neither weights nor moments change. Raises UserError if the memory does not suffice.
     """
     dataset, length = longest_unroll(recipe, readers)
-    reader, count = readers[dataset], division.largest_micro_batch
-    height, width = reader.manifest.grid
-    what = f"{length} model steps of {count} windows of {dataset} ({height} x {width})"
-    windows = np.arange(count) % len(reader.index(length + 1))
+    grid, count = readers[dataset].manifest.grid, division.largest_micro_batch
+    what = f"{length} model steps of {count} windows of {dataset} ({grid[0]} x {grid[1]})"
+    largest = resized(recipe, count * accelerator.num_processes)
     try:
-        batch = reader.batch(windows, length + 1).to(device)
-        inputs = {"forced": torch.zeros(count, length, dtype=torch.bool, device=device), "dataset": dataset}
-        noise = torch.zeros_like(batch.fields[:, 1:]) if recipe.train.jitter else None
-        with state.parallel.accumulate(last=True):
-            terms = state.parallel.objective(batch.fields, batch.constants, noise=noise, **inputs)
-            state.parallel.backward(terms["loss"])
+        DryRun(largest, state.parallel.model.specs[dataset], grid, accelerator).step(state, update=False)
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -128,14 +127,13 @@ def rehearse(
             f"work), or shorten the unroll (finetune.unroll_steps, or unroll_override: {{{dataset}: ...}}). "
             "finetune.rehearse=false goes on without this check."
         ) from error
-    state.parallel.forget()
     return f"the largest unroll fits: {what}; peak memory so far {peak_memory_bytes() / 1e9:.1f} GB"
 
 
 def longest_unroll(recipe: Recipe, readers: Mapping[str, ShardReader]) -> tuple[str, int]:
-    """The dataset whose unroll of full length needs the most memory, and that length.
+    """Return the dataset whose unroll of full length needs the most memory, and that length.
 
-    It has the most tokens over all its model steps, or where only one is held for the backward pass, in that one.
+    It has the most tokens over the model steps that are held for the backward pass.
     """
     lengths = {name: recipe.window_length(name) - 1 for name in readers}
     tokens = {name: int(np.prod(readers[name].manifest.grid)) for name in readers}
@@ -145,6 +143,7 @@ def longest_unroll(recipe: Recipe, readers: Mapping[str, ShardReader]) -> tuple[
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    said = str(error)  # by torch's allocator on a CPU, and by oneDNN
-    symptoms = "allocate memory" in said or "could not create a primitive" in said
+    text = str(error)
+    # The messages of torch's allocator on a CPU and of oneDNN.
+    symptoms = "allocate memory" in text or "could not create a primitive" in text
     return symptoms or isinstance(error, MemoryError | torch.OutOfMemoryError)

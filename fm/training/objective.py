@@ -1,4 +1,4 @@
-"""What an optimiser step's unroll looks like: its length, which inputs are the truth, and the noise on those.
+"""What an optimizer step's unroll looks like: its length, which inputs are the truth, and the noise on those.
 
 All are functions of (seed, step, draw, place in the global batch): they depend on no number of processes, and a run
 that is continued has the same.
@@ -35,7 +35,7 @@ SIGMOID_STEEPNESS = 10.0
 
 
 def unroll_length(step: int, steps: int, settings: FinetuneSettings, dataset: str) -> int:
-    """Model steps of a window of `dataset` at optimiser step `step` of `steps`.
+    """Model steps of a window of `dataset` at optimizer step `step` of `steps`.
 
     With unroll_start it grows by one at a time, each length for an equal part of the first `unroll_growth` of the run.
     """
@@ -48,7 +48,7 @@ def unroll_length(step: int, steps: int, settings: FinetuneSettings, dataset: st
 
 
 def forcing_prob(step: int, steps: int, settings: FinetuneSettings) -> float:
-    """Probability that an input is the truth at optimiser step `step` of `steps`; 0 but for scheduled sampling.
+    """Probability that an input is the truth at optimizer step `step` of `steps`; 0 but for scheduled sampling.
 
     From forcing_start at the first step to forcing_end at the last: linearly, by half a cosine, or by the inverse
     sigmoid of Bengio et al. (2015), shifted and scaled so that it begins and ends there.

@@ -52,54 +52,54 @@ class ParameterGroup:
 
 
 class GroupedAdamW(torch.optim.AdamW):
-    """AdamW whose groups can rest.
+    """AdamW that can skip parameter groups.
 
-    A step of AdamW on a zero gradient is not none: it decays the moments and moves by what is left of them. So what the
-    step's datasets do not use (heads, task vectors and lifting rows of others) must rest, and so must what is frozen.
+    AdamW moves a parameter by its momentum even where the gradient is zero. Heads, task vectors and embedding rows of
+    datasets that a step does not draw must keep their values, and so must frozen parameters: their groups are skipped.
     """
 
-    found_inf: torch.Tensor | None = None  # torch's fused AdamW stands still where it is 1
+    found_inf: torch.Tensor | None = None  # torch's fused AdamW changes nothing where this scalar is 1
 
     def __init__(self, groups: Sequence[ParameterGroup], settings: TrainSettings) -> None:
         super().__init__(
-            [{"params": list(group.parameters), "of": group, "rests": False} for group in groups],
+            [{"params": list(group.parameters), "of": group, "skipped": False} for group in groups],
             lr=settings.learning_rate,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
             fused=True,
         )
 
-    def let_rest(self, datasets: Collection[str], alone: bool = False) -> None:
-        """From now on, steps leave alone what none of `datasets` uses, what is frozen, and, `alone`, what is shared."""
+    def skip_unused(self, datasets: Collection[str], alone: bool = False) -> None:
+        """Skip, in the steps that follow, the groups that none of `datasets` uses and the frozen groups.
+
+        With `alone`, groups that the datasets share with others are skipped too (adapt.alone_steps).
+        """
         for group in self.param_groups:
             of = group["of"]
             unused = of.datasets.isdisjoint(datasets)
-            group["rests"] = unused or of.rate == 0 or (alone and not of.moves_alone)
+            group["skipped"] = unused or of.rate == 0 or (alone and not of.moves_alone)
 
-    def wake(self) -> None:
-        """From now on, nothing rests."""
+    def clear_skips(self) -> None:
+        """Skip no group in the steps that follow."""
         for group in self.param_groups:
-            group["rests"] = False
+            group["skipped"] = False
 
     def set_learning_rate(self, value: float) -> None:
         """That of a group whose factor is 1."""
         for group in self.param_groups:
             group["lr"] = value * group["of"].rate
 
-    def step_unless(self, halted: torch.Tensor | None) -> None:
-        """A step where `halted`, one number on the device that nobody reads, is 0; where it is 1 all stays as it is."""
-        self.found_inf = halted
-        self.step()
-        self.found_inf = None
+    def step(self, closure: Any = None, *, found_inf: torch.Tensor | None = None) -> Any:
+        """Take an optimizer step of the groups that are not skipped, unless `found_inf` is 1.
 
-    def step(self, closure: Any = None) -> Any:
-        """A step of the groups that do not rest."""
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if not group["rests"]]
+        `found_inf` is a scalar on the device, so the host does not wait for it.
+        """
+        groups, self.found_inf = self.param_groups, found_inf
+        self.param_groups = [group for group in groups if not group["skipped"]]
         try:
             return super().step(closure)
         finally:
-            self.param_groups = groups
+            self.param_groups, self.found_inf = groups, None
 
 
 PARTS = ("embedding", "trunk", "head")

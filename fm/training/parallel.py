@@ -1,18 +1,11 @@
-"""What the trainer asks of the processes that train one model together, however they share it.
+"""How one training objective and its optimizer are spread over processes.
 
-Every process holds the whole model: one process, or DistributedDataParallel.
+Parallel      the interface that fm/training/step.py uses, whatever the launch configuration
+Replicated    every process holds the whole model: one process, or DistributedDataParallel (DDP)
+FullySharded  FSDP2: every process holds a slice of each parameter and gathers a block's slices to compute with it
+Zero          DeepSpeed ZeRO: slices of the moments (stage 1), gradients (2) and parameters (3)
 
-FSDP2: each process holds a slice of every parameter and gathers a block's when it computes with it.
-
-torch's `fully_shard` is used directly: accelerate's wrapping of it leaves it out on a CPU without a word, and this way
-CPU and GPU run the same code.
-
-DeepSpeed ZeRO: moments (stage 1), gradients (2) and parameters (3) in slices.
-
-DeepSpeed gives what a step's datasets do not use a gradient of zero, where torch gives none, and flattens each group of
-the optimiser. The groups are the parameters that the same datasets use, so those of other datasets can rest in a step.
-
-Which way a model is spread over processes, as the launch configuration asks.
+`spread` chooses one of them from the launch configuration.
 """
 
 from abc import ABC, abstractmethod
@@ -24,10 +17,11 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data_pipeline.files import UserError
 from fm.config import AdaptSettings, TrainSettings
@@ -39,82 +33,85 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Parallel(ABC):
-    """An objective, its optimiser, and what each process holds of them.
+    """An objective and its optimizer, and this process's share of both.
 
-    Parameters go by their names in the model, and their whole tensors do not depend on the number of processes: that
-    is what checkpoints hold. Methods marked collective are called by all processes together.
+    Parameters are named as in the model, and their whole tensors do not depend on the number of processes. Checkpoints
+    hold these whole tensors. All processes must call the methods marked "Collective" together.
     """
 
-    name: str  # for people
-    holds_whole_model = True  # False where a forward pass needs the other processes
-    can_halt = False  # whether `move` takes a verdict that nobody has read
+    name: str  # for messages
+    holds_whole_model = True  # False if a forward pass needs the other processes
+    takes_found_inf = False  # whether `step` accepts a flag on the device
 
     def __init__(self, objective: Unroll, optimizer: GroupedAdamW) -> None:
         self.model, self.optimizer = objective.model, optimizer
-        self.objective: torch.nn.Module = objective  # its forward is what is trained
+        self.objective: nn.Module = objective  # its forward computes the loss
 
     @abstractmethod
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a piece: processes exchange gradients at a step's last piece."""
+        """Return the context for forward and backward of a micro-batch; gradients are exchanged at the `last` one."""
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss` to that of the pieces before."""
+        """Add the gradient of `loss` to the gradients of the step's earlier micro-batches."""
         loss.backward()
 
-    def _drop_resting_gradients(self) -> None:
-        """So that they count neither in the norm nor in the step."""
-        for group in self.optimizer.param_groups:
-            if group["rests"]:
-                for parameter in group["params"]:
-                    parameter.grad = None
+    def skip_unused(self, datasets: Collection[str], alone: bool = False) -> None:
+        """Skip the parameters that a step on `datasets` does not use (`GroupedAdamW.skip_unused`)."""
+        self.optimizer.skip_unused(datasets, alone)
 
     @abstractmethod
-    def clip(self, max_norm: float) -> Tensor:
-        """Scale the gradients of what does not rest to a norm of at most `max_norm`; returns the norm before, a scalar.
+    def grad_norm(self) -> Tensor:
+        """Return the norm of the gradient without skipped parameters, a scalar on the device. Collective."""
 
-        Collective.
-        """
+    @abstractmethod
+    def clip(self, norm: Tensor, max_norm: float) -> None:
+        """Scale the gradient, whose norm is `norm`, to a norm of at most `max_norm`. Collective."""
 
-    def let_rest(self, datasets: Collection[str], alone: bool = False) -> None:
-        """Before a step's gradient: what stays as it is in it, see `GroupedAdamW.let_rest`."""
-        self.optimizer.let_rest(datasets, alone)
+    def step(self, found_inf: Tensor | None = None) -> None:
+        """Take an optimizer step unless `found_inf`, a scalar on the device, is 1. Collective."""
+        self.optimizer.step(found_inf=found_inf)
 
-    def move(self, halted: Tensor | None = None) -> None:
-        """An optimiser step, unless `halted`, one number on the device, is 1. Collective."""
-        self.optimizer.step_unless(halted)
-
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         """Drop the gradients. Collective."""
         self.optimizer.zero_grad(set_to_none=True)
 
     @abstractmethod
     def shards(self) -> dict[str, Tensor]:
-        """What this process holds of each parameter; averaged weights follow these."""
+        """Return this process's part of each parameter, detached; the averaged weights have the same parts."""
 
     @abstractmethod
     def shard(self, name: str, whole: Tensor) -> Tensor:
-        """A copy of what this process would hold of the named parameter if its value were `whole`."""
+        """Return a copy of this process's part of `whole`, a tensor of the shape of parameter `name`."""
 
     @abstractmethod
     def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors of parameters, or of what follows them, on the main process; {} on others. Collective."""
+        """Return the whole tensors of `shards` on the main process, {} on the others. Collective."""
 
     @abstractmethod
     def moments(self) -> dict[str, Tensor]:
-        """Optimiser state as "<parameter>/<moment>", whole, on the main process; {} on others. Collective.
+        """Return AdamW's state as {"<parameter>/<moment>": whole tensor} on the main process, {} on the others.
 
-        A parameter that no step has moved has none.
+        A parameter that no step has changed yet has no entry. Collective.
         """
 
     @abstractmethod
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        """Take up what `moments` gave, on all processes. Collective."""
+        """Load what `moments` returned, on all processes. Collective."""
+
+
+def _gradients(model: nn.Module, optimizer: GroupedAdamW) -> list[Tensor]:
+    """Drop the gradients of skipped groups, so that they do not count in the norm, and return the others."""
+    for group in optimizer.param_groups:
+        if group["skipped"]:
+            for parameter in group["params"]:
+                parameter.grad = None
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 class Replicated(Parallel):
-    """One process, or DDP: gradients are averaged while the backward pass of a step's last piece runs."""
+    """The whole model on every process; DDP averages the gradients during the last backward pass of a step."""
 
-    can_halt = True
+    takes_found_inf = True
 
     def __init__(self, accelerator: Accelerator, objective: Unroll, optimizer: GroupedAdamW) -> None:
         super().__init__(objective, optimizer)
@@ -122,7 +119,8 @@ class Replicated(Parallel):
         self._accelerator = accelerator
         self.objective = accelerator.prepare_model(objective)
         if isinstance(self.objective, DistributedDataParallel):
-            self.objective.broadcast_buffers = False  # constants; torch 2.13 warns of it as an argument
+            # The buffers are constants. torch 2.13 warns if this is passed to the constructor.
+            self.objective.broadcast_buffers = False
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -132,9 +130,11 @@ class Replicated(Parallel):
             with self._accelerator.no_sync(self.objective):
                 yield
 
-    def clip(self, max_norm: float) -> Tensor:
-        self._drop_resting_gradients()
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+    def grad_norm(self) -> Tensor:
+        return get_total_norm(_gradients(self.model, self.optimizer))
+
+    def clip(self, norm: Tensor, max_norm: float) -> None:
+        clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
 
     def shards(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
@@ -152,14 +152,14 @@ class Replicated(Parallel):
         load_named_state(self.model, self.optimizer, moments)
 
 
-def named_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as "<parameter>/<moment>"."""
+def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state as {"<parameter>/<moment>": tensor}."""
     state = {name: optimizer.state.get(parameter, {}) for name, parameter in model.named_parameters()}
     return {f"{name}/{key}": value for name, moments in state.items() for key, value in moments.items()}
 
 
-def load_named_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of `named_state`; moves each tensor to where the optimiser wants it."""
+def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Load what `named_state` returned; the optimizer moves each tensor to its parameter's device."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     listed = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     index = {names[id(parameter)]: number for number, parameter in enumerate(listed)}
@@ -171,7 +171,11 @@ def load_named_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, t
 
 
 class FullySharded(Parallel):
-    """Parameters, gradients, moments and averaged weights in equal slices."""
+    """FSDP2: parameters, gradients, moments and averaged weights in equal slices.
+
+    torch's `fully_shard` is called directly, since accelerate drops FSDP on a CPU without a message. CPU and GPU so run
+    the same code.
+    """
 
     name = "FSDP2"
     holds_whole_model = False
@@ -185,36 +189,41 @@ class FullySharded(Parallel):
         reshard_after_forward: bool,
     ) -> None:
         self._is_main = accelerator.is_main_process
-        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        self._mesh: DeviceMesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         for part in (*objective.model.blocks, objective):
-            fully_shard(part, mesh=mesh, reshard_after_forward=reshard_after_forward)
-        super().__init__(objective, GroupedAdamW(parameter_groups(objective.model, adapt), settings))  # of the slices
+            fully_shard(part, mesh=self._mesh, reshard_after_forward=reshard_after_forward)
+        # The optimizer is made after fully_shard, so that it gets the slices.
+        super().__init__(objective, GroupedAdamW(parameter_groups(objective.model, adapt), settings))
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
         cast(FSDPModule, self.objective).set_requires_gradient_sync(last)
         yield
 
-    def clip(self, max_norm: float) -> Tensor:
-        self._drop_resting_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+    def grad_norm(self) -> Tensor:
+        norm = get_total_norm(_gradients(self.model, self.optimizer))
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
+    def clip(self, norm: Tensor, max_norm: float) -> None:
+        # Slices can be scaled only by a DTensor on the same mesh.
+        everywhere = DTensor.from_local(norm, self._mesh, [Replicate()], run_check=False)
+        clip_grads_with_norm_(self.model.parameters(), max_norm, everywhere)
+
     def shards(self) -> dict[str, Tensor]:
-        return {name: _sharded(parameter).to_local().detach() for name, parameter in self.model.named_parameters()}
+        return {name: parameter.to_local().detach() for name, parameter in self._parameters().items()}
 
     def shard(self, name: str, whole: Tensor) -> Tensor:
         return self._slice(self._parameters()[name], whole).clone()
 
     def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parameters = self._parameters()
-        whole = {name: self._kept(_like(parameters[name], shards[name])) for name in parameters}
+        whole = {name: self._whole(_like(parameters[name], shards[name])) for name in parameters}
         return whole if self._is_main else {}
 
     def moments(self) -> dict[str, Tensor]:
-        # in one order on all processes, which a file of tensors that was read does not have
+        # Gathering is collective, so all processes need one order; a file of tensors that was loaded has another.
         own = sorted(named_state(self.model, self.optimizer).items())
-        whole = {key: self._kept(value) for key, value in own}
+        whole = {key: self._whole(value) for key, value in own}
         return whole if self._is_main else {}
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
@@ -226,43 +235,42 @@ class FullySharded(Parallel):
         load_named_state(self.model, self.optimizer, own)
 
     def _parameters(self) -> dict[str, DTensor]:
-        return {name: _sharded(parameter) for name, parameter in self.model.named_parameters()}
+        return {name: cast(DTensor, parameter) for name, parameter in self.model.named_parameters()}
 
     @staticmethod
     def _slice(parameter: DTensor, whole: Tensor) -> Tensor:
-        """This process's slice of what has the parameter's shape; the last processes may have none."""
+        """Return this process's slice of a tensor of the parameter's shape; the last processes may have none."""
         rank, parts = parameter.device_mesh.get_local_rank(), whole.detach().chunk(parameter.device_mesh.size())
         return (parts[rank] if rank < len(parts) else whole[:0]).to(parameter.device)
 
-    def _kept(self, tensor: Tensor) -> Tensor:
-        """The whole tensor: in the main process's memory, not on its GPU; nothing on the others."""
+    def _whole(self, tensor: Tensor) -> Tensor:
+        """Return the whole tensor in the main process's memory, not on its GPU; an empty tensor on the others."""
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         return whole.cpu() if self._is_main else whole.new_empty(0)
 
 
 def _like(parameter: DTensor, local: Tensor) -> DTensor:
-    """The tensor whose slices are distributed as the parameter's."""
+    """Return the tensor of which `local` is this process's slice, distributed as the parameter."""
     spec = (parameter.device_mesh, parameter.placements)
     return DTensor.from_local(local, *spec, run_check=False, shape=parameter.shape, stride=parameter.stride())
 
 
-def _sharded(parameter: Tensor) -> DTensor:
-    assert isinstance(parameter, DTensor)
-    return parameter
-
-
 class Zero(Parallel):
-    """ZeRO by accelerate's DeepSpeed plugin, whose configuration runtime.py completes from the recipe."""
+    """DeepSpeed ZeRO through accelerate's plugin; fm/distributed.py completes its configuration from the recipe.
+
+    DeepSpeed gives parameters that a step does not use a zero gradient, where torch gives none, and it flattens each
+    group of the optimizer. The groups are the parameters that the same datasets use, so whole groups can be skipped.
+    """
 
     def __init__(self, accelerator: Accelerator, objective: Unroll, optimizer: GroupedAdamW) -> None:
         super().__init__(objective, optimizer)
         self._is_main = accelerator.is_main_process
-        self._silence_what_rests()
+        self._zero_skipped_gradients()
         self._engine = self.objective = accelerator.prepare(objective, optimizer)[0]
         self._stage = int(self._engine.zero_optimization_stage())
         self.name, self.holds_whole_model = f"DeepSpeed ZeRO-{self._stage}", self._stage < 3
         self._has_gradients = False
-        self._prepare_state()
+        self._make_moments()
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -273,27 +281,29 @@ class Zero(Parallel):
         self._engine.backward(loss)
         self._has_gradients = True
 
-    def clip(self, max_norm: float) -> Tensor:
-        """DeepSpeed clips, to the same norm, when it moves."""
+    def grad_norm(self) -> Tensor:
         zero = self._engine.optimizer
         norms = zero._get_norm_groups() if self._stage == 3 else [zero.scaled_global_norm()]
         norms = torch.stack([torch.as_tensor(norm) for norm in norms])
-        # -1 stands for a group whose norm is not finite
+        # DeepSpeed writes -1 for a group whose norm is not finite.
         return torch.linalg.vector_norm(torch.where(norms < 0, torch.nan, norms))
 
-    def move(self, halted: Tensor | None = None) -> None:
-        assert halted is None  # can_halt
+    def clip(self, norm: Tensor, max_norm: float) -> None:
+        """Do nothing: DeepSpeed clips to the same norm within its own step."""
+
+    def step(self, found_inf: Tensor | None = None) -> None:
+        assert found_inf is None  # takes_found_inf
         self._engine.step()
-        self.optimizer.wake()  # whoever else asks for gradients gets all
+        self.optimizer.clear_skips()  # code that computes gradients outside of steps must get all of them
         self._has_gradients = False
         if self._stage == 3:
-            # It keeps the last gradient of what a step does not use, and would count it in the next step's norm.
+            # ZeRO-3 keeps the last gradient of what a step does not use, and would count it in the next step's norm.
             self._engine.optimizer.grad_partitions_flat_buffer.zero_()
 
-    def forget(self) -> None:
-        if self._has_gradients:
-            self.let_rest(())
-            self.move()
+    def zero_grad(self) -> None:
+        if self._has_gradients:  # only its own step makes DeepSpeed drop gradients
+            self.skip_unused(())
+            self.step()
 
     def shards(self) -> dict[str, Tensor]:
         if self.holds_whole_model:
@@ -322,7 +332,13 @@ class Zero(Parallel):
     def moments(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        steps, moments = self._steps(), {}
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        steps = {
+            names[id(parameter)]: float(self.optimizer.state[flat]["step"])
+            for parameters, flat in self._flat_groups()
+            for parameter in parameters
+        }
+        moments = {}
         for name, parameter in self.model.named_parameters():
             if steps[name] == 0:
                 continue
@@ -347,19 +363,19 @@ class Zero(Parallel):
                     whole = moments[f"{name}/{moment}"].to(self._engine.device)
                     safe_set_full_optimizer_state(parameter, whole, moment)
 
-    def _silence_what_rests(self) -> None:
-        """Make the gradient of a shared parameter zero in steps in which it rests, before DeepSpeed takes it."""
+    def _parameters(self) -> dict[str, Any]:
+        """Return the parameters by name; DeepSpeed gives those of stage 3 attributes of its own (`ds_...`)."""
+        return dict(self.model.named_parameters())
+
+    def _zero_skipped_gradients(self) -> None:
+        """Make gradients of skipped groups zero before DeepSpeed reads them; it has no way to skip a group."""
         for group in self.optimizer.param_groups:
             if group["of"].rate == 0 or not group["of"].moves_alone:
                 for parameter in group["params"]:
-                    parameter.register_hook(partial(_unless_at_rest, group))
+                    parameter.register_hook(partial(_zero_if_skipped, group))
 
-    def _parameters(self) -> dict[str, Any]:
-        """By name; DeepSpeed gives those of stage 3 attributes."""
-        return dict(self.model.named_parameters())
-
-    def _prepare_state(self) -> None:
-        """Make the moments of all groups, zero, which DeepSpeed would leave to their first step."""
+    def _make_moments(self) -> None:
+        """Make the moments of all groups; DeepSpeed would make a group's at its first step, after `load_moments`."""
         for _, flat in self._flat_groups():
             step = torch.zeros((), dtype=torch.float32, device=flat.device)
             self.optimizer.state[flat] = {"step": step, **{name: torch.zeros_like(flat) for name in MOMENTS}}
@@ -367,32 +383,23 @@ class Zero(Parallel):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _flat_groups(self) -> list[tuple[list[Tensor], Tensor]]:
-        """Parameters that are flattened together, and this process's part of them, as the optimiser knows it."""
+        """Return each group's parameters and the flat tensor that holds this process's part of them."""
         zero = self._engine.optimizer
         flat = zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
         groups = zero.fp16_groups if self._stage == 3 else zero.bit16_groups
         return list(zip(groups, flat, strict=True))
 
-    def _steps(self) -> dict[str, float]:
-        """How often each parameter was moved."""
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        return {
-            names[id(parameter)]: float(self.optimizer.state[flat]["step"])
-            for parameters, flat in self._flat_groups()
-            for parameter in parameters
-        }
 
-
-def _unless_at_rest(group: Mapping[str, Any], gradient: Tensor) -> Tensor:
-    return torch.zeros_like(gradient) if group["rests"] else gradient
+def _zero_if_skipped(group: Mapping[str, Any], gradient: Tensor) -> Tensor:
+    return torch.zeros_like(gradient) if group["skipped"] else gradient
 
 
 def spread(
     accelerator: Accelerator, objective: Unroll, settings: TrainSettings, adapt: AdaptSettings | None = None
 ) -> Parallel:
-    """The objective, on its device, and a new optimiser, spread over the processes. Collective.
+    """Spread the objective, which is on its device, and a new optimizer over the processes. Collective.
 
-    UserError where the model's own code does not allow what the launch configuration asks for.
+    Raises UserError if the model cannot be trained under the launch configuration.
     """
     if not len(objective.model.blocks) and (asked_for("FSDP") or asked_for("DEEPSPEED")):
         raise UserError(

@@ -12,7 +12,7 @@ many. Names of parameters stay as they are, and the averaged model, which valida
 WAVELIT_COMPILE=WAY or WAY:BACKEND in the environment says what `auto` means, and which of torch's backends compiles in
 place of inductor. It is for tests (`pytest --compile`).
 
-What training changes: weights, their average, the optimiser's moments and the step, spread over processes.
+What training changes: weights, their average, the optimizer's moments and the step, spread over processes.
 """
 
 import copy
@@ -120,7 +120,7 @@ def _check_compiler(device: torch.device) -> None:
 
 
 class TrainingState:
-    """The state after `step` optimiser steps.
+    """The state after `step` optimizer steps.
 
     It begins with a new model, or as the checkpoint says, whose `facts` it then has. What a checkpoint holds does not
     depend on the processes, so neither does which of them may take it up.

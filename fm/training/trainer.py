@@ -1,21 +1,29 @@
-"""The training loop: load; while step < steps: take a step (fm/training/step.py), save, validate.
+"""The training loop: load; while step < steps: take steps (fm/training/step.py), save, validate.
 
-Pretraining and rollout finetuning differ by recipe, not by code.
-
-Runs a recipe: connects the processes, builds its trainer, keeps others out of its directory, and starts over where
-the guard rolls it back.
+`train` runs a recipe. Pretraining and rollout finetuning differ by recipe, not by code.
 """
 
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
+from torch import Tensor
 
-from data_pipeline.files import UserError, only_process
+from data_pipeline.files import UserError, only_process, sha256
 from data_pipeline.registry import load_registry
-from data_pipeline.windows.loader import sources
-from fm.checkpoint import CheckpointWriter, keep_best, newest_checkpoint, read_state
+from data_pipeline.windows.loader import scheduled_batches, sources
+from data_pipeline.windows.reader import Batch
+from data_pipeline.windows.schedule import Division
+from fm.checkpoint import (
+    CheckpointWriter,
+    keep_best,
+    keep_incident,
+    newest_checkpoint,
+    read_state,
+)
 from fm.config import Recipe, changed_settings, recipe_to_dict, resolve
 from fm.datasets import build_model, check_names, check_same_shards, check_unrolls, open_split, shard_digests
 from fm.distributed import (
@@ -27,21 +35,72 @@ from fm.distributed import (
     naming_lost_processes,
 )
 from fm.evaluation.evaluate import ValidationResult, validate
-from fm.training.checks import check_gradient_cosines, gradient_cosines, rehearse
-from fm.training.guard import Gate, Guard
+from fm.training.checks import check_gradient_cosines, check_memory, gradient_cosines
+from fm.training.guard import Gate, Guard, Refusal
 from fm.training.mixing import Mixing
+from fm.training.objective import unroll_length
 from fm.training.optim import check_adapted, learns_alone
-from fm.training.record import NullRecord, RunRecord, open_record
+from fm.training.record import NullRecord, RunRecord, StepResult, open_record
 from fm.training.runlog import lacks_validation
 from fm.training.state import TrainingState
-from fm.training.step import RollBack, Stepper
+from fm.training.step import PendingStep, PendingSteps, StepMetrics, train_step
 from fm.training.tensorboard import check_trackers
+
+READ_EVERY = 10  # steps between synchronizations with a GPU, which computes while the host goes on
+
+
+class RollBack(Exception):
+    """The run must go back to its last checkpoint and pass over the steps in `refused`."""
+
+    def __init__(self, refusal: Refusal, refused: set[int]) -> None:
+        super().__init__(f"step {refusal.step} refused")
+        self.refusal, self.refused = refusal, refused
+
+
+def train(recipe: Recipe) -> int:
+    """Run a recipe to its end, to run.stop_at, or to the first signal that asks it to stop.
+
+    Returns the exit code. Raises UserError for what the user can correct.
+    """
+    back: RollBack | None = None
+    with StopSignal().listen() as stop:
+        with naming_lost_processes():
+            accelerator = make_accelerator(recipe.train.clip)
+        while True:
+            try:
+                return _train(recipe, accelerator, stop, back)
+            except RollBack as again:
+                back = again
+                accelerator.free_memory()
+
+
+def _train(recipe: Recipe, accelerator: Accelerator, stop: StopSignal, back: RollBack | None) -> int:
+    """Run a recipe from its newest checkpoint; `back` is why an earlier attempt of this process ended."""
+    with naming_lost_processes():
+        trainer = Trainer(recipe, accelerator, passed_over=back.refused if back else ())
+    if (reason := trainer.nothing_to_do()) is not None:
+        accelerator.print(reason)
+        return EXIT_DONE
+    if trainer.step:
+        continuing = f"continuing {trainer.directory} from step {trainer.step}"
+        accelerator.print("\n  changed since: ".join([continuing, *trainer.changes]))
+    alone = only_process(trainer.directory, "training") if accelerator.is_main_process else nullcontext()
+    with naming_lost_processes():
+        # The inner context names a lost process while the record can still write it down.
+        with alone, trainer.open_record() as record, trainer.writer, naming_lost_processes():
+            if back is not None:
+                record.log_refusal(back.refusal, trainer.step)
+            code = trainer.train(stop, record)
+        accelerator.wait_for_everyone()  # a launcher ends all processes as soon as the first has ended
+    accelerator.end_training()
+    return code
 
 
 class Trainer:
-    """A run: its data, what training changes, and the record of what happened.
+    """A run: its data, its training state, and the loop over its steps.
 
-    It continues from its newest whole checkpoint, or from `checkpoint`, and passes over the steps `passed_over`.
+    It continues from its newest whole checkpoint, or from `checkpoint`. It passes over the steps in `passed_over`,
+    counted from 1: their windows are read, and their gradients are not used.
     """
 
     def __init__(
@@ -62,56 +121,56 @@ class Trainer:
         self.valid_readers = open_split(recipe, self.registry, "valid") if recipe.validation.every else {}
         check_unrolls(recipe, self.readers)
         check_adapted(recipe.adapt, self.readers)
-        lengths = {name: recipe.window_length(name) for name in self.readers}
-        self.mixing = Mixing(recipe, sources(self.readers, lengths))
+        self.lengths = {name: recipe.window_length(name) for name in self.readers}  # frames
+        self.mixing = Mixing(recipe, sources(self.readers, self.lengths))
         self.guard, self.gate = Guard(recipe.guard), Gate(recipe.finetune, recipe.validation)
         self.changes: list[str] = []  # settings that differ from those the run began with
         self.saved: int | None = None  # the step of the last save
         model = build_model(recipe, self.readers, self.registry)
-        self.say = self.accelerator.print
         if checkpoint is None and recipe.checkpoint.resume == "auto":
             checkpoint = self._newest_checkpoint()
         self.state = TrainingState(recipe, model, self.accelerator, checkpoint)
         if checkpoint is not None and self.state.facts is not None:
-            self._take_up(checkpoint, self.state.facts)
+            self._restore(checkpoint, self.state.facts)
         self.guard.refused.update(passed_over)
-        run = (recipe, accelerator, self.state, self.readers, self.mixing, self.guard)
-        self.stepper = Stepper(*run, self._facts, self._looks_at)
+        self.division = self._divide()
+        self._batches: Iterator[Batch] | None = None
+        # FSDP and DeepSpeed take no flag on the device, and whether a loss is a spike depends on the step before.
+        self._judges_first = not self.state.parallel.takes_found_inf or recipe.guard.spike is not None
+        self._read_every = recipe.train.read_every or (1 if accelerator.device.type == "cpu" else READ_EVERY)
         check_gradient_cosines(recipe, self.state.parallel, list(self.readers))
-        self.owes_validation = broadcast_from_main(self.accelerator, self._killed_while_validating_the_end)
+        self.validation_pending = broadcast_from_main(self.accelerator, self._was_killed_in_last_validation)
 
     @property
     def step(self) -> int:
-        """Optimiser steps done."""
+        """Return the number of optimizer steps done."""
         return self.state.step
 
+    def nothing_to_do(self) -> str | None:
+        """Return why no step is left to take, for the user, or None."""
+        stop_at = self.recipe.run.stop_at
+        if self.step >= self.recipe.train.steps and not self.validation_pending:
+            return f"{self.directory} is finished at step {self.step}; nothing to train."
+        if stop_at is not None and self.step >= stop_at:
+            return f"{self.directory} is at step {self.step}, where run.stop_at ends it."
+        if self.gate.ends:
+            return f"{self.directory} was ended by finetune.gate at step {self.step}; raise it to go on."
+        return None
+
     def open_record(self) -> RunRecord | NullRecord:
-        """The record of this run from the step it continues at; silent but on the main process."""
+        """Return the record of this run from the present step on; only the main process writes one."""
         model = self.state.averaged_model()
         return open_record(self.recipe, self.mixing.schedule, model, self.step, self.state.parallel.name)
 
     def train(self, stop: StopSignal, record: RunRecord | NullRecord) -> int:
-        """Step to the end of the run; returns the exit code."""
-        settings = self.recipe.train
-        every = self.recipe.validation.every
-        if self.recipe.finetune and self.recipe.finetune.rehearse and self.step < settings.steps:
-            record.print(
-                rehearse(self.recipe, self.state, self.stepper.division, self.readers, self.accelerator.device)
-            )
-        adapt = self.recipe.adapt
-        if adapt is not None and learns_alone(adapt, self.step):
-            which = f"only {', '.join(adapt.datasets)} is drawn, and only parts of its own move"
-            record.print(f"up to step {adapt.alone_steps} {which} (adapt.alone_steps)")
-        self.compare_gradients(record)  # the checkpoint was written before this step's comparison
-        if self.gate.active and not self.gate.knows_pretrained:
-            self.validate(record)
-        elif self.owes_validation or (every and self.step and self.step % every == 0):
-            self.validate(record)  # the checkpoint was written before this step's validation
-        while self.step < settings.steps and not self.gate.ends:
-            interrupted = self.train_step(stop, record)
-            last = self.step == settings.steps
+        """Take the steps to the end of the run, save and validate; return the exit code."""
+        steps, every = self.recipe.train.steps, self.recipe.checkpoint.every
+        self._before_first_step(record)
+        while self.step < steps and not self.gate.ends:
+            interrupted = self.train_steps(stop, record)
+            last = self.step == steps
             stopped = interrupted or self.step == self.recipe.run.stop_at
-            if last or stopped or self.step % self.recipe.checkpoint.every == 0:
+            if last or stopped or self.step % every == 0:
                 self.save(record, wait=last or stopped)
             if stopped and not last:
                 why = "interrupted" if interrupted else "run.stop_at"
@@ -126,20 +185,167 @@ class Trainer:
             record.end_reason = f"ended by finetune.gate after step {self.step}"
         return EXIT_DONE
 
-    def train_step(self, stop: StopSignal, record: RunRecord | NullRecord) -> bool:
-        """A step; returns whether a process was asked to stop (fm/training/step.py)."""
+    def _before_first_step(self, record: RunRecord | NullRecord) -> None:
+        """Check the memory, and make up for comparisons and validations that came after the checkpoint."""
+        adapt, every = self.recipe.adapt, self.recipe.validation.every
+        if self.recipe.finetune and self.recipe.finetune.rehearse and self.step < self.recipe.train.steps:
+            record.print(check_memory(self.recipe, self.state, self.division, self.readers, self.accelerator))
+        if adapt is not None and learns_alone(adapt, self.step):
+            which = f"only {', '.join(adapt.datasets)} is drawn, and only parts of its own move"
+            record.print(f"up to step {adapt.alone_steps} {which} (adapt.alone_steps)")
+        self.compare_gradients(record)
+        needs_pretrained = self.gate.active and not self.gate.knows_pretrained
+        if needs_pretrained or self.validation_pending or (every and self.step and self.step % every == 0):
+            self.validate(record)
+
+    def train_steps(self, stop: StopSignal, record: RunRecord | NullRecord) -> bool:
+        """Take the steps up to the next synchronization with the device, and record them. Collective.
+
+        On a CPU that is one step, on a GPU up to train.read_every. A refused step ends the sequence: the weights are
+        those before it, and the steps that follow are taken again. Returns whether a process was asked to stop. Raises
+        RollBack or UserError if a refused step ends this attempt or the run.
+        """
         self._report_save(self.writer.failure(), record)
-        try:
-            return self.stepper.take(stop.received, record)
-        except RollBack:
+        pending, reasons = PendingSteps(), dict[int, str | None]()
+        for step in range(self.step, self.recipe.train.steps):
+            skip_update = partial(self._skip_update, step, pending, reasons)
+            pending.append(self.take_step(step, skip_update, stop.received))
+            if (step + 1) % self._read_every == 0 or self._judges_first or self._needs_state(step + 1):
+                break
+        taken = pending.read()
+        seconds = (time.perf_counter() - taken[0].started) / len(taken)
+        for one in taken:
+            reason = reasons[one.step] if one.step in reasons else self._judge(one.step, one.metrics)
+            if reason is not None:
+                self._refuse(one, reason, record)
+            record.log_step(self._result(one, seconds))
+            self.state.step = one.step + 1
+            if reason is not None:
+                if one is not taken[-1]:
+                    self._batches = None  # read again from the step after the refused one
+                break
+        return any(one.metrics.stop_requested for one in taken)
+
+    def take_step(
+        self, step: int, skip_update: Callable[[StepMetrics], bool | Tensor], stop_requested: bool = False
+    ) -> PendingStep:
+        """Take the run's step after `step` steps (`fm.training.step.train_step`). Collective."""
+        if self._batches is None:
+            self._batches = self._scheduled_batches()
+        return train_step(
+            self.recipe,
+            self.state,
+            self.division,
+            self._batches,
+            self.accelerator,
+            step,
+            stop_requested=stop_requested,
+            skip_update=skip_update,
+        )
+
+    def _skip_update(
+        self, step: int, pending: PendingSteps, reasons: dict[int, str | None], metrics: StepMetrics
+    ) -> bool | Tensor:
+        """Decide whether a step leaves the weights as they are; note in `reasons` why, if it is known already."""
+        if step + 1 in self.guard.refused:  # passed over, after the run was rolled back
+            reasons[step] = None
+            return True
+        if not self._judges_first:
+            return pending.found_inf(metrics)
+        reasons[step] = self._judge(step, metrics)
+        return reasons[step] is not None
+
+    def _judge(self, step: int, metrics: StepMetrics) -> str | None:
+        """Return what is wrong with a step's losses or gradient norm, or None."""
+        names = [draw.dataset for draw in self.division.draws_of(step)]
+        if self.recipe.finetune is not None and self.recipe.finetune.unroll_start is not None:
+            # Longer unrolls have larger losses, so each length has a history of its own.
+            names = [f"{name} over {self._unroll_length(step, name)} model steps" for name in names]
+        return self.guard.judge(names, metrics.losses, metrics.grad_norm)
+
+    def _refuse(self, taken: PendingStep, reason: str, record: RunRecord | NullRecord) -> None:
+        """Keep and record the state before a refused step. Raises RollBack or UserError, as guard.action says."""
+        action, number = self.recipe.guard.action, taken.step + 1
+        windows: dict[str, list[int]] = {}
+        for draw in taken.draws:  # several may be of one dataset
+            windows.setdefault(draw.dataset, []).extend(draw.windows.tolist())
+        refusal = Refusal(number, reason, action, windows)
+        snapshot = self.state.snapshot(self._facts())
+        if snapshot is not None:
+            keep_incident(self.directory / "incidents", snapshot, self.accelerator.print)
+        if action == "stop":
+            record.log_refusal(refusal, number)
+            raise UserError(
+                f"step {number}: {reason}. The optimizer did not move; the newest checkpoint in {self.checkpoints} "
+                f"is from before it.\nLook at the step with `fm replay {self.directory} --step {number}`. Lower "
+                "train.learning_rate or train.clip, or let the run go on without such steps (guard.action=skip, or "
+                "rollback)."
+            )
+        self.guard.refuse(number)
+        if action == "rollback":
             self._report_save(self.writer.wait(), record)
-            self.accelerator.wait_for_everyone()  # until the checkpoint that all go back to is there
-            raise
+            self.accelerator.wait_for_everyone()  # until the checkpoint that all go back to is on disk
+            raise RollBack(refusal, self.guard.refused)
+        record.log_refusal(refusal, number)
+
+    def _result(self, taken: PendingStep, seconds: float) -> StepResult:
+        """Return what the record needs of a step."""
+        names, metrics = tuple(draw.dataset for draw in taken.draws), taken.metrics
+        return StepResult(
+            step=taken.step + 1,
+            datasets=names,
+            grids=tuple(self.readers[name].manifest.grid for name in names),
+            windows=sha256("".join(draw.digest() for draw in taken.draws).encode())[:16],
+            losses=tuple(metrics.losses),
+            mse=metrics.mse,
+            wavelet_l1=metrics.wavelet_l1,
+            grad_norm=metrics.grad_norm,
+            lr=taken.learning_rate,
+            samples=self.recipe.train.global_batch,
+            model_calls=tuple(self._unroll_length(taken.step, name) for name in names),
+            data_seconds=taken.data_seconds,
+            seconds=seconds,
+            stop=metrics.stop_requested,
+        )
+
+    def _divide(self) -> Division:
+        """Return what each process takes of the steps of the present schedule."""
+        train, process, way = self.recipe.train, self.accelerator, self.recipe.sampling.draw
+        if way == "per_rank" and not self.state.parallel.holds_whole_model:
+            raise UserError(
+                f"sampling.draw: per_rank gives processes different numbers of forward passes, but with "
+                f"{self.state.parallel.name} each needs all processes; use launch/ddp.yaml, or sampling.draw=global"
+            )
+        rank, world_size = process.process_index, process.num_processes
+        schedule, calls = self.mixing.schedule, self._unroll_length
+        return Division(schedule, rank, world_size, train.draws, way, train.micro_batch, calls)
+
+    def _unroll_length(self, step: int, dataset: str) -> int:
+        """Return the model steps of a window of `dataset` in the step after `step` steps."""
+        finetune = self.recipe.finetune
+        return unroll_length(step, self.recipe.train.steps, finetune, dataset) if finetune else 1
+
+    def _scheduled_batches(self) -> Iterator[Batch]:
+        """Yield this process's batches from the next step to the last.
+
+        Workers read ahead, but not beyond the step at which adaptive sampling changes the shares: the batches after it
+        are begun when the first of them is needed, which is after the validation.
+        """
+        while self.step < self.recipe.train.steps:
+            yield from scheduled_batches(
+                self.readers,
+                self.division,
+                length=self.lengths,
+                start=self.step,
+                stop=self.mixing.known_until(self.step),
+                workers=self.recipe.data.workers,
+                pin_memory=self.accelerator.device.type == "cuda",
+            )
 
     def save(self, record: RunRecord | NullRecord, wait: bool) -> None:
-        """Begin to write a checkpoint on the main process, after the one before is written; all processes meet here.
+        """Begin to write a checkpoint on the main process, once the one before it is written. Collective.
 
-        `wait` until it is on disk where no step follows that would say that it failed.
+        With `wait`, return only when it is on disk: no later step could report that the write failed.
         """
         if self.accelerator.is_main_process:
             self._report_save(self.writer.wait(), record)
@@ -148,26 +354,26 @@ class Trainer:
         if snapshot is not None:
             self.writer.start(snapshot)
             if wait and (failure := self.writer.wait()):
-                raise failure  # whatever checkpoint.on_error: no later save makes up for this one
+                raise failure  # even with checkpoint.on_error: continue, since no later save follows
         self.accelerator.wait_for_everyone()
 
     def validate(self, record: RunRecord | NullRecord) -> None:
-        """Score the averaged weights on the valid split, on the main process; all processes meet here."""
+        """Score the averaged weights on the valid split, on the main process. Collective."""
         result, model = None, self.state.averaged_model()
         if model is not None:
             result = validate(model, self.valid_readers, self.recipe.validation, self.accelerator.device)
         if self.gate.active:
             self._pass_gate(result, record)
         if result is not None:
-            record.log_validation(result, self.step)  # last: a run that was killed before it does all of this again
+            record.log_validation(result, self.step)  # last, so that a run killed before it validates again
         if self.mixing.changes_at(self.step):
             unscored = self.mixing.follow(result.ratios() if result else None, self.step, self.accelerator)
-            self.stepper.divide()
+            self.division = self._divide()
             record.log_shares(self.mixing.schedule, unscored, self.step)
         self.accelerator.wait_for_everyone()
 
     def compare_gradients(self, record: RunRecord | NullRecord) -> None:
-        """Log how the datasets' gradients agree, at multiples of tracking.gradient_cosine_every; all processes meet."""
+        """Log the cosines between the datasets' gradients every tracking.gradient_cosine_every steps. Collective."""
         every = self.recipe.tracking.gradient_cosine_every
         if not every or not self.step or self.step % every:
             return
@@ -177,7 +383,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _pass_gate(self, result: ValidationResult | None, record: RunRecord | NullRecord) -> None:
-        """Judge a validation, which the main process has, and keep the best compromise. Collective."""
+        """Compare a validation with finetune.gate on the main process, and keep the best checkpoint. Collective."""
         verdict = self.gate.judge(result, self.step) if result else None
         if verdict is not None:
             record.log_verdict(verdict.text, self.step)
@@ -190,7 +396,7 @@ class Trainer:
                     self._report_save(failure, record)
 
     def _report_save(self, failure: UserError | None, record: RunRecord | NullRecord) -> None:
-        """Stop the run where a save has failed, or say so and go on (checkpoint.on_error)."""
+        """Raise the failure of a save, or report it and go on (checkpoint.on_error)."""
         if failure is None:
             return
         if self.recipe.checkpoint.on_error == "stop":
@@ -199,10 +405,12 @@ class Trainer:
         record.log_message(f"{failure}\n{note}", self.step)
 
     def _newest_checkpoint(self) -> Path | None:
-        return broadcast_from_main(self.accelerator, lambda: newest_checkpoint(self.checkpoints, self.say))
+        return broadcast_from_main(
+            self.accelerator, lambda: newest_checkpoint(self.checkpoints, self.accelerator.print)
+        )
 
     def _facts(self) -> dict:
-        """What state.json holds beside the step, as JSON."""
+        """Return what state.json holds beside the step, as JSON."""
         return {
             "recipe": recipe_to_dict(self.recipe),
             "registry": self.registry.snapshot(),
@@ -212,73 +420,31 @@ class Trainer:
             "gate": self.gate.state(),
         }
 
-    def _take_up(self, checkpoint: Path, facts: dict) -> None:
-        """Continue as a checkpoint's facts say. UserError where the shards are others."""
+    def _restore(self, checkpoint: Path, facts: dict) -> None:
+        """Restore sampling, guard and gate from a checkpoint. Raises UserError if the shards have changed."""
         check_same_shards(facts["shards"], self.readers, checkpoint)
         self.mixing.restore(facts["sampling"], self.step)
         self.guard.restore(facts["guard"])
-        best = newest_checkpoint(self.directory / "best", self.say) if self.gate.active else None
+        best = newest_checkpoint(self.directory / "best", self.accelerator.print) if self.gate.active else None
         self.gate.restore(facts.get("gate"), read_state(best)["gate"] if best else None, self.step)
         before = resolve(facts["recipe"], str(checkpoint / "state.json"))
         self.changes = changed_settings(recipe_to_dict(before), recipe_to_dict(self.recipe))
 
-    def _killed_while_validating_the_end(self) -> bool:
+    def _was_killed_in_last_validation(self) -> bool:
+        """Return whether the run took all its steps and its last validation is missing."""
         steps = self.recipe.train.steps
         due = self.step == steps and self._validated_at(steps)
         return due and lacks_validation(self.directory / "events.jsonl", steps)
 
-    def _looks_at(self, step: int) -> bool:
-        """Whether the state after `step` steps is saved, scored or compared, or is the run's last."""
+    def _needs_state(self, step: int) -> bool:
+        """Return whether the state after `step` steps is saved, validated or compared, or is the run's last."""
         cosines = self.recipe.tracking.gradient_cosine_every
         every = self.recipe.checkpoint.every
         ends = step in (self.recipe.train.steps, self.recipe.run.stop_at)
         return ends or step % every == 0 or self._validated_at(step) or (cosines > 0 and step % cosines == 0)
 
     def _validated_at(self, step: int) -> bool:
-        """Whether there is a validation after `step` steps: every so many, and at the end of a run that is longer."""
+        """Return whether a validation follows `step` steps: every validation.every steps, and at the end."""
         every = self.recipe.validation.every
         last = step == self.recipe.train.steps and (step > every or self.gate.active)
         return every > 0 and (step % every == 0 or last)
-
-
-def train(recipe: Recipe) -> int:
-    """Run a recipe to its end, to run.stop_at, or to the first signal that asks it to stop.
-
-    Returns the exit code; UserError for what the user can mend.
-    """
-    back: RollBack | None = None
-    with StopSignal().listen() as stop:
-        with naming_lost_processes():
-            accelerator = make_accelerator(recipe.train.clip)
-        while True:
-            try:
-                return _train(recipe, accelerator, stop, back)
-            except RollBack as again:
-                back = again
-                accelerator.free_memory()
-
-
-def _train(recipe: Recipe, accelerator: Accelerator, stop: StopSignal, back: RollBack | None) -> int:
-    with naming_lost_processes():
-        trainer = Trainer(recipe, accelerator, passed_over=back.refused if back else ())
-    say = trainer.say
-    if trainer.step >= recipe.train.steps and not trainer.owes_validation:
-        say(f"{trainer.directory} is finished at step {trainer.step}; nothing to train.")
-        return EXIT_DONE
-    if recipe.run.stop_at is not None and trainer.step >= recipe.run.stop_at:
-        say(f"{trainer.directory} is at step {trainer.step}, where run.stop_at ends it.")
-        return EXIT_DONE
-    if trainer.gate.ends:
-        say(f"{trainer.directory} was ended by finetune.gate at step {trainer.step}; raise it to go on.")
-        return EXIT_DONE
-    if trainer.step:
-        say("\n  changed since: ".join([f"continuing {trainer.directory} from step {trainer.step}", *trainer.changes]))
-    alone = only_process(trainer.directory, "training") if accelerator.is_main_process else nullcontext()
-    with naming_lost_processes():
-        with alone, trainer.open_record() as record, trainer.writer, naming_lost_processes():  # the record has its name
-            if back is not None:
-                record.log_refusal(back.refusal, trainer.step)
-            code = trainer.train(stop, record)
-        accelerator.wait_for_everyone()  # a launcher ends the others when the first has ended
-    accelerator.end_training()
-    return code

@@ -48,7 +48,7 @@ def measure(trainer: Trainer, rounds: int, steps: int) -> tuple[dict, dict]:
     stop = StopSignal()
     with trainer.open_record() as record, trainer.writer:
         for _ in range(WARM_UP):
-            trainer.train_step(stop, record)
+            trainer.train_steps(stop, record)
         for round_ in range(rounds):
             for way in WAYS[round_ % 3 :] + WAYS[: round_ % 3]:
                 taken, before = [], (time.perf_counter(), time.process_time())
@@ -56,8 +56,8 @@ def measure(trainer: Trainer, rounds: int, steps: int) -> tuple[dict, dict]:
                     trainer.save(record, wait=way == "waited for")
                     stalls[way].append(time.perf_counter() - before[0])
                 for _ in range(steps):
-                    dataset = trainer.stepper.division.draws_of(trainer.step)[0].dataset
-                    trainer.train_step(stop, record)
+                    dataset = trainer.division.draws_of(trainer.step)[0].dataset
+                    trainer.train_steps(stop, record)
                     now = time.perf_counter(), time.process_time()
                     taken.append((dataset, now[0] - before[0], now[1] - before[1]))
                     before = now

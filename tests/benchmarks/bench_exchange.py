@@ -52,7 +52,7 @@ WAYS: dict[str, dict[str, Any] | None] = {  # None: no exchange
 
 
 class Way:
-    """A copy of the model under some settings, its optimiser, and the clock of its exchanges."""
+    """A copy of the model under some settings, its optimizer, and the clock of its exchanges."""
 
     def __init__(self, objective: Unroll, settings: dict[str, Any] | None) -> None:
         self.objective = copy.deepcopy(objective)

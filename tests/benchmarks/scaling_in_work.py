@@ -3,7 +3,7 @@
     python tests/benchmarks/scaling_in_work.py [--recipe R] [--grid 128] [--rounds 5] [--plot FILE.png] [key=value ...]
 
 One quantity at a time is varied around a base: the recipe's model, one window of noise on a square grid, one model
-step. Steps are the trainer's own (fm/training/exercise.py). Sizes take turns, the first round does not count. Width
+step. Steps are the trainer's own (fm/training/step.py). Sizes take turns, the first round does not count. Width
 grows in heads, which keep their size. On a CPU the time of fits is CPU time of one thread, which other jobs disturb
 less than the clock; on a GPU it is the clock's. Larger machines take larger models: --recipe recipes/fm_pretrain.yaml.
 
@@ -36,8 +36,8 @@ from fm.datasets import new_model
 from fm.distributed import make_accelerator
 from fm.lab.plan import read_workload
 from fm.model.spec import ModelConfig
-from fm.training.exercise import Exercise, exercise_state, sized
 from fm.training.state import TrainingState
+from fm.training.step import DryRun, resized
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 DATASET = "shear_flow"
@@ -52,7 +52,7 @@ class Size:
 
     value: float
     name: str
-    exercise: Exercise
+    dry_run: DryRun
     state: TrainingState
     clock: list[float] = field(default_factory=list)  # seconds
     fitted: list[float] = field(default_factory=list)  # the seconds that fits look at
@@ -129,9 +129,9 @@ def make_sweeps(
     spec = read_workload(replace_data(recipe)).datasets[DATASET].spec
 
     def size(value: float, name: str, model: ModelConfig, side: int, windows: int = 1, calls: int = 1) -> Size:
-        step = replace(sized(recipe, windows, calls=calls), model=model)
-        state = exercise_state(step, new_model(model, [spec], 0), accelerator)
-        return Size(value, name, Exercise(step, spec, (side, side), accelerator), state)
+        step = replace(resized(recipe, windows, calls=calls), model=model)
+        state = TrainingState(step, new_model(model, [spec], 0), accelerator, None)
+        return Size(value, name, DryRun(step, spec, (side, side), accelerator), state)
 
     def widened(factor: float) -> ModelConfig:
         return replace(base, width=int(factor * base.width), heads=int(factor * base.heads))
@@ -152,7 +152,7 @@ def replace_data(recipe: Recipe) -> Recipe:
 
 def take(size: Size, accelerator: Accelerator, counts: bool) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF)
-    whole = size.exercise.step(size.state).read().whole
+    whole = size.dry_run.step(size.state).read().whole
     after = resource.getrusage(resource.RUSAGE_SELF)
     if counts:
         size.clock.append(whole)

@@ -54,7 +54,7 @@ class Costs:
     traffic: dict[str, Footprint]  # of COUNTED windows
     ceiling: Ceiling
     links: Interconnect
-    state: float  # bytes that an optimiser step touches
+    state: float  # bytes that an optimizer step touches
     gradients: float  # bytes
     factor: float = 1.0  # of measured compute over the ceiling's
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fm.training.exercise import StepSeconds
 from whole_runs import DATASETS, small
 
 from data_pipeline.files import UserError
@@ -29,11 +30,10 @@ from fm.lab.benchmark import (
 )
 from fm.lab.benchmark_tables import benchmark_text
 from fm.lab.plan_tables import PAPER_HOURS
-from fm.training.exercise import StepSeconds
 
 ROW_KEYS = {
     *("dataset", "variant", "dtype", "grid", "windows", "tokens", "flops", "moved_bytes", "steps", "reason"),
-    *("data_ms", "forward_ms", "backward_ms", "optimiser_ms", "step_ms", "noise_percent", "peak_memory_gb"),
+    *("data_ms", "forward_ms", "backward_ms", "optimizer_ms", "step_ms", "noise_percent", "peak_memory_gb"),
     *("tokens_per_s", "tflops_per_s", "share_of_flops_ceiling", "gb_per_s", "share_of_bandwidth_ceiling"),
     *("floor_ms", "floor_parts_ms", "hours_per_million_steps"),
 }
@@ -68,7 +68,7 @@ def test_a_row_for_each_dataset_and_variant(whole: tuple[dict, str, Path]) -> No
     assert list(rows) == [(variant, name) for variant in ("float32", "batch8") for name in [*DATASETS, MIXTURE]]
     for row in rows.values():
         assert set(row) == ROW_KEYS
-        phases = sum(row[f"{phase}_ms"] for phase in ("data", "forward", "backward", "optimiser"))
+        phases = sum(row[f"{phase}_ms"] for phase in ("data", "forward", "backward", "optimizer"))
         assert 0 < phases < 3 * row["step_ms"]
         assert row["tokens_per_s"] == pytest.approx(1e3 * row["tokens"] / row["step_ms"])
         assert row["tflops_per_s"] == pytest.approx(row["flops"] / row["step_ms"] / 1e9)

@@ -37,11 +37,11 @@ def test_a_product_takes_the_longer_of_arithmetic_and_traffic() -> None:
         Product("depthwise", torch.float32, 100, 50_000_000),  # 0.5 s of traffic
     ]
     found = floor(products, parameters=1_000_000, ceilings=ROUND)
-    optimiser = 13 * 4 * 1e6 / 1e8
+    optimizer = 13 * 4 * 1e6 / 1e8
     assert (found.linear, found.attention, found.depthwise) == (2.0, 3.0, 0.5)
-    assert found.optimiser == pytest.approx(optimiser)
-    assert found.seconds == pytest.approx(5.5 + optimiser)
-    assert found.traffic == pytest.approx(3.5 + optimiser)
+    assert found.optimizer == pytest.approx(optimizer)
+    assert found.seconds == pytest.approx(5.5 + optimizer)
+    assert found.traffic == pytest.approx(3.5 + optimizer)
 
 
 def test_linear_layers_by_hand() -> None:

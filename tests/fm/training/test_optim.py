@@ -60,7 +60,7 @@ def test_what_the_datasets_of_a_step_do_not_use_rests() -> None:
             gradient = torch.full((2,), float(number + 1))
             groups[datasets][0].grad = gradient if used else torch.zeros(2)  # as DeepSpeed has it
             alone[datasets][0].grad = gradient if used else None
-        optimizer.let_rest(set(drawn))
+        optimizer.skip_unused(set(drawn))
         optimizer.step()
         reference.step()
     for datasets in names:

@@ -27,7 +27,7 @@ def trained_on(trainer: Trainer) -> dict[str, set[int]]:
     """Trajectories that the windows of all steps are of, by dataset."""
     found: dict[str, set[int]] = {name: set() for name in trainer.readers}
     for step in range(trainer.recipe.train.steps):
-        for draw in trainer.stepper.division.draws_of(step):
+        for draw in trainer.division.draws_of(step):
             trajectories, _ = trainer.readers[draw.dataset].index(2).locate(draw.windows)
             found[draw.dataset] |= set(trajectories.tolist())
     return found

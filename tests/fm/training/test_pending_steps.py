@@ -1,6 +1,7 @@
 """Losses read back for several steps at once: the run is the one that reads every step, bit for bit."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from whole_runs import DATASETS, last_weights, log, small, spoil
 
 from data_pipeline.files import UserError
+from data_pipeline.windows.reader import Batch
 from fm.config import Recipe
 from fm.distributed import StopSignal, make_accelerator
 from fm.training.runlog import parse_lines
-from fm.training.step import Ahead, Found, Taken
+from fm.training.step import PendingStep, PendingSteps, StepMetrics
 from fm.training.trainer import Trainer, train
 
 
@@ -70,7 +72,7 @@ def test_refused_steps_are_the_same_ones(spoilt: Path, tmp_path: Path, action: s
 def test_a_broken_step_stops_the_run_before_the_weights_move(spoilt: Path, tmp_path: Path) -> None:
     said = []
     for every in (1, 20):
-        with pytest.raises(UserError, match=r"step \d+: the loss of .* is not finite.*The optimiser did not move") as e:
+        with pytest.raises(UserError, match=r"step \d+: the loss of .* is not finite.*The optimizer did not move") as e:
             train(guarded(spoilt, tmp_path / str(every), every, "stop"))
         said.append(str(e.value).replace(str(tmp_path / str(every)), ""))
     assert said[0] == said[1]
@@ -83,14 +85,14 @@ def test_a_spike_is_judged_at_every_step(tiny_shards: Path, tmp_path: Path) -> N
     settings = {"read_every": 4, "compile": "eager"}
     recipe = small(tiny_shards, tmp_path / "run", train=settings, guard={"spike": 50.0})
     trainer = Trainer(recipe, make_accelerator(recipe.train.clip))
-    assert _reads(trainer, 3) == [True] * 3
+    assert _reads_before_steps(trainer, 4) == [False, True, True, True]
 
 
 def test_nothing_is_read_in_between(tiny_shards: Path, tmp_path: Path) -> None:
     settings = {"read_every": 4, "compile": "eager"}
     recipe = small(tiny_shards, tmp_path / "run", train=settings, checkpoint={"every": 6})
     trainer = Trainer(recipe, make_accelerator(recipe.train.clip))
-    assert _reads(trainer, 8) == [number in (4, 6, 8) for number in range(1, 9)]
+    assert _reads_before_steps(trainer, 9) == [number in (5, 7, 9) for number in range(1, 10)]
 
 
 def test_a_stop_is_seen_at_the_next_read(tiny_shards: Path, tmp_path: Path) -> None:
@@ -98,23 +100,26 @@ def test_a_stop_is_seen_at_the_next_read(tiny_shards: Path, tmp_path: Path) -> N
     trainer, stop = Trainer(recipe, make_accelerator(recipe.train.clip)), StopSignal()
     stop.received = True
     with trainer.open_record() as record, trainer.writer:
-        assert [trainer.train_step(stop, record) for _ in range(3)] == [False, False, True]
+        assert trainer.train_steps(stop, record)
+    assert trainer.step == 3
 
 
 def test_what_is_broken_halts_until_the_next_read() -> None:
     steps = {"fine": [1.0, 0.5, 0.5, 2.0, 0.0], "loss": [float("inf"), 0.5, 0.5, 2.0, 0.0]}
     steps["norm"] = [1.0, 0.5, 0.5, float("nan"), 0.0]
-    ahead = Ahead()
-    for names, halted in ((("fine", "loss", "fine"), [0.0, 1.0, 1.0]), (("fine", "norm"), [0.0, 1.0])):
-        for name, expected in zip(names, halted, strict=True):
-            ahead.add(Taken(1, (), 0.1, 0.0, 0.0, Found(torch.tensor(steps[name]))))
-            assert float(ahead.halted()) == expected
-        assert len(ahead.read()) == len(names)
+    pending = PendingSteps()
+    for names, flags in ((("fine", "loss", "fine"), [0.0, 1.0, 1.0]), (("fine", "norm"), [0.0, 1.0])):
+        for name, expected in zip(names, flags, strict=True):
+            metrics = StepMetrics(torch.tensor(steps[name]))
+            assert float(pending.found_inf(metrics)) == expected
+            pending.append(PendingStep(1, (), 0.1, 0.0, 0.0, metrics))
+        assert len(pending.read()) == len(names)
 
 
 def test_processes_add_their_losses_and_share_norm_and_stop() -> None:
-    found = Found.by(torch.tensor([[1.0, 2.0, 3.0, 4.0, 0.0], [10.0, 20.0, 30.0, 5.0, 1.0]]))
-    assert (found.losses, found.mse, found.wavelet_l1, found.norm, found.stop) == ([11.0], 22.0, 33.0, 5.0, True)
+    metrics = StepMetrics.reduce(torch.tensor([[1.0, 2.0, 3.0, 4.0, 0.0], [10.0, 20.0, 30.0, 5.0, 1.0]]))
+    assert (metrics.losses, metrics.mse, metrics.wavelet_l1) == ([11.0], 22.0, 33.0)
+    assert (metrics.grad_norm, metrics.stop_requested) == (5.0, True)
 
 
 class _Reads(TorchDispatchMode):
@@ -130,12 +135,20 @@ class _Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def _reads(trainer: Trainer, steps: int) -> list[bool]:
-    """Whether each of the next steps reads a number back."""
-    found = []
-    with trainer.open_record() as record, trainer.writer:
-        for _ in range(steps):
-            with _Reads() as reads:
-                trainer.train_step(StopSignal(), record)
-            found.append(bool(reads.seen))
-    return found
+def _reads_before_steps(trainer: Trainer, steps: int) -> list[bool]:
+    """Return, for each of the next steps, whether the host read a number from the device since the step before."""
+    found: list[bool] = []
+    with trainer.open_record() as record, trainer.writer, _Reads() as reads:
+        trainer._batches = _noting(reads, found, trainer)
+        while trainer.step < steps:
+            trainer.train_steps(StopSignal(), record)
+    return found[:steps]
+
+
+def _noting(reads: _Reads, found: list[bool], trainer: Trainer) -> Iterator[Batch]:
+    """Yield the trainer's batches, one a step; add to `found` whether numbers were read since the last one."""
+    seen = 0
+    for batch in trainer._scheduled_batches():
+        found.append(reads.seen.total() > seen)
+        seen = reads.seen.total()
+        yield batch

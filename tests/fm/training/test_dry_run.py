@@ -11,9 +11,9 @@ from fm.datasets import new_model
 from fm.distributed import make_accelerator
 from fm.model.spec import DatasetSpec
 from fm.model.surrogate import Surrogate
-from fm.training.exercise import PHASES, Clock, Exercise, exercise_state, sized
 from fm.training.objective import Unroll
 from fm.training.state import TrainingState
+from fm.training.step import PHASES, DryRun, StepTimer, resized
 
 NAME = "shear_flow"
 STATS = {key: {"tracer": 1.0} for key in ("mean", "std", "mean_delta", "std_delta")}
@@ -27,7 +27,7 @@ def model(recipe: Recipe) -> Surrogate:
 
 
 def begun(recipe: Recipe) -> TrainingState:
-    return exercise_state(recipe, model(recipe), ACCELERATOR)
+    return TrainingState(recipe, model(recipe), ACCELERATOR, None)
 
 
 def random_fields(windows: int, frames: int) -> torch.Tensor:
@@ -42,7 +42,7 @@ def recipe(tmp_path: Path) -> Recipe:
 def test_a_step_is_forward_backward_clip_adamw_and_average(recipe: Recipe) -> None:
     state, by_hand = begun(recipe), model(recipe)
     before = {name: tensor.clone() for name, tensor in by_hand.named_parameters()}
-    Exercise(recipe, SPEC, GRID, ACCELERATOR).step(state)
+    DryRun(recipe, SPEC, GRID, ACCELERATOR).step(state)
 
     coins = torch.ones(4, 1, dtype=torch.bool)
     fields = random_fields(4, 2)
@@ -51,7 +51,8 @@ def test_a_step_is_forward_backward_clip_adamw_and_average(recipe: Recipe) -> No
     rate, decay = recipe.train.learning_rate, recipe.train.weight_decay
     torch.optim.AdamW(by_hand.parameters(), lr=rate, betas=recipe.train.betas, weight_decay=decay).step()
 
-    followed = (1 + state.step) / (10 + state.step)
+    last = recipe.train.steps - 1
+    followed = (1 + last) / (10 + last)
     for name, wanted in by_hand.named_parameters():
         found = state.parallel.model.get_parameter(name)
         torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
@@ -61,44 +62,56 @@ def test_a_step_is_forward_backward_clip_adamw_and_average(recipe: Recipe) -> No
 
 
 def test_phases_are_told_apart_and_add_up(recipe: Recipe) -> None:
-    found = Exercise(recipe, SPEC, GRID, ACCELERATOR).step(begun(recipe)).read()
+    found = DryRun(recipe, SPEC, GRID, ACCELERATOR).step(begun(recipe)).read()
     seconds = [getattr(found, phase) for phase in PHASES]
     assert min(seconds[1:]) > 0
     assert sum(seconds) == pytest.approx(found.whole)
 
 
-def test_a_clock_gives_each_phase_all_its_parts() -> None:
-    clock = Clock(torch.device("cpu"))
-    for phase in ("data", "forward", "backward", "data", "forward", "backward", "optimiser"):
+def test_a_timer_gives_each_phase_all_its_parts() -> None:
+    timer = StepTimer(torch.device("cpu"))
+    for phase in ("data", "forward", "backward", "data", "forward", "backward", "optimizer"):
         sum(range(20_000))
-        clock.mark(phase)
-    found = clock.read()
-    assert found.whole == pytest.approx(found.data + found.forward + found.backward + found.optimiser)
-    clock.mark("coffee")
+        timer.end_phase(phase)
+    found = timer.read()
+    assert found.whole == pytest.approx(found.data + found.forward + found.backward + found.optimizer)
+    timer.end_phase("coffee")
     with pytest.raises(KeyError, match="coffee"):
-        clock.read()
+        timer.read()
 
 
 @pytest.mark.parametrize("pieces", [{"micro_batch": 1}, {"draws": 2}])
 def test_a_step_in_pieces_has_all_its_windows(recipe: Recipe, pieces: dict[str, int], tmp_path: Path) -> None:
     divided = small(tmp_path / "none", tmp_path / "run", train={"precision": "float32", **pieces})
-    exercise = Exercise(divided, SPEC, GRID, ACCELERATOR)
-    assert sum(len(batch.windows) for batch in exercise.batches) == 4
-    assert len(exercise.batches) > 1
-    assert all(batch.fields.std() > 0.5 for batch in exercise.batches)
+    dry_run = DryRun(divided, SPEC, GRID, ACCELERATOR)
+    assert sum(len(batch.windows) for batch in dry_run.batches) == 4
+    assert len(dry_run.batches) > 1
+    assert all(batch.fields.std() > 0.5 for batch in dry_run.batches)
     state = begun(divided)
-    exercise.step(state)
+    dry_run.step(state)
     for parameter in state.parallel.model.parameters():
         assert torch.isfinite(parameter).all()
 
 
 def test_sizes_are_those_asked_for(recipe: Recipe, tmp_path: Path) -> None:
-    assert (sized(recipe, 3, 2).train.global_batch, sized(recipe, 3, 2).train.batch) == (6, 3)
-    assert sized(recipe, 1, calls=1).finetune is None
-    longer = sized(recipe, 2, calls=3)
-    exercise = Exercise(longer, SPEC, GRID, ACCELERATOR)
-    assert exercise.batches[0].fields.shape == (2, 4, 1, *GRID)
-    exercise.step(begun(longer))
+    assert (resized(recipe, 3, 2).train.global_batch, resized(recipe, 3, 2).train.batch) == (6, 3)
+    assert resized(recipe, 1, calls=1).finetune is None
+    longer = resized(recipe, 2, calls=3)
+    dry_run = DryRun(longer, SPEC, GRID, ACCELERATOR)
+    assert dry_run.batches[0].fields.shape == (2, 4, 1, *GRID)
+    dry_run.step(begun(longer))
     tuned = small(tmp_path / "none", tmp_path / "run", finetune={"pretrained": "x", "unroll_override": {NAME: 9}})
-    assert sized(tuned, 1).window_length(NAME) == 10
-    assert sized(tuned, 1, calls=2).window_length(NAME) == 3
+    assert resized(tuned, 1).window_length(NAME) == 10
+    assert resized(tuned, 1, calls=2).window_length(NAME) == 3
+
+
+def test_a_dry_run_without_an_update_changes_nothing(recipe: Recipe) -> None:
+    state = begun(recipe)
+    before = {name: tensor.clone() for name, tensor in state.parallel.shards().items()}
+    DryRun(recipe, SPEC, GRID, ACCELERATOR).step(state, update=False)
+    assert state.step == 0
+    assert not state.parallel.moments()
+    for name, parameter in state.parallel.model.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
+        assert torch.equal(state.ema.average[name], before[name])
