@@ -12,6 +12,7 @@ from fm.distributed import make_accelerator
 from fm.model.spec import DatasetSpec
 from fm.model.surrogate import Surrogate
 from fm.training.objective import Unroll
+from fm.training.optim import learning_rate
 from fm.training.state import TrainingState
 from fm.training.step import PHASES, DryRun, StepTimer, resized
 
@@ -48,10 +49,10 @@ def test_a_step_is_forward_backward_clip_adamw_and_average(recipe: Recipe) -> No
     fields = random_fields(4, 2)
     Unroll(by_hand, recipe.loss)(fields, torch.zeros(4, 0, *GRID), coins, NAME)["loss"].backward()
     torch.nn.utils.clip_grad_norm_(by_hand.parameters(), recipe.train.clip)
-    rate, decay = recipe.train.learning_rate, recipe.train.weight_decay
+    last = recipe.train.steps - 1
+    rate, decay = learning_rate(last, recipe.train), recipe.train.weight_decay
     torch.optim.AdamW(by_hand.parameters(), lr=rate, betas=recipe.train.betas, weight_decay=decay).step()
 
-    last = recipe.train.steps - 1
     followed = (1 + last) / (10 + last)
     for name, wanted in by_hand.named_parameters():
         found = state.parallel.model.get_parameter(name)

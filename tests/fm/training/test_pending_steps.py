@@ -82,14 +82,14 @@ def test_a_broken_step_stops_the_run_before_the_weights_move(spoilt: Path, tmp_p
 
 def test_a_spike_is_judged_at_every_step(tiny_shards: Path, tmp_path: Path) -> None:
     """What is usual depends on the steps before."""
-    settings = {"read_every": 4, "compile": "eager"}
+    settings = {"steps": 10, "read_every": 4, "compile": "eager"}
     recipe = small(tiny_shards, tmp_path / "run", train=settings, guard={"spike": 50.0})
     trainer = Trainer(recipe, make_accelerator(recipe.train.clip))
     assert _reads_before_steps(trainer, 4) == [False, True, True, True]
 
 
 def test_nothing_is_read_in_between(tiny_shards: Path, tmp_path: Path) -> None:
-    settings = {"read_every": 4, "compile": "eager"}
+    settings = {"steps": 10, "read_every": 4, "compile": "eager"}
     recipe = small(tiny_shards, tmp_path / "run", train=settings, checkpoint={"every": 6})
     trainer = Trainer(recipe, make_accelerator(recipe.train.clip))
     assert _reads_before_steps(trainer, 9) == [number in (5, 7, 9) for number in range(1, 10)]
