@@ -140,11 +140,13 @@ def train_step(
 ) -> PendingStep:
     """Take the step after `step` optimizer steps. Collective.
 
-    `batches` yields this process's batches of the step, in the order of `division.micro_batches(step)`. `stop_requested` says
-    whether this process was asked to stop. `skip_update` is called with the metrics while the parameters have their
-    gradients, not clipped yet. It returns True to leave weights and averages as they are, False to update them, or a
-    scalar on the device that is 1 to leave them (`PendingSteps.found_inf`). `end_phase` is called with the name of a
-    phase, one of PHASES, when the host has queued all of its work.
+    `batches` yields this process's batches of the step, in the order of `division.micro_batches(step)`.
+    `stop_requested` says whether this process was asked to stop.
+
+    `skip_update` is called with the metrics while the parameters have their gradients, not clipped yet. It returns True
+    to leave weights and averages as they are, False to update them, or a scalar on the device that is 1 to leave them
+    (`PendingSteps.found_inf`). `end_phase` is called with the name of a phase, one of PHASES, when the host has queued
+    all of its work.
     """
     started = time.perf_counter()
     torch.manual_seed(recipe.run.seed * 1_000_003 + step)  # a random layer draws the same numbers in a continued run
