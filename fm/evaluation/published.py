@@ -5,16 +5,33 @@ was made with. Otherwise its place says why not.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
-from data_pipeline.registry import Card, PublishedTable, Registry
-from data_pipeline.tables import Cell, Document, Table
-from fm.evaluation.protocol import PROTOCOLS, Protocol
-from fm.evaluation.tables import ONE_STEP, Scores, find_cell, marked
+from data_pipeline.registry import Card, PublishedTable, Registry, load_registry
+from data_pipeline.tables import Cell, Document, Table, render
+from fm.evaluation.protocol import PROTOCOLS, Protocol, load_protocol
+from fm.evaluation.tables import ONE_STEP, Scores, compare_document, find_cell, load_scores, marked
 
 VERSION = 1  # of the protocols that the cards' tables follow
 CARD_ONE_STEP = "one_step"  # what a card calls it
+
+
+def comparison(
+    paths: Sequence[Path], protocol: str | None, statistic: str | None, labels: Sequence[str] | None, form: str
+) -> str:
+    """Return the scores of evaluated runs, and beside them published ones, as text.
+
+    Without `paths`, all published scores. `protocol` is a name or a file, None for that of the first run; `form` is md,
+    csv, json or latex.
+    """
+    if not paths:
+        return render(published_document(load_registry()), form)
+    runs = load_scores(paths, load_protocol(protocol) if protocol else None, statistic, labels)
+    document = compare_document(runs)
+    tables, notes = beside_published(runs, load_registry())
+    return render(replace(document, tables=[*document.tables, *tables], notes=[*document.notes, *notes]), form)
 
 
 def published_document(registry: Registry) -> Document:

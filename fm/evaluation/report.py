@@ -26,13 +26,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from data_pipeline.files import atomic_file
+from data_pipeline.files import UserError, atomic_file
 from data_pipeline.tables import Cell, Marked, Table
-from fm.evaluation.errors import ErrorFile
-from fm.evaluation.pictures import Sample, gif, overview, save_samples, strip
+from fm.evaluation.errors import ErrorFile, find_errors
+from fm.evaluation.pictures import Sample, gif, load_samples, overview, save_samples, strip
 from fm.evaluation.plots import QUANTILES, growth_figure, spectra_figure
 from fm.evaluation.protocol import PROTOCOLS, Protocol
-from fm.evaluation.tables import about, eps_effect, marked, score_document, score_table
+from fm.evaluation.tables import about, eps_effect, marked, rescore, score_document, score_table, write_tables
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5a636e; --rule: #d5dae0; --paper: #ffffff; --shade: #f4f6f8;
@@ -470,6 +470,40 @@ def write_report(out: Path, errors: ErrorFile, scores: Mapping[str, Any], sample
     pictures = "\n".join(f"![{name}](pictures/{name}.png)\n" for name in images)
     _write(out / "scores.md", f"# Scores\n\n{score_table(scores)}\n{pictures}".encode())
     _write(out / "scores.json", (json.dumps(scores, indent=1, allow_nan=False) + "\n").encode())
+
+
+def rescore_errors(place: Path, protocol: str | None, eps: float | None, out: Path | None) -> str:
+    """Return a table of scores from the stored errors of an evaluation and, with `out`, write a report there.
+
+    `place` is an errors.npz, a report folder or a run; `protocol` is a name or a file, None for that of the errors.
+    """
+    file = find_errors(place)
+    measured = ErrorFile.load(file)
+    errors, scores = rescore(measured, protocol, eps)
+    if out is None:
+        return score_table(scores)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: expected a folder to write a report into, got a file")
+    if out.resolve() == file.resolve().parent and errors.protocol != measured.protocol:
+        raise UserError(
+            f"--out {out}: expected another folder than that of {file}, whose errors were measured under "
+            f"protocol {measured.protocol.name}: that evaluation would be replaced"
+        )
+    stored, samples = file.with_name("samples.npz"), []
+    for sample in load_samples(stored) if stored.is_file() else []:
+        try:
+            part = errors.datasets[sample.dataset]
+            vrmse = part.rollout_vrmse(sample.trajectory, sample.channel, sample.steps, errors.protocol.eps)
+        except (LookupError, ValueError):
+            raise UserError(
+                f"{stored}: expected fields of rollouts in the errors.npz beside it, got {sample.dataset}, trajectory "
+                f"{sample.trajectory}, {sample.channel}, which that does not have: bring the two files of one "
+                "evaluation together, or remove samples.npz for a report without pictures of fields"
+            ) from None
+        samples.append(replace(sample, vrmse=vrmse))
+    write_tables(out, scores)
+    write_report(out, errors, scores, samples)
+    return score_table(scores)
 
 
 def _draw(figure: Figure) -> Image.Image:
