@@ -65,9 +65,9 @@ from fm.evaluation.measure import (
     rollout_steps,
     shown_channel,
 )
-from fm.evaluation.pictures import Domain, Sample, spread_over
 from fm.evaluation.protocol import Protocol, load_protocol
 from fm.evaluation.report import write_report
+from fm.evaluation.samples import Domain, Sample, evenly_spaced
 from fm.evaluation.scores import score
 from fm.evaluation.tables import score_table
 from fm.model.files import CARDS, RECIPE_FILE, is_exported
@@ -622,5 +622,5 @@ def validate(
 
 def _recorder(reader: ShardReader, protocol: Protocol) -> Recorder:
     """Keeps some steps of the first trajectory."""
-    shown = spread_over(rollout_steps(reader, 0, protocol), SHOWN_STEPS)
+    shown = evenly_spaced(rollout_steps(reader, 0, protocol), SHOWN_STEPS)
     return Recorder(0, shown_channel(reader.manifest), tuple(index + 1 for index in shown))

@@ -19,8 +19,8 @@ from data_pipeline.shards.format import Manifest
 from data_pipeline.windows.reader import ShardReader
 from fm.distributed import precision
 from fm.evaluation.errors import Errors
-from fm.evaluation.pictures import Domain, Sample, spread_over
 from fm.evaluation.protocol import Protocol
+from fm.evaluation.samples import Domain, Sample, evenly_spaced
 from fm.model.loss import squared_error_and_variance
 from fm.model.surrogate import Surrogate
 
@@ -233,7 +233,7 @@ def longest_recorder(reader: ShardReader, protocol: Protocol) -> Recorder:
     """Keeps what is shown of a dataset, whatever batch its longest rollout is in."""
     steps = [rollout_steps(reader, trajectory, protocol) for trajectory in range(reader.num_trajectories)]
     longest = int(np.argmax(steps))
-    shown = tuple(index + 1 for index in spread_over(steps[longest], SHOWN_STEPS))
+    shown = tuple(index + 1 for index in evenly_spaced(steps[longest], SHOWN_STEPS))
     return Recorder(longest, shown_channel(reader.manifest), shown)
 
 

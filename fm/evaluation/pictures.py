@@ -1,23 +1,15 @@
-"""What pictures of a rollout are drawn from, and the file that keeps it: pictures can be redrawn without the model.
+"""Pictures of rollouts: strips of truth, prediction and error, an overview of all datasets, and animated GIFs.
 
-Pictures of rollouts: strips of truth, prediction and error, and one overview of all datasets.
+x runs to the right and y upwards. A panel has the shape of the domain, or square cells if the domain is not known. The
+color limits are the same in all panels of a field. Color maps are perceptually uniform: viridis for a field of one
+sign, a diverging map of even lightness steps for a field of both signs and for errors. Values that are not finite are
+gray.
 
-Drawn through matplotlib's objects alone (no pyplot, no global state). x runs to the right and y upwards. A panel has
-the shape of the domain, or square cells where the domain is not known. Colour limits are the same in all panels of a
-field. Maps are perceptually uniform: viridis for a field of one sign, a diverging map of even lightness steps for a
-field of both signs and for errors. What is not finite is grey.
-
-A rollout as a moving picture: truth, prediction and error, an animated GIF.
-
-Fields become indices of one palette of 256 colours, which is made of the strips' colour maps. No colours are sought
-frame by frame: nothing flickers, and all frames of a field have the same limits.
+The frames of a GIF share one palette of 256 colors, made of the color maps of the strips, so nothing flickers.
 """
 
-import dataclasses
 import functools
-import io
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,190 +18,85 @@ import matplotlib
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Colormap, ListedColormap, Normalize, to_rgb
+from matplotlib.colors import Colormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipeline.files import UserError, atomic_file
-from fm.evaluation.errors import DAMAGED, check_names
+from fm.evaluation.plots import DIVERGING, GRAY, NOT_FINITE, TEXT_SIZE, diverging_map, encode
+from fm.evaluation.samples import Domain, Sample, evenly_spaced
 
-FORMAT = 1
-Domain = tuple[tuple[float, float], tuple[float, float]]  # (lower, upper) of x, of y
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One channel of one rollout at some steps. Fields (n, H, W) in physical units, axis 0 of a field is x."""
-
-    dataset: str
-    channel: str
-    trajectory: int
-    dt: float  # physical time between frames
-    steps: tuple[int, ...]  # rollout steps, 1-based and ascending
-    truth: np.ndarray
-    prediction: np.ndarray
-    vrmse: np.ndarray  # (n,) of this channel
-    domain: Domain | None = None  # physical extent of the grid; None where the card does not say
-
-    @property
-    def extent(self) -> Domain:
-        """What the grid covers: the domain, or as many units as cells where there is none."""
-        _, across, up = self.truth.shape
-        return self.domain or ((0.0, float(across)), (0.0, float(up)))
-
-    @property
-    def lengths(self) -> tuple[float, float]:
-        """Lengths of the extent along x and y."""
-        (left, right), (bottom, top) = self.extent
-        return right - left, top - bottom
-
-    @property
-    def spacing(self) -> tuple[float, float]:
-        """Distances between grid points along x and y."""
-        _, across, up = self.truth.shape
-        return self.lengths[0] / across, self.lengths[1] / up
-
-    @property
-    def extent_text(self) -> str:
-        """The extent in words, for captions."""
-        if self.domain is None:
-            return f"{self.truth.shape[1]} x {self.truth.shape[2]} cells, grid units"
-        return ", ".join(f"{axis} {low:.3g}..{high:.3g}" for axis, (low, high) in zip("xy", self.domain, strict=True))
-
-    def at(self, indices: Sequence[int]) -> "Sample":
-        """The same rollout at fewer of its steps."""
-        chosen = list(indices)
-        return dataclasses.replace(
-            self,
-            steps=tuple(self.steps[index] for index in chosen),
-            truth=self.truth[chosen],
-            prediction=self.prediction[chosen],
-            vrmse=self.vrmse[chosen],
-        )
-
-
-def spread_over(count: int, shown: int) -> list[int]:
-    """Indices of `shown` of `count` things, or of all where there are fewer; evenly, from the first to the last."""
-    return np.unique(np.linspace(0, count - 1, min(count, shown)).round().astype(int)).tolist()
-
-
-def save_samples(path: Path, samples: Sequence[Sample]) -> None:
-    """Write a plain .npz, without pickled objects; complete or not at all. UserError when the disk is full."""
-    heads = [
-        {
-            "dataset": sample.dataset,
-            "channel": sample.channel,
-            "trajectory": sample.trajectory,
-            "dt": sample.dt,
-            "steps": sample.steps,
-            "domain": sample.domain,
-        }
-        for sample in samples
-    ]
-    arrays: dict[str, Any] = {"head": np.array(json.dumps({"format": FORMAT, "samples": heads}))}
-    for number, sample in enumerate(samples):
-        for part in ("truth", "prediction", "vrmse"):
-            arrays[f"{number}/{part}"] = getattr(sample, part)
-    with atomic_file(path) as file:
-        np.savez_compressed(file, **arrays)
-
-
-def load_samples(path: Path) -> list[Sample]:
-    """Read `save_samples`'s file. UserError where it is missing, damaged, or of another format."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        head = json.loads(str(arrays["head"]))
-        if head["format"] != FORMAT:
-            raise ValueError(f"format {head['format']}, where {FORMAT} is known")
-        return [_unpack(arrays, number, facts) for number, facts in enumerate(head["samples"])]
-    except FileNotFoundError:
-        raise UserError(f"{path}: expected the samples of an evaluation, found none: `fm evaluate` writes it") from None
-    except DAMAGED as error:
-        raise UserError(f"{path}: expected the samples.npz of an evaluation, got {error!r}; evaluate again") from None
-
-
-def _unpack(arrays: Mapping[str, np.ndarray], number: int, facts: Mapping[str, Any]) -> Sample:
-    truth, prediction, vrmse = (arrays[f"{number}/{part}"] for part in ("truth", "prediction", "vrmse"))
-    steps = tuple(facts["steps"])
-    if truth.ndim != 3 or prediction.shape != truth.shape or not len(truth) == len(vrmse) == len(steps) > 0:
-        raise ValueError(
-            f"sample {number}: truth {truth.shape}, prediction {prediction.shape}, vrmse {vrmse.shape} at "
-            f"{len(steps)} steps"
-        )
-    check_names(facts["dataset"], [facts["channel"]])
-    domain = facts["domain"]
-    return Sample(
-        dataset=facts["dataset"],
-        channel=facts["channel"],
-        trajectory=facts["trajectory"],
-        dt=facts["dt"],
-        steps=steps,
-        truth=truth,
-        prediction=prediction,
-        vrmse=vrmse,
-        domain=domain and ((domain[0][0], domain[0][1]), (domain[1][0], domain[1][1])),
-    )
-
-
-DIVERGING = "blue_red_uniform"
 ROWS = ("truth", "prediction", "error")
 SHOWN_STEPS = 6
-NOT_FINITE = "#B0B0B0"
-TEXT_SIZE = 7.5  # points
-_GAP = 0.06  # inches between panels, as are all lengths below
+PANEL_GAP = 0.06  # inches, as are all lengths of the still pictures
 
 
 @dataclass(frozen=True)
-class Scale:
-    """Colours of one field: map and limits."""
+class ColorScale:
+    """Colors of one field: map and limits."""
 
     cmap: Colormap
     norm: Normalize
 
 
+def field_scale(truth: np.ndarray) -> ColorScale:
+    """Return limits at the 0.2 and 99.8 percentiles; they are symmetric if both signs have a fifth of the range."""
+    low, high = (float(quantile) for quantile in np.percentile(truth, [0.2, 99.8]))
+    if low < 0 < high and min(-low, high) > 0.2 * max(-low, high):
+        bound = max(-low, high)
+        return ColorScale(diverging_map(), Normalize(-bound, bound))
+    span = max(high - low, 1e-6 * max(abs(low), abs(high)), 1e-30)
+    return ColorScale(colormaps["viridis"], Normalize(low, low + span))
+
+
+def error_scale(error: np.ndarray, truth: np.ndarray) -> ColorScale:
+    """Return symmetric limits at the 99.5th percentile of the error's size, at most the truth's own range."""
+    size = np.abs(error[np.isfinite(error)])
+    bound = min(float(np.percentile(size, 99.5)) if size.size else np.inf, float(np.ptp(truth)))
+    return ColorScale(diverging_map(), Normalize(-max(bound, 1e-30), max(bound, 1e-30)))
+
+
 class Sheet:
-    """A figure measured in inches from its lower left corner."""
+    """A figure whose parts are placed in inches from its lower left corner."""
 
     def __init__(self, width: float, height: float) -> None:
         self.figure = Figure(figsize=(width, height))
-        FigureCanvasAgg(self.figure)
         self.size = (width, height)
 
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:
-        across, up = self.size
-        return self.figure.add_axes((x / across, y / up, width / across, height / up))
+        """Add a panel."""
+        return self.figure.add_axes((x / self.size[0], y / self.size[1], width / self.size[0], height / self.size[1]))
 
     def text(self, x: float, y: float, text: str, **style: Any) -> None:
+        """Add a text."""
         self.figure.text(x / self.size[0], y / self.size[1], text, **{"fontsize": TEXT_SIZE, **style})
 
-    def title(self, x: float, sample: Sample) -> None:
-        """What is shown, and what the panels cover, in the upper left corner."""
+    def annotate(self, x: float, sample: Sample) -> None:
+        """Add the sample's name and extent in the upper left corner, and arrows of x and y in the lower left one."""
         name = f"{sample.dataset}, {sample.channel}, trajectory {sample.trajectory}"
         self.text(x, self.size[1] - 0.06, name, va="top", fontsize=TEXT_SIZE + 1.5)
-        self.text(x, self.size[1] - 0.23, sample.extent_text, va="top", color="#595959")
-
-    def compass(self) -> None:
-        """Arrows of x and y in the lower left corner."""
-        for name, x, y in (("x", 0.32, 0.08), ("y", 0.12, 0.28)):
+        self.text(x, self.size[1] - 0.23, sample.extent_text, va="top", color=GRAY)
+        arrow = {"arrowstyle": "<-", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 5}
+        for axis, right, up in (("x", 0.32, 0.08), ("y", 0.12, 0.28)):
             note = Annotation(
-                name,
+                axis,
                 xy=(0.12 / self.size[0], 0.08 / self.size[1]),
-                xytext=(x / self.size[0], y / self.size[1]),
+                xytext=(right / self.size[0], up / self.size[1]),
                 xycoords="figure fraction",
-                arrowprops={"arrowstyle": "<-", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 5},
+                arrowprops=arrow,
                 horizontalalignment="center",
                 verticalalignment="center",
                 fontsize=TEXT_SIZE - 1,
             )
             self.figure.add_artist(note)
 
-    def colour_bar(self, image: AxesImage, box: tuple[float, float, float, float]) -> None:
+    def color_bar(self, image: AxesImage, box: tuple[float, float, float, float]) -> None:
+        """Add the color bar of an image."""
         axes = self.axes(*box)
+        numbers = ScalarFormatter(useMathText=True)
+        numbers.set_powerlimits((-3, 4))  # a common power of ten for very small and large numbers
         bar = self.figure.colorbar(
             image,
             cax=axes,
@@ -217,7 +104,7 @@ class Sheet:
             extend="both",
             extendfrac=0.1 / max(box[2:]),
             ticks=MaxNLocator(5, symmetric=image.get_cmap().name == DIVERGING),
-            format=_TickFormat(),
+            format=numbers,
         )
         bar.outline.set_linewidth(0.4)
         axes.tick_params(labelsize=TEXT_SIZE - 1, width=0.4, length=2)
@@ -225,150 +112,108 @@ class Sheet:
             label.set_fontsize(TEXT_SIZE - 1)
 
 
-class _TickFormat(ScalarFormatter):
-    """Plain numbers, with a common power of ten where they are very small or large."""
-
-    def __init__(self) -> None:
-        super().__init__(useMathText=True)
-        self.set_powerlimits((-3, 4))
-
-
-def diverging_map() -> Colormap:
-    """Blue, near-white, red; OKLab lightness falls in equal steps to both sides (Ottosson 2020), inside sRGB."""
-    t = np.linspace(-1, 1, 257)
-    hue, chroma = np.radians(np.where(t < 0, 260, 29)), 0.145 * np.abs(t)
-    lab = np.stack([0.97 - 0.56 * np.abs(t), chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
-    cone = np.array(
-        [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.291485548]]
-    )
-    red = [4.0767416621, -3.3077115913, 0.2309699292]
-    green = [-1.2684380046, 2.6097574011, -0.3413193965]
-    blue = [-0.0041960863, -0.7034186147, 1.707614701]
-    linear = np.clip((lab @ cone.T) ** 3 @ np.array([red, green, blue]).T, 0, 1)
-    rgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return ListedColormap(rgb, name=DIVERGING)
-
-
-def field_scale(truth: np.ndarray) -> Scale:
-    """Limits at the truth's 0.2 and 99.8 percentiles; symmetric and diverging where both signs weigh."""
-    low, high = (float(quantile) for quantile in np.percentile(truth, [0.2, 99.8]))
-    if low < 0 < high and min(-low, high) > 0.2 * max(-low, high):
-        bound = max(-low, high)
-        return Scale(diverging_map(), Normalize(-bound, bound))
-    span = max(high - low, 1e-6 * max(abs(low), abs(high)), 1e-30)
-    return Scale(colormaps["viridis"], Normalize(low, low + span))
-
-
-def error_scale(error: np.ndarray, truth: np.ndarray) -> Scale:
-    """Symmetric limits at the 99.5th percentile of the error's size, at most the truth's own range."""
-    size = np.abs(error[np.isfinite(error)])
-    bound = min(float(np.percentile(size, 99.5)) if size.size else np.inf, float(np.ptp(truth)))
-    return Scale(diverging_map(), Normalize(-max(bound, 1e-30), max(bound, 1e-30)))
-
-
 def strip(sample: Sample) -> Figure:
-    """Truth, prediction and error (prediction - truth) at SHOWN_STEPS; wide domains stack the steps downwards."""
-    shown = sample.at(spread_over(len(sample.steps), SHOWN_STEPS))
-    return _strip_down(shown) if is_wide(shown) else _strip_across(shown)
+    """Return truth, prediction and error (prediction - truth) at SHOWN_STEPS steps; wide domains stack the steps."""
+    shown = sample.at(evenly_spaced(len(sample.steps), SHOWN_STEPS))
+    return _vertical_strip(shown) if is_wide(shown) else _horizontal_strip(shown)
 
 
 def is_wide(sample: Sample) -> bool:
-    """Whether the domain is so wide that its pictures look better below each other than side by side."""
-    across, up = sample.lengths
-    return across >= 2 * up
+    """Return whether the domain is at least twice as wide as high; its pictures are then stacked downwards."""
+    width, height = sample.lengths
+    return width >= 2 * height
 
 
-def _strip_across(sample: Sample) -> Figure:
-    """Rows truth, prediction, error; one column a step; colour bars on the right."""
-    count, (across, up) = len(sample.steps), sample.lengths
-    width = min(1.2, 2.0 * across / up)
-    height = width * up / across
+def _horizontal_strip(sample: Sample) -> Figure:
+    """Rows truth, prediction, error; one column a step; color bars on the right."""
+    count, aspect = len(sample.steps), sample.lengths[1] / sample.lengths[0]
+    width = min(1.2, 2.0 / aspect)
+    height = width * aspect
+    x_step, y_step = width + PANEL_GAP, height + PANEL_GAP
     left, bottom = 0.45, 0.42
-    right = left + count * (width + _GAP)
-    sheet = Sheet(right + 0.75, bottom + 3 * (height + _GAP) + 0.66)
+    right = left + count * x_step
+    sheet = Sheet(right + 0.75, bottom + 3 * y_step + 0.66)
     axes = [
-        [
-            sheet.axes(left + column * (width + _GAP), bottom + (2 - row) * (height + _GAP), width, height)
-            for column in range(count)
-        ]
+        [sheet.axes(left + n * x_step, bottom + (2 - row) * y_step, width, height) for n in range(count)]
         for row in range(3)
     ]
-    field, error = _draw(axes, sample, range(count))
-    for column, step in enumerate(sample.steps):
-        axes[0][column].set_title(f"step {step}\nt + {step * sample.dt:.3g}", fontsize=TEXT_SIZE, pad=3)
-        note = f"VRMSE{' ' if width > 0.9 else chr(10)}{short(sample.vrmse[column])}"
-        axes[2][column].set_xlabel(note, fontsize=TEXT_SIZE, labelpad=3)
+    field, error = _draw_fields(axes, sample, range(count))
+    for n, step in enumerate(sample.steps):
+        axes[0][n].set_title(f"step {step}\nt + {step * sample.dt:.3g}", fontsize=TEXT_SIZE, pad=3)
+        note = f"VRMSE{' ' if width > 0.9 else chr(10)}{format_vrmse(sample.vrmse[n])}"
+        axes[2][n].set_xlabel(note, fontsize=TEXT_SIZE, labelpad=3)
     for row, name in enumerate(ROWS):
         axes[row][0].set_ylabel(name, fontsize=TEXT_SIZE + 1, labelpad=4)
-    sheet.colour_bar(field, (right + 0.04, bottom + height + _GAP, 0.09, 2 * height + _GAP))
-    sheet.colour_bar(error, (right + 0.04, bottom, 0.09, height))
-    sheet.title(left, sample)
-    sheet.compass()
+    sheet.color_bar(field, (right + 0.04, bottom + y_step, 0.09, 2 * height + PANEL_GAP))
+    sheet.color_bar(error, (right + 0.04, bottom, 0.09, height))
+    sheet.annotate(left, sample)
     return sheet.figure
 
 
-def _strip_down(sample: Sample) -> Figure:
-    """Columns truth, prediction, error; one row a step; colour bars below."""
-    count, (across, up) = len(sample.steps), sample.lengths
-    width = 2.35
-    height = width * up / across
+def _vertical_strip(sample: Sample) -> Figure:
+    """Columns truth, prediction, error; one row a step; color bars below."""
+    count, width = len(sample.steps), 2.35
+    height = width * sample.lengths[1] / sample.lengths[0]
+    x_step, y_step = width + PANEL_GAP, height + PANEL_GAP
     left, bottom = 0.62, 0.36
-    sheet = Sheet(left + 3 * (width + _GAP) + 0.5, bottom + count * (height + _GAP) + 0.52)
+    sheet = Sheet(left + 3 * x_step + 0.5, bottom + count * y_step + 0.52)
     axes = [
-        [
-            sheet.axes(left + row * (width + _GAP), bottom + (count - 1 - n) * (height + _GAP), width, height)
-            for n in range(count)
-        ]
-        for row in range(3)
+        [sheet.axes(left + column * x_step, bottom + (count - 1 - n) * y_step, width, height) for n in range(count)]
+        for column in range(3)
     ]
-    field, error = _draw(axes, sample, range(count))
+    field, error = _draw_fields(axes, sample, range(count))
     for n, step in enumerate(sample.steps):
         label = f"step {step}\nt + {step * sample.dt:.3g}"
         axes[0][n].set_ylabel(label, fontsize=TEXT_SIZE, rotation=0, ha="right", va="center", labelpad=5)
-        note = f"VRMSE\n{short(sample.vrmse[n])}"
+        note = f"VRMSE\n{format_vrmse(sample.vrmse[n])}"
         axes[2][n].text(1.03, 0.5, note, fontsize=TEXT_SIZE, va="center", transform=axes[2][n].transAxes)
-    for row, name in enumerate(ROWS):
-        axes[row][0].set_title(name, fontsize=TEXT_SIZE + 1, pad=3)
-    sheet.colour_bar(field, (left + 0.25 * width, bottom - 0.13, 1.5 * width + _GAP, 0.08))
-    sheet.colour_bar(error, (left + 2 * (width + _GAP) + 0.1 * width, bottom - 0.13, 0.8 * width, 0.08))
-    sheet.title(left, sample)
-    sheet.compass()
+    for column, name in enumerate(ROWS):
+        axes[column][0].set_title(name, fontsize=TEXT_SIZE + 1, pad=3)
+    sheet.color_bar(field, (left + 0.25 * width, bottom - 0.13, 1.5 * width + PANEL_GAP, 0.08))
+    sheet.color_bar(error, (left + 2 * x_step + 0.1 * width, bottom - 0.13, 0.8 * width, 0.08))
+    sheet.annotate(left, sample)
     return sheet.figure
 
 
 def overview(samples: Sequence[Sample]) -> Figure:
-    """Truth, prediction and error of every dataset at the middle of its shown steps; one column a dataset."""
+    """Return truth, prediction and error of every dataset at the middle of its shown steps; one column a dataset."""
     cell, left, bottom = 1.25, 0.28, 0.26
-    sheet = Sheet(left + len(samples) * (cell + _GAP), bottom + 3 * (cell + _GAP) + 0.5)
+    pitch = cell + PANEL_GAP
+    top = bottom + 3 * pitch
+    sheet = Sheet(left + len(samples) * pitch, top + 0.5)
     for column, sample in enumerate(samples):
-        x, index = left + column * (cell + _GAP), (len(sample.steps) - 1) // 2
-        axes = [[sheet.axes(x, bottom + (2 - row) * (cell + _GAP), cell, cell)] for row in range(3)]
-        _draw(axes, sample, [index])
-        head = f"{_wrapped(sample.dataset)}\n{sample.channel}, step {sample.steps[index]}"
-        sheet.text(x + cell / 2, bottom + 3 * (cell + _GAP) + 0.02, head, ha="center", va="bottom")
-        sheet.text(x + cell / 2, 0.08, f"VRMSE {short(sample.vrmse[index])}", ha="center", va="bottom")
+        x, index = left + column * pitch, (len(sample.steps) - 1) // 2
+        axes = [[sheet.axes(x, bottom + (2 - row) * pitch, cell, cell)] for row in range(3)]
+        _draw_fields(axes, sample, [index])
+        head = f"{_two_lines(sample.dataset)}\n{sample.channel}, step {sample.steps[index]}"
+        sheet.text(x + cell / 2, top + 0.02, head, ha="center", va="bottom")
+        sheet.text(x + cell / 2, 0.08, f"VRMSE {format_vrmse(sample.vrmse[index])}", ha="center", va="bottom")
     for row, name in enumerate(ROWS):
-        y = bottom + (2 - row) * (cell + _GAP) + cell / 2
+        y = bottom + (2 - row) * pitch + cell / 2
         sheet.text(0.13, y, name, rotation=90, ha="center", va="center", fontsize=TEXT_SIZE + 1)
     return sheet.figure
 
 
-def _draw(axes: Sequence[Sequence[Axes]], sample: Sample, indices: Sequence[int]) -> tuple[AxesImage, AxesImage]:
-    """Fill axes [row][n] with the fields at `indices`; the images that carry the two colour scales."""
+def _draw_fields(axes: Sequence[Sequence[Axes]], sample: Sample, indices: Sequence[int]) -> tuple[AxesImage, AxesImage]:
+    """Fill the axes [row][n] with the fields at `indices`; return an image of the field's scale and of the error's."""
     error = sample.prediction - sample.truth
-    scales = (field_scale(sample.truth), field_scale(sample.truth), error_scale(error, sample.truth))
-    for panels, fields, scale in zip(axes, (sample.truth, sample.prediction, error), scales, strict=True):
+    field_colors = field_scale(sample.truth)
+    rows = (
+        (sample.truth, field_colors),
+        (sample.prediction, field_colors),
+        (error, error_scale(error, sample.truth)),
+    )
+    for panels, (fields, scale) in zip(axes, rows, strict=True):
         for panel, index in zip(panels, indices, strict=True):
-            _panel(panel, fields[index], scale, sample.extent)
+            _draw_field(panel, fields[index], scale, sample.extent)
     return axes[0][0].images[0], axes[2][0].images[0]
 
 
-def _panel(axes: Axes, field: np.ndarray, scale: Scale, extent: Domain) -> None:
-    """One field (H, W), axis 0 = x to the right, axis 1 = y upwards."""
-    shown = np.ma.masked_invalid(field.T)
-    # One kernel for all panels, enlarged or reduced: the default changes with the size in pixels.
+def _draw_field(axes: Axes, field: np.ndarray, scale: ColorScale, extent: Domain) -> None:
+    """One field (H, W): axis 0 is x, to the right, axis 1 is y, upwards."""
+    # The same interpolation for all panels: matplotlib's default depends on the size in pixels.
     axes.imshow(
-        shown,
+        np.ma.masked_invalid(field.T),
         origin="lower",
         cmap=scale.cmap,
         norm=scale.norm,
@@ -384,8 +229,8 @@ def _panel(axes: Axes, field: np.ndarray, scale: Scale, extent: Domain) -> None:
         axes.text(0.5, 0.5, "not finite", ha="center", va="center", fontsize=TEXT_SIZE, transform=axes.transAxes)
 
 
-def _wrapped(name: str) -> str:
-    """A long name on two lines, broken at the underscore nearest its middle."""
+def _two_lines(name: str) -> str:
+    """Break a long name at the underscore nearest to its middle."""
     breaks = [index + 1 for index, letter in enumerate(name) if letter == "_"]
     if len(name) < 20 or not breaks:
         return name
@@ -393,25 +238,25 @@ def _wrapped(name: str) -> str:
     return f"{name[:middle]}\n{name[middle:]}"
 
 
-def short(value: float) -> str:
-    """A VRMSE in a picture."""
+def format_vrmse(value: float) -> str:
+    """Return a VRMSE as pictures print it."""
     return f"{value:.3g}" if np.isfinite(value) else "not finite"
 
 
 FRAME_MILLISECONDS = 120
-LAST_MILLISECONDS = 1200  # the end is looked at before the rollout starts again
-LEVELS = 51  # colours of a map; odd, so that a diverging map has a middle; more would cost bytes and show nothing
-FIELD, ERROR, WHITE = 0, LEVELS, 2 * LEVELS  # where the palette's parts begin: two maps, then white to black
-NUM_GREYS = 32
-OUTLINE = WHITE + 20  # a grey
-HOLE = WHITE + NUM_GREYS  # what is not finite
-GAP = 8  # pixels, as are all lengths here
-LABELS = 420  # width that two colour bars with their limits need
+LAST_MILLISECONDS = 1200  # a pause before the rollout starts again
+LEVELS = 51  # colors of a map; odd, so that a diverging map has a middle; more cost bytes and show nothing
+FIELD, ERROR, WHITE = 0, LEVELS, 2 * LEVELS  # first indices in the palette: two maps, then white to black
+NUM_GRAYS = 32
+OUTLINE = WHITE + 20  # a gray
+NOT_FINITE_INDEX = WHITE + NUM_GRAYS
+GAP = 8  # pixels, as are all lengths of the GIFs
+LABELS = 420  # width of two color bars with their limits
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where things stand in a frame."""
+class FrameLayout:
+    """Sizes and places in a frame."""
 
     size: tuple[int, int]
     panel: tuple[int, int]
@@ -419,42 +264,55 @@ class Layout:
     line: int  # height of a line of text
 
 
-def gif(sample: Sample, side: int = 190, labelled: bool = True) -> bytes:
-    """An animated GIF of all steps, 8 a second. A panel has the area of a square of `side` pixels.
+def gif(sample: Sample, side: int = 190, labeled: bool = True) -> bytes:
+    """Return an animated GIF of all steps, 8 a second; a panel has the area of a square of `side` pixels.
 
-    Without labels there are the panels and the number of the step alone: for small pictures.
+    Without labels a frame has the panels and the number of the step only, for small pictures.
     """
     error = sample.prediction - sample.truth
     scales = (field_scale(sample.truth), error_scale(error, sample.truth))
-    layout = _layout(sample, side, labelled)
+    layout = _frame_layout(sample, side, labeled)
     still = Image.new("P", layout.size, WHITE)
     palette = _palette(scales[0].cmap, scales[1].cmap)
     still.putpalette(palette)
-    if labelled:
+    if labeled:
         _label(still, layout, scales)
+    panels = ((sample.truth, scales[0], FIELD), (sample.prediction, scales[0], FIELD), (error, scales[1], ERROR))
     frames = []
     for index, step in enumerate(sample.steps):
         frame = still.copy()
-        shown = ((sample.truth, 0), (sample.prediction, 0), (error, 1))
-        for (fields, kind), corner in zip(shown, layout.corners, strict=True):
-            frame.paste(_video_panel(fields[index], scales[kind].norm, (FIELD, ERROR)[kind], layout.panel), corner)
-        note = f"   t + {step * sample.dt:.3g}   VRMSE {short(sample.vrmse[index])}" if labelled else ""
+        for (fields, scale, start), corner in zip(panels, layout.corners, strict=True):
+            unit, finite = enlarged(fields[index], scale.norm, layout.panel)
+            colors = start + np.rint(unit * (LEVELS - 1)).astype(np.uint8)
+            frame.paste(Image.fromarray(np.where(finite, colors, np.uint8(NOT_FINITE_INDEX)), "P"), corner)
+        note = f"   t + {step * sample.dt:.3g}   VRMSE {format_vrmse(sample.vrmse[index])}" if labeled else ""
         _write(frame, (GAP, 2), f"step {step}{note}", layout.line)
         frames.append(frame)
-    file = io.BytesIO()
     pauses = [FRAME_MILLISECONDS] * (len(frames) - 1) + [LAST_MILLISECONDS]
-    first, *others = frames
-    # With the palette given, Pillow writes it once; else every frame gets its own.
-    first.save(file, "GIF", save_all=True, append_images=others, duration=pauses, loop=0, palette=palette)
-    return file.getvalue()
+    # With the palette as an argument Pillow writes it once; otherwise every frame has its own.
+    options = {"save_all": True, "append_images": frames[1:], "duration": pauses, "loop": 0, "palette": palette}
+    return encode(frames[0], "GIF", **options)
 
 
-def _layout(sample: Sample, side: int, labelled: bool) -> Layout:
-    """A line with the step; the panels side by side, below each other where the domain is wide; the colour bars."""
-    across, up = sample.lengths
-    width, height = round(side * (across / up) ** 0.5), round(side * (up / across) ** 0.5)
-    line = 18 if labelled else 15
-    head, name = line + 4, line if labelled else 0  # the step; a name above each panel
+def enlarged(field: np.ndarray, norm: Normalize, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return a field (H, W) as an image of `size` (width, height): its values from 0 to 1, and where it is finite.
+
+    x runs to the right and y upwards; both arrays are (height, width).
+    """
+    upright = np.flip(field.T, axis=0)
+    finite = np.isfinite(upright)
+    unit = np.clip(norm(np.where(finite, upright, 0)), 0, 1).astype(np.float32)
+    values = np.asarray(Image.fromarray(unit).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
+    mask = Image.fromarray(finite.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    return values, np.asarray(mask) > 0
+
+
+def _frame_layout(sample: Sample, side: int, labeled: bool) -> FrameLayout:
+    """A line with the step; the panels side by side, or stacked if the domain is wide; the color bars."""
+    aspect = sample.lengths[0] / sample.lengths[1]
+    width, height = round(side * aspect**0.5), round(side / aspect**0.5)
+    line = 18 if labeled else 15
+    head, name = line + 4, line if labeled else 0  # the step; a name above each panel
     columns, rows = (1, 3) if is_wide(sample) else (3, 1)
     corners = tuple(
         (GAP + column * (width + GAP), head + name + row * (name + height + GAP))
@@ -463,24 +321,13 @@ def _layout(sample: Sample, side: int, labelled: bool) -> Layout:
     )
     total_width = GAP + columns * (width + GAP)
     total_height = head + rows * (name + height + GAP)
-    if labelled:
+    if labeled:
         total_width, total_height = max(total_width, LABELS), total_height + line + 4
-    return Layout((total_width, total_height), (width, height), corners, line)
+    return FrameLayout((total_width, total_height), (width, height), corners, line)
 
 
-def _video_panel(field: np.ndarray, norm: Normalize, start: int, size: tuple[int, int]) -> Image.Image:
-    """Palette indices of a field (H, W), enlarged smoothly: x to the right, y upwards."""
-    upright = np.flip(field.T, axis=0)
-    holes = ~np.isfinite(upright)
-    unit = np.clip(norm(np.where(holes, 0, upright)), 0, 1).astype(np.float32)
-    large = np.asarray(Image.fromarray(unit).resize(size, Image.Resampling.BICUBIC))
-    indices = start + np.clip(np.rint(large * (LEVELS - 1)), 0, LEVELS - 1).astype(np.uint8)
-    torn = Image.fromarray(holes.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
-    return Image.fromarray(np.where(np.asarray(torn) > 0, np.uint8(HOLE), indices), "P")
-
-
-def _label(frame: Image.Image, layout: Layout, scales: tuple[Scale, Scale]) -> None:
-    """The names and outlines of the panels, and the colour bars with their limits."""
+def _label(frame: Image.Image, layout: FrameLayout, scales: tuple[ColorScale, ColorScale]) -> None:
+    """Draw the names and outlines of the panels, and the color bars with their limits."""
     for name, (x, y) in zip(ROWS, layout.corners, strict=True):
         frame.paste(OUTLINE, (x - 1, y - 1, x + layout.panel[0] + 1, y + layout.panel[1] + 1))
         _write(frame, (x, y - layout.line - 1), name, layout.line)
@@ -496,25 +343,25 @@ def _label(frame: Image.Image, layout: Layout, scales: tuple[Scale, Scale]) -> N
 
 
 def _write(frame: Image.Image, corner: tuple[int, int], text: str, line: int) -> int:
-    """Write a line of smooth text in the palette's shades of grey; returns its width."""
+    """Write a line of smooth text in the grays of the palette; return its width."""
     font = _font(line)
     width = round(font.getlength(text))
     sheet = Image.new("L", (width, line))
     ImageDraw.Draw(sheet).text((0, line - 4), text, fill=255, font=font, anchor="ls")
-    shades = np.rint(np.asarray(sheet) * ((NUM_GREYS - 1) / 255)).astype(np.uint8) + np.uint8(WHITE)
+    shades = np.rint(np.asarray(sheet) * ((NUM_GRAYS - 1) / 255)).astype(np.uint8) + np.uint8(WHITE)
     frame.paste(Image.fromarray(shades, "P"), corner)
     return width
 
 
 @functools.cache
 def _font(line: int) -> ImageFont.FreeTypeFont:
-    """The font of the other pictures; matplotlib brings it along."""
+    """The font of the other pictures, which is part of matplotlib."""
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", line - 6)
 
 
 def _palette(field: Colormap, error: Colormap) -> bytes:
-    """Red, green and blue of the 256 colours in turn."""
+    """Red, green and blue of the 256 colors in turn."""
     t = np.linspace(0, 1, LEVELS)
-    greys = np.repeat(np.linspace(1, 0, NUM_GREYS)[:, None], 3, axis=1)
-    colours = np.concatenate([field(t)[:, :3], error(t)[:, :3], greys, [to_rgb(NOT_FINITE)]])
-    return np.rint(colours * 255).astype(np.uint8).tobytes().ljust(768, b"\0")
+    grays = np.repeat(np.linspace(1, 0, NUM_GRAYS)[:, None], 3, axis=1)
+    colors = np.concatenate([field(t)[:, :3], error(t)[:, :3], grays, [to_rgb(NOT_FINITE)]])
+    return np.rint(colors * 255).astype(np.uint8).tobytes().ljust(768, b"\0")

@@ -1,18 +1,10 @@
-"""How the error grows along a rollout: one panel a dataset, the model beside persistence and the mean field.
+"""Plots of curves: how errors grow along a rollout, power spectra of fields, cosines between gradients.
 
-Power spectra of fields: which scales a prediction has, and which it gets wrong.
-
-The wavenumber k = 2 pi / wavelength is in radians per unit of length. Modes of all directions within one ring of k are
-added up, so that the power of a field without finer scales sums to its variance. No window is applied: where a field is
-not periodic, the jump between its two ends adds a floor that falls as k^-2, to truth and prediction alike.
-
-Cosines between the gradients of datasets: what is kept of them, and their picture.
-
-Near +1 a step for one dataset is a step for the other, near 0 they do not meet, below 0 one undoes what the other does
-(Yu et al. 2020, "Gradient Surgery for Multi-Task Learning"). A gradient of a few windows is noisy, which draws the
-cosines towards 0; means over a run are steadier than one measurement.
+The palette and the figure helpers at the top are those of all plots of fm. Figures are matplotlib objects: nothing
+imports pyplot, so there is no global state and no display.
 """
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,31 +13,117 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from PIL import Image
 
 from fm.evaluation.errors import DatasetErrors, Errors
-from fm.evaluation.pictures import TEXT_SIZE, Sample, diverging_map
 from fm.evaluation.protocol import Protocol
+from fm.evaluation.samples import Sample
 
-# Distinct to colour-blind readers (Okabe and Ito 2008).
+# Colors that color-blind readers can tell apart (Okabe and Ito 2008): the model or the first of several curves, the
+# second or an error, the third.
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+INK = "#222222"  # text and reference lines
+TRUTH = "#404040"
+GRAY = "#595959"  # secondary lines and remarks
+LIGHT_GRAY = "#D0D0D0"  # grids
+SHADE = "#F0F0F0"  # areas behind curves
+NOT_FINITE = "#B0B0B0"
+FAILURE = "#CC0000"
+DIVERGING = "blue_red_uniform"
+TEXT_SIZE = 7.5  # points
+DOTTED = (0, (1, 1.2))
+
 LINES: dict[str, dict[str, Any]] = {
-    "model": {"color": "#0072B2", "linewidth": 1.5},
-    "persistence": {"color": "#D55E00", "linewidth": 1.1, "linestyle": (0, (4, 1.5))},
-    "mean_field": {"color": "#595959", "linewidth": 0.9, "linestyle": (0, (1, 1.2))},
+    "model": {"color": BLUE, "linewidth": 1.5},
+    "persistence": {"color": ORANGE, "linewidth": 1.1, "linestyle": (0, (4, 1.5))},
+    "mean_field": {"color": GRAY, "linewidth": 0.9, "linestyle": DOTTED},
 }
+
+
+def diverging_map() -> Colormap:
+    """Return a map from blue over near-white to red.
+
+    The OKLab lightness falls in equal steps to both sides (Ottosson 2020, "A perceptual color space for image
+    processing"); all colors are inside sRGB.
+    """
+    t = np.linspace(-1, 1, 257)
+    hue, chroma = np.radians(np.where(t < 0, 260, 29)), 0.145 * np.abs(t)
+    lab = np.stack([0.97 - 0.56 * np.abs(t), chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
+    cone = np.array(
+        [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.291485548]]
+    )
+    red = [4.0767416621, -3.3077115913, 0.2309699292]
+    green = [-1.2684380046, 2.6097574011, -0.3413193965]
+    blue = [-0.0041960863, -0.7034186147, 1.707614701]
+    linear = np.clip((lab @ cone.T) ** 3 @ np.array([red, green, blue]).T, 0, 1)
+    rgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return ListedColormap(rgb, name=DIVERGING)
+
+
+def panel_figure(
+    count: int, panel_height: float, labels: tuple[str, str], least_width: float = 3.4, h_pad: float | None = None
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with `count` panels, at most four in a row, and their axes.
+
+    `labels` are those of the x axis, below the lowest panels, and of the y axis, left of the first ones. The size is in
+    inches and leaves room for a legend above the panels.
+    """
+    columns = max(1, min(4, count))
+    rows = max(1, math.ceil(count / columns))
+    size = (max(2.45 * columns, least_width), panel_height * rows + 0.55)
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=h_pad))
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid[count:]:
+        axes.set_visible(False)
+    for axes in grid[:count:columns]:
+        axes.set_ylabel(labels[1], fontsize=8)
+    for axes in grid[max(count - columns, 0) : count]:
+        axes.set_xlabel(labels[0], fontsize=8)
+    return figure, grid[:count]
+
+
+def style_panel(axes: Axes) -> None:
+    """Draw thin grid lines and small tick labels."""
+    axes.grid(True, which="major", linewidth=0.3, color=LIGHT_GRAY)
+    axes.tick_params(labelsize=7, width=0.5, length=2.5)
+
+
+def log_ticks(axis: Any, subs: Sequence[float] = (1, 3)) -> None:
+    """Label an axis of log scale with plain numbers at the multiples `subs` of the powers of ten."""
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def rasterize(figure: Figure, dpi: int) -> Image.Image:
+    """Return the figure as an RGB image."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def encode(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    """Return the image as the bytes of a file."""
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
 QUANTILES = (0.1, 0.9)
-SHADE = "#F0F0F0"
 
 
 def growth_curve(errors: Errors, predictor: str, eps: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """VRMSE, mean over channels, against step: median and the two QUANTILES over trajectories, each (S,).
+    """Return the median and the two QUANTILES over trajectories of the VRMSE (mean over channels), each (S,).
 
-    Over the trajectories that have the step. A trajectory that is not finite counts as +inf, so it moves the quantiles.
+    A step is averaged over the trajectories that have it. A trajectory that is not finite counts as +inf, so it moves
+    the quantiles.
     """
     frames = errors.vrmse(predictor, eps).mean(axis=-1)  # (R, S)
     columns = [frames[errors.present[:, step], step] for step in range(frames.shape[1])]
@@ -55,142 +133,103 @@ def growth_curve(errors: Errors, predictor: str, eps: float) -> tuple[np.ndarray
 
 
 def growth_figure(datasets: Mapping[str, DatasetErrors], protocol: Protocol) -> Figure:
-    """Error growth of every dataset, log scale, four panels a row; the protocol's windows are shaded in turn."""
-    columns = min(4, len(datasets))
-    rows = math.ceil(len(datasets) / columns)
-    figure = Figure(figsize=(max(2.45 * columns, 3.4), 1.95 * rows + 0.55), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, (name, errors) in zip(grid, datasets.items(), strict=False):
-        _growth_panel(axes, errors, protocol)
+    """Return the error growth of every dataset, a panel each; every other window of the protocol is shaded."""
+    figure, panels = panel_figure(len(datasets), 1.95, ("rollout step", "VRMSE"))
+    for axes, (name, errors) in zip(panels, datasets.items(), strict=True):
+        _draw_growth(axes, errors, protocol)
         axes.set_title(name, fontsize=8)
-    for axes in grid[len(datasets) :]:
-        axes.set_visible(False)
-    for axes in grid[::columns]:
-        axes.set_ylabel("VRMSE", fontsize=8)
-    for axes in grid[len(datasets) - columns : len(datasets)]:
-        axes.set_xlabel("rollout step", fontsize=8)
-    handles, _ = grid[0].get_legend_handles_labels()
+    handles, _ = panels[0].get_legend_handles_labels()
     handles.append(Patch(color=SHADE, linewidth=0))
     labels = ["model, median", "10% to 90% of trajectories", "persistence, median", "mean field"]
     labels.append(f"{', '.join(list(protocol.windows)[::2])} ({protocol.name} v{protocol.version})")
-    figure.legend(handles, labels, loc="outside upper center", ncols=5 if columns > 2 else 1, fontsize=8, frameon=False)
+    columns = 5 if len(panels) > 2 else 1
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=8, frameon=False)
     return figure
 
 
-def _growth_panel(axes: Axes, errors: DatasetErrors, protocol: Protocol) -> None:
-    rollout = errors.rollout.until(protocol.max_steps)  # the file may reach further than the protocol looks
-    steps = np.arange(1, rollout.variance.shape[1] + 1)
+def _draw_growth(axes: Axes, errors: DatasetErrors, protocol: Protocol) -> None:
+    rollout = errors.rollout.until(protocol.max_steps)  # the file may hold more steps than the protocol scores
+    horizon = rollout.variance.shape[1]
+    steps = np.arange(1, horizon + 1)
     curves = {name: growth_curve(rollout, name, protocol.eps) for name in LINES}
     bottom, top = _limits(curves)
     for name, (median, low, high) in curves.items():
         axes.plot(steps, np.where(np.isfinite(median), median, np.nan), label=name, **LINES[name])
         if name == "model":
-            colour = LINES[name]["color"]
-            axes.fill_between(
-                steps, np.minimum(low, top), np.minimum(high, top), color=colour, alpha=0.2, linewidth=0, label="spread"
-            )
+            edges = np.minimum(low, top), np.minimum(high, top)
+            axes.fill_between(steps, *edges, color=LINES[name]["color"], alpha=0.2, linewidth=0, label="spread")
     axes.set_yscale("log")
     axes.set_ylim(bottom, top)
-    axes.set_xlim(1, max(len(steps), 2))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(True, which="major", linewidth=0.3, color="#D0D0D0")
-    axes.tick_params(labelsize=7, width=0.5, length=2.5)
-    _mark_windows(axes, protocol, len(steps))
-    _mark_failures(axes, rollout)
+    axes.set_xlim(1, max(horizon, 2))
+    log_ticks(axes.yaxis)
+    style_panel(axes)
+    for window in list(protocol.windows.values())[::2]:
+        if covered := window.steps(horizon):
+            axes.axvspan(covered[0] - 0.5, covered[1] + 0.5, color=SHADE, linewidth=0, zorder=0)
+    failures = rollout.first_failures()
+    failures = failures[failures > 0]
+    if failures.size:  # a cross at the step where a trajectory stopped being finite
+        heights, place = np.full(failures.shape, 0.94), axes.get_xaxis_transform()
+        axes.plot(failures, heights, "x", color=FAILURE, markersize=5, transform=place)
+        note = f"{failures.size} of {len(rollout.steps)} diverged"
+        axes.text(0.97, 0.05, note, fontsize=7, color=FAILURE, ha="right", transform=axes.transAxes)
 
 
 def _limits(curves: Mapping[str, tuple[np.ndarray, ...]]) -> tuple[float, float]:
-    """Limits of the log axis. Persistence counts from below by its first step alone: a periodic flow brings it to 0."""
+    """Limits of the log axis.
+
+    Of persistence only the first step moves the lower limit, because in a periodic flow its error returns to 0.
+    """
     values = np.concatenate([*curves["model"], curves["persistence"][0][:1]])
     lower = values[np.isfinite(values) & (values > 0)]
     values = np.concatenate([curve for three in curves.values() for curve in three])
     return lower.min(initial=0.5) / 1.3, values[np.isfinite(values)].max(initial=1.0) * 1.3
 
 
-def _mark_windows(axes: Axes, protocol: Protocol, horizon: int) -> None:
-    """Shade every other window, so that where a score was taken can be seen."""
-    for index, window in enumerate(protocol.windows.values()):
-        steps = window.steps(horizon)
-        if steps and index % 2 == 0:
-            axes.axvspan(steps[0] - 0.5, steps[1] + 0.5, color=SHADE, linewidth=0, zorder=0)
-
-
-def _mark_failures(axes: Axes, rollout: Errors) -> None:
-    """A cross where a trajectory stopped being finite."""
-    failures = rollout.first_failures()
-    failures = failures[failures > 0]
-    if failures.size:
-        axes.plot(
-            failures,
-            np.full(failures.shape, 0.94),
-            "x",
-            color="#CC0000",
-            markersize=5,
-            transform=axes.get_xaxis_transform(),
-        )
-        axes.text(
-            0.97,
-            0.05,
-            f"{failures.size} of {len(rollout.steps)} diverged",
-            fontsize=7,
-            color="#CC0000",
-            ha="right",
-            transform=axes.transAxes,
-        )
-
-
-# Distinct to colour-blind readers (Okabe and Ito 2008); a step's shade goes from light (first) to full (last).
-COLOURS = {"truth": (0.25, 0.25, 0.25), "prediction": (0.0, 0.447, 0.698), "error": (0.835, 0.369, 0.0)}
-SHADES = (0.3, 0.6, 1.0)
-DECADES = 9  # below the strongest ring; what is weaker is rounding
+SPECTRA = {"truth": TRUTH, "prediction": BLUE, "error": ORANGE}
+SHADES = (0.3, 0.6, 1.0)  # of the first, the middle and the last step: from light to the full color
+DECADES = 9  # below the strongest ring; weaker power is rounding
 
 
 def radial_spectrum(values: np.ndarray, spacing: tuple[float, float] = (1.0, 1.0)) -> tuple[np.ndarray, np.ndarray]:
-    """Wavenumbers (n,) and power (n,) of a field (H, W) whose points lie `spacing` apart along H and W.
+    """Return wavenumbers (n,) and power (n,) of a field (H, W) whose points are `spacing` apart along H and W.
 
-    Rings are as wide as the coarser of the two grids of wavenumbers and end at the smaller Nyquist wavenumber.
+    The wavenumber k = 2 pi / wavelength is in radians per unit of length. The modes of all directions within one ring
+    of k are added up, so the power of a field without finer scales sums to its variance. Rings are as wide as the
+    coarser of the two grids of wavenumbers and end at the smaller Nyquist wavenumber. No window is applied: where a
+    field is not periodic, the jump between its two ends adds a floor that falls as k^-2, to truth and prediction alike.
     """
     power = np.abs(np.fft.fft2(values - values.mean()) / values.size) ** 2
-    along = [2 * np.pi * np.fft.fftfreq(count, step) for count, step in zip(values.shape, spacing, strict=True)]
-    width = max(2 * np.pi / (count * step) for count, step in zip(values.shape, spacing, strict=True))
+    axes = list(zip(values.shape, spacing, strict=True))
+    along = [2 * np.pi * np.fft.fftfreq(count, step) for count, step in axes]
+    width = max(2 * np.pi / (count * step) for count, step in axes)
     number = np.rint(np.hypot(along[0][:, None], along[1][None, :]) / width).astype(int)
     last = int(min(np.abs(k).max() for k in along) / width + 1e-9)
     rings = np.arange(1, last + 1)
-    # The mean was taken out; modes of a long axis below the first ring belong to it.
+    # The mean was subtracted. Modes of a long axis that are below the first ring are counted in it.
     sums = np.bincount(np.maximum(number, 1).ravel(), weights=power.ravel(), minlength=last + 1)
     return rings * width, sums[rings]
 
 
 def spectra_figure(samples: Sequence[Sample]) -> Figure:
-    """Power against wavenumber at the first, middle and last step of every sample; four panels a row."""
-    columns = min(4, len(samples))
-    rows = math.ceil(len(samples) / columns)
-    size = (max(2.45 * columns, 3.4), 2.05 * rows + 0.55)  # inches, as is h_pad
-    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.08))
-    FigureCanvasAgg(figure)
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, sample in zip(grid, samples, strict=False):
+    """Return power against wavenumber at the first, middle and last step of every sample, a panel each."""
+    figure, panels = panel_figure(len(samples), 2.05, ("", "power"), h_pad=0.08)
+    for axes, sample in zip(panels, samples, strict=True):
         draw_spectra(axes, sample)
-        steps = ", ".join(str(sample.steps[index]) for index in _shown(sample))
+        steps = ", ".join(str(sample.steps[index]) for index in _first_middle_last(sample))
         axes.set_title(f"{sample.dataset}\n{sample.channel}, steps {steps}", fontsize=8)
-    for axes in grid[len(samples) :]:
-        axes.set_visible(False)
-    for axes in grid[::columns]:
-        axes.set_ylabel("power", fontsize=8)
-    handles = [Line2D([], [], color=colour, linewidth=1.5) for colour in COLOURS.values()]
-    handles += [Line2D([], [], color=_shaded((0.25, 0.25, 0.25), shade), linewidth=1.5) for shade in SHADES]
+    handles = [Line2D([], [], color=color, linewidth=1.5) for color in SPECTRA.values()]
+    handles += [Line2D([], [], color=_lightened(TRUTH, shade), linewidth=1.5) for shade in SHADES]
     labels = ["truth", "prediction", "error", "first step", "middle", "last, full shade"]
-    figure.legend(handles, labels, loc="outside upper center", ncols=6 if columns > 2 else 2, fontsize=8, frameon=False)
+    columns = 6 if len(panels) > 2 else 2
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=8, frameon=False)
     return figure
 
 
 def draw_spectra(axes: Axes, sample: Sample) -> None:
-    """Fill one panel; steps whose prediction is not finite show the truth alone."""
+    """Draw the spectra of one sample; of a step whose prediction is not finite only the truth's."""
     weakest, strongest = np.inf, 0.0
-    shown = _shown(sample)
+    shown = _first_middle_last(sample)
     for index, shade in zip(shown, SHADES[-len(shown) :], strict=True):
         truth, prediction = sample.truth[index].astype(float), sample.prediction[index].astype(float)
         for name, field in {"truth": truth, "prediction": prediction, "error": prediction - truth}.items():
@@ -198,63 +237,68 @@ def draw_spectra(axes: Axes, sample: Sample) -> None:
                 continue
             wavenumber, power = radial_spectrum(field, sample.spacing)
             style: dict[str, Any] = {"linewidth": 1.6, "zorder": 1} if name == "truth" else {"linewidth": 1.0}
-            axes.plot(wavenumber, power, color=_shaded(COLOURS[name], shade), label=name, **style)
+            axes.plot(wavenumber, power, color=_lightened(SPECTRA[name], shade), label=name, **style)
             weakest, strongest = min(weakest, float(power.min())), max(strongest, float(power.max()))
     axes.set_xscale("log")
     axes.set_yscale("log")
-    strongest = strongest or 1.0  # a field that is constant has no power
+    strongest = strongest or 1.0  # a constant field has no power
     axes.set_ylim(max(weakest / 2, strongest * 10.0**-DECADES), strongest * 2)
     axes.margins(x=0.02)
     unit = "per unit length" if sample.domain else "per cell"
     axes.set_xlabel(f"wavenumber, rad {unit}", fontsize=7.5, labelpad=1)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    log_ticks(axes.xaxis)
     axes.yaxis.set_major_locator(LogLocator(numticks=6))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(True, which="major", linewidth=0.3, color="#D0D0D0")
-    axes.tick_params(labelsize=7, width=0.5, length=2.5)
+    style_panel(axes)
     axes.tick_params(which="minor", width=0.3, length=1.5)
 
 
-def _shown(sample: Sample) -> list[int]:
-    """Indices of the first, middle and last step; fewer where there are fewer."""
+def _first_middle_last(sample: Sample) -> list[int]:
+    """Indices of the first, middle and last step, each once."""
     last = len(sample.steps) - 1
     return sorted({0, last // 2, last})
 
 
-def _shaded(colour: tuple[float, float, float], shade: float) -> tuple[float, float, float]:
-    """The colour mixed with white: 1 is the colour itself."""
-    red, green, blue = (1 - shade * (1 - part) for part in colour)
+def _lightened(color: str, shade: float) -> tuple[float, float, float]:
+    """Mix a color with white; shade 1 is the color itself."""
+    red, green, blue = (1 - shade * (1 - part) for part in to_rgb(color))
     return red, green, blue
 
 
 CELL = 0.52  # inches
 LETTER = 0.062  # inches of a name's letter
-NEUTRAL = "#DDDDDD"  # the diagonal, and what is not known
 
 
 @dataclass(frozen=True, eq=False)
 class Cosines:
-    """Between the gradients of n datasets with respect to the parameters that all of them use."""
+    """Cosines between the gradients of n datasets with respect to the parameters that all of them use.
+
+    Near +1 a step for one dataset is a step for the other, near 0 the two are unrelated, below 0 a step for one undoes
+    a step for the other (Yu et al. 2020, "Gradient Surgery for Multi-Task Learning"). The gradient of a few windows is
+    noisy, which draws the cosines towards 0; means over a run are steadier than one measurement.
+    """
 
     datasets: tuple[str, ...]
     matrix: np.ndarray  # (n, n); NaN where one of the two gradients is zero or not finite
     norms: np.ndarray  # (n,) of the gradients
 
     def with_others(self) -> dict[str, float]:
-        """Each dataset's mean cosine with the others, over those that are known; NaN where none is."""
+        """Return each dataset's mean cosine with the others, over the finite ones; NaN if there is none."""
         others = np.where(np.eye(len(self.datasets), dtype=bool), np.nan, self.matrix)
-        return dict(zip(self.datasets, _known_mean(others, axis=1).tolist(), strict=True))
+        return dict(zip(self.datasets, _finite_mean(others, axis=1).tolist(), strict=True))
 
     def to_json(self) -> dict[str, Any]:
-        """JSON types; null for what is not finite."""
-        matrix = [[_finite(value) for value in row] for row in self.matrix.tolist()]
-        return {"datasets": list(self.datasets), "matrix": matrix, "norms": [_finite(v) for v in self.norms.tolist()]}
+        """Return JSON types, with null for a number that is not finite."""
+
+        def finite(values: list[float]) -> list[float | None]:
+            return [value if math.isfinite(value) else None for value in values]
+
+        matrix = [finite(row) for row in self.matrix.tolist()]
+        return {"datasets": list(self.datasets), "matrix": matrix, "norms": finite(self.norms.tolist())}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "Cosines":
-        """Inverse of `to_json`. ValueError, TypeError or KeyError where the document is another."""
+        """Return the inverse of `to_json`; ValueError, TypeError or KeyError for another document."""
         datasets = tuple(document["datasets"])
         matrix, norms = np.array(document["matrix"], np.float64), np.array(document["norms"], np.float64)
         if matrix.shape != (len(datasets), len(datasets)) or norms.shape != (len(datasets),):
@@ -263,24 +307,28 @@ class Cosines:
 
 
 def mean_cosines(measured: Sequence[Cosines]) -> Cosines:
-    """The mean of measurements of the same datasets, of each cosine over those in which it is known."""
+    """Return the mean of measurements of the same datasets; of each cosine over its finite values."""
     (datasets,) = {cosines.datasets for cosines in measured}
-    matrix = _known_mean(np.stack([cosines.matrix for cosines in measured]), axis=0)
-    return Cosines(datasets, matrix, _known_mean(np.stack([cosines.norms for cosines in measured]), axis=0))
+    matrix = _finite_mean(np.stack([cosines.matrix for cosines in measured]), axis=0)
+    return Cosines(datasets, matrix, _finite_mean(np.stack([cosines.norms for cosines in measured]), axis=0))
 
 
 def cosine_figure(cosines: Cosines, title: str) -> Figure:
-    """A heat map with the cosines in its cells and the gradients' norms on the diagonal; colours from -1 to 1."""
+    """Return a heat map with the cosines in its cells and the gradients' norms on the diagonal; colors from -1 to 1."""
     count, names = len(cosines.datasets), LETTER * max(map(len, cosines.datasets)) + 0.15
     width, height = names + count * CELL + 0.75, names + count * CELL + 0.5
     figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
     box = (names / width, names / height, count * CELL / width, count * CELL / height)
     axes = figure.add_axes(box)
     shown = np.ma.masked_invalid(np.where(np.eye(count, dtype=bool), np.nan, cosines.matrix))
     image = axes.imshow(shown, cmap=diverging_map(), norm=Normalize(-1, 1))
-    axes.set_facecolor(NEUTRAL)
-    _write_cells(axes, cosines)
+    axes.set_facecolor("#DDDDDD")  # the diagonal, and cosines that are not known
+    for (row, column), value in np.ndenumerate(cosines.matrix):
+        own = row == column
+        text = f"{cosines.norms[row]:.2g}" if own else f"{value:+z.2f}" if np.isfinite(value) else "none"
+        color = "white" if not own and abs(value) > 0.6 else "black"
+        style = "italic" if own else "normal"
+        axes.text(column, row, text, ha="center", va="center", fontsize=TEXT_SIZE, color=color, style=style)
     axes.set_xticks(range(count), cosines.datasets, rotation=90)
     axes.set_yticks(range(count), cosines.datasets)
     axes.tick_params(length=0, labelsize=TEXT_SIZE)
@@ -295,22 +343,8 @@ def cosine_figure(cosines: Cosines, title: str) -> Figure:
     return figure
 
 
-def _write_cells(axes: Axes, cosines: Cosines) -> None:
-    for row, values in enumerate(cosines.matrix):
-        for column, value in enumerate(values):
-            own = row == column
-            text = f"{cosines.norms[row]:.2g}" if own else f"{value:+z.2f}" if np.isfinite(value) else "none"
-            colour = "white" if not own and abs(value) > 0.6 else "black"
-            style = "italic" if own else "normal"
-            axes.text(column, row, text, ha="center", va="center", fontsize=TEXT_SIZE, color=colour, style=style)
-
-
-def _known_mean(values: np.ndarray, axis: int) -> np.ndarray:
+def _finite_mean(values: np.ndarray, axis: int) -> np.ndarray:
     """Mean over the finite values, NaN where there is none."""
-    known = np.isfinite(values)
-    total, count = np.where(known, values, 0.0).sum(axis), known.sum(axis)
+    finite = np.isfinite(values)
+    total, count = np.where(finite, values, 0.0).sum(axis), finite.sum(axis)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None

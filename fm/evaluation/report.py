@@ -22,16 +22,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 import yaml
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 
 from data_pipeline.files import UserError, atomic_file
 from data_pipeline.tables import Cell, Marked, Table
 from fm.evaluation.errors import ErrorFile, find_errors
-from fm.evaluation.pictures import Sample, gif, load_samples, overview, save_samples, strip
-from fm.evaluation.plots import QUANTILES, growth_figure, spectra_figure
+from fm.evaluation.pictures import gif, overview, strip
+from fm.evaluation.plots import QUANTILES, encode, growth_figure, rasterize, spectra_figure
 from fm.evaluation.protocol import PROTOCOLS, Protocol
+from fm.evaluation.samples import Sample, load_samples, save_samples
 from fm.evaluation.tables import about, eps_effect, marked, rescore, score_document, score_table, write_tables
 
 STYLE = """
@@ -458,14 +457,14 @@ def write_report(out: Path, errors: ErrorFile, scores: Mapping[str, Any], sample
     figures = {"overview": overview(samples), "spectra": spectra_figure(samples)} if samples else {}
     figures["growth"] = growth_figure(errors.datasets, errors.protocol)
     figures |= {sample.dataset: strip(sample) for sample in samples}
-    images = {name: _draw(figure) for name, figure in figures.items()}
+    images = {name: rasterize(figure, DPI) for name, figure in figures.items()}
     videos = {sample.dataset: gif(sample) for sample in samples}
     for name, image in images.items():
-        _write(out / "pictures" / f"{name}.png", _encode(image, "PNG", dpi=(DPI, DPI)))
+        _write(out / "pictures" / f"{name}.png", encode(image, "PNG", dpi=(DPI, DPI)))
     for name, video in videos.items():
         _write(out / "pictures" / f"{name}.gif", video)
     # A page of PNGs would be three times as large.
-    small = {name: _encode(image, "WEBP", quality=90, use_sharp_yuv=True) for name, image in images.items()}
+    small = {name: encode(image, "WEBP", quality=90, use_sharp_yuv=True) for name, image in images.items()}
     _write(out / "index.html", page(errors, scores, samples, small, videos).encode())
     pictures = "\n".join(f"![{name}](pictures/{name}.png)\n" for name in images)
     _write(out / "scores.md", f"# Scores\n\n{score_table(scores)}\n{pictures}".encode())
@@ -504,19 +503,6 @@ def rescore_errors(place: Path, protocol: str | None, eps: float | None, out: Pa
     write_tables(out, scores)
     write_report(out, errors, scores, samples)
     return score_table(scores)
-
-
-def _draw(figure: Figure) -> Image.Image:
-    figure.set_dpi(DPI)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
-def _encode(image: Image.Image, form: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -19,9 +19,9 @@ from data_pipeline.well.hdf5 import SPLITS, WellFile, read_attributes, stored_ca
 from data_pipeline.well.layout import texts
 from fm.evaluation.errors import DatasetErrors, ErrorFile, Errors
 from fm.evaluation.measure import SHOWN_STEPS, Measured, as_errors, frame_errors, varying_channel
-from fm.evaluation.pictures import Sample, spread_over
 from fm.evaluation.protocol import Protocol, load_protocol
 from fm.evaluation.report import write_report
+from fm.evaluation.samples import Sample, evenly_spaced
 from fm.evaluation.scores import score
 from fm.evaluation.tables import score_table
 
@@ -173,7 +173,7 @@ def _origin(prediction: Path, truth: Path, attributes: Mapping[str, Any]) -> dic
 
 def _sample(predicted: WellFile, true: WellFile, pair: Pair, measured: ErrorFile) -> Sample:
     """What pictures show: one channel of one rollout at some of its steps."""
-    steps = tuple(index + 1 for index in spread_over(pair.steps, SHOWN_STEPS))
+    steps = tuple(index + 1 for index in evenly_spaced(pair.steps, SHOWN_STEPS))
     frames = [int(pair.frames[step]) for step in steps]
     first = true.read(pair.trajectory, frames[0], frames[0] + 1)[0]
     std, rms = first.std((1, 2)), np.sqrt(np.square(first).mean((1, 2)))

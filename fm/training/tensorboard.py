@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -29,8 +28,9 @@ from torch.utils.tensorboard import FileWriter, SummaryWriter
 
 from data_pipeline.files import UserError
 from fm.config import FinetuneSettings
-from fm.evaluation.pictures import NOT_FINITE, ROWS, Sample, Scale, error_scale, field_scale, gif
-from fm.evaluation.plots import Cosines, cosine_figure, draw_spectra
+from fm.evaluation.pictures import ROWS, ColorScale, enlarged, error_scale, field_scale, gif
+from fm.evaluation.plots import NOT_FINITE, Cosines, cosine_figure, draw_spectra, encode, rasterize
+from fm.evaluation.samples import Sample
 
 Setting = str | int | float | bool
 
@@ -285,35 +285,22 @@ def rollout_pictures(sample: Sample) -> dict[str, bytes]:
     draw_spectra(axes, still)
     axes.set(ylabel="power", title=still.dataset)
     axes.legend(frameon=False)
-    return pictures | {"spectrum": figure_png(figure), "rollout": gif(sample, side=64, labelled=False)}
+    return pictures | {"spectrum": figure_png(figure), "rollout": gif(sample, side=64, labeled=False)}
 
 
 def figure_png(figure: Figure) -> bytes:
     """Return a figure as a PNG with 100 dots an inch."""
-    figure.set_dpi(100)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return _png(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
+    return encode(rasterize(figure, 100))
 
 
-def _field_png(field: np.ndarray, scale: Scale, lengths: tuple[float, float]) -> bytes:
+def _field_png(field: np.ndarray, scale: ColorScale, lengths: tuple[float, float]) -> bytes:
     """Return a field (H, W) as a PNG in the shape of its domain: x to the right, y upwards."""
     aspect = lengths[0] / lengths[1]
     short = round(PANEL_SIDE * min(aspect, 1 / aspect) ** 0.5)
     size = (round(short * aspect), short) if aspect > 1 else (short, round(short / aspect))
-    upright = np.flip(field.T, axis=0)
-    holes = ~np.isfinite(upright)
-    unit = np.clip(scale.norm(np.where(holes, 0, upright)), 0, 1).astype(np.float32)
-    large = np.asarray(Image.fromarray(unit).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
-    indices = np.rint(large * (NUM_COLORS - 1))
-    large_holes = np.asarray(Image.fromarray(holes.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)) > 0
-    image = Image.fromarray(np.where(large_holes, NUM_COLORS, indices).astype(np.uint8), "P")
+    unit, finite = enlarged(field, scale.norm, size)
+    indices = np.where(finite, np.rint(unit * (NUM_COLORS - 1)), NUM_COLORS).astype(np.uint8)
+    image = Image.fromarray(indices, "P")
     colors = [*scale.cmap(np.linspace(0, 1, NUM_COLORS))[:, :3], to_rgb(NOT_FINITE)]
     image.putpalette(np.rint(np.array(colors) * 255).astype(np.uint8).tobytes())
-    return _png(image)
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+    return encode(image)

@@ -19,7 +19,7 @@ from data_pipeline.registry import load_registry
 from data_pipeline.windows.schedule import Schedule, Source
 from fm.config import DataSettings, Recipe, RunSettings, TrackingSettings, TrainSettings, ValidationSettings
 from fm.evaluation.evaluate import SHOWN_STEPS, ValidationResult
-from fm.evaluation.pictures import Sample
+from fm.evaluation.samples import Sample
 from fm.model.spec import ModelConfig
 from fm.model.wavelit import WaveLiTFM
 from fm.training.record import RunRecord, StepResult

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fm.evaluation.pictures import Domain, Sample
+from fm.evaluation.samples import Domain, Sample
 
 
 def ramp_sample(

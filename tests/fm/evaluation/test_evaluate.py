@@ -19,8 +19,8 @@ from data_pipeline.windows.reader import ShardReader
 from fm.evaluation.errors import ErrorFile
 from fm.evaluation.evaluate import evaluate_model
 from fm.evaluation.measure import SHOWN_STEPS, longest_recorder, one_step_errors, one_step_windows, rollout_errors
-from fm.evaluation.pictures import load_samples, spread_over
 from fm.evaluation.protocol import PROTOCOLS, get_protocol
+from fm.evaluation.samples import evenly_spaced, load_samples
 from fm.evaluation.scores import score
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.wavelit import WaveLiTFM
@@ -163,7 +163,7 @@ def test_what_pictures_show_is_a_rollout_and_its_truth(
 
 
 def test_of_a_long_rollout_some_steps_are_shown(readers: dict[str, ShardReader]) -> None:
-    reader, steps = readers["shear_flow"], spread_over(100, SHOWN_STEPS)
+    reader, steps = readers["shear_flow"], evenly_spaced(100, SHOWN_STEPS)
     assert (len(steps), steps[0], steps[-1]) == (24, 0, 99)
     assert np.ptp(np.diff(steps)) <= 1
     assert longest_recorder(reader, dataclasses.replace(THIRDS, max_steps=3)).steps == (1, 2, 3)

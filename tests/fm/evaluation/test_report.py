@@ -26,7 +26,7 @@ def page_of(errors: ErrorFile, names: tuple[str, ...] = ()) -> str:
     """With a sample and a video of each of these datasets."""
     samples = [ramp_sample(dataset=name, domain=((0.0, 1.0), (-1.0, 1.0))) for name in names]
     videos = {sample.dataset: gif(sample, side=40) for sample in samples}
-    pictures = {name: gif(ramp_sample(), side=20, labelled=False) for name in ("overview", "growth", "spectra", *names)}
+    pictures = {name: gif(ramp_sample(), side=20, labeled=False) for name in ("overview", "growth", "spectra", *names)}
     return page(errors, score(errors), samples, pictures, videos)
 
 

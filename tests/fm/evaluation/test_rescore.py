@@ -16,8 +16,8 @@ from error_files import error_file
 from data_pipeline.files import UserError
 from fm.cli import main
 from fm.evaluation.errors import ErrorFile
-from fm.evaluation.pictures import Sample, load_samples, save_samples
 from fm.evaluation.protocol import PROTOCOLS
+from fm.evaluation.samples import Sample, load_samples, save_samples
 from fm.evaluation.scores import score
 from fm.evaluation.tables import rescore
 

@@ -20,8 +20,8 @@ from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import load_pretrained
 from fm.evaluation.errors import ErrorFile
 from fm.evaluation.evaluate import Item, divide, evaluate_model, evaluate_run, list_items
-from fm.evaluation.pictures import load_samples
 from fm.evaluation.protocol import PROTOCOLS
+from fm.evaluation.samples import load_samples
 from fm.training.trainer import train
 
 CPU = torch.device("cpu")

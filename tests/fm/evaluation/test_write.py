@@ -11,8 +11,8 @@ from PIL import Image
 from samples import ramp_sample
 
 from fm.evaluation.errors import ErrorFile
-from fm.evaluation.pictures import load_samples
 from fm.evaluation.report import write_report
+from fm.evaluation.samples import load_samples
 from fm.evaluation.scores import score
 
 

@@ -18,7 +18,7 @@ from whole_runs import DATASETS, ROOT, small
 
 from data_pipeline.windows.schedule import Schedule, Source
 from fm.config import Recipe
-from fm.evaluation.pictures import Sample
+from fm.evaluation.samples import Sample
 from fm.model.spec import ModelConfig
 from fm.model.wavelit import WaveLiTFM
 from fm.training.record import RunRecord, StepResult, draws_pictures, is_chosen

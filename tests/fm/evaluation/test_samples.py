@@ -9,7 +9,7 @@ import pytest
 from samples import ramp_sample
 
 from data_pipeline.files import UserError
-from fm.evaluation.pictures import load_samples, save_samples, spread_over
+from fm.evaluation.samples import evenly_spaced, load_samples, save_samples
 
 
 def test_samples_come_back_as_they_were(tmp_path: Path) -> None:
@@ -80,5 +80,5 @@ def test_spacing_is_of_the_domain_or_one_cell() -> None:
     ("count", "shown", "indices"),
     [(0, 6, []), (1, 6, [0]), (3, 6, [0, 1, 2]), (9, 3, [0, 4, 8]), (24, 6, [0, 5, 9, 14, 18, 23])],
 )
-def test_spread_over_reaches_from_the_first_to_the_last(count: int, shown: int, indices: list[int]) -> None:
-    assert spread_over(count, shown) == indices
+def test_evenly_spaced_indices_reach_from_the_first_to_the_last(count: int, shown: int, indices: list[int]) -> None:
+    assert evenly_spaced(count, shown) == indices
