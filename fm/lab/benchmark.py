@@ -63,10 +63,9 @@ from fm.config import Recipe, load_recipe
 from fm.datasets import build_model, open_split
 from fm.distributed import autocast_dtype, make_accelerator, precision
 from fm.lab.hardware import STATE_TOUCHES, Gpu, find_gpu
-from fm.lab.plan import FLOAT_BYTES, Workload, planned_config, published_work
+from fm.lab.plan import FLOAT_BYTES, Footprint, Product, Workload, footprint, planned_config, published_work
 from fm.lab.plan_tables import PAPER_STEPS, digits
 from fm.model.attention import linear
-from fm.training.flops import Footprint, Product, footprint
 from fm.training.mixing import Mixing
 from fm.training.objective import Unroll
 from fm.training.state import TrainingState

@@ -12,6 +12,9 @@ sides and so on; its time follows from that of two sizes, on a line in FLOPs, si
 the grid.
 
 Makes the plan of a workload: counts what its steps do and hold, and takes their times from a probe or a ceiling.
+
+The footprint of a step: its products, the bytes it moves and the bytes it keeps, counted on fake tensors as FLOPs are
+(fm/training/flops.py).
 """
 
 import json
@@ -27,6 +30,9 @@ import psutil
 import torch
 from accelerate import Accelerator
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from data_pipeline.files import UserError
@@ -44,7 +50,7 @@ from fm.lab.hardware import INFINIBAND, STATE_TOUCHES, Ceiling, Interconnect, bu
 from fm.model.baselines import BaselineConfig
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.surrogate import MIN_GRID, Surrogate
-from fm.training.flops import BACKWARD, Footprint, footprint, forward_flops, forward_passes, held_calls, kept_bytes
+from fm.training.flops import BACKWARD, fake_mode, forward_flops, forward_passes, held_calls, zero_fields
 from fm.training.mixing import Mixing
 from fm.training.objective import Unroll, unroll_length
 from fm.training.state import TrainingState
@@ -165,6 +171,119 @@ def planned_config(recipe: Recipe) -> tuple[ModelConfig | BaselineConfig, list[s
 
 
 USABLE = 0.9  # of the memory: contexts, workspaces and fragments take the rest
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product or convolution, or both products that its backward pass computes.
+
+    `kind` is linear (all channels with all), attention (batches of products) or depthwise (each channel with itself).
+    """
+
+    kind: str
+    dtype: torch.dtype  # in which it is computed
+    flops: int  # two per multiply-add
+    bytes: int  # of operands and results, each counted once
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a forward and backward pass of some windows computes, moves and keeps, without the weights themselves."""
+
+    kept_bytes: int  # held for the backward pass
+    moved_bytes: int  # read and written by operations that are no matrix products, none of them fused
+    operations: int  # number of kernels, about
+    products: tuple[Product, ...]  # includes depthwise convolutions, which count among the moved bytes too
+
+
+def footprint(objective: Unroll, dataset: str, grid: tuple[int, int], windows: int = 1, calls: int = 1) -> Footprint:
+    """Return the footprint of `calls` model calls; the objective holds a model of fake tensors.
+
+    The gradients of the parameters stay unset.
+    """
+    parameters = list(objective.model.parameters())
+    kept = _KeptStorages(objective.model)
+    with fake_mode(objective.model), kept.hooks, _OperationCounter() as counter:
+        loss = _fake_loss(objective, dataset, grid, windows, calls)
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+    return Footprint(kept.bytes, counter.bytes, counter.operations, tuple(counter.products))
+
+
+def kept_bytes(objective: Unroll, dataset: str, grid: tuple[int, int], windows: int = 1, calls: int = 1) -> int:
+    """Return the bytes that the forward pass keeps for the backward pass, without the parameters.
+
+    The objective may hold a model of fake or of real tensors; nothing is computed.
+    """
+    kept = _KeptStorages(objective.model)
+    with fake_mode(objective.model), kept.hooks:
+        _fake_loss(objective, dataset, grid, windows, calls)
+    return kept.bytes
+
+
+def _fake_loss(objective: Unroll, dataset: str, grid: tuple[int, int], windows: int, calls: int) -> torch.Tensor:
+    fields, constants = zero_fields(objective.model, dataset, grid, windows, frames=calls + 1)
+    forced = torch.ones(windows, calls, dtype=torch.bool)
+    return objective(fields, constants, forced, dataset)["loss"]
+
+
+class _KeptStorages:
+    """Collects the storages that autograd keeps, each once, within the context `hooks`."""
+
+    def __init__(self, model: Surrogate) -> None:
+        self._own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self._storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+        self.hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages.values())
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._own:
+            self._storages[storage._cdata] = storage
+        return tensor
+
+
+class _OperationCounter(TorchDispatchMode):
+    """Counts operations, lists matrix products and convolutions, and sums the bytes that the other operations move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.operations = 0
+        self.products: list[Product] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.namespace == "aten" and not function.is_view:
+            self.operations += 1
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            # an expanded tensor is read from its smaller storage
+            moved = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+            product = _product(function._schema.name.removeprefix("aten::"), args, result, moved)
+            if product is not None:
+                self.products.append(product)
+            if product is None or product.kind == "depthwise":  # limited by the memory's speed, not by arithmetic
+                self.bytes += moved
+        return result
+
+
+def _product(name: str, args: Any, result: Any, moved: int) -> Product | None:
+    """Return the operation as a Product, or None if it is no matrix product or convolution."""
+    if name == "convolution":
+        kind = "linear" if args[8] == 1 else "depthwise"
+        return Product(kind, args[0].dtype, 2 * result.numel() * args[1][0].numel(), moved)
+    if name == "convolution_backward":  # args: gradient of the result, input, weight, ..., groups, wanted gradients
+        kind = "linear" if args[9] == 1 else "depthwise"
+        once = 2 * args[0].numel() * args[2][0].numel()
+        return Product(kind, args[1].dtype, once * sum(args[10][:2]), moved)
+    if name in ("mm", "bmm"):
+        left = args[0]
+    elif name in ("addmm", "baddbmm"):
+        left = args[1]
+    else:
+        return None
+    return Product("attention" if left.dim() == 3 else "linear", left.dtype, 2 * result.numel() * left.shape[-1], moved)
 
 
 @dataclass(frozen=True)

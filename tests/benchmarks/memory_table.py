@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from data_pipeline.registry import Card, load_registry
 from fm.config import Recipe, load_recipe
 from fm.distributed import ZERO_BUCKET
+from fm.lab.plan import kept_bytes
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.wavelit import WaveLiTFM
-from fm.training.flops import kept_bytes
 from fm.training.objective import Unroll
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "fm_pretrain.yaml"

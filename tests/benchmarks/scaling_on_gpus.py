@@ -34,8 +34,8 @@ from simulate_ranks import SCHEME, Setting, shares
 from data_pipeline.windows.schedule import Schedule, Source
 from fm.config import load_recipe
 from fm.lab.hardware import INFINIBAND, STATE_TOUCHES, Ceiling, Interconnect, buckets, find_gpu
-from fm.lab.plan import FLOAT_BYTES, Planner, read_workload
-from fm.training.flops import BACKWARD, Footprint
+from fm.lab.plan import FLOAT_BYTES, Footprint, Planner, read_workload
+from fm.training.flops import BACKWARD
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "fm_pretrain.yaml"
 MICRO_BATCH = 4  # windows at once, the paper's batch

@@ -7,9 +7,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fm.config import LossSettings
 from fm.lab.benchmark import KINDS, Ceilings, data_sheet, floor, measure_ceilings
 from fm.lab.hardware import GPUS
+from fm.lab.plan import Product, footprint
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.wavelit import WaveLiTFM
-from fm.training.flops import Product, footprint
 from fm.training.objective import Unroll
 
 STATS = {key: {"tracer": 1.0} for key in ("mean", "std", "mean_delta", "std_delta")}

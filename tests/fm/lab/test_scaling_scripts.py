@@ -14,7 +14,7 @@ from simulate_ranks import Setting, shares
 
 from data_pipeline.windows.schedule import Schedule, Source
 from fm.lab.hardware import GPUS, Ceiling, Interconnect
-from fm.training.flops import Footprint
+from fm.lab.plan import Footprint
 
 SOURCES = [Source(name, 10_000, tokens, (10_000,)) for name, tokens in (("small", 100), ("large", 300))]
 LINKS = Interconnect(450, 50)

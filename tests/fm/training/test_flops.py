@@ -9,9 +9,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from fm.config import FinetuneSettings, LossSettings
+from fm.lab.plan import footprint, kept_bytes
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.wavelit import WaveLiTFM
-from fm.training.flops import footprint, forward_flops, forward_passes, held_calls, kept_bytes
+from fm.training.flops import forward_flops, forward_passes, held_calls
 from fm.training.objective import Unroll
 
 STATS = {key: {"tracer": 1.0} for key in ("mean", "std", "mean_delta", "std_delta")}
