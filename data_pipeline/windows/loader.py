@@ -84,7 +84,7 @@ class _Windows:
     def _drawn(division: Division, start: int, stop: int) -> Iterator[tuple[Draw, np.ndarray]]:
         # Tables of its own: what looks ahead into the next pass of a dataset would undo those of this one.
         schedule, draw = division.schedule.copy(), None
-        for piece in division.all_micro_batches(start, stop):
+        for piece in (piece for step in range(start, stop) for piece in division.micro_batches(step)):
             if draw is None or draw.index != piece.draw:
                 draw = schedule.draw(piece.draw)
             yield draw, piece.places

@@ -1,38 +1,15 @@
-"""Sampling shares that follow the validation scores (future work of the paper, section 3.5).
+"""Which windows each step trains on, and which process takes them.
 
-    share_i  in proportion to  base_i * score_i ** power,  and at least `floor`
+A draw is one global mini-batch of windows of one dataset (paper, Appendix F). This file answers four questions in turn:
 
-The base are the sqrt shares. The score of a dataset is its one-step validation VRMSE over that of persistence, a number
-without units that can be compared between datasets: the further from solved, the more often drawn. Only ratios of
-scores matter. They are not smoothed over validations: they come from averaged weights and the same windows each time,
-so they move slowly by themselves.
+1. How often is each dataset drawn? `sampling_shares`, and `adaptive_shares` after each validation.
+2. Which dataset does a draw use? `draws_per_block` and `shuffled_block`.
+3. Which windows does a draw hold? `window_order`. `Schedule` puts 1 to 3 together.
+4. Which process takes which windows of a step? `assign_by_cost` and `Division`.
 
-Which windows are trained on, and when: a pure function of the seed and the draw's index.
-
-A draw is one mini-batch of one dataset (paper section 3.5). Nothing is stored or replayed: to resume, ask for the next
-index. Nothing depends on the number of ranks or workers: they slice the global batch that the draw names.
-
-Which dataset: draws come in blocks of 256. Block b places the points (k + u_b) / 256, k = 0..255, on the unit interval
-that the shares divide (systematic sampling; u_b is a hash), so every block holds each dataset within one of 256 times
-its share. The points of a block are then shuffled. How often a dataset was drawn before any index is a sum of closed
-forms over blocks.
-
-Shares may change: a schedule is a sequence of segments, each with its first draw and its shares, and the blocks of a
-segment begin at its first draw. The schedule is then a function of the seed and of this history as well.
-
-Which windows: the draws of one dataset read an endless stream of passes, and each pass is a permutation of all its
-windows, sorted by hash (data_pipeline/files.py), which no library's version and no platform can move.
-
-How the windows of a step are divided among processes.
-
-A step takes `draws` mini-batches from the schedule, each of one dataset; together they are its global batch. What they
-hold does not depend on the processes, only who takes which windows does:
-
-    global    every process takes an equal, contiguous share of every draw: all work on the same grid at the same time
-    per_rank  windows go, longest first, to the process with the least to do (Graham's LPT rule, SIAM J. Appl. Math. 17,
-              1969), so processes work on different datasets and end together
-
-Either way each window counts 1 / (windows in the global batch) in the gradient.
+Every answer is a pure function of the seed, the number of the draw and the history of the shares. So a resumed run
+needs the step number alone, and the draws depend neither on the number of processes nor on the number of threads. All
+random numbers are SplitMix64 hashes (data_pipeline/files.py): no version of a library and no platform changes them.
 """
 
 import copy
@@ -40,7 +17,7 @@ import hashlib
 import heapq
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,59 +27,15 @@ from data_pipeline.files import UserError
 from data_pipeline.hashing import splitmix64, stream_key, uniform
 from data_pipeline.schema import nearest
 
-
-def adaptive_shares(
-    base: Mapping[str, float], scores: Mapping[str, float], power: float, floor: float
-) -> dict[str, float]:
-    """The share of each dataset of `base`; they sum to 1 and none is below `floor`.
-
-    A dataset without a score counts as the geometric mean of those with one. Power 0 gives the base, floored.
-    Raises UserError if the floor leaves nothing to share.
-    """
-    if not 0 <= floor * len(base) < 1:
-        raise UserError(
-            f"sampling.floor: expected less than 1 / {len(base)} = {1 / len(base):.4g}, since each of {len(base)} "
-            f"datasets gets at least that share; got {floor}."
-        )
-    known = {name: math.log(scores[name]) for name in base if name in scores}
-    mean = math.fsum(known.values()) / len(known) if known else 0.0
-    logs = {name: math.log(share) + power * (known.get(name, mean) - mean) for name, share in base.items()}
-    highest = max(logs.values())
-    return _floored({name: math.exp(value - highest) for name, value in logs.items()}, floor)
-
-
-def _floored(mass: Mapping[str, float], floor: float) -> dict[str, float]:
-    """Shares in proportion to `mass`, those below `floor` raised to it at the cost of all others alike."""
-    raised: set[str] = set()
-    while True:
-        left = 1 - floor * len(raised)
-        total = math.fsum(value for name, value in mass.items() if name not in raised)
-        shares = {name: floor if name in raised else left * value / total for name, value in mass.items()}
-        low = {name for name, share in shares.items() if share < floor}
-        if not low:
-            return shares
-        raised |= low  # the others shrink, which may take one more of them below the floor
-
-
-def carry_scores(
-    previous: Mapping[str, float], latest: Mapping[str, float | None]
-) -> tuple[dict[str, float], list[str]]:
-    """The scores to go by, and the names in `latest` whose score is missing or not a finite number above 0.
-
-    The previous score of such a dataset stands, if it has one.
-    """
-    usable = {name: score for name, score in latest.items() if score is not None and 0 < score < math.inf}
-    return {**previous, **usable}, sorted(latest.keys() - usable.keys())
-
-
-BLOCK = 256  # draws per block of the dataset sequence
+BLOCK = 256  # draws in a block of the sequence of datasets
 SCHEMES = ("sqrt", "uniform", "proportional", "temperature", "weights", "adaptive")
 SHUFFLES = ("global", "blocks")
+WAYS = ("global", "per_rank")
 
 
 @dataclass(frozen=True)
 class Source:
-    """What the schedule knows of one dataset."""
+    """The sizes of one dataset that the schedule depends on."""
 
     name: str
     windows: int  # training examples
@@ -119,28 +52,14 @@ class Source:
             raise ValueError(f"{self.name}: {self.windows} windows, but its shards hold {sum(self.shard_windows)}")
 
 
-@dataclass(frozen=True, eq=False)
-class Draw:
-    """One global mini-batch."""
-
-    index: int
-    dataset: str
-    windows: np.ndarray  # (batch,) int64, window ids; ranks take contiguous slices
-
-    def digest(self) -> str:
-        """16 hex digits of dataset and window ids, the same on every machine."""
-        content = self.dataset.encode() + b"\0" + self.windows.astype("<i8").tobytes()
-        return hashlib.blake2b(content, digest_size=8).hexdigest()
-
-
 def sampling_shares(
     sources: Sequence[Source], scheme: str, temperature: float = 0.2, weights: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """Probability of each dataset, by name in sorted order; sums to 1 (paper section 3.5 and Table 8).
+    """Return the probability of each dataset, by name in sorted order; they sum to 1 (paper, Appendix F and Table 8).
 
-    With pi the share of tokens (windows * tokens per window): `proportional` is pi, `uniform` the same for all, `sqrt`
-    in proportion to the root of pi, `temperature` softmax(pi / temperature), `weights` in proportion to `weights`.
-    `adaptive` starts as `sqrt`; its later shares are data_pipeline/windows/schedule.py's.
+    With pi_i the dataset's part of all tokens (windows * tokens per window), the share is in proportion to
+    `uniform`: 1; `proportional`: pi_i; `sqrt`: sqrt(pi_i); `temperature`: exp(pi_i / temperature); `weights`: the given
+    weight. `adaptive` starts as `sqrt`; `adaptive_shares` then changes it.
     Raises UserError for an unknown scheme, a temperature not above 0, or weights that do not fit the datasets.
     """
     sources = sorted(sources, key=lambda source: source.name)
@@ -176,10 +95,100 @@ def _checked_weights(names: Sequence[str], weights: Mapping[str, float]) -> list
     return values
 
 
-class _Segment:
-    """Which dataset each draw is of, from draw `first` on, by one set of shares.
+def adaptive_shares(
+    base: Mapping[str, float], scores: Mapping[str, float], power: float, floor: float
+) -> dict[str, float]:
+    """Return shares in proportion to base_i * score_i ** power, none of them below `floor`; they sum to 1.
 
-    `shares` has a share for each dataset in sorted order; `before` (n,) counts the draws of each before `first`.
+    Adaptive sampling is future work of the paper (section 4.2). `base` are the sqrt shares. A score is the one-step
+    validation VRMSE of a dataset over the VRMSE of persistence: it has no unit, and a dataset that is far from solved
+    is drawn more often. Only ratios of scores matter. Scores are not smoothed: they come from averaged weights on the
+    same windows each time and move slowly by themselves. A dataset without a score gets the geometric mean of the
+    others' scores. Raises UserError if the floor leaves nothing to share.
+    """
+    if not 0 <= floor * len(base) < 1:
+        raise UserError(
+            f"sampling.floor: expected less than 1 / {len(base)} = {1 / len(base):.4g}, since each of {len(base)} "
+            f"datasets gets at least that share; got {floor}."
+        )
+    known = {name: math.log(scores[name]) for name in base if name in scores}
+    mean = math.fsum(known.values()) / len(known) if known else 0.0
+    logs = {name: math.log(share) + power * (known.get(name, mean) - mean) for name, share in base.items()}
+    highest = max(logs.values())
+    mass = {name: math.exp(value - highest) for name, value in logs.items()}
+    raised: set[str] = set()  # datasets at the floor
+    while True:
+        left = 1 - floor * len(raised)
+        total = math.fsum(value for name, value in mass.items() if name not in raised)
+        shares = {name: floor if name in raised else left * value / total for name, value in mass.items()}
+        low = {name for name, share in shares.items() if share < floor}
+        if not low:
+            return shares
+        raised |= low  # the other shares shrink, which may take one more of them below the floor
+
+
+def carry_scores(
+    previous: Mapping[str, float], latest: Mapping[str, float | None]
+) -> tuple[dict[str, float], list[str]]:
+    """Return the scores for `adaptive_shares`, and the datasets whose latest score cannot be used.
+
+    A score can be used if it is a finite number above 0; otherwise the previous score stays, if there is one.
+    """
+    usable = {name: score for name, score in latest.items() if score is not None and 0 < score < math.inf}
+    return {**previous, **usable}, sorted(latest.keys() - usable.keys())
+
+
+def draws_per_block(edges: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Return how many draws of each block are of each dataset: (n,) edges, (blocks,) offsets -> (blocks, n) int64.
+
+    Systematic sampling: the shares divide the interval [0, 256) at `edges`, and block b places the points k + u_b,
+    k = 0..255, on it, where u_b in [0, 1) is its offset. So the draws of a dataset in each block differ from 256 times
+    its share by less than one, and their sum over blocks needs no loop over draws.
+    """
+    below = np.clip(np.ceil(edges - offsets[:, None]), 0, BLOCK).astype(np.int64)  # points below each edge
+    return np.diff(below, axis=1, prepend=0)
+
+
+def shuffled_block(counts: np.ndarray, key: np.uint64) -> np.ndarray:
+    """Return the datasets of a block's draws in drawing order: (n,) draws of each dataset -> (256,) numbers."""
+    datasets = np.repeat(np.arange(len(counts)), counts)
+    return datasets[np.argsort(splitmix64(key, np.arange(BLOCK, dtype=np.uint64)))]
+
+
+def window_order(source: Source, seed: int, number: int, shards_per_block: int | None) -> np.ndarray:
+    """Return the order of all windows of a dataset in its pass `number`, (windows,) int64.
+
+    Windows are sorted by hash. With `shards_per_block`, shards are sorted by hash first, and windows by hash within
+    each block of that many shards, so that a reader needs few shards at a time.
+    """
+    hashes = splitmix64(stream_key("windows", seed, source.name, number), np.arange(source.windows, dtype=np.uint64))
+    if shards_per_block is None:
+        return np.argsort(hashes)
+    shards = np.arange(len(source.shard_windows))
+    shard_hashes = splitmix64(stream_key("shards", seed, source.name, number), shards.astype(np.uint64))
+    block_of_shard = np.empty_like(shards)
+    block_of_shard[np.argsort(shard_hashes)] = shards // shards_per_block
+    return np.lexsort((hashes, np.repeat(block_of_shard, source.shard_windows)))
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """One global mini-batch."""
+
+    index: int
+    dataset: str
+    windows: np.ndarray  # (batch,) int64, window ids
+
+    def digest(self) -> str:
+        """Return 16 hex digits of dataset and window ids, the same on every machine."""
+        content = self.dataset.encode() + b"\0" + self.windows.astype("<i8").tobytes()
+        return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+class _Segment:
+    """The sequence of datasets from draw `first` on, under one set of shares; its blocks begin at `first`.
+
+    `shares` has a share for each dataset in sorted order. `before` (n,) counts the draws of each before `first`.
     """
 
     def __init__(self, first: int, shares: Mapping[str, float], before: np.ndarray, seed: int) -> None:
@@ -187,45 +196,39 @@ class _Segment:
         cumulative = np.cumsum(list(self.shares.values()))
         self._edges = cumulative / cumulative[-1] * BLOCK  # the last edge is exactly 256: every point has a dataset
         place = (first,) if first else ()
-        self._offset_key = stream_key("offset", seed, *place)
-        self._order_key = stream_key("order", seed, *place)
-        self._cached_block: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._offset_key, self._order_key = stream_key("offset", seed, *place), stream_key("order", seed, *place)
+        self._cached: tuple[int, np.ndarray, np.ndarray] = (-1, before, before)
 
     def counts(self, index: int) -> np.ndarray:
-        """How often each dataset is drawn by all draws before `index`, (n,) int64."""
+        """Return how often each dataset is drawn by all draws before `index`, (n,) int64."""
         block, place = divmod(index - self.first, BLOCK)
         before, order = self._block(block)
         return before + np.bincount(order[:place], minlength=len(before))
 
     def dataset(self, index: int) -> int:
-        """The number of the dataset that draw `index` is of."""
+        """Return the number of the dataset of draw `index`."""
         block, place = divmod(index - self.first, BLOCK)
         return int(self._block(block)[1][place])
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draws of each dataset before the block (n,), and the block's datasets in drawing order (256,)."""
-        if self._cached_block is None or self._cached_block[0] != block:
+        """Return the draws of each dataset before the block (n,), and the block's datasets in drawing order (256,)."""
+        cached = self._cached
+        if cached[0] != block:
             offsets = uniform(self._offset_key, np.arange(block + 1, dtype=np.uint64))
-            below = np.array([self._points_below(edge, offsets[:-1]).sum() for edge in self._edges], dtype=np.int64)
-            inside = np.array([self._points_below(edge, offsets[-1:])[0] for edge in self._edges], dtype=np.int64)
-            datasets = np.repeat(np.arange(len(inside)), np.diff(inside, prepend=0))
-            order_key = splitmix64(self._order_key, np.array([block], dtype=np.uint64))[0]
-            datasets = datasets[np.argsort(splitmix64(order_key, np.arange(BLOCK, dtype=np.uint64)))]
-            self._cached_block = (block, self.before + np.diff(below, prepend=0), datasets)
-        return self._cached_block[1:]
-
-    @staticmethod
-    def _points_below(edge: float, offsets: np.ndarray) -> np.ndarray:
-        """For each block, how many of its points k + u, k = 0..255, lie below `edge` (0..256)."""
-        return np.clip(np.ceil(edge - offsets), 0, BLOCK).astype(np.int64)
+            counts = draws_per_block(self._edges, offsets)
+            key = splitmix64(self._order_key, np.array([block], dtype=np.uint64))[0]
+            cached = (block, self.before + counts[:-1].sum(axis=0), shuffled_block(counts[-1], key))
+            self._cached = cached
+        return cached[1:]
 
 
 class Schedule:
-    """Draws by index.
+    """All draws, by their index.
 
-    The answers depend on the arguments and the history of shares alone: not on the order in which sources are listed,
-    nor on what was asked before. What is cached (a block of 256 datasets per segment, one permutation per dataset) only
-    saves time.
+    The draws of one dataset read an endless stream of passes over its windows: every window is used once before any is
+    used twice. The shares may change: a schedule is a sequence of segments, each with its first draw and its shares.
+    The result depends on the arguments and this history alone, neither on the order in which sources are listed nor on
+    earlier calls. The cache (a block of 256 datasets per segment, one permutation per dataset) only saves time.
 
     Args:
         sources: the datasets of the run.
@@ -233,7 +236,7 @@ class Schedule:
         seed: any integer.
         scheme, temperature, weights: see `sampling_shares`.
         shuffle: "global" permutes all windows of a dataset; "blocks" permutes the shards, then the windows within
-            each block of `shards_per_block` shards, so that a reader needs few shards at a time.
+            each block of `shards_per_block` shards.
     """
 
     def __init__(
@@ -262,25 +265,75 @@ class Schedule:
         self._segments: tuple[_Segment, ...] = (_Segment(0, shares, np.zeros(len(names), np.int64), self._seed),)
         self._cached_passes: dict[str, tuple[int, np.ndarray]] = {}  # dataset -> number of the pass, its permutation
 
+    def draw(self, index: int) -> Draw:
+        """Return mini-batch number `index`, counted from 0."""
+        segment = self._segment(index)
+        number = segment.dataset(index)
+        source = self.sources[number]
+        positions = int(segment.counts(index)[number]) * self.batch + np.arange(self.batch, dtype=np.int64)
+        passes, places = np.divmod(positions, source.windows)
+        windows = np.empty_like(positions)
+        for this_pass in range(int(passes[0]), int(passes[-1]) + 1):
+            inside = passes == this_pass
+            windows[inside] = self._window_order(source, this_pass)[places[inside]]
+        return Draw(index, source.name, windows)
+
+    def _window_order(self, source: Source, number: int) -> np.ndarray:
+        cached = self._cached_passes.get(source.name)
+        if cached is None or cached[0] != number:
+            cached = (number, window_order(source, self._seed, number, self._shards_per_block))
+            self._cached_passes[source.name] = cached
+        return cached[1]
+
+    def source(self, index: int) -> Source:
+        """Return the dataset of draw `index`."""
+        return self.sources[self._segment(index).dataset(index)]
+
+    def counts(self, index: int) -> dict[str, int]:
+        """Return how often each dataset is drawn by the draws before `index`."""
+        totals = self._segment(index).counts(index)
+        return {source.name: int(total) for source, total in zip(self.sources, totals, strict=True)}
+
+    def passes(self, index: int) -> dict[str, float]:
+        """Return how often the draws before `index` went through each dataset; 1.0 is every window once."""
+        counts = self.counts(index)
+        return {source.name: counts[source.name] * self.batch / source.windows for source in self.sources}
+
     @property
     def shares(self) -> dict[str, float]:
         """The share of each dataset from the last segment's first draw on."""
         return dict(self._segments[-1].shares)
 
     def shares_at(self, index: int) -> dict[str, float]:
-        """The share of each dataset at draw `index`."""
+        """Return the share of each dataset at draw `index`."""
         return dict(self._segment(index).shares)
+
+    def _segment(self, index: int) -> _Segment:
+        """Return the segment of draw `index`."""
+        if index < 0:
+            raise ValueError(f"draws are numbered from 0, got {index}")
+        return self._segments[bisect_right(self._segments, index, key=lambda segment: segment.first) - 1]
 
     @property
     def history(self) -> list[list[Any]]:
         """All segments as JSON: [first draw, {dataset: share}] each."""
         return [[segment.first, dict(segment.shares)] for segment in self._segments]
 
-    def with_shares(self, index: int, shares: Mapping[str, float]) -> "Schedule":
-        """This schedule up to draw `index`, and from there on these shares, which sum to 1.
+    def with_history(self, history: Sequence[Sequence[Any]]) -> "Schedule":
+        """Return this schedule with the segments of another one's `history`. ValueError where it does not fit."""
+        if not history or history[0][0] != 0:
+            raise ValueError("expected a history of shares that begins at draw 0")
+        schedule = self.copy()
+        schedule._segments = self._segments[:1]  # the first entry of the history replaces it
+        for first, shares in history:
+            schedule = schedule.with_shares(first, shares)
+        return schedule
 
-        A segment that begins at `index` itself is replaced. Draws of a dataset go on in its stream of passes, so each
-        window is used once before any is used twice, across segments too.
+    def with_shares(self, index: int, shares: Mapping[str, float]) -> "Schedule":
+        """Return this schedule with other shares from draw `index` on; they sum to 1.
+
+        A segment that begins at `index` itself is replaced. Draws of a dataset continue its stream of passes, so every
+        window is used once before any is used twice across segments, too.
         Raises ValueError if `index` lies before the last segment or the shares are not one for each dataset.
         """
         names = [source.name for source in self.sources]
@@ -292,91 +345,16 @@ class Schedule:
             raise ValueError(f"expected shares that sum to 1, got {math.fsum(shares.values())}")
         kept = tuple(segment for segment in self._segments if segment.first < index)
         before = kept[-1].counts(index) if kept else np.zeros(len(names), np.int64)
-        changed = copy.copy(self)
-        changed._segments = (*kept, _Segment(index, {name: shares[name] for name in names}, before, self._seed))
+        changed = self.copy()
         changed._cached_passes = dict(self._cached_passes)
+        changed._segments = (*kept, _Segment(index, {name: shares[name] for name in names}, before, self._seed))
         return changed
 
-    def with_history(self, history: Sequence[Sequence[Any]]) -> "Schedule":
-        """This schedule with the segments of `history`, as another one gave it. ValueError where it does not fit."""
-        if not history or history[0][0] != 0:
-            raise ValueError("expected a history of shares that begins at draw 0")
-        schedule = copy.copy(self)
-        schedule._segments = self._segments[:1]  # which the first one replaces
-        for first, shares in history:
-            schedule = schedule.with_shares(first, shares)
-        return schedule
-
-    def draw(self, index: int) -> Draw:
-        """The mini-batch number `index`, from 0."""
-        segment = self._segment(index)
-        number = segment.dataset(index)
-        source = self.sources[number]
-        positions = int(segment.counts(index)[number]) * self.batch + np.arange(self.batch, dtype=np.int64)
-        return Draw(index, source.name, self._windows(source, positions))
-
-    def source(self, index: int) -> Source:
-        """The dataset that draw `index` is of."""
-        return self.sources[self._segment(index).dataset(index)]
-
-    def counts(self, index: int) -> dict[str, int]:
-        """How often each dataset is drawn by the draws before `index`."""
-        totals = self._segment(index).counts(index)
-        return {source.name: int(total) for source, total in zip(self.sources, totals, strict=True)}
-
-    def passes(self, index: int) -> dict[str, float]:
-        """How often the draws before `index` went through each dataset; 1.0 is every window once."""
-        counts = self.counts(index)
-        return {source.name: counts[source.name] * self.batch / source.windows for source in self.sources}
-
     def copy(self) -> "Schedule":
-        """The same schedule with tables of its own, for another reader of another place in it."""
-        return copy.deepcopy(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is copied are the arguments, not megabytes of cached permutations."""
-        return {**self.__dict__, "_cached_passes": {}}
-
-    def _segment(self, index: int) -> _Segment:
-        """The segment that draw `index` belongs to."""
-        if index < 0:
-            raise ValueError(f"draws are numbered from 0, got {index}")
-        return self._segments[bisect_right(self._segments, index, key=lambda segment: segment.first) - 1]
-
-    def _windows(self, source: Source, positions: np.ndarray) -> np.ndarray:
-        """Window ids at `positions` (batch,) of the endless stream of passes."""
-        passes, places = np.divmod(positions, source.windows)
-        windows = np.empty_like(positions)
-        for number in range(int(passes[0]), int(passes[-1]) + 1):
-            here = passes == number
-            windows[here] = self._permutation(source, number)[places[here]]
-        return windows
-
-    def _permutation(self, source: Source, number: int) -> np.ndarray:
-        """The order of windows in pass `number` of a dataset, (windows,) int64."""
-        cached = self._cached_passes.get(source.name)
-        if cached is None or cached[0] != number:
-            hashes = splitmix64(
-                stream_key("windows", self._seed, source.name, number), np.arange(source.windows, dtype=np.uint64)
-            )
-            if self._shards_per_block is None:
-                order = np.argsort(hashes)
-            else:
-                order = np.lexsort((hashes, np.repeat(self._shard_blocks(source, number), source.shard_windows)))
-            cached = self._cached_passes[source.name] = (number, order)
-        return cached[1]
-
-    def _shard_blocks(self, source: Source, number: int) -> np.ndarray:
-        """The block in which each shard is read in pass `number`, (shards,)."""
-        assert self._shards_per_block is not None
-        shards = np.arange(len(source.shard_windows), dtype=np.uint64)
-        order = np.argsort(splitmix64(stream_key("shards", self._seed, source.name, number), shards))
-        blocks = np.empty(len(shards), dtype=np.int64)
-        blocks[order] = np.arange(len(shards)) // self._shards_per_block
-        return blocks
-
-
-WAYS = ("global", "per_rank")
+        """Return the same schedule with a cache of its own, for a reader at another place in it."""
+        copied = copy.copy(self)
+        copied._cached_passes = {}
+        return copied
 
 
 @dataclass(frozen=True, eq=False)
@@ -384,15 +362,37 @@ class MicroBatch:
     """Windows of one draw that a process takes through the model at once."""
 
     draw: int  # index of the draw
-    places: np.ndarray  # (b,) int64, ascending: places of the windows in the draw's mini-batch
+    places: np.ndarray  # (b,) int64, ascending: places of the windows in the draw
+
+
+def assign_by_cost(costs: list[int], batch: int, world_size: int) -> list[dict[int, np.ndarray]]:
+    """Return for each process which windows of a step's draws it takes: {draw: places in it, ascending}.
+
+    `costs` holds the cost of one window for each draw; every draw has `batch` windows. Windows go, longest first, to
+    the process with the least to do (Graham's LPT rule, SIAM J. Appl. Math. 17, 1969): the last process ends at most
+    4/3 - 1/(3 world_size) times later than the best assignment. Every process gets a window if there are enough.
+    """
+    loads = [(0, rank) for rank in range(world_size)]
+    taken: list[dict[int, list[int]]] = [{} for _ in range(world_size)]
+    for draw in sorted(range(len(costs)), key=lambda draw: (-costs[draw], draw)):
+        for place in range(batch):
+            load, rank = heapq.heappop(loads)
+            taken[rank].setdefault(draw, []).append(place)
+            heapq.heappush(loads, (load + costs[draw], rank))
+    return [{draw: np.array(places) for draw, places in sorted(mine.items())} for mine in taken]
 
 
 class Division:
-    """What one process takes of each step: a pure function of the schedule, the step, the rank and the world size.
+    """The windows that one process takes in each step: a pure function of schedule, step, rank and world size.
 
-    `micro_batch` is the most windows of a piece; None means as many as there are. `model_calls(step, dataset)` is how
-    often a window goes through the model, which multiplies its cost. Raises UserError where the windows
-    cannot be divided: `global` needs a draw that all processes share evenly, `per_rank` a window for every process.
+    A step takes `draws` mini-batches, each of one dataset; together they are its global batch. Each window counts
+    1 / (windows in the global batch) in the gradient, whichever process takes it. With way `global`, every process
+    takes an equal, contiguous share of every draw, so all work on the same grid at the same time. With `per_rank`,
+    windows are assigned by cost, so processes work on different datasets and end together.
+
+    `micro_batch` is the most windows of a micro-batch; None: no limit. `model_calls(step, dataset)` is how often a
+    window goes through the model, which multiplies its cost. Raises UserError where windows cannot be divided:
+    `global` needs a draw that all processes share evenly, `per_rank` a window for every process.
     """
 
     def __init__(
@@ -414,9 +414,10 @@ class Division:
         windows = schedule.batch * draws
         if way == "global" and schedule.batch % world_size:
             of = f"{windows} windows" if draws == 1 else f"{windows} windows in {draws} draws"
-            divisors = [str(n) for n in range(1, schedule.batch + 1) if schedule.batch % n == 0]
+            *others, last = [str(n) for n in range(1, schedule.batch + 1) if schedule.batch % n == 0]
+            use = f"{', '.join(others)} or {last} processes" if others else "1 process"
             raise UserError(
-                f"a global batch of {of} cannot be shared evenly by {world_size} processes: use {_either(divisors)}, "
+                f"a global batch of {of} cannot be shared evenly by {world_size} processes: use {use}, "
                 f"or a global batch that is a multiple of {world_size * draws}"
             )
         if windows < world_size:
@@ -425,8 +426,12 @@ class Division:
                 f"any: use at most {windows} processes, or a larger global batch"
             )
 
+    def draws_of(self, step: int) -> list[Draw]:
+        """Return the mini-batches of step `step`, over all processes."""
+        return [self.schedule.draw(index) for index in range(step * self.draws, (step + 1) * self.draws)]
+
     def micro_batches(self, step: int) -> list[MicroBatch]:
-        """What this process takes of step `step`, in the order in which it takes it."""
+        """Return what this process takes in step `step`, in the order in which it takes it."""
         batch, first = self.schedule.batch, step * self.draws
         if self._way == "global":
             share = batch // self._world_size
@@ -444,40 +449,9 @@ class Division:
 
     @property
     def largest_micro_batch(self) -> int:
-        """Most windows of the costliest dataset that a process takes through the model at once.
+        """Most windows of the costliest dataset in one micro-batch.
 
-        Of cheaper ones it may take more with `per_rank`, but not more work.
+        With `per_rank`, a micro-batch of a cheaper dataset may have more windows, but not more work.
         """
         share = -(-self.schedule.batch // self._world_size)
         return min(share, self._micro_batch or share)
-
-    def draws_of(self, step: int) -> list[Draw]:
-        """The mini-batches of step `step`, over all processes."""
-        return [self.schedule.draw(index) for index in range(step * self.draws, (step + 1) * self.draws)]
-
-    def all_micro_batches(self, start: int, stop: int) -> Iterator[MicroBatch]:
-        """The pieces of steps start, start + 1, ... stop - 1, one after the other."""
-        for step in range(start, stop):
-            yield from self.micro_batches(step)
-
-
-def assign_by_cost(costs: list[int], batch: int, world_size: int) -> list[dict[int, np.ndarray]]:
-    """Who takes which windows of a step's draws, by the LPT rule: for each process {draw: places in it, ascending}.
-
-    `costs` holds one window's cost for each draw; every draw has `batch` windows. With at least one window a process,
-    none is left without. The longest process ends at most 4/3 - 1/(3 world_size) times later than is possible.
-    """
-    loads = [(0, rank) for rank in range(world_size)]
-    taken: list[dict[int, list[int]]] = [{} for _ in range(world_size)]
-    for draw in sorted(range(len(costs)), key=lambda draw: (-costs[draw], draw)):
-        for place in range(batch):
-            load, rank = heapq.heappop(loads)
-            taken[rank].setdefault(draw, []).append(place)
-            heapq.heappush(loads, (load + costs[draw], rank))
-    return [{draw: np.array(places) for draw, places in sorted(mine.items())} for mine in taken]
-
-
-def _either(divisors: list[str]) -> str:
-    if divisors == ["1"]:
-        return "1 process"
-    return f"{', '.join(divisors[:-1])} or {divisors[-1]} processes"
