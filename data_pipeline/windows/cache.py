@@ -1,14 +1,19 @@
-"""A folder of blobs with a size limit, the least recently used out first, shared by all processes of a machine.
+"""A cache on disk with a size limit, shared by all processes of a machine; the least recently used blob goes first.
 
-A blob's name says what it holds (the SHA-256 of a shard, with offsets for a part of it), never where it came from, and
-a blob appears under its name whole or not at all. It is written as `parts/<name>.<bytes>.part`, under a lock (flock) on
-that file: one process downloads, the others wait for the lock and then find the blob. A lock ends with its process, so
-a part without one is a dead process's: it is taken up by whoever wants the same blob next, and is the first to go when
-room is needed. How much the folder holds is counted in `used`, under the lock that also covers eviction. The count errs
-on the high side (a killed process may leave a reservation behind) and is taken anew from the files before anything is
-removed. Whoever finds no room, because others are writing, removes its own part and begins again later: parts that wait
-would count each other, and wait for ever. A blob that is removed while a process has it open or mapped stays readable
-for it (POSIX).
+A blob's name is its content: the SHA-256 of a shard, with offsets for a part of the shard. A blob appears under its
+name whole or not at all. The folder holds
+
+    blobs/NAME               a blob; its modification time is when it was last used
+    parts/NAME.BYTES.part    a shard while it is downloaded; BYTES is the size that it will have
+    parts/NAME.tmp           a small blob while it is written
+    locks/NAME               empty, locked (flock) while a process downloads that shard; the other processes wait
+    used                     the count of all bytes; locked while the count changes or blobs are removed
+
+A lock ends with its process. So a part whose lock is free belongs to a dead process: the next download of that blob
+continues it, and it is removed first when room is needed. The count may be too high, since a killed process leaves its
+reservation behind; the files are counted again before anything is removed. A download that finds no room because of
+other downloads removes its own part and starts again later: parts that wait would count each other and wait for ever.
+A blob that is removed while a process has it open or mapped stays readable for that process (POSIX).
 
 The folder should be on a local disk: flock over NFS is slow, and missing on some servers.
 """
@@ -22,21 +27,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from data_pipeline.files import UserError, is_disk_full, sha256_file, sync
 
 _NAME = re.compile(r"[0-9a-f]{64}(?:-\d{1,20}-\d{1,20})?")
-_PART = re.compile(rf"({_NAME.pattern}(?:\.\d+_\d+)?)\.(\d{{1,20}})\.part")
-_SLACK = 0.95  # of the limit is left when small blobs are evicted, so that not each new one looks at all others
-_STALE_SECONDS = 86400.0  # after which a dead process's part goes even if there is room for it
+_PART = re.compile(rf"({_NAME.pattern})\.(\d{{1,20}})\.part")
+_SPARE = 0.05  # of the limit is freed for a small blob, so that not every small blob has to look at all others
 _POLL_SECONDS = 0.1
-
-
-class _Entry(NamedTuple):
-    used_ns: int  # when it was last used; 0 for the part of a dead process
-    num_bytes: int
-    path: Path
 
 
 @dataclass(frozen=True)
@@ -46,10 +43,14 @@ class BlobCache:
     folder: Path
     limit_bytes: int
 
-    def open(self, name: str, num_bytes: int) -> int | None:
-        """A file descriptor of the blob, which then counts as just used; None if it is not there.
+    def _blob(self, name: str) -> Path:
+        assert _NAME.fullmatch(name), name
+        return self.folder / "blobs" / name
 
-        One that is not a plain file of that size is removed.
+    def open(self, name: str, num_bytes: int) -> int | None:
+        """Return a file descriptor of the blob and mark it as just used; None if it is not there.
+
+        A blob that is not a plain file of that size is removed.
         """
         path = self._blob(name)
         try:
@@ -66,75 +67,81 @@ class BlobCache:
         self.touch(name)
         return descriptor
 
-    def has(self, name: str) -> bool:
-        """Whether the blob was there just now."""
-        return os.path.exists(self._blob(name))  # unlike Path.exists, False too where one may not look
-
-    def touch(self, name: str) -> None:
-        """Counts the blob as just used, if it is there and the cache is not read only."""
-        with suppress(OSError):
-            os.utime(self._blob(name))
-
     def read(self, name: str, num_bytes: int) -> bytes | None:
-        """The content of a blob, None if it is not there. The caller compares it with a checksum."""
+        """Return the content of a blob, None if it is not there. The caller compares it with a checksum."""
         descriptor = self.open(name, num_bytes)
         if descriptor is None:
             return None
         with open(descriptor, "rb") as file:
             return file.read()
 
+    def has(self, name: str) -> bool:
+        """Return whether the blob is there at this moment."""
+        return os.path.exists(self._blob(name))  # unlike Path.exists, False too in a folder that may not be searched
+
+    def touch(self, name: str) -> None:
+        """Mark the blob as just used, if it is there and the cache is not read only."""
+        with suppress(OSError):
+            os.utime(self._blob(name))
+
     def remove(self, name: str) -> None:
-        """Takes out a blob that turned out to be damaged."""
+        """Remove a damaged blob."""
         self._blob(name).unlink(missing_ok=True)
 
     def put(self, name: str, content: bytes | memoryview) -> None:
-        """Adds a small blob. It survives a kill, but perhaps not a power cut: its reader has a checksum."""
-        assert _NAME.fullmatch(name), name
-        while True:  # an eviction may take the part in the instant before it is locked
-            with self._part(f"{name}.{os.getpid()}_{time.monotonic_ns()}", len(content)) as part:
-                if part is None or not self._reserve(len(content), part, _SLACK):
-                    continue
-                try:
-                    with self._full_disk_explained():
-                        part.write_bytes(content)
-                    os.replace(part, self._blob(name))
-                except BaseException:
-                    part.unlink(missing_ok=True)
-                    raise
-                return
+        """Add a small blob. It survives a kill, but perhaps not a power cut: its reader has a checksum."""
+        temporary = self.folder / "parts" / f"{name}.tmp"
+        while True:
+            with self._locked(self.folder / "used") as used:
+                self._refuse_larger(len(content))
+                if self._reserve(used, len(content), temporary, spare=int(_SPARE * self.limit_bytes)):
+                    try:
+                        with self._full_disk_explained():
+                            temporary.write_bytes(content)
+                        os.replace(temporary, self._blob(name))
+                    finally:
+                        temporary.unlink(missing_ok=True)
+                    return
+            time.sleep(_POLL_SECONDS)  # downloads have taken the room; their blobs can be removed when they are done
 
     def fetch(self, name: str, num_bytes: int, fill: Callable[[Path], object], origin: str) -> int:
-        """A file descriptor of the blob with the SHA-256 `name`; if it is not there, `fill(path)` must write it.
+        """Return a file descriptor of the blob with the SHA-256 `name`, which `fill(path)` writes if it is not there.
 
-        Of all processes that ask for one blob, one fills it and the others wait. `path` may hold the beginning that a
-        killed process left. Raises UserError when the blob is larger than the cache, when what was filled in has
+        If several processes fetch one blob, one of them fills it and the others wait. `path` may hold the beginning
+        that a killed process left. Raises UserError when the blob is larger than the cache, when the content has
         another SHA-256 (naming `origin`), or when the disk is full.
         """
+        part = self.folder / "parts" / f"{name}.{num_bytes}.part"
         while True:
             descriptor = self.open(name, num_bytes)
             if descriptor is not None:
                 return descriptor
-            with self._part(name, num_bytes) as part:
-                if part is None:
+            self._refuse_larger(num_bytes)
+            with self._locked(self.folder / "locks" / name):
+                if self.has(name):  # another process filled it while this one waited for the lock
                     continue
-                if self.has(name):  # since a moment ago
-                    part.unlink()
-                elif self._reserve(num_bytes, part):
-                    self._fill(part, name, num_bytes, fill, origin)
+                os.close(self._create(part))
+                with self._locked(self.folder / "used") as used:
+                    fits = self._reserve(used, num_bytes, part)
+                    if not fits:
+                        part.unlink()
+                if fits:
+                    self._fill(part, name, fill, origin)
+                    continue
+            time.sleep(_POLL_SECONDS)  # as in `put`
 
-    def _fill(self, part: Path, name: str, num_bytes: int, fill: Callable[[Path], object], origin: str) -> None:
+    def _fill(self, part: Path, name: str, fill: Callable[[Path], object], origin: str) -> None:
         resumed = part.stat().st_size > 0
         with self._full_disk_explained():
             fill(part)
             found = sha256_file(part)
-            if found != name and resumed:  # what was left may have been torn by a power cut
+            if found != name and resumed:  # a power cut may have torn the beginning
                 os.truncate(part, 0)
                 fill(part)
                 found = sha256_file(part)
             sync(part)
         if found != name:
             part.unlink()
-            self._release(num_bytes)
             raise UserError(
                 f"{origin}: damaged: its SHA-256 is {found}, the manifest says {name}; compare it with the original "
                 "(`data-pipeline verify` on that folder) and upload it again"
@@ -142,47 +149,47 @@ class BlobCache:
         os.replace(part, self._blob(name))
 
     @contextmanager
-    def _part(self, name: str, num_bytes: int) -> Iterator[Path | None]:
-        """The path to write a blob at, locked; None if it was someone else's, who has ended with it meanwhile."""
-        path = self.folder / "parts" / f"{name}.{num_bytes}.part"
-        with self._locked(path) as descriptor:
-            yield path if _is_same(descriptor, path) else None
+    def _locked(self, path: Path, wait: bool = True) -> Iterator[int]:
+        """Hold the lock of a file, which is created if need be, and yield a descriptor of it.
 
-    @contextmanager
-    def _locked(self, path: Path) -> Iterator[int]:
-        """A descriptor of a file in the folder, which is made if it is not there, with the lock on it."""
-        descriptor = self._open(path)
+        Raises BlockingIOError if `wait` is False and the lock is taken.
+        """
+        descriptor = self._create(path)
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise
             except OSError as error:
                 raise UserError(
                     f"{path}: the cache cannot be locked ({error.strerror}); set data.cache to a folder on a local disk"
                 ) from error
             yield descriptor
         finally:
-            # A process forked meanwhile has a copy of the descriptor: closing ours would not end the lock.
+            # A process forked meanwhile has a copy of the descriptor, so closing this one would not end the lock.
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
-    def _open(self, path: Path) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    def _create(self, path: Path) -> int:
+        """Open a file of the cache for writing, and create it and the folders if need be."""
+        folders = [self.folder / name for name in ("blobs", "locks", "parts")]
         try:
-            with suppress(FileNotFoundError):  # the usual case: the folders are there
-                return os.open(path, flags, 0o600)
-            for folder in ("blobs", "parts"):  # whoever finds the second finds the first
-                (self.folder / folder).mkdir(parents=True, exist_ok=True)
-            return os.open(path, flags, 0o600)
+            if not folders[-1].is_dir():
+                for folder in folders:
+                    folder.mkdir(parents=True, exist_ok=True)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise UserError(
                 f"{path}: the cache cannot be written ({error.strerror}); set data.cache to another folder"
             ) from error
 
-    @property
-    def _count(self) -> Path:
-        """The file that holds the count; the lock on it covers eviction too."""
-        return self.folder / "used"
+    def _refuse_larger(self, num_bytes: int) -> None:
+        if num_bytes > self.limit_bytes:
+            raise UserError(
+                f"{self.folder}: a blob of {num_bytes} bytes is larger than the cache ({self.limit_bytes} bytes); "
+                "raise data.cache_gb"
+            )
 
     @contextmanager
     def _full_disk_explained(self) -> Iterator[None]:
@@ -196,110 +203,50 @@ class BlobCache:
                 ) from error
             raise
 
-    def _blob(self, name: str) -> Path:
-        assert _NAME.fullmatch(name), name
-        return self.folder / "blobs" / name
+    def _reserve(self, used: int, num_bytes: int, part: Path, spare: int = 0) -> bool:
+        """Count the bytes of `part` and remove old blobs to make room for them, and for `spare` bytes more.
 
-    def _reserve(self, num_bytes: int, part: Path, slack: float = 1.0) -> bool:
-        """Counts bytes that are about to be written to `part`, and makes room for them.
-
-        False, a moment later and without the part, while what others are writing leaves no room.
+        Returns False if downloads of other processes leave no room. `used` is a descriptor of the locked count.
         """
-        if num_bytes > self.limit_bytes:
-            part.unlink()
-            raise UserError(
-                f"{self.folder}: a blob of {num_bytes} bytes is larger than the cache ({self.limit_bytes} bytes); "
-                "raise data.cache_gb"
-            )
-        with self._locked(self._count) as descriptor:
-            used = _read_count(descriptor)
-            if used is None or used + num_bytes > self.limit_bytes:
-                used = self._evict(self.limit_bytes - num_bytes, int(self.limit_bytes * slack) - num_bytes, part)
-            fits = used + num_bytes <= self.limit_bytes
-            _write_count(descriptor, used + num_bytes if fits else used)
-            if not fits:
-                part.unlink()
-        if not fits:
-            time.sleep(_POLL_SECONDS)  # what others are writing can go when they are done
+        counted = os.pread(used, 32, 0)
+        count = int(counted) if re.fullmatch(rb"\d{20}", counted) else None
+        if count is None or count + num_bytes > self.limit_bytes:
+            count = self._evict(self.limit_bytes - num_bytes, spare, part)
+        fits = count + num_bytes <= self.limit_bytes
+        os.pwrite(used, b"%020d" % (count + num_bytes if fits else count), 0)
         return fits
 
-    def _release(self, num_bytes: int) -> None:
-        with self._locked(self._count) as descriptor:
-            used = _read_count(descriptor)
-            if used is not None:
-                _write_count(descriptor, max(0, used - num_bytes))
+    def _evict(self, target: int, spare: int, part: Path) -> int:
+        """Count the bytes of all files except `part`. If they exceed `target`, remove `spare` bytes more than that.
 
-    def _evict(self, target: int, low: int, mine: Path) -> int:
-        """Counts the files; if they hold more than `target` bytes, removes the oldest until they hold at most `low`.
-
-        Returns the bytes that they then hold. `mine` is the part that room is made for, and is not counted.
+        Returns the bytes that remain. The lock on the count is held.
         """
-        entries, used = [], 0
-        for entry in self._entries(mine):
-            used += entry.num_bytes
-            entries.append(entry)
-        if used <= target:
-            return used
-        for entry in sorted(entries):
-            if used <= low:
-                break
-            if entry.path.suffix != ".part":
-                entry.path.unlink(missing_ok=True)
-            elif not _remove_dead(entry.path):
-                continue
-            used -= entry.num_bytes
-        return used
-
-    def _entries(self, mine: Path) -> Iterator[_Entry]:
-        """All parts, with the sizes that they will have, and then all blobs: in this order nothing is missed, though a
-        part that becomes a blob meanwhile counts twice. Stale parts of dead processes are removed."""
+        entries = []  # (last use in ns, bytes, path); a part comes first, with the size that it will have
+        # Parts before blobs, so that nothing is missed: a part that becomes a blob meanwhile is counted twice.
         for found in os.scandir(self.folder / "parts"):
-            path, part = Path(found.path), _PART.fullmatch(found.name)
-            with suppress(FileNotFoundError):
-                age = time.time() - found.stat(follow_symlinks=False).st_mtime
-                if part is None or path == mine or (age > _STALE_SECONDS and _remove_dead(path)):
-                    continue
-                yield _Entry(0, int(part[2]), path)
+            name = _PART.fullmatch(found.name)
+            if found.name.endswith(".tmp"):  # of a dead process: `put` holds the lock while it writes
+                os.unlink(found)
+            elif name is not None and found.path != str(part):
+                entries.append((0, int(name[2]), Path(found.path)))
         for found in os.scandir(self.folder / "blobs"):
             with suppress(FileNotFoundError):
                 state = found.stat(follow_symlinks=False)
                 if _NAME.fullmatch(found.name):
-                    yield _Entry(state.st_mtime_ns, state.st_size, Path(found.path))
-
-
-def _remove_dead(path: Path) -> bool:
-    """Removes a part whose process is dead. False if someone is writing it, or has just made it a blob."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        dead = _is_same(descriptor, path)
-        if dead:
-            path.unlink()
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        return dead
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
-
-
-def _is_same(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one under the path."""
-    try:
-        there = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    here = os.fstat(descriptor)
-    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
-
-
-def _read_count(descriptor: int) -> int | None:
-    content = os.pread(descriptor, 32, 0)
-    return int(content) if re.fullmatch(rb"\d{20}", content) else None
-
-
-def _write_count(descriptor: int, count: int) -> None:
-    os.pwrite(descriptor, b"%020d" % count, 0)
+                    entries.append((state.st_mtime_ns, state.st_size, Path(found.path)))
+        count = sum(num_bytes for _, num_bytes, _ in entries)
+        if count <= target:
+            return count
+        for _, num_bytes, path in sorted(entries):
+            if count <= target - spare:
+                break
+            if path.suffix == ".part":
+                try:
+                    with self._locked(self.folder / "locks" / path.name.partition(".")[0], wait=False):
+                        path.unlink(missing_ok=True)
+                except BlockingIOError:  # it is being downloaded
+                    continue
+            else:
+                path.unlink(missing_ok=True)
+            count -= num_bytes
+        return count
