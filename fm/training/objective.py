@@ -1,21 +1,19 @@
-"""What an optimizer step's unroll looks like: its length, which inputs are the truth, and the noise on those.
+"""Training objectives: a model rolled out over a window, and the loss of its steps (paper Appendix G).
 
-All are functions of (seed, step, draw, place in the global batch): they depend on no number of processes, and a run
-that is continued has the same.
+Model step k = 1 ... K predicts frame k of the window from its input: frame k - 1 of the truth, or the model's own
+prediction of it. L_k is the loss of step k against the truth, and every mean is over the windows of a batch.
 
-Training objectives: a model rolled out over a window, and the loss of its steps (paper Appendix G).
-
-Model step k = 1 ... K makes frame k of the window from its input: frame k - 1 of the truth, or the model's own last
-prediction. With the loss L_k of step k against the truth, and every mean over the windows of a batch:
-
-    scheduled_sampling  mean over k of L_k; inputs are the truth by chance (Bengio et al. 2015)
+    scheduled_sampling  mean over k of L_k; each input is the truth with a probability (Bengio et al. 2015)
     bptt                mean over k of L_k; only the first input is the truth
     causal_bptt         mean over k of exp(-eps * sum over j < k of L_j) L_k, the weights without gradient: later steps
-                        count once earlier ones are right (Wang, Sankaran and Perdikaris 2024). Each window has its own
-    pushforward         L_K, and no gradient through the steps before K (Brandstetter, Worrall and Welling 2022)
+                        count once earlier ones are right (Wang, Sankaran and Perdikaris 2024); weights per window
+    pushforward         L_K, without gradient through the steps before K (Brandstetter, Worrall and Welling 2022)
 
-Gradients flow through predictions that are inputs, but for pushforward. K = 1 is one-step training, whatever the
+Gradients flow through predictions that are inputs, except for pushforward. K = 1 is one-step training for every
 objective.
+
+The length of an unroll, the inputs that are the truth, and the noise on them are functions of (seed, step, draw, place
+in the global batch). They do not depend on the number of processes, and a continued run repeats them.
 """
 
 import math
@@ -35,9 +33,10 @@ SIGMOID_STEEPNESS = 10.0
 
 
 def unroll_length(step: int, steps: int, settings: FinetuneSettings, dataset: str) -> int:
-    """Model steps of a window of `dataset` at optimizer step `step` of `steps`.
+    """Return the model steps K of a window of `dataset` at optimizer step `step` of `steps`.
 
-    With unroll_start it grows by one at a time, each length for an equal part of the first `unroll_growth` of the run.
+    With unroll_start, K grows by one at a time. Each length lasts an equal part of the first `unroll_growth` of the
+    run.
     """
     full = settings.unroll_of(dataset)
     if settings.unroll_start is None or settings.unroll_start >= full:
@@ -48,33 +47,26 @@ def unroll_length(step: int, steps: int, settings: FinetuneSettings, dataset: st
 
 
 def forcing_prob(step: int, steps: int, settings: FinetuneSettings) -> float:
-    """Probability that an input is the truth at optimizer step `step` of `steps`; 0 but for scheduled sampling.
+    """Return the probability that an input is the truth at optimizer step `step` of `steps`.
 
-    From forcing_start at the first step to forcing_end at the last: linearly, by half a cosine, or by the inverse
-    sigmoid of Bengio et al. (2015), shifted and scaled so that it begins and ends there.
+    It is 0 except for scheduled sampling. There it goes from forcing_start at the first step to forcing_end at the
+    last: linearly, by half a cosine, or by the inverse sigmoid of Bengio et al. (2015), shifted and scaled.
     """
     if settings.objective != "scheduled_sampling":
         return 0.0
     fraction = min(step / max(steps - 1, 1), 1.0)
-    left = {"linear": _linear, "cosine": _cosine, "inverse_sigmoid": _inverse_sigmoid}[settings.forcing](fraction)
+    if settings.forcing == "linear":
+        left = 1 - fraction
+    elif settings.forcing == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * fraction))
+    else:
+        high, low, at = (1 / (1 + math.exp(SIGMOID_STEEPNESS * (x - 0.5))) for x in (0.0, 1.0, fraction))
+        left = (at - low) / (high - low)
     return settings.forcing_end + (settings.forcing_start - settings.forcing_end) * left
 
 
-def _linear(fraction: float) -> float:
-    return 1 - fraction
-
-
-def _cosine(fraction: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * fraction))
-
-
-def _inverse_sigmoid(fraction: float) -> float:
-    high, low = (1 / (1 + math.exp(SIGMOID_STEEPNESS * (at - 0.5))) for at in (0.0, 1.0))
-    return (1 / (1 + math.exp(SIGMOID_STEEPNESS * (fraction - 0.5))) - low) / (high - low)
-
-
 def forcing_coins(seed: int, draw: int, batch: int, unroll_steps: int, prob: float) -> np.ndarray:
-    """Which inputs of a global batch are the truth: (batch, unroll_steps) bool. The first input always is."""
+    """Return which inputs of a global batch are the truth, (batch, unroll_steps) bool. The first input always is."""
     slots = np.arange(batch * unroll_steps, dtype=np.uint64)
     coins = uniform(stream_key("teacher forcing", seed, draw), slots).reshape(batch, unroll_steps) < prob
     coins[:, 0] = True
@@ -84,9 +76,9 @@ def forcing_coins(seed: int, draw: int, batch: int, unroll_steps: int, prob: flo
 def input_noise(
     seed: int, draw: int, places: np.ndarray, shape: tuple[int, ...], scale: float, device: torch.device
 ) -> Tensor:
-    """Gaussian noise with std `scale` for the windows at `places` of a draw's batch, (len(places), *shape) float32.
+    """Return Gaussian noise of std `scale` for the windows at `places` of a draw, (len(places), *shape) float32.
 
-    It is drawn on `device`, so CPUs and GPUs have different numbers.
+    The noise is drawn on `device`, so CPUs and GPUs have different numbers.
     """
     noise = torch.empty(len(places), *shape, device=device)
     for row, place in enumerate(places.tolist()):
@@ -108,7 +100,7 @@ class Unroll(nn.Module):
         finetune: FinetuneSettings | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
-        """`finetune` names the objective, None is one-step training; `autocast` is what products are cast to."""
+        """Take the objective from `finetune`, or one-step training if None; `autocast` is the dtype of products."""
         super().__init__()
         self.model = model
         self.weights = weights
@@ -120,13 +112,13 @@ class Unroll(nn.Module):
     def forward(
         self, fields: Tensor, constants: Tensor, forced: Tensor, dataset: str, noise: Tensor | None = None
     ) -> Mapping[str, Tensor]:
-        """Losses of one batch.
+        """Return the losses of one batch.
 
-        fields (B, K + 1, C, H, W) and constants (B, c, H, W) in raw units; forced (B, K) bool, where the input is the
-        truth; noise (B, K, C, H, W), normalised, is added to inputs that are.
+        fields (B, K + 1, C, H, W) and constants (B, c, H, W) in raw units; forced (B, K) bool is True
+        where the input is the truth; noise (B, K, C, H, W), normalized, is added to these inputs.
         Returns scalars: loss (with gradient), mse and wavelet_l1 (means over windows and model steps, detached).
         """
-        # Not around the caller: DeepSpeed ends an autocast that it does not know of.
+        # Autocast stands here and not around the caller, since DeepSpeed ends an autocast that it did not start.
         with torch.autocast(fields.device.type, self.autocast, enabled=self.autocast is not None):
             terms = self._unrolled(fields, constants, forced, dataset, noise)
         total = torch.stack([term.total for term in terms])  # (K, B), or (1, B) for pushforward
@@ -138,7 +130,7 @@ class Unroll(nn.Module):
     def _unrolled(
         self, fields: Tensor, constants: Tensor, forced: Tensor, dataset: str, noise: Tensor | None
     ) -> list[LossTerms]:
-        """The losses of the model steps that have one."""
+        """Return the losses of the model steps that have one: all, or for pushforward the last."""
         fields = self.model.normalize(fields, dataset)
         constants = self.model.normalize_constants(constants, dataset)
         last = fields.shape[1] - 2
@@ -151,27 +143,24 @@ class Unroll(nn.Module):
                 with torch.no_grad():
                     prediction = self.model(state, constants, dataset)
                 continue
-            prediction = self._step(state, constants, dataset)
-            terms.append(self._loss(prediction, fields[:, k + 1], dataset))
+            if self.checkpoints:
+                prediction = checkpoint(self.model, state, constants, dataset, use_reentrant=False)
+            else:
+                prediction = self.model(state, constants, dataset)
+            terms.append(
+                wavelit_loss(
+                    prediction,
+                    fields[:, k + 1],
+                    self.model.residual_scale(dataset),
+                    mse_weight=self.weights.mse,
+                    wavelet_weight=self.weights.wavelet_l1,
+                    wavelet=self.model.wavelet,
+                )
+            )
         return terms
-
-    def _step(self, state: Tensor, constants: Tensor, dataset: str) -> Tensor:
-        if not self.checkpoints:
-            return self.model(state, constants, dataset)
-        return checkpoint(self.model, state, constants, dataset, use_reentrant=False)
-
-    def _loss(self, prediction: Tensor, target: Tensor, dataset: str) -> LossTerms:
-        return wavelit_loss(
-            prediction,
-            target,
-            self.model.residual_scale(dataset),
-            mse_weight=self.weights.mse,
-            wavelet_weight=self.weights.wavelet_l1,
-            wavelet=self.model.wavelet,
-        )
 
 
 def causal_weights(losses: Tensor, eps: float) -> Tensor:
-    """exp(-eps * sum of the losses of earlier steps), without gradient; losses and weights (K, B)."""
+    """Return exp(-eps * sum of the losses of earlier steps), without gradient; losses and weights are (K, B)."""
     losses = losses.detach()
     return torch.exp(-eps * (losses.cumsum(0) - losses))

@@ -1,18 +1,17 @@
-"""torch.compile of what is trained, as train.compile says: faster steps, for seconds or minutes at each shape's first.
+"""What training changes (weights, their average, the optimizer's moments, the step), and torch.compile of it.
 
-    blocks  each block by itself: one graph for each dataset's shape, which all blocks share, so that depth costs
-            nothing to compile. What is around the blocks stays as it is
-    step    normalisation, the K model calls and the loss: one graph for each dataset and K
-    graphs  as step, and the GPU replays its kernels (CUDA graphs) instead of being told each by the host
+train.compile chooses what torch.compile makes faster, at the price of seconds or minutes when a shape first comes:
 
-`auto` is blocks on a GPU, and eager on a CPU, where compiling takes longer than most runs would save, for baselines and
-under ZeRO-3. Every graph is whole and of fixed shapes: what cannot be compiled so is an error, and so is a graph too
-many. Names of parameters stay as they are, and the averaged model, which validation uses, is not compiled.
+    blocks  each block by itself: one graph for each dataset's shape. All blocks share it, so depth costs nothing
+    step    normalization, the K model calls and the loss: one graph for each dataset and K
+    graphs  as step, and the GPU replays its kernels as CUDA graphs, so the host need not launch each kernel
 
-WAVELIT_COMPILE=WAY or WAY:BACKEND in the environment says what `auto` means, and which of torch's backends compiles in
-place of inductor. It is for tests (`pytest --compile`).
+`auto` is blocks on a GPU. It is eager on a CPU, where compiling takes longer than most runs would save, for baselines
+and under ZeRO-3. Graphs are whole (fullgraph) and have fixed shapes. What cannot be compiled so is an error, and so is
+one graph too many. Parameters keep their names, and the averaged model, which validation uses, is not compiled.
 
-What training changes: weights, their average, the optimizer's moments and the step, spread over processes.
+For tests (`pytest --compile`), WAVELIT_COMPILE=WAY or WAY:BACKEND in the environment sets what `auto` means, and which
+backend of torch compiles in place of inductor.
 """
 
 import copy
@@ -36,94 +35,15 @@ from fm.training.parallel import spread
 
 VARIABLE = "WAVELIT_COMPILE"
 INDUCTOR = "inductor"  # torch's own compiler: Triton on a GPU, C++ on a CPU
-# Most graphs for a dataset and K: with and without gradients, in pieces of several sizes, in what measures a run.
+# Most graphs per dataset and K: with and without gradients, in micro-batches of several sizes, and in dry runs.
 GRAPHS = 16
 
 
-def compile_objective(objective: Unroll, recipe: Recipe, accelerator: Accelerator) -> None:
-    """Compile the objective or the blocks of its model in place; what is compiled is so when a shape first comes.
-
-    UserError where the device, the model or the launch configuration does not allow it.
-    """
-    model, device = objective.model, accelerator.device
-    way, backend = _chosen(recipe.train.compile, device)
-    if recipe.train.compile == "auto" and (not len(model.blocks) or _gathers_layers(accelerator)):
-        way = "eager"
-    if way == "eager":
-        return
-    _check_way(way, model, accelerator)
-    if backend == INDUCTOR:
-        _check_compiler(device)
-    calls = 1 if way == "blocks" else max(recipe.window_length(name) - 1 for name in model.specs)
-    allow_graphs(GRAPHS * len(model.specs) * calls)
-    options: dict[str, Any] = {"mode": "reduce-overhead"} if way == "graphs" else {}
-    for part in model.blocks if way == "blocks" else [objective]:
-        part.compile(backend=backend, fullgraph=True, dynamic=False, **options)
-
-
-def allow_graphs(number: int) -> None:
-    """Let this process make so many graphs of one function; torch's own limit is 8, and one more is then an error."""
-    config: Any = torch._dynamo.config
-    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # as torch < 2.7 says
-    for name in (limit, f"accumulated_{limit}"):
-        setattr(config, name, max(number, getattr(config, name)))
-    config.optimize_ddp = False  # it would cut graphs at DDP's buckets
-
-
-def _chosen(setting: str, device: torch.device) -> tuple[str, str]:
-    """What train.compile means on this device: eager, blocks, step or graphs; and torch's backend."""
-    way, _, backend = os.environ.get(VARIABLE, "").partition(":")
-    if setting == "auto":
-        setting = way or ("blocks" if device.type == "cuda" else "eager")
-    return setting, backend or INDUCTOR
-
-
-def _gathers_layers(accelerator: Accelerator) -> bool:
-    """Whether ZeRO-3 fetches every layer's weights when it is called: no block is one graph then."""
-    if not asked_for("DEEPSPEED"):
-        return False
-    return accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] == 3
-
-
-def _check_way(way: str, model: Surrogate, accelerator: Accelerator) -> None:
-    kind = accelerator.device.type
-    if not len(model.blocks):
-        raise UserError(
-            f"train.compile={way}: baselines are not compiled, since parts of their networks' code (FNO, TFNO) cannot "
-            "be; leave train.compile out"
-        )
-    if _gathers_layers(accelerator):
-        raise UserError(
-            f"train.compile={way}: ZeRO-3 fetches weights layer by layer, which cannot be compiled; use eager, or "
-            "another launch configuration (launch/ddp.yaml, launch/fsdp.yaml, launch/deepspeed_zero2.yaml)"
-        )
-    if way != "blocks" and (asked_for("FSDP") or asked_for("DEEPSPEED")):
-        raise UserError(
-            f"train.compile={way}: under FSDP and DeepSpeed only blocks can be compiled; use blocks, or launch/ddp.yaml"
-        )
-    if way == "graphs" and (kind != "cuda" or accelerator.num_processes > 1):
-        where = f"{accelerator.num_processes} process(es) on {kind}"
-        raise UserError(f"train.compile=graphs: expected one process on a GPU, got {where}; use blocks, step or eager")
-
-
-def _check_compiler(device: torch.device) -> None:
-    """UserError where torch.compile does not work at all on this machine, with the reason it gives."""
-    try:
-        torch.compile(lambda x: x + 1, backend=INDUCTOR)(torch.ones(2, device=device))
-    except Exception as error:  # whatever it is, of several compilers and a driver
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"train.compile: torch.compile does not work on this machine ({reason}). It needs a C++ compiler: install "
-            "g++ (apt install g++, or conda install gxx), name yours in the environment (CXX=...), or do without "
-            "(train.compile=eager)"
-        ) from error
-
-
 class TrainingState:
-    """The state after `step` optimizer steps.
+    """The state after `step` optimizer steps, spread over the processes.
 
-    It begins with a new model, or as the checkpoint says, whose `facts` it then has. What a checkpoint holds does not
-    depend on the processes, so neither does which of them may take it up.
+    It starts from a new model, or from a checkpoint, whose state.json is then in `facts`. A checkpoint does not depend
+    on the number of processes, so any number of processes can continue it.
     """
 
     def __init__(self, recipe: Recipe, model: Surrogate, accelerator: Accelerator, checkpoint: Path | None) -> None:
@@ -142,20 +62,96 @@ class TrainingState:
         shards = {name: self.parallel.shard(name, whole) for name, whole in average.named_parameters()}
         self.ema = EMA(shards, recipe.train.ema)
         self.parallel.load_moments(moments)
-        self._average = average if accelerator.is_main_process else None  # whole, for validation
+        self._average = average if accelerator.is_main_process else None  # the whole model, for validation
 
     def averaged_model(self) -> Surrogate | None:
-        """The model with averaged weights on the main process, None on others. Collective."""
+        """Return the model with averaged weights on the main process, None on the others. Collective."""
         whole = self.parallel.gather(self.ema.average)
         if self._average is not None:
             self._average.load_state_dict(whole)
         return self._average
 
     def snapshot(self, facts: Mapping[str, Any]) -> Snapshot | None:
-        """A copy for a checkpoint on the main process, None on others. Collective."""
+        """Return a copy for a checkpoint on the main process, None on the others. Collective."""
         weights = self.parallel.gather(self.parallel.shards())
         average = self.parallel.gather(self.ema.average)
         moments = self.parallel.moments()
         if self._average is None:
             return None
         return take_snapshot(self.step, self._average.description(), weights, average, moments, facts)
+
+
+def compile_objective(objective: Unroll, recipe: Recipe, accelerator: Accelerator) -> None:
+    """Compile the objective, or the blocks of its model, in place, as train.compile says.
+
+    Raises UserError if the device, the model or the launch configuration does not allow it.
+    """
+    model, device = objective.model, accelerator.device
+    way, _, backend = os.environ.get(VARIABLE, "").partition(":")
+    setting, backend = recipe.train.compile, backend or INDUCTOR
+    if setting == "auto":
+        way = way or ("blocks" if device.type == "cuda" else "eager")
+        if not len(model.blocks) or _is_zero3(accelerator):
+            way = "eager"
+    else:
+        way = setting
+    if way == "eager":
+        return
+    _check_way(way, model, accelerator)
+    if backend == INDUCTOR:
+        _check_compiler(device)
+    calls = 1 if way == "blocks" else max(recipe.window_length(name) - 1 for name in model.specs)
+    allow_graphs(GRAPHS * len(model.specs) * calls)
+    options: dict[str, Any] = {"mode": "reduce-overhead"} if way == "graphs" else {}
+    for part in model.blocks if way == "blocks" else [objective]:
+        part.compile(backend=backend, fullgraph=True, dynamic=False, **options)
+
+
+def allow_graphs(number: int) -> None:
+    """Let this process make `number` graphs of one function (torch's limit is 8); one graph more is an error."""
+    config: Any = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name in torch < 2.7
+    for name in (limit, f"accumulated_{limit}"):
+        setattr(config, name, max(number, getattr(config, name)))
+    config.optimize_ddp = False  # it would split graphs at DDP's buckets
+
+
+def _is_zero3(accelerator: Accelerator) -> bool:
+    """Return whether DeepSpeed fetches each layer's weights when the layer is called: no block is one graph then."""
+    if not asked_for("DEEPSPEED"):
+        return False
+    return accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] == 3
+
+
+def _check_way(way: str, model: Surrogate, accelerator: Accelerator) -> None:
+    kind = accelerator.device.type
+    if not len(model.blocks):
+        raise UserError(
+            f"train.compile={way}: baselines are not compiled, since parts of their networks' code (FNO, TFNO) cannot "
+            "be; leave train.compile out"
+        )
+    if _is_zero3(accelerator):
+        raise UserError(
+            f"train.compile={way}: ZeRO-3 fetches weights layer by layer, which cannot be compiled; use eager, or "
+            "another launch configuration (launch/ddp.yaml, launch/fsdp.yaml, launch/deepspeed_zero2.yaml)"
+        )
+    if way != "blocks" and (asked_for("FSDP") or asked_for("DEEPSPEED")):
+        raise UserError(
+            f"train.compile={way}: under FSDP and DeepSpeed only blocks can be compiled; use blocks, or launch/ddp.yaml"
+        )
+    if way == "graphs" and (kind != "cuda" or accelerator.num_processes > 1):
+        where = f"{accelerator.num_processes} process(es) on {kind}"
+        raise UserError(f"train.compile=graphs: expected one process on a GPU, got {where}; use blocks, step or eager")
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Raise UserError, with torch's reason, if torch.compile does not work on this machine."""
+    try:
+        torch.compile(lambda x: x + 1, backend=INDUCTOR)(torch.ones(2, device=device))
+    except Exception as error:  # each compiler and driver has exceptions of its own
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"train.compile: torch.compile does not work on this machine ({reason}). It needs a C++ compiler: install "
+            "g++ (apt install g++, or conda install gxx), name yours in the environment (CXX=...), or do without "
+            "(train.compile=eager)"
+        ) from error
