@@ -1,11 +1,14 @@
-"""The mixture of datasets a run draws: its schedule, and with adaptive sampling the shares that follow its scores.
+"""The mixture of datasets that a run draws: its schedule, and the shares that change during the run.
 
-Shares change after the validations inside a run, at multiples of validation.every. A checkpoint of such a step is
-written before its validation, so a run that continues from there validates first: the averaged weights are the same,
-so are the scores, and so are the shares.
+With adaptive sampling (paper section 4.2), shares follow the scores of the validations inside the run, at multiples of
+validation.every. A checkpoint of such a step is written before its validation, so a run that continues from there
+validates first: the averaged weights are the same, so the scores and the shares are the same.
+
+With the recipe's section `adapt`, only the new datasets are drawn in the first `alone_steps` steps; after that they
+have the share `share`, and the other datasets are drawn again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,19 +16,19 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from data_pipeline.files import UserError
+from data_pipeline.schema import nearest
 from data_pipeline.windows.schedule import Schedule, Source, adaptive_shares, carry_scores, sampling_shares
-from fm.config import Recipe
-from fm.training.optim import adapted
+from fm.config import AdaptSettings, Recipe
 
 
 class Mixing:
-    """The schedule of a run; `schedule` is replaced whenever shares change."""
+    """The schedule of a run; `schedule` is replaced whenever the shares change."""
 
     def __init__(self, recipe: Recipe, sources: Sequence[Source]) -> None:
         sampling = recipe.sampling
         self._sampling, self._train, self._every = sampling, recipe.train, recipe.validation.every
         self.adaptive = sampling.scheme == "adaptive"
-        self._scores: dict[str, float] = {}  # the last usable score of each dataset; kept up on the main process
+        self._scores: dict[str, float] = {}  # the last usable score of each dataset, on the main process
         self.schedule = Schedule(
             sources,
             batch=recipe.train.batch,
@@ -37,28 +40,29 @@ class Mixing:
             shards_per_block=sampling.shards_per_block,
         )
         if self.adaptive:
-            self.schedule = self.schedule.with_shares(0, self._shares())
-        self.schedule = adapted(self.schedule, recipe.adapt, recipe.train.draws)
+            self.schedule = self.schedule.with_shares(0, self._adaptive_shares())
+        if recipe.adapt is not None:
+            self.schedule = with_new_datasets(self.schedule, recipe.adapt, recipe.train.draws)
 
     def changes_at(self, step: int) -> bool:
-        """Whether new shares hold for the steps after `step`, once it is validated."""
+        """Return whether the steps after `step` have new shares, once `step` is validated."""
         return self.adaptive and 0 < step < self._train.steps and step % self._every == 0
 
     def known_until(self, step: int) -> int:
-        """The last step whose draws are known after `step` steps: that of the next change, or of the run."""
+        """Return the last step whose draws are known after `step` steps: the next change of shares, or the end."""
         return min(self._train.steps, (step // self._every + 1) * self._every) if self.adaptive else self._train.steps
 
     def follow(self, ratios: Mapping[str, float | None] | None, step: int, accelerator: Accelerator) -> list[str]:
-        """Let the shares after `step` follow one-step VRMSE over persistence's by dataset, on all processes.
+        """Change the shares after `step` on all processes and return the datasets without a usable score. Collective.
 
-        The main process has the ratios; the others pass None and get its shares. Returns the datasets without a usable
-        one: their last score stands, or if they never had one they count as the average.
+        `ratios` are one-step VRMSE over persistence's by dataset on the main process, None on the others. A dataset
+        without a usable score keeps its last one, or counts as the average if it never had one.
         """
         shares = self.schedule.shares
         unscored: list[str] = []
         if ratios is not None:
             self._scores, unscored = carry_scores(self._scores, {name: ratios.get(name) for name in shares})
-            shares = self._shares()
+            shares = self._adaptive_shares()
         if accelerator.num_processes > 1:
             values = torch.tensor(list(shares.values()), dtype=torch.float64, device=accelerator.device)
             shares = dict(zip(shares, broadcast(values).tolist(), strict=True))
@@ -66,14 +70,14 @@ class Mixing:
         return unscored
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint of `step` keeps, as JSON: of the shares those up to there."""
+        """Return what a checkpoint of `step` keeps, as JSON: the scores, and the shares up to that step."""
         history = [[first, shares] for first, shares in self.schedule.history if first <= step * self._train.draws]
         return {"history": history, "scores": self._scores}
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
-        """Take up the `state` of a checkpoint of `step`; where the recipe's shares have changed, theirs begin there.
+        """Restore the `state` of a checkpoint of `step`. Shares that the recipe has changed since begin at that step.
 
-        Raises UserError where the state does not fit the run.
+        Raises UserError if the state does not fit the run.
         """
         planned, draws = self.schedule, step * self._train.draws
         try:
@@ -89,13 +93,54 @@ class Mixing:
         if self.adaptive:
             return
         shares = planned.shares_at(draws)
-        # not ==: another machine may give the recipe's shares another last digit
+        # not ==: another machine may compute the recipe's shares with another last digit
         if any(abs(shares[name] - share) > 1e-12 for name, share in self.schedule.shares.items()):
             self.schedule = self.schedule.with_shares(draws, shares)
         for first, later in planned.history:
             if first > draws:
                 self.schedule = self.schedule.with_shares(first, later)
 
-    def _shares(self) -> dict[str, float]:
+    def _adaptive_shares(self) -> dict[str, float]:
         base = sampling_shares(self.schedule.sources, "adaptive")
         return adaptive_shares(base, self._scores, self._sampling.power, self._sampling.floor)
+
+
+def check_new_datasets(adapt: AdaptSettings | None, datasets: Collection[str]) -> None:
+    """Raise UserError if `adapt` names a dataset that the run does not have, or the run has no other datasets."""
+    if adapt is None:
+        return
+    for name in adapt.datasets:
+        if name not in datasets:
+            raise UserError(f"adapt.datasets: no dataset {name!r} in this run. {nearest(name, sorted(datasets))}")
+    if adapt.share is not None and set(datasets) <= set(adapt.datasets):
+        raise UserError(
+            "adapt.share: expected datasets beside the new ones to divide the other draws among, got "
+            f"{', '.join(sorted(datasets))} alone; name more in data.datasets, or set adapt.share=null"
+        )
+
+
+def with_new_datasets(schedule: Schedule, adapt: AdaptSettings, draws: int) -> Schedule:
+    """Return the schedule with the shares that `adapt` asks for; a step has `draws` draws.
+
+    Raises UserError if the schedule gives the new datasets, or all others, no share.
+    """
+    if not adapt.alone_steps and adapt.share is None:
+        return schedule
+    shares = schedule.shares
+    new = {name: share for name, share in shares.items() if name in adapt.datasets}
+    others = {name: share for name, share in shares.items() if name not in adapt.datasets}
+    if not sum(new.values()):
+        raise UserError(f"adapt: sampling.weights gives {', '.join(new)} no share; expected a weight above 0")
+    if adapt.share is not None:
+        if not sum(others.values()):
+            raise UserError("adapt.share: sampling.weights leaves the other datasets no share; set adapt.share=null")
+        shares = _scaled(new, adapt.share) | _scaled(others, 1 - adapt.share)
+    if not adapt.alone_steps:
+        return schedule.with_shares(0, shares)
+    alone = _scaled(new, 1.0) | dict.fromkeys(others, 0.0)
+    return schedule.with_shares(0, alone).with_shares(adapt.alone_steps * draws, shares)
+
+
+def _scaled(shares: Mapping[str, float], total: float) -> dict[str, float]:
+    """Return shares in the same proportions whose sum is `total`."""
+    return {name: total * share / sum(shares.values()) for name, share in shares.items()}

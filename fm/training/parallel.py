@@ -370,7 +370,7 @@ class Zero(Parallel):
     def _zero_skipped_gradients(self) -> None:
         """Make gradients of skipped groups zero before DeepSpeed reads them; it has no way to skip a group."""
         for group in self.optimizer.param_groups:
-            if group["of"].rate == 0 or not group["of"].moves_alone:
+            if group["rate"] == 0 or not group["learns_alone"]:
                 for parameter in group["params"]:
                     parameter.register_hook(partial(_zero_if_skipped, group))
 

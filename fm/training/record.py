@@ -23,7 +23,7 @@ from fm.model.surrogate import Surrogate
 from fm.training.console import Console, Progress
 from fm.training.flops import forward_flops, forward_passes
 from fm.training.guard import Refusal
-from fm.training.optim import rates_after
+from fm.training.optim import part_rates
 from fm.training.runlog import EventLog, JsonLog, environment, write_process
 from fm.training.tensorboard import Dashboard, flat_settings, start_trackers
 
@@ -222,7 +222,7 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         draws = step * self._recipe.train.draws
         counts, passes = self._schedule.counts(draws), self._schedule.passes(draws)
         if self._recipe.adapt is not None:
-            rates = rates_after(self._recipe.adapt, step - 1)
+            rates = part_rates(self._recipe.adapt, step - 1)
             values |= {f"learning_rate/{part}": values["train/lr"] * rate for part, rate in rates.items()}
         for name, share in self._schedule.shares_at(draws - 1).items():
             values[f"sampling/target_share/{name}"] = share

@@ -37,9 +37,9 @@ from fm.distributed import (
 from fm.evaluation.evaluate import ValidationResult, validate
 from fm.training.checks import check_gradient_cosines, check_memory, gradient_cosines
 from fm.training.guard import Gate, Guard, Refusal
-from fm.training.mixing import Mixing
+from fm.training.mixing import Mixing, check_new_datasets
 from fm.training.objective import unroll_length
-from fm.training.optim import check_adapted, learns_alone
+from fm.training.optim import learns_alone
 from fm.training.record import NullRecord, RunRecord, StepResult, open_record
 from fm.training.runlog import lacks_validation
 from fm.training.state import TrainingState
@@ -120,7 +120,7 @@ class Trainer:
         self.readers = open_split(recipe, self.registry, "train")
         self.valid_readers = open_split(recipe, self.registry, "valid") if recipe.validation.every else {}
         check_unrolls(recipe, self.readers)
-        check_adapted(recipe.adapt, self.readers)
+        check_new_datasets(recipe.adapt, self.readers)
         self.lengths = {name: recipe.window_length(name) for name in self.readers}  # frames
         self.mixing = Mixing(recipe, sources(self.readers, self.lengths))
         self.guard, self.gate = Guard(recipe.guard), Gate(recipe.finetune, recipe.validation)
