@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fm.lab.diagnosis.quantities import Bands, Drift, Spectra, fit_recurrence
-from fm.lab.diagnosis.subject import Diagnosis, Floors, Growth, Stability
+from fm.lab.diagnosis.growth import Growth, Stability, fit_recurrence
+from fm.lab.diagnosis.quantities import Bands, Diagnosis, Drift, Floors, Spectra
 
 STEPS = 12
 

@@ -14,8 +14,8 @@ from data_pipeline.registry import load_registry
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import load_pretrained
 from fm.cli import main as fm
+from fm.lab.diagnosis.growth import derivative, transposed_derivative
 from fm.lab.diagnosis.measure import diagnose, diagnose_run, work
-from fm.lab.diagnosis.quantities import derivative, transposed_derivative
 from fm.lab.diagnosis.report import findings, page
 from fm.lab.diagnosis.subject import Subject, choose_trajectories
 from fm.training.trainer import train
@@ -118,7 +118,7 @@ def test_a_model_that_is_nowhere_finite_is_diagnosed(run: Path, subject: Subject
     found = diagnose(broken, train_reader, load_registry().card("rayleigh_benard"), (0,))
     assert found.growth.recurrence is None
     assert found.growth.not_finite == (1,)
-    text = {one.subject: one.text for one in findings(found)}
+    text = findings(found)
     assert "the errors stop being finite too soon" in text["Error growth"]
     assert "not finite from step 1 on" in text["Scales"]
     assert "VRMSE not finite" in text["One step"]
