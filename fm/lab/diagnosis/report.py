@@ -6,14 +6,13 @@ A sentence follows from the numbers by a threshold that it names or that stands 
 import io
 import json
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.files import atomic_file
 from data_pipeline.tables import Table
-from fm.evaluation import report
+from fm.evaluation.page import Facts, PageTable, Picture, Section, render_page
 from fm.lab.diagnosis.figures import DPI, draw, draw_sheet, figure_names
 from fm.lab.diagnosis.growth import UNRELATED, Stability, mean_factor, why_unfitted
 from fm.lab.diagnosis.quantities import Bands, Diagnosis, Drift, Floors
@@ -68,22 +67,18 @@ def write_diagnosis(diagnosis: Diagnosis, out: Path) -> Path:
 
 def page(diagnosis: Diagnosis, found: Mapping[str, str]) -> str:
     """Return the HTML page, one file that needs no other."""
-    title = f"{diagnosis.dataset}: rollouts diagnosed"
     told = [(key, str(value)) for key, value in diagnosis.origin.items()]
     told.append(("test trajectories", f"{', '.join(map(str, diagnosis.trajectories))}, from their first frame"))
     told.append(("length", f"{diagnosis.num_steps} steps of {diagnosis.dt:g}"))
-    numbers = Table("", ["quantity", "value"], [list(row) for row in key_numbers(diagnosis).items()])
-    sections = [("findings", "Findings", report.facts(list(found.items())))]
+    sections = [Section("findings", "Findings", [Facts(list(found.items()))])]
     for name in figure_names(diagnosis):
         image = io.BytesIO()
         draw(name, diagnosis).savefig(image, format="png", dpi=DPI)
-        alt = f"{TITLES[name]} of {diagnosis.dataset}"
-        sections.append((name, TITLES[name], report.figure(image.getvalue(), alt, escape(CAPTIONS[name]), ZOOM)))
-    sections.append(("numbers", "Numbers", report.table(numbers, "The numbers behind the findings.")))
-    head = f"<h1>{escape(title)}</h1>\n{report.facts(told)}"
-    body = [f'<h2 id="{anchor}">{escape(name)}</h2>\n{content}' for anchor, name, content in sections]
-    contents = report.contents([(anchor, name, ()) for anchor, name, _ in sections])
-    return report.document(title, contents, "\n".join([head, *body]))
+        picture = Picture(image.getvalue(), f"{TITLES[name]} of {diagnosis.dataset}", CAPTIONS[name], zoom=ZOOM)
+        sections.append(Section(name, TITLES[name], [picture]))
+    numbers = Table("", ["quantity", "value"], list(key_numbers(diagnosis).items()))
+    sections.append(Section("numbers", "Numbers", [PageTable(numbers, "The numbers behind the findings.")]))
+    return render_page(f"{diagnosis.dataset}: rollouts diagnosed", [Facts(told)], sections)
 
 
 def key_numbers(diagnosis: Diagnosis) -> dict[str, str]:
