@@ -11,7 +11,7 @@ from data_pipeline.shards.build import build_shards
 # Files that take minutes are begun first, so that the workers of launch/test end together.
 SLOW = (
     *("test_launches.py", "test_training.py", "test_chaos.py", "test_guard.py", "test_tutorials.py"),
-    *("test_adapting.py", "test_deaths.py", "test_nine_datasets.py", "test_status.py", "test_console.py"),
+    *("test_deaths.py", "test_nine_datasets.py", "test_status.py", "test_console.py"),
     *(
         "test_compiling.py",
         "test_restart.py",

@@ -62,20 +62,27 @@ def train(recipe: Recipe) -> int:
 
     Returns the exit code. Raises UserError for what the user can correct.
     """
-    back: RollBack | None = None
     with StopSignal().listen() as stop:
         with naming_lost_processes():
             accelerator = make_accelerator(recipe.train.clip)
-        while True:
-            try:
-                return _train(recipe, accelerator, stop, back)
-            except RollBack as again:
-                back = again
-                accelerator.free_memory()
+        code = train_with(recipe, accelerator, stop)
+        accelerator.end_training()
+        return code
 
 
-def _train(recipe: Recipe, accelerator: Accelerator, stop: StopSignal, back: RollBack | None) -> int:
-    """Run a recipe from its newest checkpoint; `back` is why an earlier attempt of this process ended."""
+def train_with(recipe: Recipe, accelerator: Accelerator, stop: StopSignal) -> int:
+    """Run a recipe in processes that are connected already, as `train` does; start over after a RollBack."""
+    back: RollBack | None = None
+    while True:
+        try:
+            return _train_from_checkpoint(recipe, accelerator, stop, back)
+        except RollBack as again:
+            back = again
+            accelerator.free_memory()
+
+
+def _train_from_checkpoint(recipe: Recipe, accelerator: Accelerator, stop: StopSignal, back: RollBack | None) -> int:
+    """Run a recipe from its newest checkpoint; `back` is why an earlier attempt ended."""
     with naming_lost_processes():
         trainer = Trainer(recipe, accelerator, passed_over=back.refused if back else ())
     if (reason := trainer.nothing_to_do()) is not None:
@@ -92,7 +99,6 @@ def _train(recipe: Recipe, accelerator: Accelerator, stop: StopSignal, back: Rol
                 record.log_refusal(back.refusal, trainer.step)
             code = trainer.train(stop, record)
         accelerator.wait_for_everyone()  # a launcher ends all processes as soon as the first has ended
-    accelerator.end_training()
     return code
 
 

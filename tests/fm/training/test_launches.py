@@ -1,43 +1,136 @@
-"""One run under every launch configuration that a CPU can start, and the configurations that are refused."""
+"""One run under every launch configuration that a CPU can start, and the configurations that are refused.
+
+Starting two processes with DeepSpeed takes longer than a tiny run. So each configuration is launched once, and runs all
+recipes that the tests below look at (tests/helpers/several_runs.py).
+"""
 
 import json
+import os
 import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
-from whole_runs import ROOT, accelerate, finish, log, small, start
+from whole_runs import DATASETS, ROOT, accelerate, finish, log, small, start
 
 from data_pipeline.files import UserError
-from fm.config import Recipe
+from fm.config import Recipe, dump_recipe
 from fm.distributed import _deepspeed_plugin, fsdp_reshards
 from fm.lab.status import read_status
+from fm.training.optim import part_of
 from fm.training.trainer import train
 
-STEPS = 21
+CLIP = 0.1
+STEPS, ALONE_STEPS, ADAPT_STEPS = 21, 3, 7
+NEW = "shear_flow"
+SPREAD = {
+    "cpu2": "DDP",
+    "deepspeed_zero2": "DeepSpeed ZeRO-2",
+    "fsdp": "FSDP2",
+    "deepspeed_zero3": "DeepSpeed ZeRO-3",
+    "deepspeed_zero1": "DeepSpeed ZeRO-1",
+}
 SECTIONS: dict[str, dict[str, Any]] = {
     # three datasets, two of which share channels; some are never drawn in a step, and one is drawn twice in others
-    "data": {"datasets": ["acoustic_scattering_maze", "helmholtz_staircase", "shear_flow"]},
+    "data": {"datasets": [*DATASETS, NEW]},
     "model": {"width": 32, "depth": 2, "padding": "boundary", "predict": "delta"},
-    "train": {"steps": STEPS, "global_batch": 8, "draws": 2, "clip": 0.1},
+    "train": {"steps": STEPS, "global_batch": 8, "draws": 2, "clip": CLIP},
     "checkpoint": {"every": 100},
 }
 
 
-def launched(recipe: Recipe, config: str) -> tuple[int, str]:
-    """Two processes on this machine, or one where `config` is empty."""
-    return finish(start(recipe, *(accelerate(config) if config else ())))
+@dataclass(frozen=True)
+class Runs:
+    """The runs of this file, each in a folder of its name; `output` is what each launch printed."""
+
+    folder: Path
+    output: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> Path:
+        return self.folder / name
+
+
+def launch(config: str, recipes: Sequence[Recipe]) -> str:
+    """Run recipes in two processes on this machine; return what was printed."""
+    files = [recipe.run.directory.with_suffix(".yaml") for recipe in recipes]
+    for file, recipe in zip(files, recipes, strict=True):
+        file.write_text(dump_recipe(recipe))
+    script = str(ROOT / "tests" / "helpers" / "several_runs.py")
+    command = [*accelerate(config), script, str(CLIP), *map(str, files)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run in one process, undisturbed."""
-    directory = tmp_path_factory.mktemp("alone") / "run"
-    code, output = launched(small(tiny_shards, directory, **SECTIONS), "")
-    assert code == 0, output
-    return directory
+def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Every run in one process, and under the configurations in turn; `chain` goes from one to the next."""
+    folder = tmp_path_factory.mktemp("launches")
+
+    def recipe(name: str, **sections: dict[str, Any]) -> Recipe:
+        return small(tiny_shards, folder / name, **{**SECTIONS, **sections})
+
+    def chain(stop_at: int) -> Recipe:
+        return recipe("chain", run={"stop_at": stop_at})
+
+    def adapting(name: str) -> Recipe:
+        sections: dict[str, dict[str, Any]] = {
+            "train": {"steps": ADAPT_STEPS, "draws": 2, "clip": CLIP, "weight_decay": 0.1},  # clipped at every step
+            "finetune": {"pretrained": str(folder / "pretrained"), "unroll_steps": 1},
+            "adapt": {
+                "datasets": [NEW],
+                "alone_steps": ALONE_STEPS,
+                "share": 0.5,
+                "rates": {"embedding": 0.5, "trunk": 0.1, "head": 1.0},
+            },
+            "checkpoint": {"every": ALONE_STEPS, "keep": 5},
+        }
+        return recipe(name, **sections)
+
+    def finetuning(name: str) -> Recipe:
+        """A growing unroll with noise, weights by window, checkpointed activations, and the gate's verdict on all."""
+        finetune = {"objective": "causal_bptt", "unroll_steps": 3, "unroll_start": 2, "checkpoint_activations": True}
+        gate = {"pretrained": str(folder / "alone"), "gate": 1.5, "gate_action": "keep_best"}
+        tuned = {"steps": 6, "global_batch": 8, "draws": 2, "jitter": 0.02}
+        return recipe(
+            name,
+            finetune={**gate, **finetune},
+            train=tuned,
+            validation={"every": 3, "windows": 2, "rollouts": 1},
+        )
+
+    shared = {**SECTIONS["train"], "steps": 12, "global_batch": 12, "draws": 4}
+    per_rank = recipe("per_rank", train={**shared, "micro_batch": 2, "read_every": 5}, sampling={"draw": "per_rank"})
+    alone = recipe("alone")
+    old = {"data": {"datasets": DATASETS}, "model": {"width": 32, "depth": 2}, "train": {"steps": 12}}
+    for one in (alone, finetuning("finetuned_alone"), recipe("whole_draws", train=shared)):
+        assert train(one) == 0
+    assert train(small(tiny_shards, folder / "pretrained", **old)) == 0
+    assert train(adapting("adapted_alone")) == 0
+    assert train(chain(stop_at=2)) == 0
+
+    undivided = recipe("undivided", train={**SECTIONS["train"], "global_batch": 15, "draws": 1})
+    apart = recipe("apart", sampling={"draw": "per_rank"})
+    extras = {
+        "cpu2": [finetuning("finetuned"), per_rank, undivided],
+        "deepspeed_zero2": [adapting("adapted_deepspeed_zero2")],
+        "fsdp": [adapting("adapted_fsdp"), apart],
+        "deepspeed_zero3": [],
+        "deepspeed_zero1": [],
+    }
+    output = {}
+    for stop_at, config in zip((4, 6, 10, 12, 14), SPREAD, strict=True):
+        if config == "fsdp":  # takes up what one process saved
+            assert train(chain(stop_at=8)) == 0
+        whole = replace(alone, run=replace(alone.run, dir=str(folder / config)))
+        output[config] = launch(config, [whole, *extras[config], chain(stop_at)])
+    return Runs(folder, output)
 
 
 def assert_same_run(directory: Path, alone: Path, steps: int = STEPS) -> None:
@@ -49,27 +142,14 @@ def assert_same_run(directory: Path, alone: Path, steps: int = STEPS) -> None:
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("config", "spread"),
-    [
-        ("cpu2", "DDP"),
-        ("fsdp", "FSDP2"),
-        ("deepspeed_zero2", "DeepSpeed ZeRO-2"),
-        ("deepspeed_zero3", "DeepSpeed ZeRO-3"),
-    ],
-)
-def test_a_run_is_the_same_under_every_configuration(
-    tiny_shards: Path, tmp_path: Path, alone: Path, config: str, spread: str
-) -> None:
-    recipe = small(tiny_shards, tmp_path / "run", **SECTIONS)
-    code, output = launched(recipe, config)
-    assert code == 0, output
-    assert_same_run(tmp_path / "run", alone)
-    process = read_status(tmp_path / "run").process
+@pytest.mark.parametrize("config", SPREAD)
+def test_a_run_is_the_same_under_every_configuration(runs: Runs, config: str) -> None:
+    assert_same_run(runs[config], runs["alone"])
+    process = read_status(runs[config]).process
     assert process is not None
-    assert (process["spread"], process["world_size"]) == (spread, 2)
+    assert (process["spread"], process["world_size"]) == (SPREAD[config], 2)
     for name in ("model", "ema", "optimizer"):
-        files = [path / f"checkpoints/step_{STEPS:08d}/{name}.safetensors" for path in (alone, tmp_path / "run")]
+        files = [runs[run] / f"checkpoints/step_{STEPS:08d}/{name}.safetensors" for run in ("alone", config)]
         expected, found = (load_file(file) for file in files)
         assert found.keys() == expected.keys()  # moments of what was never drawn are in neither
         for key, value in expected.items():
@@ -77,33 +157,54 @@ def test_a_run_is_the_same_under_every_configuration(
             assert float((found[key] - value).abs().max()) < 1e-3 * scale, key
 
 
-def test_finetuning_is_the_same_on_two_processes(tiny_shards: Path, tmp_path: Path, alone: Path) -> None:
-    """A growing unroll with noise, weights by window, checkpointed activations, and the gate's verdict on all."""
-    finetune = {"objective": "causal_bptt", "unroll_steps": 3, "unroll_start": 2, "checkpoint_activations": True}
-    sections: dict[str, dict[str, Any]] = {
-        **SECTIONS,
-        "finetune": {"pretrained": str(alone), "gate": 1.5, "gate_action": "keep_best", **finetune},
-        "train": {"steps": 6, "global_batch": 8, "draws": 2, "jitter": 0.02},
-        "validation": {"every": 3, "windows": 2, "rollouts": 1},
-    }
-    assert train(small(tiny_shards, tmp_path / "one", **sections)) == 0
-    code, output = launched(small(tiny_shards, tmp_path / "two", **sections), "cpu2")
-    assert code == 0, output
-    assert_same_run(tmp_path / "two", tmp_path / "one", steps=6)
-    best = [path.name for run in ("one", "two") for path in (tmp_path / run / "best").iterdir()]
+def test_finetuning_is_the_same_on_two_processes(runs: Runs) -> None:
+    assert_same_run(runs["finetuned"], runs["finetuned_alone"], steps=6)
+    best = [path.name for run in ("finetuned_alone", "finetuned") for path in (runs[run] / "best").iterdir()]
     assert best[0] == best[1]
 
 
-def test_a_run_goes_on_under_any_other_configuration(tiny_shards: Path, tmp_path: Path, alone: Path) -> None:
-    """One process, DDP, one; DDP to ZeRO-2 to one; FSDP to DDP: each takes up what the one before has saved."""
-    configs = ["", "cpu2", "deepspeed_zero2", "", "fsdp", "cpu2", "deepspeed_zero3", "deepspeed_zero1"]
-    for number, config in enumerate(configs, start=1):
-        stop_at = 2 * number
-        sections = {**SECTIONS, "run": {"stop_at": stop_at}}
-        code, output = launched(small(tiny_shards, tmp_path / "run", **sections), config)
-        assert code == 0, output
-        assert (f"from step {stop_at - 2}" in output) == (number > 1)
-    assert_same_run(tmp_path / "run", alone, 2 * len(configs))
+def test_a_run_goes_on_under_any_other_configuration(runs: Runs) -> None:
+    """One process, DDP, ZeRO-2, one process, FSDP, ZeRO-3, ZeRO-1: each takes up what the one before has saved."""
+    for step, config in zip((2, 4, 8, 10, 12), SPREAD, strict=True):
+        assert f"continuing {runs['chain']} from step {step}" in runs.output[config]
+    assert_same_run(runs["chain"], runs["alone"], 14)
+
+
+@pytest.mark.parametrize("config", ["fsdp", "deepspeed_zero2"])
+def test_two_processes_adapt_as_one_does(runs: Runs, config: str) -> None:
+    """A dataset learned alone, then together with others at other rates."""
+    run, alone = runs[f"adapted_{config}"], runs["adapted_alone"]
+    lines, expected = log(run), log(alone)
+    assert [line["windows"] for line in lines] == [line["windows"] for line in expected]
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
+    known = load_file(next((runs["pretrained"] / "checkpoints").glob("*12")) / "ema.safetensors")
+    for step in (ALONE_STEPS, ADAPT_STEPS):
+        for kind in ("model", "ema", "optimizer"):
+            file = f"checkpoints/step_{step:08d}/{kind}.safetensors"
+            mine, theirs = load_file(run / file), load_file(alone / file)
+            assert mine.keys() == theirs.keys()  # moments of skipped parameters are in neither
+            for name, value in theirs.items():
+                # an element whose gradients cancel moves by what the order of summation leaves of them
+                scale = float(value.abs().max()) or 1.0
+                assert float((mine[name] - value).abs().max()) < 1e-2 * scale, (kind, name)
+                if step == ALONE_STEPS and name in known:
+                    assert mine[name].equal(known[name]), (kind, name)
+    assert {part_of(name) for name in known} == {"embedding", "trunk", "head"}
+
+
+def test_processes_on_different_datasets_train_as_one_does(runs: Runs) -> None:
+    """Of four draws of three windows each, two processes take six by cost, in different numbers of micro-batches."""
+    assert_same_run(runs["per_rank"], runs["whole_draws"], 12)
+
+
+def test_processes_that_need_each_other_cannot_work_on_different_datasets(runs: Runs) -> None:
+    refused = "with FSDP2 each needs all processes; use launch/ddp.yaml, or sampling.draw=global"
+    assert refused in runs.output["fsdp"].partition("apart: error: ")[2].partition("\n")[0]
+
+
+def test_a_global_batch_that_cannot_be_shared_names_the_divisors(runs: Runs) -> None:
+    refused = "a global batch of 15 windows cannot be shared evenly by 2 processes: use 1, 3, 5 or 15"
+    assert f"undivided: error: {refused}" in runs.output["cpu2"]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda file: file.stem)
@@ -118,41 +219,13 @@ def test_the_slurm_script_is_a_script() -> None:
     subprocess.run(["bash", "-n", str(ROOT / "launch" / "slurm.sbatch")], check=True)
 
 
-def test_processes_on_different_datasets_train_as_one_does(tiny_shards: Path, tmp_path: Path) -> None:
-    """Of four draws of three windows each, two processes take six windows by cost, in different numbers of pieces."""
-    batches = {"steps": 12, "global_batch": 12, "draws": 4, "micro_batch": 2}
-    sections = {**SECTIONS, "train": {**SECTIONS["train"], **batches}, "sampling": {"draw": "per_rank"}}
-    sections["train"]["read_every"] = 5
-    together = small(tiny_shards, tmp_path / "together", **sections)
-    code, output = launched(together, "cpu2")
-    assert code == 0, output
-    alone = {**sections["train"], "micro_batch": None, "read_every": 1}
-    whole = {**sections, "train": alone, "sampling": {"draw": "global"}}
-    assert train(small(tiny_shards, tmp_path / "whole", **whole)) == 0
-    assert_same_run(tmp_path / "together", tmp_path / "whole", 12)
-
-
-def test_processes_that_need_each_other_cannot_work_on_different_datasets(tiny_shards: Path, tmp_path: Path) -> None:
-    recipe = small(tiny_shards, tmp_path / "run", sampling={"draw": "per_rank"})
-    code, output = launched(recipe, "fsdp")
-    assert code != 0
-    assert "with FSDP2 each needs all processes; use launch/ddp.yaml, or sampling.draw=global" in output
-
-
-def test_a_global_batch_that_cannot_be_shared_names_the_divisors(tiny_shards: Path, tmp_path: Path) -> None:
-    recipe = small(tiny_shards, tmp_path / "run", train={"global_batch": 15})
-    code, output = launched(recipe, "cpu2")
-    assert code != 0
-    assert "error: a global batch of 15 windows cannot be shared evenly by 2 processes: use 1, 3, 5 or 15" in output
-
-
 def test_deepspeed_that_accelerate_would_leave_out_is_refused(
     tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    code, output = launched(small(tiny_shards, tmp_path / "run"), "deepspeed_zero2")
+    code, output = finish(start(small(tiny_shards, tmp_path / "run"), *accelerate("deepspeed_zero2")))
     assert code != 0
-    assert "asks for DeepSpeed, but accelerate runs MULTI_CPU" in output
+    assert "error: the launch configuration asks for DeepSpeed, but accelerate runs MULTI_CPU" in output
     assert not (tmp_path / "run").exists()
 
 
