@@ -1,16 +1,16 @@
-"""Watches the loss and the gradient of every step: they must be finite, and not far above what is usual.
+"""What may refuse a step or end a run: anomalous losses and gradients, and one-step accuracy lost in finetuning.
 
-Usual is the median of the last steps' logarithms, and far is counted in their spread, 1.4826 x the median absolute
-deviation (that of a normal distribution is its standard deviation), for each dataset by itself. What was refused does
-not become usual.
+Anomaly detection (the recipe's section `guard`) refuses a step whose loss or gradient norm is not finite, or is a
+spike: its logarithm exceeds the median of the recent logarithms, of the same dataset, by more than `guard.spike`
+spreads. The spread is 1.4826 x the median absolute deviation, which for normally distributed numbers is the standard
+deviation. Refused values do not enter the history.
 
-Keeps rollout finetuning from paying with one-step accuracy: the one-step regression gate.
-
-Before the first step the pretrained model is validated. From then on, a validation's worsening is the geometric mean
-over datasets of one-step VRMSE over the pretrained model's. Validations whose worsening is at most finetune.gate are
-compromises. The best of them has the fewest diverged rollout scores, and among these the lowest rollout VRMSE: the
-geometric mean, over datasets and the protocol's windows, of the ratio to persistence. Its checkpoint is kept in
-<run>/best. The pretrained model is one too.
+The one-step regression limit (`finetune.gate`) keeps rollout finetuning from giving up one-step accuracy. The
+pretrained model is validated before the first step. The worsening of a later validation is the geometric mean over
+datasets of its one-step VRMSE over the pretrained model's. Validations whose worsening is at most finetune.gate are
+within the limit. The best of them, the pretrained model included, has the fewest diverged rollout scores, and among
+those the lowest rollout VRMSE (geometric mean, over datasets and the protocol's windows, of the ratio to persistence).
+Its checkpoint is kept in <run>/best.
 """
 
 import math
@@ -28,13 +28,14 @@ from fm.distributed import broadcast_from_main
 from fm.evaluation.evaluate import ValidationResult
 from fm.evaluation.scores import geometric_mean
 
-LEAST_HISTORY = 16  # steps of a dataset before which nothing is unusual
-LEAST_SPREAD = 0.05  # of logarithms: what varies by less than 5% is as usual
+MIN_HISTORY = 16  # steps of a dataset before a value can be a spike
+MIN_SPREAD = 0.05  # of logarithms, so that variations of less than 5 % do not make small changes spikes
+TINY = 1e-30  # in place of zero, for logarithms and ratios
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """A step that the guard refused."""
+class RefusedStep:
+    """A step whose gradient was not used."""
 
     step: int  # its number, counted from 1
     reason: str
@@ -43,6 +44,7 @@ class Refusal:
 
     @property
     def text(self) -> str:
+        """Return a sentence for people."""
         end = {
             "stop": "the run ends",
             "skip": "the step is skipped",
@@ -52,33 +54,33 @@ class Refusal:
         return f"step {self.step} refused: {self.reason}: {end[self.action]} ({ids})"
 
 
-class Guard:
-    """Judges steps. Its state is part of the checkpoint, so a run that is continued judges alike.
+class AnomalyDetector:
+    """Finds anomalies in losses and gradient norms.
 
-    `refused` are the steps whose gradient was not used; those among them that lie ahead, after the run was rolled back,
-    are passed over.
+    Its state is part of the checkpoint, so a run that continues finds the same ones. `refused` are the numbers of the
+    refused steps. After a rollback some of them are still to come; they are passed over.
     """
 
     def __init__(self, settings: GuardSettings) -> None:
         self.settings = settings
         self.refused: set[int] = set()
-        self._history: dict[str, deque[float]] = {}
+        self._history: dict[str, deque[float]] = {}  # "loss of <dataset>" -> the recent logarithms
 
-    def judge(self, datasets: Sequence[str], losses: Sequence[float], norm: float) -> str | None:
-        """What is wrong with a step of these draws, or None; then it counts as usual from now on."""
-        values = [*zip((f"loss of {name}" for name in datasets), losses, strict=True), (_norm_of(datasets), norm)]
-        broken = [f"the {what} is not finite" for what, value in values if not math.isfinite(value)]
-        if broken:
-            return "; ".join(dict.fromkeys(broken))
-        spikes = [said for what, value in values if (said := self._spike(what, value))]
-        if spikes:
-            return "; ".join(spikes)
-        for what, value in values:
-            self._history.setdefault(what, deque(maxlen=self.settings.history)).append(_log(value))
+    def find(self, datasets: Sequence[str], losses: Sequence[float], grad_norm: float) -> str | None:
+        """Return what is wrong with a step of these draws, or add its values to the history and return None."""
+        norm_name = f"gradient norm of {datasets[0]}" if len(datasets) == 1 else "gradient norm"
+        values = [*zip((f"loss of {name}" for name in datasets), losses, strict=True), (norm_name, grad_norm)]
+        problems = [f"the {name} is not finite" for name, value in values if not math.isfinite(value)]
+        if not problems:
+            problems = [problem for name, value in values if (problem := self._spike(name, value))]
+        if problems:
+            return "; ".join(dict.fromkeys(problems))
+        for name, value in values:
+            self._history.setdefault(name, deque(maxlen=self.settings.history)).append(_log(value))
         return None
 
-    def refuse(self, step: int) -> None:
-        """Count a step as refused. UserError where there have been too many."""
+    def count_refused(self, step: int) -> None:
+        """Add a step to the refused ones. Raises UserError if there are more than guard.max_events."""
         self.refused.add(step)
         if len(self.refused) > self.settings.max_events:
             raise UserError(
@@ -88,116 +90,111 @@ class Guard:
             )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON."""
-        return {"refused": sorted(self.refused), "history": {what: list(past) for what, past in self._history.items()}}
+        """Return what a checkpoint keeps, as JSON."""
+        return {"refused": sorted(self.refused), "history": {name: list(past) for name, past in self._history.items()}}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Take up the `state` of a checkpoint."""
+        """Restore the `state` of a checkpoint."""
         self.refused |= set(saved["refused"])
         size = self.settings.history
-        self._history = {what: deque(past, maxlen=size) for what, past in saved["history"].items()}
+        self._history = {name: deque(past, maxlen=size) for name, past in saved["history"].items()}
 
-    def _spike(self, what: str, value: float) -> str | None:
-        past = self._history.get(what, ())
-        if self.settings.spike is None or len(past) < min(LEAST_HISTORY, self.settings.history):
+    def _spike(self, name: str, value: float) -> str | None:
+        past = self._history.get(name, ())
+        if self.settings.spike is None or len(past) < min(MIN_HISTORY, self.settings.history):
             return None
-        middle = statistics.median(past)
-        spread = max(1.4826 * statistics.median(abs(one - middle) for one in past), LEAST_SPREAD)
-        far = (_log(value) - middle) / spread
-        if far <= self.settings.spike:
+        median = statistics.median(past)
+        spread = max(1.4826 * statistics.median(abs(one - median) for one in past), MIN_SPREAD)
+        distance = (_log(value) - median) / spread
+        if distance <= self.settings.spike:
             return None
         return (
-            f"the {what} is {value:.4g}, {far:.1f} spreads above its median {math.exp(middle):.4g} "
+            f"the {name} is {value:.4g}, {distance:.1f} spreads above its median {math.exp(median):.4g} "
             f"(guard.spike: {self.settings.spike:g})"
         )
 
 
-def _norm_of(datasets: Sequence[str]) -> str:
-    """A step's gradient is that of its datasets together."""
-    return f"gradient norm of {datasets[0]}" if len(datasets) == 1 else "gradient norm"
-
-
 def _log(value: float) -> float:
-    return math.log(max(value, 1e-30))
+    return math.log(max(value, TINY))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a validation means."""
+    """The result of comparing a validation with the pretrained model's."""
 
     worsening: float  # one-step VRMSE over the pretrained model's, geometric mean; inf where one is not finite
     worst: str  # the dataset that has worsened most
-    limit: float
-    diverged: int  # rollout scores, by dataset and window, that are not finite
-    passed: bool
-    best: bool  # no validation that passed had better rollouts
+    limit: float  # finetune.gate
+    diverged: int  # number of rollout scores, by dataset and window, that are not finite
+    best: bool  # within the limit, and no earlier validation within it had better rollouts
 
     @property
-    def code(self) -> int:
-        """For `Gate.share`."""
-        return 2 * self.best + (not self.passed)
+    def within_limit(self) -> bool:
+        """Return whether the worsening is at most the limit."""
+        return self.worsening <= self.limit
 
     @property
     def text(self) -> str:
-        what = f"one-step VRMSE is {self.worsening:.3f} times the pretrained model's (most on {self.worst})"
-        what += f", {self.diverged} rollout scores diverged" if self.diverged else ""
-        if not self.passed:
-            return f"{what}, more than finetune.gate={self.limit:g}"
-        return f"{what}{'; the best rollouts so far' if self.best else ''}"
+        """Return a sentence for people."""
+        text = f"one-step VRMSE is {self.worsening:.3f} times the pretrained model's (most on {self.worst})"
+        text += f", {self.diverged} rollout scores diverged" if self.diverged else ""
+        if not self.within_limit:
+            return f"{text}, more than finetune.gate={self.limit:g}"
+        return f"{text}{'; the best rollouts so far' if self.best else ''}"
 
 
-class Gate:
-    """Judges validations. Its state is part of the checkpoint, and of the best one, which may be newer."""
+class RegressionLimit:
+    """Compares validations with that of the pretrained model, if the recipe has finetune.gate (`active`).
+
+    Its state is part of the checkpoint, and of the checkpoint in <run>/best, which may be newer.
+    """
 
     def __init__(self, settings: FinetuneSettings | None, validation: ValidationSettings) -> None:
         self.limit = settings.gate if settings else None
+        self.active = self.limit is not None
         self._stops = settings is not None and settings.gate_action == "stop"
-        # what scores must agree in to be compared
+        # scores can be compared if they agree in these settings
         self._scored = [validation.protocol, validation.windows, validation.rollouts]
         self._before: dict[str, float | None] | None = None  # one-step VRMSE of the pretrained model, by dataset
-        self._best: dict[str, float] | None = None  # worsening, diverged and score of the best compromise
-        self._failed = False  # whether the last validation did not pass
-
-    @property
-    def active(self) -> bool:
-        return self.limit is not None
+        self._best: dict[str, float] | None = None  # worsening, diverged and score of the best validation
+        self._failed = False  # whether the last validation exceeded the limit
 
     @property
     def knows_pretrained(self) -> bool:
+        """Return whether the pretrained model has been validated."""
         return self._before is not None
 
     @property
-    def ends(self) -> bool:
-        """Whether the run is over: its last validation did not pass."""
+    def ends_run(self) -> bool:
+        """Return whether the run is over, since its last validation exceeded the limit."""
         return self.active and self._stops and self._failed
 
-    def judge(self, result: ValidationResult, step: int) -> Verdict:
-        """The verdict on a validation after `step` steps; the first one is that of the pretrained model."""
+    def judge(self, result: ValidationResult) -> Verdict:
+        """Return the verdict on a validation, on the main process; the first must be that of the pretrained model."""
         assert self.limit is not None
         now = {name: scores["vrmse"] for name, scores in result.one_step().items()}
         if self._before is None:
             self._before = now
         ratios = {name: _ratio(now[name], self._before.get(name)) for name in now}
         worsening = geometric_mean(list(ratios.values())) or math.inf
-        passed = worsening <= self.limit
         diverged, score = _rollout_score(result)
         found = {"worsening": worsening, "diverged": diverged, "score": score}
-        best = passed and (self._best is None or _order(found) < _order(self._best))
+        self._failed = worsening > self.limit
+        best = not self._failed and (self._best is None or _order(found) < _order(self._best))
         if best:
             self._best = found
-        self._failed = not passed
         worst = max(ratios, key=lambda name: ratios[name] or math.inf)
-        return Verdict(worsening, worst, self.limit, diverged, passed, best)
+        return Verdict(worsening, worst, self.limit, diverged, best)
 
     def share(self, verdict: Verdict | None, accelerator: Accelerator) -> bool:
-        """Let all processes know the main one's verdict; returns whether it is the best so far. Collective."""
-        code = broadcast_from_main(accelerator, lambda: verdict.code if verdict else None)
-        assert code is not None
-        self._failed = bool(code % 2)
-        return code >= 2
+        """Give the main process's verdict to all processes and return whether it is the best so far. Collective."""
+        verdict = broadcast_from_main(accelerator, lambda: verdict)
+        assert verdict is not None
+        self._failed = not verdict.within_limit
+        return verdict.best
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON."""
+        """Return what a checkpoint keeps, as JSON."""
         return {
             "before": self._before,
             "best": self._best,
@@ -206,15 +203,15 @@ class Gate:
             "scored": self._scored,
         }
 
-    def restore(self, saved: Mapping[str, Any] | None, best: Mapping[str, Any] | None, step: int) -> None:
-        """Take up the `state` of a checkpoint of `step`, and that of the best one, if there is one.
+    def restore(self, saved: Mapping[str, Any], best: Mapping[str, Any] | None, step: int) -> None:
+        """Restore the `state` of a checkpoint of `step` and that of the best checkpoint, if there is one.
 
-        Under another limit the last validation is not held against the run, and a best that exceeds it is dropped.
-        UserError where the pretrained model was not measured, or not as validations are now.
+        If the limit has changed, the last validation does not end the run, and a best that exceeds the new limit is
+        dropped. Raises UserError if the pretrained model was not validated, or not with the present settings.
         """
         if not self.active:
             return
-        if saved is None or saved["before"] is None:
+        if saved["before"] is None:
             raise UserError(
                 f"finetune.gate: the run is at step {step} and began without it, so the pretrained model was not "
                 "measured. Leave it out, or start afresh in another folder with run.dir=..."
@@ -237,16 +234,16 @@ def _order(found: Mapping[str, float]) -> tuple[float, float]:
 
 
 def _ratio(now: float | None, before: float | None) -> float | None:
-    """None where it is not finite now; 1 where it was not before, as there is nothing to lose."""
+    """Return now / before: None if it is not finite now, 1 if it was not finite before."""
     if before is None:
         return 1.0
-    return None if now is None else max(now, 1e-30) / max(before, 1e-30)
+    return None if now is None else max(now, TINY) / max(before, TINY)
 
 
 def _rollout_score(result: ValidationResult) -> tuple[int, float]:
-    """How many rollout scores have diverged, and the mean of the others; windows not covered are left out."""
+    """Return the number of diverged rollout scores and the geometric mean of the others."""
     cells = [cell for part in result.scores["datasets"].values() for cell in part["windows"].values()]
-    ratios = [cell["ratio_to_persistence"] for cell in cells if cell is not None]
+    ratios = [cell["ratio_to_persistence"] for cell in cells if cell is not None]  # None: a window not covered
     if not ratios:
         raise UserError(
             f"finetune.gate: no trajectory of the valid split covers a window of the protocol "

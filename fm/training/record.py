@@ -22,7 +22,7 @@ from fm.evaluation.plots import Cosines
 from fm.model.surrogate import Surrogate
 from fm.training.console import Console, Progress
 from fm.training.flops import forward_flops, forward_passes
-from fm.training.guard import Refusal
+from fm.training.guard import RefusedStep
 from fm.training.optim import part_rates
 from fm.training.runlog import EventLog, JsonLog, environment, write_process
 from fm.training.tensorboard import Dashboard, flat_settings, start_trackers
@@ -149,7 +149,7 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         self._log_text("message", message, step)
         self.print(f"step {step}: {message}")
 
-    def log_refusal(self, refusal: Refusal, step: int) -> None:
+    def log_refusal(self, refusal: RefusedStep, step: int) -> None:
         """Log a refused step; `step` is the last step of the record, or the step that a run rolls back to."""
         facts = {"refused": refusal.step, "reason": refusal.reason, "action": refusal.action}
         self._log_text("guard", refusal.text, step, **facts, windows=refusal.windows)

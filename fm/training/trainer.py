@@ -36,7 +36,7 @@ from fm.distributed import (
 )
 from fm.evaluation.evaluate import ValidationResult, validate
 from fm.training.checks import check_gradient_cosines, check_memory, gradient_cosines
-from fm.training.guard import Gate, Guard, Refusal
+from fm.training.guard import AnomalyDetector, RefusedStep, RegressionLimit
 from fm.training.mixing import Mixing, check_new_datasets
 from fm.training.objective import unroll_length
 from fm.training.optim import learns_alone
@@ -52,7 +52,7 @@ READ_EVERY = 10  # steps between synchronizations with a GPU, which computes whi
 class RollBack(Exception):
     """The run must go back to its last checkpoint and pass over the steps in `refused`."""
 
-    def __init__(self, refusal: Refusal, refused: set[int]) -> None:
+    def __init__(self, refusal: RefusedStep, refused: set[int]) -> None:
         super().__init__(f"step {refusal.step} refused")
         self.refusal, self.refused = refusal, refused
 
@@ -129,7 +129,8 @@ class Trainer:
         check_new_datasets(recipe.adapt, self.readers)
         self.lengths = {name: recipe.window_length(name) for name in self.readers}  # frames
         self.mixing = Mixing(recipe, sources(self.readers, self.lengths))
-        self.guard, self.gate = Guard(recipe.guard), Gate(recipe.finetune, recipe.validation)
+        self.anomalies = AnomalyDetector(recipe.guard)
+        self.regression_limit = RegressionLimit(recipe.finetune, recipe.validation)
         self.changes: list[str] = []  # settings that differ from those the run began with
         self.saved: int | None = None  # the step of the last save
         model = build_model(recipe, self.readers, self.registry)
@@ -138,7 +139,7 @@ class Trainer:
         self.state = TrainingState(recipe, model, self.accelerator, checkpoint)
         if checkpoint is not None and self.state.facts is not None:
             self._restore(checkpoint, self.state.facts)
-        self.guard.refused.update(passed_over)
+        self.anomalies.refused.update(passed_over)
         self.division = self._divide()
         self._batches: Iterator[Batch] | None = None
         # FSDP and DeepSpeed take no flag on the device, and whether a loss is a spike depends on the step before.
@@ -159,7 +160,7 @@ class Trainer:
             return f"{self.directory} is finished at step {self.step}; nothing to train."
         if stop_at is not None and self.step >= stop_at:
             return f"{self.directory} is at step {self.step}, where run.stop_at ends it."
-        if self.gate.ends:
+        if self.regression_limit.ends_run:
             return f"{self.directory} was ended by finetune.gate at step {self.step}; raise it to go on."
         return None
 
@@ -172,7 +173,7 @@ class Trainer:
         """Take the steps to the end of the run, save and validate; return the exit code."""
         steps, every = self.recipe.train.steps, self.recipe.checkpoint.every
         self._before_first_step(record)
-        while self.step < steps and not self.gate.ends:
+        while self.step < steps and not self.regression_limit.ends_run:
             interrupted = self.train_steps(stop, record)
             last = self.step == steps
             stopped = interrupted or self.step == self.recipe.run.stop_at
@@ -185,7 +186,7 @@ class Trainer:
             self.compare_gradients(record)
             if self._validated_at(self.step):
                 self.validate(record)
-        if self.gate.ends:
+        if self.regression_limit.ends_run:
             if self.saved != self.step:
                 self.save(record, wait=True)
             record.end_reason = f"ended by finetune.gate after step {self.step}"
@@ -200,7 +201,7 @@ class Trainer:
             which = f"only {', '.join(adapt.datasets)} is drawn, and only parts of its own move"
             record.print(f"up to step {adapt.alone_steps} {which} (adapt.alone_steps)")
         self.compare_gradients(record)
-        needs_pretrained = self.gate.active and not self.gate.knows_pretrained
+        needs_pretrained = self.regression_limit.active and not self.regression_limit.knows_pretrained
         if needs_pretrained or self.validation_pending or (every and self.step and self.step % every == 0):
             self.validate(record)
 
@@ -253,7 +254,7 @@ class Trainer:
         self, step: int, pending: PendingSteps, reasons: dict[int, str | None], metrics: StepMetrics
     ) -> bool | Tensor:
         """Decide whether a step leaves the weights as they are; note in `reasons` why, if it is known already."""
-        if step + 1 in self.guard.refused:  # passed over, after the run was rolled back
+        if step + 1 in self.anomalies.refused:  # passed over, after the run was rolled back
             reasons[step] = None
             return True
         if not self._judges_first:
@@ -267,7 +268,7 @@ class Trainer:
         if self.recipe.finetune is not None and self.recipe.finetune.unroll_start is not None:
             # Longer unrolls have larger losses, so each length has a history of its own.
             names = [f"{name} over {self._unroll_length(step, name)} model steps" for name in names]
-        return self.guard.judge(names, metrics.losses, metrics.grad_norm)
+        return self.anomalies.find(names, metrics.losses, metrics.grad_norm)
 
     def _refuse(self, taken: PendingStep, reason: str, record: RunRecord | NullRecord) -> None:
         """Keep and record the state before a refused step. Raises RollBack or UserError, as guard.action says."""
@@ -275,7 +276,7 @@ class Trainer:
         windows: dict[str, list[int]] = {}
         for draw in taken.draws:  # several may be of one dataset
             windows.setdefault(draw.dataset, []).extend(draw.windows.tolist())
-        refusal = Refusal(number, reason, action, windows)
+        refusal = RefusedStep(number, reason, action, windows)
         snapshot = self.state.snapshot(self._facts())
         if snapshot is not None:
             keep_incident(self.directory / "incidents", snapshot, self.accelerator.print)
@@ -287,11 +288,11 @@ class Trainer:
                 "train.learning_rate or train.clip, or let the run go on without such steps (guard.action=skip, or "
                 "rollback)."
             )
-        self.guard.refuse(number)
+        self.anomalies.count_refused(number)
         if action == "rollback":
             self._report_save(self.writer.wait(), record)
             self.accelerator.wait_for_everyone()  # until the checkpoint that all go back to is on disk
-            raise RollBack(refusal, self.guard.refused)
+            raise RollBack(refusal, self.anomalies.refused)
         record.log_refusal(refusal, number)
 
     def _result(self, taken: PendingStep, seconds: float) -> StepResult:
@@ -368,8 +369,8 @@ class Trainer:
         result, model = None, self.state.averaged_model()
         if model is not None:
             result = validate(model, self.valid_readers, self.recipe.validation, self.accelerator.device)
-        if self.gate.active:
-            self._pass_gate(result, record)
+        if self.regression_limit.active:
+            self._check_regression(result, record)
         if result is not None:
             record.log_validation(result, self.step)  # last, so that a run killed before it validates again
         if self.mixing.changes_at(self.step):
@@ -388,12 +389,12 @@ class Trainer:
             record.log_cosines(gradient_cosines(self.recipe, parallel, self.readers, self.step, device), self.step)
         self.accelerator.wait_for_everyone()
 
-    def _pass_gate(self, result: ValidationResult | None, record: RunRecord | NullRecord) -> None:
+    def _check_regression(self, result: ValidationResult | None, record: RunRecord | NullRecord) -> None:
         """Compare a validation with finetune.gate on the main process, and keep the best checkpoint. Collective."""
-        verdict = self.gate.judge(result, self.step) if result else None
+        verdict = self.regression_limit.judge(result) if result else None
         if verdict is not None:
             record.log_verdict(verdict.text, self.step)
-        if self.gate.share(verdict, self.accelerator):
+        if self.regression_limit.share(verdict, self.accelerator):
             snapshot = self.state.snapshot(self._facts())
             if snapshot is not None:
                 try:
@@ -422,17 +423,18 @@ class Trainer:
             "registry": self.registry.snapshot(),
             "shards": shard_digests(self.readers),
             "sampling": self.mixing.state(self.step),
-            "guard": self.guard.state(),
-            "gate": self.gate.state(),
+            "guard": self.anomalies.state(),
+            "gate": self.regression_limit.state(),
         }
 
     def _restore(self, checkpoint: Path, facts: dict) -> None:
-        """Restore sampling, guard and gate from a checkpoint. Raises UserError if the shards have changed."""
+        """Restore what `_facts` returned. Raises UserError if the shards have changed."""
         check_same_shards(facts["shards"], self.readers, checkpoint)
         self.mixing.restore(facts["sampling"], self.step)
-        self.guard.restore(facts["guard"])
-        best = newest_checkpoint(self.directory / "best", self.accelerator.print) if self.gate.active else None
-        self.gate.restore(facts.get("gate"), read_state(best)["gate"] if best else None, self.step)
+        self.anomalies.restore(facts["guard"])
+        limit = self.regression_limit
+        best = newest_checkpoint(self.directory / "best", self.accelerator.print) if limit.active else None
+        limit.restore(facts["gate"], read_state(best)["gate"] if best else None, self.step)
         before = resolve(facts["recipe"], str(checkpoint / "state.json"))
         self.changes = changed_settings(recipe_to_dict(before), recipe_to_dict(self.recipe))
 
@@ -452,5 +454,5 @@ class Trainer:
     def _validated_at(self, step: int) -> bool:
         """Return whether a validation follows `step` steps: every validation.every steps, and at the end."""
         every = self.recipe.validation.every
-        last = step == self.recipe.train.steps and (step > every or self.gate.active)
+        last = step == self.recipe.train.steps and (step > every or self.regression_limit.active)
         return every > 0 and (step % every == 0 or last)

@@ -18,16 +18,16 @@ from data_pipeline.windows.reader import ShardReader
 from fm.cli import main
 from fm.config import GuardSettings, Recipe
 from fm.lab.replay import replay
-from fm.training.guard import Guard
+from fm.training.guard import AnomalyDetector
 from fm.training.trainer import train
 
 
-def judge(guard: Guard, loss: float, norm: float = 1.0, dataset: str = "a") -> str | None:
-    return guard.judge([dataset], [loss], norm)
+def judge(guard: AnomalyDetector, loss: float, norm: float = 1.0, dataset: str = "a") -> str | None:
+    return guard.find([dataset], [loss], norm)
 
 
-def used_to(losses: list[float], **settings: Any) -> Guard:
-    guard = Guard(GuardSettings(**{"spike": 6.0, **settings}))
+def used_to(losses: list[float], **settings: Any) -> AnomalyDetector:
+    guard = AnomalyDetector(GuardSettings(**{"spike": 6.0, **settings}))
     for loss in losses:
         assert judge(guard, loss) is None
     return guard
@@ -37,10 +37,10 @@ USUAL = [1.0, 1.1, 0.9, 1.05, 0.95, 1.0, 1.2, 0.8] * 4
 
 
 def test_what_is_not_finite_is_named() -> None:
-    guard = Guard(GuardSettings())
+    guard = AnomalyDetector(GuardSettings())
     assert judge(guard, float("nan")) == "the loss of a is not finite"
     assert judge(guard, 1.0, float("inf")) == "the gradient norm of a is not finite"
-    assert guard.judge(["a", "b"], [float("inf"), 1.0], float("nan")) == (
+    assert guard.find(["a", "b"], [float("inf"), 1.0], float("nan")) == (
         "the loss of a is not finite; the gradient norm is not finite"
     )
     assert judge(guard, 1e30) is None  # without guard.spike, finite is good enough
@@ -73,8 +73,8 @@ def test_little_variation_is_no_reason_for_alarm() -> None:
 
 def test_the_state_judges_alike() -> None:
     guard = used_to(USUAL, history=16)
-    guard.refuse(7)
-    other = Guard(guard.settings)
+    guard.count_refused(7)
+    other = AnomalyDetector(guard.settings)
     other.restore(json.loads(json.dumps(guard.state())))
     for loss in (1.3, 0.7, 1.7, 2.5, 1.1, 4.0):
         assert judge(guard, loss) == judge(other, loss)
@@ -83,11 +83,11 @@ def test_the_state_judges_alike() -> None:
 
 
 def test_too_many_are_the_end() -> None:
-    guard = Guard(GuardSettings(max_events=1))
-    guard.refuse(5)
-    guard.refuse(5)  # the same step, in another attempt
+    guard = AnomalyDetector(GuardSettings(max_events=1))
+    guard.count_refused(5)
+    guard.count_refused(5)  # the same step, in another attempt
     with pytest.raises(UserError, match=r"the guard has refused 2 steps, more than guard.max_events=1"):
-        guard.refuse(9)
+        guard.count_refused(9)
 
 
 @pytest.fixture(scope="module")

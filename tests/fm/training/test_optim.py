@@ -68,6 +68,16 @@ def test_what_the_datasets_of_a_step_do_not_use_rests() -> None:
     assert [int(optimizer.state[groups[datasets][0]]["step"]) for datasets in names] == [3, 3, 5]
 
 
+def test_a_loaded_state_holds_no_second_copy_of_the_parameters() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = GroupedAdamW([ParameterGroup([weight], frozenset("a"))], PAPER)
+    optimizer.load_state_dict(optimizer.state_dict())
+    (group,) = optimizer.param_groups
+    assert group["params"] == [weight]
+    plain = bool | int | float | tuple | frozenset | None
+    assert all(isinstance(value, plain) for name, value in group.items() if name != "params")
+
+
 def test_average_of_a_constant_is_the_constant_and_the_ramp_is_as_documented() -> None:
     parameters = {"a": torch.full((2, 2), 3.0), "b": torch.tensor([-1.0])}
     ema = EMA({name: value.clone() for name, value in parameters.items()}, 0.999)
