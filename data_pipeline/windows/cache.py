@@ -243,8 +243,8 @@ class BlobCache:
             if path.suffix == ".part":
                 try:
                     with self._locked(self.folder / "locks" / path.name.partition(".")[0], wait=False):
-                        path.unlink(missing_ok=True)
-                except BlockingIOError:  # it is being downloaded
+                        path.unlink()
+                except (BlockingIOError, FileNotFoundError):  # it is being downloaded, or has just become a blob
                     continue
             else:
                 path.unlink(missing_ok=True)
