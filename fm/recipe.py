@@ -1,7 +1,8 @@
-"""A recipe is YAML that is also a Python program: `accelerate launch recipes/x.yaml key.sub=value` runs it.
+"""The entry of a training run: `accelerate launch recipes/x.yaml key.sub=value`.
 
-The first and last lines that make it so stand in fm/config.py. To YAML the first is the key `launch`, ignored here,
-and the last a comment; to Python everything between them is one string.
+A recipe is YAML and a Python program at once, through its first and last lines (FIRST_LINE and LAST_LINE in
+fm/config.py). To YAML the first line is the key `launch`, which the loader ignores, and the last line is a comment. To
+Python everything between them is one string, and the first line calls `run`.
 """
 
 import sys
@@ -17,13 +18,13 @@ from fm.training.trainer import train
 def run(path: str) -> None:
     """Train the recipe at `path` with the overrides on the command line, and exit.
 
-    Exit codes: 0 done, 2 the user's mistake, 3 another process of the run is lost, 130 interrupted and saved.
+    Exit codes: 0 done, 2 a mistake of the user, 3 another process of the run is lost, 130 interrupted and saved.
     """
     sys.exit(main(path, sys.argv[1:]))
 
 
 def main(path: str, overrides: Sequence[str]) -> int:
-    """Train a recipe; a user's mistake is printed without a traceback. Returns the exit code."""
+    """Train a recipe and return the exit code; print mistakes of the user without a traceback."""
     if {"-h", "--help"} & set(overrides):
         print(f"usage: accelerate launch {path} [section.key=value ...]\n\n{Path(path).read_text()}")
         return 0

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from typing_extensions import override
 
 from data_pipeline.files import UserError
 from fm.config import AdaptSettings, TrainSettings
@@ -122,6 +123,7 @@ class Replicated(Parallel):
             # The buffers are constants. torch 2.13 warns if this is passed to the constructor.
             self.objective.broadcast_buffers = False
 
+    @override
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
         if last:
@@ -130,24 +132,31 @@ class Replicated(Parallel):
             with self._accelerator.no_sync(self.objective):
                 yield
 
+    @override
     def grad_norm(self) -> Tensor:
         return get_total_norm(_gradients(self.model, self.optimizer))
 
+    @override
     def clip(self, norm: Tensor, max_norm: float) -> None:
         clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
 
+    @override
     def shards(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
+    @override
     def shard(self, name: str, whole: Tensor) -> Tensor:
         return whole.detach().clone()
 
+    @override
     def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(shards) if self._accelerator.is_main_process else {}
 
+    @override
     def moments(self) -> dict[str, Tensor]:
         return named_state(self.model, self.optimizer) if self._accelerator.is_main_process else {}
 
+    @override
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         load_named_state(self.model, self.optimizer, moments)
 
@@ -195,37 +204,45 @@ class FullySharded(Parallel):
         # The optimizer is made after fully_shard, so that it gets the slices.
         super().__init__(objective, GroupedAdamW(parameter_groups(objective.model, adapt), settings))
 
+    @override
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
         cast(FSDPModule, self.objective).set_requires_gradient_sync(last)
         yield
 
+    @override
     def grad_norm(self) -> Tensor:
         norm = get_total_norm(_gradients(self.model, self.optimizer))
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
+    @override
     def clip(self, norm: Tensor, max_norm: float) -> None:
         # Slices can be scaled only by a DTensor on the same mesh.
         everywhere = DTensor.from_local(norm, self._mesh, [Replicate()], run_check=False)
         clip_grads_with_norm_(self.model.parameters(), max_norm, everywhere)
 
+    @override
     def shards(self) -> dict[str, Tensor]:
         return {name: parameter.to_local().detach() for name, parameter in self._parameters().items()}
 
+    @override
     def shard(self, name: str, whole: Tensor) -> Tensor:
         return self._slice(self._parameters()[name], whole).clone()
 
+    @override
     def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parameters = self._parameters()
         whole = {name: self._whole(_like(parameters[name], shards[name])) for name in parameters}
         return whole if self._is_main else {}
 
+    @override
     def moments(self) -> dict[str, Tensor]:
         # Gathering is collective, so all processes need one order; a file of tensors that was loaded has another.
         own = sorted(named_state(self.model, self.optimizer).items())
         whole = {key: self._whole(value) for key, value in own}
         return whole if self._is_main else {}
 
+    @override
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         parameters, own = self._parameters(), dict(moments)
         for key in moments:
@@ -272,15 +289,18 @@ class Zero(Parallel):
         self._has_gradients = False
         self._make_moments()
 
+    @override
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
         self._engine.set_gradient_accumulation_boundary(last)
         yield
 
+    @override
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
         self._has_gradients = True
 
+    @override
     def grad_norm(self) -> Tensor:
         zero = self._engine.optimizer
         norms = zero._get_norm_groups() if self._stage == 3 else [zero.scaled_global_norm()]
@@ -288,9 +308,11 @@ class Zero(Parallel):
         # DeepSpeed writes -1 for a group whose norm is not finite.
         return torch.linalg.vector_norm(torch.where(norms < 0, torch.nan, norms))
 
+    @override
     def clip(self, norm: Tensor, max_norm: float) -> None:
         """Do nothing: DeepSpeed clips to the same norm within its own step."""
 
+    @override
     def step(self, found_inf: Tensor | None = None) -> None:
         assert found_inf is None  # takes_found_inf
         self._engine.step()
@@ -300,16 +322,19 @@ class Zero(Parallel):
             # ZeRO-3 keeps the last gradient of what a step does not use, and would count it in the next step's norm.
             self._engine.optimizer.grad_partitions_flat_buffer.zero_()
 
+    @override
     def zero_grad(self) -> None:
         if self._has_gradients:  # only its own step makes DeepSpeed drop gradients
             self.skip_unused(())
             self.step()
 
+    @override
     def shards(self) -> dict[str, Tensor]:
         if self.holds_whole_model:
             return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         return {name: parameter.ds_tensor.detach() for name, parameter in self._parameters().items()}
 
+    @override
     def shard(self, name: str, whole: Tensor) -> Tensor:
         if self.holds_whole_model:
             return whole.detach().clone()
@@ -317,6 +342,7 @@ class Zero(Parallel):
         flat = nn.functional.pad(whole.detach().flatten(), (0, slot.numel() * self._engine.world_size - whole.numel()))
         return flat.narrow(0, slot.numel() * self._engine.global_rank, slot.numel()).to(slot, copy=True).view_as(slot)
 
+    @override
     def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.holds_whole_model:
             return dict(shards) if self._is_main else {}
@@ -329,6 +355,7 @@ class Zero(Parallel):
                 whole[name] = torch.cat(parts).flatten()[: parameter.ds_numel].view(parameter.ds_shape).cpu()
         return whole
 
+    @override
     def moments(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -349,6 +376,7 @@ class Zero(Parallel):
                     moments[f"{name}/{moment}"] = whole.cpu()
         return moments if self._is_main else {}
 
+    @override
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
