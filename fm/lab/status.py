@@ -1,4 +1,4 @@
-"""`fm status RUN`: what a run directory says of its run, while it trains or afterwards. Reads only."""
+"""`fm status RUN`: the state of a run, from its directory, while it trains or afterwards. Reads only."""
 
 import json
 import time
@@ -14,16 +14,16 @@ from data_pipeline.files import UserError
 from fm.checkpoint import list_checkpoints, read_state
 from fm.training.runlog import is_alive, parse_lines
 
-RATE_LINES = 20  # the rate is that of the last so many pace lines of the present process
-QUIET_SECONDS = 600  # longer without a line, on another machine: the run may have ended, or validate
+NUM_RATE_LINES = 20  # pace lines of the present process that the rate is measured over
+QUIET_SECONDS = 600  # without a new line, a run on another machine may have ended, or be in a validation
 NUM_EVENTS = 8
-_TOLD = ("start", "guard", "shares", "warning", "message", "end")
-_TAIL_BYTES = 1 << 16
+SHOWN_KINDS = ("start", "guard", "shares", "warning", "message", "end")
+LOG_TAIL_BYTES = 1 << 16  # of log.jsonl, of which only the last line is needed
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Speed over the last steps, without validations and saves; the forecast includes them. None: not known."""
+    """Speed of the last steps, without validations and saves; the forecast includes them. None: unknown."""
 
     steps_per_s: float
     samples_per_s: float
@@ -42,28 +42,26 @@ class LastCheckpoint:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """All that `fm status` prints. Times in seconds since 1970."""
+    """Everything that `fm status` prints. Times are seconds since 1970."""
 
     run: str
     name: str
     step: int
     steps: int | None
     state: str  # running | finished | interrupted | failed | killed | unknown
-    why: str  # what the state was told from
+    why: str  # the reason for the state
     process: Mapping[str, Any] | None  # run.json
     rate: Rate | None
     checkpoint: LastCheckpoint | None
     validation: Mapping[str, Any] | None  # the last validation line of events.jsonl
+    gate: Mapping[str, Any] | None  # the last verdict on finetune.gate, a line of events.jsonl
     events: Sequence[Mapping[str, Any]]  # the last ones, oldest first
     disk_bytes: Mapping[str, int]  # by folder
     problems: Sequence[str]  # damaged lines, files and checkpoints
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def read_status(run: Path) -> RunStatus:
-    """Read a run directory. UserError if it is none."""
+    """Return the state of a run directory. Raises UserError if it is none."""
     if not (run / "recipe.yaml").is_file():
         raise UserError(
             f"{run}: not a run directory, it has no recipe.yaml. Expected one such as runs/quickstart (run.dir, or "
@@ -72,14 +70,14 @@ def read_status(run: Path) -> RunStatus:
     problems: list[str] = []
     recipe = _read_recipe(run / "recipe.yaml", problems)
     steps = recipe.get("train", {}).get("steps")
-    log = _read_log(run / "log.jsonl", problems, _TAIL_BYTES)
+    log = _read_log(run / "log.jsonl", problems, LOG_TAIL_BYTES)
     events = _read_log(run / "events.jsonl", problems)
     process = _read_process(run / "run.json", problems)
-    begins = [i for i, line in enumerate(events) if line.get("kind") == "start"]
-    present = events[begins[-1] :] if begins else []
+    starts = [number for number, line in enumerate(events) if line.get("kind") == "start"]
+    present = events[starts[-1] :] if starts else []
     step = max([line["step"] for line in (*log[-1:], *present[:1])], default=0)
     state, why = _state(run, process, present)
-    validations = [line for line in events if line.get("kind") == "validation" and "datasets" in line]
+    last = {line.get("kind"): line for line in events if line.get("kind") != "validation" or "datasets" in line}
     return RunStatus(
         run=str(run),
         name=recipe.get("run", {}).get("name", run.name),
@@ -90,20 +88,21 @@ def read_status(run: Path) -> RunStatus:
         process=process,
         rate=_rate(present, step, steps, running=state == "running"),
         checkpoint=_last_checkpoint(run / "checkpoints", problems),
-        validation=validations[-1] if validations else None,
-        events=[line for line in events if line.get("kind") in _TOLD and "time" in line][-NUM_EVENTS:],
+        validation=last.get("validation"),
+        gate=last.get("gate"),
+        events=[line for line in events if line.get("kind") in SHOWN_KINDS and "time" in line][-NUM_EVENTS:],
         disk_bytes=_disk_bytes(run),
         problems=problems,
     )
 
 
 def status_json(status: RunStatus) -> str:
-    """One JSON object."""
-    return json.dumps(status.to_json(), indent=1)
+    """Return the status as one JSON object."""
+    return json.dumps(asdict(status), indent=1)
 
 
 def status_text(status: RunStatus) -> str:
-    """The status for people; lines are only as many as there is something to say."""
+    """Return the status for people."""
     total = f" of {status.steps} ({100 * status.step / status.steps:.1f}%)" if status.steps else ""
     lines = [
         f"{status.name}  {status.run}",
@@ -116,22 +115,55 @@ def status_text(status: RunStatus) -> str:
         if rate.seconds_left is not None and rate.ends is not None:
             left = _duration(rate.seconds_left)
             lines.append(f"left         {left}, ends {_clock(rate.ends)} (validations and saves included)")
+    saved = "none yet"
     if status.checkpoint:
-        saved = status.checkpoint
-        lines.append(
-            f"checkpoint   step {saved.step}, {_duration(saved.seconds_old)} ago, sizes verified, bytes not hashed: "
-            f"{saved.path}"
-        )
-    else:
-        lines.append("checkpoint   none yet")
-    lines.append(f"disk         {_disk_text(status.disk_bytes)}")
+        age = _duration(status.checkpoint.seconds_old)
+        saved = f"step {status.checkpoint.step}, {age} ago, sizes verified, bytes not hashed: {status.checkpoint.path}"
+    lines.append(f"checkpoint   {saved}")
+    sizes = sorted(((size, name) for name, size in status.disk_bytes.items() if name != "."), reverse=True)
+    folders = f": {', '.join(f'{name} {size / 1e6:.1f}' for size, name in sizes)}" if sizes else ""
+    lines.append(f"disk         {sum(status.disk_bytes.values()) / 1e6:.1f} MB{folders}")
     if status.process:
-        lines.append(f"process      {_process_text(status.process)}")
-    return "\n".join([*lines, *_validation_text(status.validation), *_events_text(status)])
+        facts = status.process
+        job = f", Slurm job {facts['slurm_job']}" if facts.get("slurm_job") else ""
+        versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
+        lines.append(
+            f"process      {facts['pid']} on {facts['host']}{job}, since {_clock(facts['started'])}; "
+            f"world size {facts['world_size']} ({facts.get('spread', 'not known')}); {versions}"
+        )
+    lines += _validation_lines(status.validation)
+    if status.gate:
+        lines.append(f"gate         after step {status.gate['step']}: {status.gate.get('text', '')}")
+    lines += ["events"] if status.events else []
+    for line in status.events:
+        prefix = "warning: " if line["kind"] == "warning" else ""
+        text = prefix + " ".join(str(line.get("text", "")).split())
+        text = text if len(text) <= 160 else f"{text[:157]}..."
+        lines.append(f"  {_clock(line['time'])}  step {line['step']:>7}  {text}")
+    lines += ["problems", *(f"  {problem}" for problem in status.problems)] if status.problems else []
+    return "\n".join(lines)
+
+
+def _validation_lines(line: Mapping[str, Any] | None) -> list[str]:
+    if line is None:
+        return ["validation   none yet"]
+
+    def number(value: float | None) -> str:
+        return "not finite" if value is None else f"{value:.4f}"
+
+    ratio = line["mean_ratio"]
+    head = f"validation   after step {line['step']}, one step, averaged weights"
+    head += f"; VRMSE / persistence, geometric mean {ratio:.3f}" if ratio is not None else ""
+    width = max((len(name) for name in line["datasets"]), default=0)
+    rows = [
+        f"  {name:<{width}}  VRMSE {number(cell['vrmse'])}  / persistence {number(cell['over_persistence'])}"
+        for name, cell in line["datasets"].items()
+    ]
+    return [head, *rows]
 
 
 def _read_recipe(file: Path, problems: list[str]) -> dict[str, Any]:
-    """The sections of recipe.yaml, whatever version of the project wrote it."""
+    """Return the sections of recipe.yaml, unchecked, so that the recipe of another version can be read too."""
     try:
         document = yaml.safe_load(file.read_text())
         sections = {name: part for name, part in document.items() if isinstance(part, dict)}
@@ -144,7 +176,7 @@ def _read_recipe(file: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _read_log(file: Path, problems: list[str], tail_bytes: int | None = None) -> list[dict[str, Any]]:
-    """The whole lines of a log, or of its last bytes; damaged ones are counted among the problems."""
+    """Return the whole lines of a log, or of its last bytes; damaged lines are reported as a problem."""
     try:
         with file.open("rb") as stream:
             start = max(0, file.stat().st_size - tail_bytes) if tail_bytes else 0
@@ -176,33 +208,33 @@ def _read_process(file: Path, problems: list[str]) -> dict[str, Any] | None:
 
 
 def _state(run: Path, process: Mapping[str, Any] | None, present: list[dict[str, Any]]) -> tuple[str, str]:
-    """The state, and what it was told from: the run's own last word, then its process, then its silence."""
-    quiet = _seconds_quiet(run)
-    silence = f"last line {_duration(quiet)} ago"
-    # A process writes run.json a moment before it opens its logs, whose last end is then another's.
+    """Return the state and its reason: the run's own end line, else its process, else the age of its last line."""
+    names = ("log.jsonl", "events.jsonl", "run.json", "recipe.yaml")
+    times = [(run / name).stat().st_mtime for name in names if (run / name).is_file()]
+    quiet = max(0.0, time.time() - max(times, default=0.0))
+    last_line = f"last line {_duration(quiet)} ago"
+    # A process writes run.json shortly before it opens its logs, so the last end line may belong to an earlier process.
     opened = process is None or (present and present[0].get("time", 0) >= process["started"] - 1)
     if present and opened and present[-1].get("kind") == "end":
         return str(present[-1].get("state", "unknown")), str(present[-1].get("text", ""))
-    lives = is_alive(process) if process else None
-    if process and lives:
-        return "running", f"process {process['pid']} on {process['host']} lives, {silence}"
-    if process and lives is False:
-        return "killed", f"process {process['pid']} on {process['host']} is gone without a last word, {silence}"
+    alive = is_alive(process) if process else None
+    if process and alive is not None:
+        where = f"process {process['pid']} on {process['host']}"
+        if alive:
+            return "running", f"{where} is running, {last_line}"
+        return "killed", f"{where} is gone and wrote no end event, {last_line}"
     where = f"on {process['host']}, another machine" if process else "no run.json names its process"
     if quiet < QUIET_SECONDS:
-        return "running", f"{where}; {silence}"
-    return "unknown", f"{where}; {silence}: it may have ended, or be in a long validation"
-
-
-def _seconds_quiet(run: Path) -> float:
-    names = ("log.jsonl", "events.jsonl", "run.json", "recipe.yaml")
-    times = [(run / name).stat().st_mtime for name in names if (run / name).is_file()]
-    return max(0.0, time.time() - max(times, default=0.0))
+        return "running", f"{where}; {last_line}"
+    return "unknown", f"{where}; {last_line}: it may have ended, or be in a long validation"
 
 
 def _rate(present: list[dict[str, Any]], step: int, steps: int | None, *, running: bool) -> Rate | None:
-    """From the last pace lines of the present process; its first steps are slow, so not from the first of several."""
-    paces = [line for line in present if line.get("kind") == "pace" and "samples" in line][-RATE_LINES:]
+    """Return the rate over the last pace lines of the present process, without its first line if there are others.
+
+    The first steps are slow.
+    """
+    paces = [line for line in present if line.get("kind") == "pace" and "samples" in line][-NUM_RATE_LINES:]
     used = paces[1:] or paces
     seconds = sum(line["seconds"] for line in used)
     if seconds <= 0:
@@ -210,10 +242,10 @@ def _rate(present: list[dict[str, Any]], step: int, steps: int | None, *, runnin
     stepped = sum(line["steps"] for line in used)
     left = ends = None
     if running and steps is not None:
-        # by the clock, so that validations and saves count
+        # wall-clock time, which includes validations and saves
         elapsed = used[-1]["time"] - paces[0]["time"] if len(paces) > 1 else seconds
-        ends = time.time() + (steps - step) * elapsed / stepped
-        left = ends - time.time()
+        left = (steps - step) * elapsed / stepped
+        ends = time.time() + left
     return Rate(stepped / seconds, sum(line["samples"] for line in used) / seconds, left, ends)
 
 
@@ -232,7 +264,7 @@ def _last_checkpoint(root: Path, problems: list[str]) -> LastCheckpoint | None:
 
 
 def _disk_bytes(run: Path) -> dict[str, int]:
-    """Bytes by top folder, files of the run directory itself under "."; files that vanish meanwhile count nothing."""
+    """Return bytes by top folder, with the files of the run directory itself under "."."""
     sizes: dict[str, int] = {}
     for file in run.rglob("*"):
         try:
@@ -240,54 +272,9 @@ def _disk_bytes(run: Path) -> dict[str, int]:
                 parts = file.relative_to(run).parts
                 folder = parts[0] if len(parts) > 1 else "."
                 sizes[folder] = sizes.get(folder, 0) + file.stat().st_size
-        except OSError:
+        except OSError:  # it has been removed meanwhile
             continue
     return sizes
-
-
-def _validation_text(line: Mapping[str, Any] | None) -> list[str]:
-    if line is None:
-        return ["validation   none yet"]
-    ratio = line["mean_ratio"]
-    head = f"validation   after step {line['step']}, one step, averaged weights"
-    head += f"; VRMSE / persistence, geometric mean {ratio:.3f}" if ratio is not None else ""
-    width = max((len(name) for name in line["datasets"]), default=0)
-    rows = [
-        f"  {name:<{width}}  VRMSE {_number(cell['vrmse'])}  / persistence {_number(cell['over_persistence'])}"
-        for name, cell in line["datasets"].items()
-    ]
-    return [head, *rows]
-
-
-def _events_text(status: RunStatus) -> list[str]:
-    rows = []
-    for line in status.events:
-        prefix = "warning: " if line["kind"] == "warning" else ""
-        text = prefix + " ".join(str(line.get("text", "")).split())
-        rows.append(
-            f"  {_clock(line['time'])}  step {line['step']:>7}  {text if len(text) <= 160 else text[:157] + '...'}"
-        )
-    problems = [f"  {problem}" for problem in status.problems]
-    return [*(["events", *rows] if rows else []), *(["problems", *problems] if problems else [])]
-
-
-def _process_text(facts: Mapping[str, Any]) -> str:
-    job = f", Slurm job {facts['slurm_job']}" if facts.get("slurm_job") else ""
-    versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
-    return (
-        f"{facts['pid']} on {facts['host']}{job}, since {_clock(facts['started'])}; "
-        f"world size {facts['world_size']} ({facts.get('spread', 'not known')}); {versions}"
-    )
-
-
-def _disk_text(sizes: Mapping[str, int]) -> str:
-    parts = sorted(((size, name) for name, size in sizes.items() if name != "."), reverse=True)
-    total = f"{sum(sizes.values()) / 1e6:.1f} MB"
-    return total + (f": {', '.join(f'{name} {size / 1e6:.1f}' for size, name in parts)}" if parts else "")
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _clock(seconds: float) -> str:
@@ -295,6 +282,4 @@ def _clock(seconds: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return str(timedelta(seconds=round(seconds)))
+    return f"{seconds:.0f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))

@@ -109,7 +109,7 @@ def test_a_run_that_trains_and_is_killed_before_its_first_checkpoint(tiny_shards
     process.communicate()
     status = read_status(directory)
     assert status.state == "killed"
-    assert "gone without a last word" in status.why
+    assert "is gone and wrote no end event" in status.why
     assert status.rate is not None
     assert status.rate.seconds_left is None
     text = status_text(status)
@@ -160,6 +160,17 @@ def test_a_truncated_checkpoint_is_told_and_the_one_before_named(copied: Path) -
     assert status.checkpoint.step == 8
     assert ["its size differs" in problem for problem in status.problems] == [True, False]
     assert "step_00000010/state.json: not a checkpoint's state.json" in status.problems[1]
+
+
+def test_the_last_verdict_of_the_gate_is_shown(copied: Path) -> None:
+    assert read_status(copied).gate is None
+    assert "gate " not in status_text(read_status(copied))
+    lines = [{"kind": "gate", "step": step, "time": 1.0, "text": f"verdict {step}"} for step in (4, 8)]
+    with (copied / "events.jsonl").open("a") as file:
+        file.writelines(f"{json.dumps(line)}\n" for line in lines)
+    done = fm("status", str(copied), "--json")
+    assert json.loads(done.stdout)["gate"] == lines[-1]
+    assert "gate         after step 8: verdict 8" in status_text(read_status(copied))
 
 
 def test_a_run_of_another_machine_is_judged_by_its_silence(copied: Path) -> None:

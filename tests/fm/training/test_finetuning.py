@@ -17,6 +17,7 @@ from data_pipeline.files import UserError
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import find_checkpoint
 from fm.config import Recipe
+from fm.lab.status import read_status
 from fm.training.checks import longest_unroll
 from fm.training.trainer import train
 
@@ -150,6 +151,7 @@ def test_the_gate_ends_a_run_that_forgets_and_keeps_the_pretrained_model(
     assert len(log(run)) == 2  # the first validation after the pretrained model's
     assert [event["step"] for event in events(run, "validation")] == [0, 2]
     assert "more than finetune.gate=1.05" in events(run, "gate")[-1]["text"]
+    assert read_status(run).gate == events(run, "gate")[-1]
     assert events(run, "end")[-1]["text"] == "ended by finetune.gate after step 2"
     best = find_checkpoint(run)
     assert best == run / "best" / "step_00000000"
