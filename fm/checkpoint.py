@@ -1,4 +1,4 @@
-"""Checkpoints: plain files, written whole or not at all, verified before they are used.
+"""Checkpoints: plain files, written whole or not at all, verified before they are used; and opening any trained model.
 
     <run>/checkpoints/step_00001000/
         model.json  model.safetensors  ema.safetensors  optimizer.safetensors
@@ -6,23 +6,19 @@
 
 No RNG state is stored: everything random in training is a function of (seed, step). Nothing is pickled. The files are
 the same whatever launched the run, however many processes it has: parameters and moments are whole and stored by name,
-these as "<parameter>/<moment>", none for a parameter that no step has moved. Written by fm/checkpoint.py.
+moments as "<parameter>/<moment>", none for a parameter that no step has moved.
 
-Saving while training goes on: a copy of the state in memory, and a thread that brings it to disk.
-
-The copy is taken between two steps, so it is consistent. The thread serialises, hashes, syncs and renames it, verifies
-what is then on disk, and only after that deletes checkpoints that are no longer wanted. One save is in flight at most.
+A run saves while training goes on. The copy of the state is taken between two steps, so it is consistent. A thread then
+brings it to disk, verifies what is there, and only after that deletes checkpoints that are no longer wanted.
 """
 
 import copy
 import json
-import os
 import re
-import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -33,34 +29,31 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as serialize_tensors
 
-from data_pipeline.files import UserError, sha256, sha256_file, sync
+from data_pipeline.files import TEMPORARY_SUFFIX, UserError, atomic_path, remove, sha256
 from data_pipeline.workers import Threads
+from fm.model import files
 from fm.model.baselines import Baseline
-from fm.model.files import (
-    BASELINE,
-    EMA_FILE,
-    EXPORT_FILE,
-    WEIGHTS_FILE,
-    is_exported,
-    locate,
-    read_description,
-    read_exported,
-    verify_exported,
-)
+from fm.model.files import EMA_FILE, MODEL_FILE, WEIGHTS_FILE
 from fm.model.surrogate import Surrogate
 from fm.model.wavelit import WaveLiTFM
 
 FORMAT_VERSION = 2
+STATE_FILE = "state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
 _STEP = re.compile(r"step_(\d{8,})")
 
 
-def step_directory(root: Path, step: int) -> Path:
-    """Folder of the checkpoint after `step` optimiser steps, under a run's checkpoints folder `root`."""
-    return root / f"step_{step:08d}"
+@contextmanager
+def _user_errors(prefix: str = "") -> Iterator[None]:
+    """Turn errors of reading a model's files into UserError."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{prefix}{error}") from error
 
 
 def list_checkpoints(root: Path) -> dict[int, Path]:
-    """Step -> folder of the checkpoints under `root`, newest first. Whole or not: `verify_checkpoint` tells."""
+    """Return step -> folder of the checkpoints under `root`, newest first, whole or not."""
     if not root.is_dir():
         return {}
     found = [p for p in root.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()]
@@ -68,10 +61,10 @@ def list_checkpoints(root: Path) -> dict[int, Path]:
 
 
 def newest_checkpoint(root: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint under `root`, or None.
+    """Return the newest whole checkpoint under `root`, or None if there is none at all.
 
-    Found by scanning and verified against the sizes and digests in state.json; a damaged one is reported and the one
-    before it is tried. If none of those present is whole: UserError.
+    It is found by scanning and verified against state.json. A damaged one is reported and the one before it is tried.
+    UserError if all are damaged.
     """
     found = list_checkpoints(root)
     for path in found.values():
@@ -90,124 +83,51 @@ def newest_checkpoint(root: Path, report: Callable[[str], None]) -> Path | None:
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """Compare each file with its size and SHA-256 in state.json. Returns the state; UserError if anything differs."""
+    """Compare each file with its size and SHA-256 in state.json; return that. UserError if anything differs."""
     state = read_state(path)
-    for name, expected in state["files"].items():
-        file = path / Path(name).name
-        if not file.is_file() or file.stat().st_size != expected["bytes"]:
-            size = f"{file.stat().st_size} bytes" if file.is_file() else "no such file"
-            raise UserError(f"{file}: expected {expected['bytes']} bytes, found {size}")
-        if sha256_file(file) != expected["sha256"]:
-            raise UserError(f"{file}: its bytes differ from the SHA-256 in state.json")
+    with _user_errors():
+        files.verify_files(path / STATE_FILE, state)
     return state
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint; UserError if it is missing, not JSON, or of another format version."""
-    file = path / "state.json"
+    """Return a checkpoint's state.json. UserError if it is missing, not JSON, or of another format version."""
+    file = path / STATE_FILE
     try:
         state = json.loads(file.read_text())
-        version, files = state["format_version"], state["files"]
-        sizes_known = all(isinstance(f["bytes"], int) and isinstance(f["sha256"], str) for f in files.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        version = state["format_version"]
+        listing = files.read_listing(file, state)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a checkpoint's state.json ({type(error).__name__}: {error})") from error
     if version != FORMAT_VERSION:
         raise UserError(
             f"{file}: checkpoint format {version}, this version of the project reads format {FORMAT_VERSION}; "
             "use the version that wrote it, or see CHANGELOG.md"
         )
-    if not sizes_known or "model.safetensors" not in files:
+    if WEIGHTS_FILE not in listing:
         raise UserError(f"{file}: the list of files is incomplete")
     return state
 
 
 def load_checkpoint(path: Path, model: Surrogate, average: Surrogate) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Fill model and averaged model from a verified checkpoint; returns what state.json holds, and the moments.
+    """Fill model and averaged model from a verified checkpoint; return what state.json holds, and the moments.
 
-    Raises UserError if the architecture, the datasets or their statistics are not those of `model`.
+    UserError if the architecture, the datasets or their statistics are not those of `model`.
     """
     state = read_state(path)
-    _require_same(path, read_description(path), model.description())
-    for target, name in ((model, "model.safetensors"), (average, "ema.safetensors")):
+    _require_same(path, files.read_description(path), model.description())
+    for target, name in ((model, WEIGHTS_FILE), (average, EMA_FILE)):
         target.load_state_dict(_read_tensors(path / name))
-    return state, _read_tensors(path / "optimizer.safetensors")
-
-
-def load_pretrained(source: Path | str) -> Surrogate:
-    """The averaged model that `find_checkpoint` finds, on the CPU: a WaveLiT or a baseline, as model.json says.
-
-    UserError where there is none or its files do not fit together.
-    """
-    checkpoint = find_checkpoint(source)
-    try:
-        kind = Baseline if BASELINE in read_description(checkpoint) else WaveLiTFM
-        return kind.from_pretrained(checkpoint)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{checkpoint}: cannot be loaded as a model: {error}") from error
-
-
-def verify_model(folder: Path) -> tuple[str, dict[str, Any]]:
-    """The SHA-256 of the averaged weights, and what state.json or artefact.json holds; every file is compared with it.
-
-    `folder` is a checkpoint or an exported model. UserError if anything differs, or it is neither.
-    """
-    if not is_exported(folder):
-        if not (folder / "state.json").is_file():
-            raise UserError(
-                f"{folder}: expected a run, one of its checkpoints, or an exported model (`fm export`, `fm extend`), "
-                f"got a model's folder with neither state.json nor {EXPORT_FILE}, one of which tells its recipe"
-            )
-        state = verify_checkpoint(folder)
-        return state["files"][EMA_FILE]["sha256"], state
-    try:
-        content = verify_exported(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from error
-    return content["files"][WEIGHTS_FILE]["sha256"], content
-
-
-def weights_digest(folder: Path) -> str:
-    """The SHA-256 of the averaged weights that a checkpoint or an exported model names. UserError if it names none."""
-    if not is_exported(folder):
-        return str(read_state(folder)["files"][EMA_FILE]["sha256"])
-    try:
-        return str(read_exported(folder)["files"][WEIGHTS_FILE]["sha256"])
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from error
-
-
-def find_checkpoint(source: Path | str) -> Path:
-    """The folder meant by a run, one of its checkpoints, an exported model, or `hf://organisation/name`.
-
-    A run means its newest whole checkpoint, or if finetune.gate watched over it the best compromise. UserError if there
-    is none, or the Hub does not give it.
-    """
-    try:
-        path = locate(source)
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from error
-    if (path / "model.json").is_file() or is_exported(path):
-        return path
-    newest = newest_checkpoint(path / "checkpoints", print)
-    if newest is None:
-        raise UserError(
-            f"no checkpoint found: looked for {path / 'model.json'} and {path / 'checkpoints' / 'step_*'}.\n"
-            "Expected a run directory (such as runs/quickstart), one of its checkpoints, or an exported model."
-        )
-    finetune = read_state(newest)["recipe"].get("finetune") or {}
-    best = newest_checkpoint(path / "best", print) if finetune.get("gate") is not None else None
-    return best or newest
+    return state, _read_tensors(path / OPTIMIZER_FILE)
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    try:
+    with _user_errors(f"{file}: cannot be read as safetensors: "):
         return load_tensors(file.read_bytes())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: cannot be read as safetensors ({error})") from error
 
 
 def _require_same(path: Path, saved: Any, wanted: Any, key: str = "") -> None:
-    """UserError at the first place where two nested descriptions differ."""
+    """Raise UserError at the first place where two nested descriptions differ."""
     if isinstance(saved, dict) and isinstance(wanted, dict):
         for name in sorted(saved.keys() | wanted.keys()):
             _require_same(path, saved.get(name), wanted.get(name), f"{key}.{name}" if key else name)
@@ -224,12 +144,70 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def find_checkpoint(source: Path | str) -> Path:
+    """Return the folder meant by a run, one of its checkpoints, an exported model, or `hf://organisation/name`.
+
+    A run's is its newest whole checkpoint, or its best one if finetune.gate watched over it. UserError if there is
+    none, or the Hub does not give it.
+    """
+    with _user_errors():
+        path = files.locate(source)
+    if (path / MODEL_FILE).is_file() or files.is_exported(path):
+        return path
+    newest = newest_checkpoint(path / "checkpoints", print)
+    if newest is None:
+        raise UserError(
+            f"no checkpoint found: looked for {path / MODEL_FILE} and {path / 'checkpoints' / 'step_*'}.\n"
+            "Expected a run directory (such as runs/quickstart), one of its checkpoints, or an exported model."
+        )
+    finetune = read_state(newest)["recipe"].get("finetune") or {}
+    best = newest_checkpoint(path / "best", print) if finetune.get("gate") is not None else None
+    return best or newest
+
+
+def load_pretrained(source: Path | str) -> Surrogate:
+    """Return the averaged model that `find_checkpoint` finds, in eval mode on the CPU: a WaveLiT or a baseline.
+
+    UserError where there is none or its files do not fit together.
+    """
+    checkpoint = find_checkpoint(source)
+    with _user_errors(f"{checkpoint}: cannot be loaded as a model: "):
+        kind = Baseline if files.BASELINE in files.read_description(checkpoint) else WaveLiTFM
+        return kind.from_pretrained(checkpoint)
+
+
+def verify_model(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Compare all files; return the SHA-256 of the averaged weights, and what state.json or artefact.json holds.
+
+    `folder` is a checkpoint or an exported model. UserError if anything differs, or it is neither.
+    """
+    if files.is_exported(folder):
+        with _user_errors():
+            content = files.verify_exported(folder)
+    elif (folder / STATE_FILE).is_file():
+        content = verify_checkpoint(folder)
+    else:
+        raise UserError(
+            f"{folder}: expected a run, one of its checkpoints, or an exported model (`fm export`, `fm extend`), "
+            f"got a model's folder with neither {STATE_FILE} nor {files.EXPORT_FILE}, one of which holds its recipe"
+        )
+    return weights_digest(folder), content
+
+
+def weights_digest(folder: Path) -> str:
+    """Return the listed SHA-256 of the averaged weights of a checkpoint or an exported model. UserError if neither."""
+    if not files.is_exported(folder):
+        return str(read_state(folder)["files"][EMA_FILE]["sha256"])
+    with _user_errors():
+        return str(files.read_exported(folder)["files"][WEIGHTS_FILE]["sha256"])
+
+
 @dataclass(frozen=True)
 class Snapshot:
-    """The state after `step` optimiser steps; nothing in it changes when training goes on."""
+    """The state after `step` optimizer steps; nothing in it changes when training goes on."""
 
     step: int
-    description: dict[str, Any]  # what model.json says
+    description: dict[str, Any]  # the content of model.json
     tensors: dict[str, dict[str, torch.Tensor]]  # file name -> tensors by name, on the CPU
     facts: dict[str, Any]  # JSON types, stored in state.json
 
@@ -244,9 +222,11 @@ def take_snapshot(
 ) -> Snapshot:
     """Copy weights, averaged weights and moments to CPU memory."""
     tensors = {
-        "model.safetensors": _copies(weights),
-        "ema.safetensors": _copies(average),
-        "optimizer.safetensors": _copies(moments),
+        file: {
+            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in given.items()
+        }
+        for file, given in ((WEIGHTS_FILE, weights), (EMA_FILE, average), (OPTIMIZER_FILE, moments))
     }
     return Snapshot(step, copy.deepcopy(dict(description)), tensors, copy.deepcopy(dict(facts)))
 
@@ -254,24 +234,20 @@ def take_snapshot(
 def write_checkpoint(root: Path, snapshot: Snapshot) -> Path:
     """Write the snapshot's checkpoint under `root` and return its folder.
 
-    The files go to a temporary sibling, are synced, and the folder is renamed, so a crash at any moment leaves either
-    the whole checkpoint or none. UserError when the disk is full, not writable or does not give back what was written;
-    the temporary files are removed and earlier checkpoints are untouched.
+    A crash at any moment leaves either the whole checkpoint or none. UserError when the disk is full, not writable or
+    does not give back what was written; earlier checkpoints are untouched.
     """
-    final = step_directory(root, snapshot.step)
-    temporary = root / f".writing_{final.name}"
+    final = root / f"step_{snapshot.step:08d}"
     try:
-        _remove_leftovers(root)
-        temporary.mkdir(parents=True)
-        _write_files(temporary, snapshot)
-        verify_checkpoint(temporary)
-        if final.exists():  # damaged, or of a run before this one (checkpoint.resume=never)
-            final.rename(root / f".deleting_{final.name}")
-        temporary.rename(final)
-        sync(root)
+        _remove_temporary(root)
+        # A checkpoint that was there is damaged, or of a run before this one (checkpoint.resume=never): it is replaced.
+        with atomic_path(final) as folder:
+            folder.mkdir()
+            _write_files(folder, snapshot)
+            verify_checkpoint(folder)
     except (OSError, UserError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        cause = error if isinstance(error, OSError) else error.__cause__  # a full disk is a UserError already
+        reason = (isinstance(cause, OSError) and cause.strerror) or str(error)
         raise UserError(
             f"could not save the checkpoint {final}: {reason}.\n"
             f"Earlier checkpoints in {root} are untouched. Free some space or make the folder writable, then start the "
@@ -280,19 +256,37 @@ def write_checkpoint(root: Path, snapshot: Snapshot) -> Path:
     return final
 
 
+def _write_files(folder: Path, snapshot: Snapshot) -> None:
+    """Write every file, one in memory at a time; state.json is the last."""
+    listing = {}
+    for name in (MODEL_FILE, *snapshot.tensors):
+        if name == MODEL_FILE:
+            data = json.dumps(snapshot.description, indent=1).encode()
+        else:
+            data = serialize_tensors(snapshot.tensors[name])
+        listing[name] = {"bytes": len(data), "sha256": sha256(data)}
+        (folder / name).write_bytes(data)
+    state = {"format_version": FORMAT_VERSION, "step": snapshot.step, **snapshot.facts, "files": listing}
+    (folder / STATE_FILE).write_text(json.dumps(state, indent=1))
+
+
+def _remove_temporary(root: Path) -> None:
+    """Remove what a killed save or deletion left."""
+    for leftover in root.iterdir() if root.exists() else ():
+        if leftover.suffix == TEMPORARY_SUFFIX:
+            remove(leftover)
+
+
 def prune_checkpoints(root: Path, newest: Path, keep: int, keep_every: int | None) -> None:
     """Delete checkpoints older than `newest`, which is whole, but `keep` - 1 and those at multiples of `keep_every`.
 
-    Each is renamed before it is deleted, so that a kill leaves no half of one. UserError where one cannot be deleted.
+    UserError where one cannot be deleted.
     """
     steps = list_checkpoints(root)
     newest_step = next(step for step, path in steps.items() if path == newest)
     older = [step for step in steps if step < newest_step][keep - 1 :]
     try:
-        for step in older:
-            if not (keep_every and step % keep_every == 0):
-                steps[step].rename(root / f".deleting_{steps[step].name}")
-        _remove_leftovers(root)
+        _delete([steps[step] for step in older if not (keep_every and step % keep_every == 0)])
     except OSError as error:
         raise UserError(
             f"could not delete old checkpoints in {root}: {error.filename}: {error.strerror}.\n"
@@ -300,8 +294,13 @@ def prune_checkpoints(root: Path, newest: Path, keep: int, keep_every: int | Non
         ) from error
 
 
+def _delete(checkpoints: list[Path]) -> None:
+    for path in checkpoints:
+        remove(path.rename(path.with_name(path.name + TEMPORARY_SUFFIX)))  # so that a kill leaves no half of one
+
+
 def keep_incident(root: Path, snapshot: Snapshot, report: Callable[[str], None]) -> None:
-    """Write what preceded a refused step for `fm replay`; the newest three are kept. A failure is reported, no more."""
+    """Write the state before a refused step for `fm replay`; keep the newest three. A failure is only reported."""
     try:
         prune_checkpoints(root, write_checkpoint(root, snapshot), keep=3, keep_every=None)
     except UserError as error:
@@ -309,18 +308,20 @@ def keep_incident(root: Path, snapshot: Snapshot, report: Callable[[str], None])
 
 
 def keep_best(root: Path, snapshot: Snapshot) -> None:
-    """Write the best compromise of a run (fm/training/guard.py) in place of the one before. UserError as above."""
+    """Write the best checkpoint of a run (fm/training/guard.py) in place of the one before.
+
+    UserError as of `write_checkpoint`.
+    """
     best = write_checkpoint(root, snapshot)
-    for step, path in list_checkpoints(root).items():
-        if step > snapshot.step:  # of a run that has gone back since
-            path.rename(root / f".deleting_{path.name}")
+    # Newer ones are of a run that went back to an earlier checkpoint since.
+    _delete([path for step, path in list_checkpoints(root).items() if step > snapshot.step])
     prune_checkpoints(root, best, keep=1, keep_every=None)
 
 
 class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
-    """Saves a run's checkpoints from a thread. As a context it ends when the save in flight has ended.
+    """Saves a run's checkpoints from a thread, one at a time. As a context it ends when the save in flight has ended.
 
-    A failure is handed out once, by `failure` or `wait`; whoever trains must ask at every step.
+    A failure is returned once, by `failure` or `wait`; the caller must look for it after every step.
     """
 
     def __init__(self, root: Path, keep: int, keep_every: int | None) -> None:
@@ -332,7 +333,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt):
-            return  # asked to leave at once
+            return  # the user wants to leave at once
         failure = self.wait()
         if failure is not None and error is None:
             raise failure
@@ -340,16 +341,16 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             print(failure, file=sys.stderr)
 
     def start(self, snapshot: Snapshot) -> None:
-        """Begin to save; the save before must have been waited for."""
+        """Begin to save; the caller has waited for the save before."""
         assert self._save is None, "a save is in flight"
         self._save = self._thread.submit(self._write_and_prune, snapshot)
 
     def failure(self) -> UserError | None:
-        """Why the last save failed, if it has by now. Does not wait."""
+        """Return why the last save failed, if it has by now. Does not wait."""
         return self.wait() if self._save is not None and self._save.done() else None
 
     def wait(self) -> UserError | None:
-        """Wait for the save in flight; why it failed, or None."""
+        """Wait for the save in flight; return why it failed, or None."""
         if self._save is None:
             return None
         error = self._save.exception()
@@ -361,39 +362,3 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     def _write_and_prune(self, snapshot: Snapshot) -> None:
         newest = write_checkpoint(self.root, snapshot)
         prune_checkpoints(self.root, newest, self.keep, self.keep_every)
-
-
-def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
-
-
-def _write_files(folder: Path, snapshot: Snapshot) -> None:
-    """Write and sync every file, one in memory at a time; state.json is the last."""
-    digests = {}
-    for name in ("model.json", *snapshot.tensors):
-        if name == "model.json":
-            data = json.dumps(snapshot.description, indent=1).encode()
-        else:
-            data = serialize_tensors(snapshot.tensors[name])
-        digests[name] = {"bytes": len(data), "sha256": sha256(data)}
-        _write_synced(folder / name, data)
-    state = {"format_version": FORMAT_VERSION, "step": snapshot.step, **snapshot.facts, "files": digests}
-    _write_synced(folder / "state.json", json.dumps(state, indent=1).encode())
-    sync(folder)
-
-
-def _write_synced(file: Path, data: bytes) -> None:
-    with file.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _remove_leftovers(root: Path) -> None:
-    """Remove what a killed save or deletion left."""
-    for pattern in (".writing_*", ".deleting_*"):
-        for leftover in root.glob(pattern):
-            shutil.rmtree(leftover)

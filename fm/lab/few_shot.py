@@ -37,6 +37,7 @@ from fm.evaluation.evaluate import Trained
 from fm.evaluation.protocol import load_protocol
 from fm.lab.sweep import EXIT_FAILED, finish_trials, sweep_results
 from fm.lab.sweep_file import Sweep, Variant, plan
+from fm.model.spec import to_json
 
 # Distinct to colour-blind readers (Okabe and Ito 2008).
 COLOURS, PERSISTENCE = ("#0072B2", "#D55E00"), "#595959"
@@ -258,7 +259,7 @@ def plan_few_shot(
     if "train.learning_rate" not in given:
         rate = _rate_of(recipe.finetune.pretrained) or rate
     rates = {PRETRAINED: rate, SCRATCH: scratch_rate or rate}
-    model = json.loads(json.dumps(pretrained.config.to_json()))
+    model = to_json(pretrained.config)
     starts: dict[str, dict[str, Any]] = {
         PRETRAINED: {"finetune.gate": None, "finetune.unroll_override": {}},
         SCRATCH: {"finetune": None, pretrained.section: model},

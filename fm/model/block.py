@@ -1,18 +1,18 @@
-"""The block of WaveLiT: Mamba-inspired linear attention (MILA, Han et al. 2024) with a ridge state and a kernel gate.
+"""The block of WaveLiT and its pyramid: Mamba-inspired linear attention (MILA, Han et al. 2024) at several resolutions.
 
     x = x + CPE(x)
     u = LayerNorm(x);  z = SiLU(DWConv(W_in u));  o = Attention(z) * sigmoid(W_g u) + LePE(z)
     x = x + W_out(o * SiLU(W_act u))
     x = x + CPE2(x);   x = x + MLP(LayerNorm(x))
 
-CPE, CPE2, DWConv and LePE are 3x3 depthwise convolutions. Tokens stay (B, h, w, D) throughout, which is the memory of a
-channels-last image: the layout in which oneDNN's depthwise kernels are fastest forward and backward.
+CPE, CPE2, DWConv and LePE are 3x3 depthwise convolutions. The pyramid applies one block at levels l = 0..L with the
+same weights and sums with learned scalars a_l (WaveLiT's multi-scale wrapper):
 
-A block applied to several resolutions with the same weights (WaveLiT's multi-scale wrapper).
+    y = sum_l a_l Up_{2^l}( Block( AvgPool_{2^l}(x) ) )
 
-    y = sum_l a_l Up_{2^l}( Block( AvgPool_{2^l}(x) ) ),  l = 0..L, with learned scalars a_l.
-
-AvgPool averages the cells that exist at the upper edges (ceil mode) and Up repeats and crops, so any token grid works.
+AvgPool averages the cells that exist at the upper edges (ceil mode), and Up repeats and crops, so any token grid works.
+Tokens stay (B, h, w, D) throughout, which is the memory of a channels-last image: the layout in which oneDNN's
+depthwise kernels are fastest forward and backward.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from fm.model.wavelets import NOT_PERIODIC, Periodic
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """What one block is made of; the switches are the ablations of the paper's Tables 13 and 14."""
+    """Sizes of one block, and a switch for each ablation of the paper's Tables 13 and 14."""
 
     width: int
     heads: int
@@ -41,7 +41,7 @@ class BlockConfig:
 
 
 class _Wrap(torch.autograd.Function):
-    """One ring of periodic points around the periodic axes; plain indexing would cost full-size copies in backward."""
+    """Add a ring of wrapped points around the periodic axes. Plain indexing would cost full-size copies in backward."""
 
     @staticmethod
     def forward(ctx, x: Tensor, along_x: bool, along_y: bool) -> Tensor:
@@ -85,17 +85,18 @@ class DepthwiseConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor, periodic: Periodic = NOT_PERIODIC) -> Tensor:
+        """Convolve tokens (B, h, w, D)."""
         if any(periodic):
             x = _Wrap.apply(x, *periodic)
         padding = (int(not periodic[0]), int(not periodic[1]))
-        # A view, so that the gradient has the parameter's strides, by which DDP tells whether it must copy.
+        # A view gives the gradient the parameter's strides; with other strides DDP would copy it.
         weight = self.weight.flatten(1, 2)[:, None]
         image = F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias, padding=padding, groups=len(weight))
         return image.permute(0, 2, 3, 1)
 
 
 class Block(nn.Module):
-    """One block; weights do not depend on the grid, so the pyramid applies it at every level."""
+    """One block. Its weights do not depend on the grid, so the pyramid applies it at every level."""
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
@@ -120,7 +121,7 @@ class Block(nn.Module):
             self.lepe = DepthwiseConv(d)
 
     def forward(self, x: Tensor, rope: Tensor, periodic: Periodic = NOT_PERIODIC) -> Tensor:
-        """Tokens (B, h, w, D) to the same; `rope` is the table of this grid, (h*w, m/2, 2)."""
+        """Map tokens (B, h, w, D) to the same shape; `rope` is the table of this grid, (h*w, m/2, 2)."""
         if self.config.cpe:
             x = x + self.cpe(x, periodic)
         x = x + self._mix(self.norm(x), rope, periodic)
@@ -143,25 +144,25 @@ class Block(nn.Module):
 
 
 def pool(x: Tensor, factor: int) -> Tensor:
-    """Mean over factor x factor cells: (B, h, w, D) to (B, ceil(h/factor), ceil(w/factor), D)."""
+    """Average over factor x factor cells: (B, h, w, D) to (B, ceil(h/factor), ceil(w/factor), D)."""
     image = F.avg_pool2d(x.permute(0, 3, 1, 2), factor, ceil_mode=True, count_include_pad=False)
     return image.permute(0, 2, 3, 1)
 
 
 def upsample(x: Tensor, factor: int, height: int, width: int) -> Tensor:
-    """Each cell repeated factor x factor times, cropped: (B, h', w', D) to (B, height, width, D)."""
+    """Repeat each cell factor x factor times and crop: (B, h', w', D) to (B, height, width, D)."""
     image = F.interpolate(x.permute(0, 3, 1, 2), scale_factor=factor, mode="nearest")
     return image.permute(0, 2, 3, 1)[:, :height, :width]
 
 
 def pyramid_tables(height: int, width: int, levels: int, head_width: int, device: torch.device) -> list[Tensor]:
-    """RoPE table of each level's grid, finest first."""
+    """Return the RoPE table of each level's grid, finest first."""
     sizes = [(-(-height // 2**level), -(-width // 2**level)) for level in range(levels + 1)]
     return [rope_table(h, w, head_width, device) for h, w in sizes]
 
 
 class Pyramid(nn.Module):
-    """One block at levels 0..L of the pyramid."""
+    """One block applied at levels 0..L with the same weights."""
 
     def __init__(self, config: BlockConfig, levels: int) -> None:
         super().__init__()
@@ -169,7 +170,7 @@ class Pyramid(nn.Module):
         self.level_weights = nn.Parameter(torch.zeros(levels + 1))
 
     def forward(self, x: Tensor, ropes: Sequence[Tensor], periodic: Periodic = NOT_PERIODIC) -> Tensor:
-        """Tokens (B, h, w, D) to the same; `ropes` from `pyramid_tables`."""
+        """Map tokens (B, h, w, D) to the same shape; `ropes` are from `pyramid_tables`."""
         _, h, w, _ = x.shape
         a = self.level_weights.to(x.dtype).unbind()
         y = a[0] * self.block(x, ropes[0], periodic)

@@ -1,7 +1,7 @@
-"""Fields as people have them, by channel name, and the tensors (B, C, H, W) that a model takes.
+"""Fields by channel name, as users have them, and the tensors (B, C, H, W) that a model takes.
 
-Three forms: dictionaries of numpy arrays, dictionaries of tensors, and xarray Datasets. What comes out has the form of
-what went in. Values are in physical units throughout.
+Three forms: dictionaries of numpy arrays, dictionaries of tensors, and xarray Datasets. A prediction has the form of
+the given fields. Values are in physical units throughout.
 """
 
 import warnings
@@ -17,7 +17,7 @@ from fm.model.spec import DatasetSpec
 
 Fields: TypeAlias = Any  # dict[str, np.ndarray] | dict[str, torch.Tensor] | xarray.Dataset
 
-# In standard deviations of the training data: means of a mini-Well frame are within 2 of theirs, spreads 0.008 to 2.4
+# In standard deviations of the training data: means of a mini-Well frame are within 2 of theirs, spreads 0.008 to 2.4.
 FAR = 10.0
 FLAT = 2e-3
 DT_TOLERANCE = 0.01
@@ -29,16 +29,16 @@ class FieldsWarning(UserWarning):
 
 @dataclass(frozen=True)
 class GivenFields:
-    """The fields of B states as tensors, and the way back."""
+    """The fields of B states as tensors; `frame` and `series` turn predictions back into the given form."""
 
     spec: DatasetSpec
     state: Tensor  # (B, C, H, W) float32
     constants: Tensor  # (B, K, H, W) float32
-    batched: bool  # whether B was an axis
+    batched: bool  # whether the given fields had an axis B
     given: Fields
 
     def frame(self, state: Tensor, step: int) -> Fields:
-        """A state (B, C, H, W), `step` steps after the given one, in the given form."""
+        """Return a state (B, C, H, W), `step` steps after the given one, in the given form."""
         arrays = self._by_channel(state)
         if not _is_xarray(self.given):
             return arrays
@@ -46,7 +46,7 @@ class GivenFields:
         return self._dataset(arrays, (), time)
 
     def series(self, states: Tensor) -> Fields:
-        """States (B, T, C, H, W) in the given form, T before the axes of space."""
+        """Return states (B, T, C, H, W) in the given form, T before the axes of space."""
         arrays = self._by_channel(states)
         if not _is_xarray(self.given):
             return arrays
@@ -55,52 +55,51 @@ class GivenFields:
         return self._dataset(arrays, ("time",), {"time": time})
 
     def _by_channel(self, states: Tensor) -> dict[str, Any]:
-        """(B, ..., C, H, W) to (B, ..., H, W) by channel, without B where none was given."""
+        """Turn (B, ..., C, H, W) into (B, ..., H, W) by channel, without B where none was given."""
         values = states if self.batched else states[0]
-        as_given = isinstance(next(iter(self.given.values())), Tensor)
         parts = {name: values[..., index, :, :] for index, name in enumerate(self.spec.state_channels)}
-        return parts if as_given else {name: part.cpu().numpy() for name, part in parts.items()}
+        if isinstance(next(iter(self.given.values())), Tensor):
+            return parts
+        return {name: part.cpu().numpy() for name, part in parts.items()}
 
     def _dataset(self, arrays: Mapping[str, np.ndarray], axes: tuple[str, ...], time: Mapping[str, Any]) -> Fields:
-        dims = (*_other_dims(self.given, self.spec), *axes, "x", "y")
-        coordinates = {name: one for name, one in self.given.coords.items() if set(one.dims) <= set(dims)}
-        coordinates = {name: one for name, one in coordinates.items() if name != "time"}
+        dims = (*_batch_dims(self.given, self.spec), *axes, "x", "y")
+        kept = {name: one for name, one in self.given.coords.items() if name != "time" and set(one.dims) <= set(dims)}
         variables = {name: (dims, array, self.given[name].attrs) for name, array in arrays.items()}
         times = {name: (axes, value) if axes else value for name, value in time.items()}
-        return type(self.given)(variables, {**coordinates, **times}, self.given.attrs)
+        return type(self.given)(variables, {**kept, **times}, self.given.attrs)
 
     def _start(self) -> float:
-        """The time of the given states; 0 where they have none, or each has its own."""
+        """Return the time of the given states, or 0 where they have none, or each has its own."""
         time = self.given.coords.get("time")
         return 0.0 if time is None or time.ndim else float(time)
 
 
 def given_fields(fields: Fields, spec: DatasetSpec, dt: float | None = None) -> GivenFields:
-    """Check fields against what the model knows of the dataset, and stack them.
+    """Check fields against the dataset's specification, and stack them.
 
     ValueError for missing or unknown channels, shapes that do not fit together, and values that are not finite;
-    FieldsWarning for another grid, another `dt`, or units that are probably others.
+    FieldsWarning if the grid, `dt` or probably the units differ from the training data.
     """
-    names = (*spec.state_channels, *spec.constant_channels)
+    names = spec.channels
     if not (_is_xarray(fields) or isinstance(fields, Mapping)):
         raise ValueError(
             f"dataset {spec.name}: expected a dictionary of arrays or an xarray Dataset with the channels "
             f"{', '.join(names)}, got {type(fields).__name__}"
         )
-    found = list(fields.data_vars) if _is_xarray(fields) else list(fields)
+    found = list(map(str, fields.data_vars if _is_xarray(fields) else fields))
     if set(found) != set(names):
         missing = [name for name in names if name not in found]
-        unknown = [str(name) for name in found if name not in names]
+        unknown = [name for name in found if name not in names]
         raise ValueError(
             f"dataset {spec.name}: expected the channels {', '.join(names)}; "
             f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
         )
     arrays = {name: _array(fields, name, spec) for name in names}
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-    state_shapes = {shapes[name] for name in spec.state_channels}
     shape = shapes[spec.state_channels[0]]
-    fits = len(state_shapes) == 1 and len(shape) in (2, 3)
-    if not (fits and all(shapes[name] in (shape, shape[-2:]) for name in spec.constant_channels)):
+    alike = all(shapes[name] == shape for name in spec.state_channels) and len(shape) in (2, 3)
+    if not (alike and all(shapes[name] in (shape, shape[-2:]) for name in spec.constant_channels)):
         listed = ", ".join(f"{name} {shapes[name]}" for name in names)
         raise ValueError(
             f"dataset {spec.name}: expected channels (H, W), or all state channels (B, H, W), on one grid, got {listed}"
@@ -109,16 +108,16 @@ def given_fields(fields: Fields, spec: DatasetSpec, dt: float | None = None) -> 
     state = torch.stack([arrays[name] for name in spec.state_channels], dim=-3).reshape(size, -1, *shape[-2:])
     rows = [arrays[name].expand(size, *shape[-2:]) for name in spec.constant_channels]
     constants = torch.stack(rows, dim=1) if rows else state.new_zeros(size, 0, *shape[-2:])
-    for text in _doubts(spec, arrays, dt):
+    for text in _differences(spec, arrays, dt):
         warnings.warn(text, FieldsWarning, stacklevel=3)
     return GivenFields(spec, state, constants, batched, fields)
 
 
 def _array(fields: Fields, name: str, spec: DatasetSpec) -> Tensor:
-    """One channel as float32 (..., H, W); an xarray variable with its axes x, y last."""
+    """Return one channel as float32 (..., H, W)."""
     value = fields[name]
     if _is_xarray(fields):
-        dims = [*(dim for dim in _other_dims(fields, spec) if dim in value.dims), "x", "y"]
+        dims = [*(dim for dim in _batch_dims(fields, spec) if dim in value.dims), "x", "y"]
         if set(value.dims) != set(dims):
             raise ValueError(
                 f"dataset {spec.name}: {name}: expected the dimensions x and y and at most one more, "
@@ -132,18 +131,19 @@ def _array(fields: Fields, name: str, spec: DatasetSpec) -> Tensor:
     return tensor
 
 
-def _other_dims(fields: Fields, spec: DatasetSpec) -> tuple[str, ...]:
-    """The axis of an xarray Dataset that counts states, if there is one."""
+def _batch_dims(fields: Fields, spec: DatasetSpec) -> tuple[str, ...]:
+    """Return the dimension of an xarray Dataset that counts states, if there is one."""
     others = {dim for name in spec.state_channels for dim in fields[name].dims} - {"x", "y", "time"}
     return tuple(others) if len(others) == 1 else ()
 
 
 def _is_xarray(fields: Fields) -> bool:
+    """Tell without importing xarray, which is an optional package."""
     return type(fields).__module__.partition(".")[0] == "xarray"
 
 
-def _doubts(spec: DatasetSpec, arrays: Mapping[str, Tensor], dt: float | None) -> Iterator[str]:
-    """What is far from the training data, in words."""
+def _differences(spec: DatasetSpec, arrays: Mapping[str, Tensor], dt: float | None) -> Iterator[str]:
+    """Yield a sentence for each property of the fields that is far from the training data."""
     grid = tuple(arrays[spec.state_channels[0]].shape[-2:])
     if spec.grid is not None and grid != spec.grid:
         yield (
@@ -154,12 +154,10 @@ def _doubts(spec: DatasetSpec, arrays: Mapping[str, Tensor], dt: float | None) -
         yield f"dataset {spec.name}: frames {dt:g} apart, but a step of the model is {spec.dt:g} of time"
     for name, array in arrays.items():
         mean, std = (float(spec.moment(key, [name])) for key in ("mean", "std"))
-        values = array.double()
-        centre, spread = float(values.mean()), float(values.std())
-        if not std > 0:
-            continue
-        if abs(centre - mean) > FAR * std or spread > FAR * std or 0 < spread < FLAT * std:
+        center, spread = float(array.double().mean()), float(array.double().std())
+        far = abs(center - mean) > FAR * std or spread > FAR * std or 0 < spread < FLAT * std
+        if std > 0 and far:
             yield (
-                f"dataset {spec.name}: {name} is {centre:.3g} ± {spread:.3g}, in the training data it was {mean:.3g} ± "
+                f"dataset {spec.name}: {name} is {center:.3g} ± {spread:.3g}, in the training data it was {mean:.3g} ± "
                 f"{std:.3g}: is it in the same units?"
             )

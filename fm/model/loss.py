@@ -1,6 +1,7 @@
-"""The training loss: mean squared error plus the mean absolute error of each wavelet subband (WaveLiT, section 3).
+"""Training loss and score of a prediction.
 
-VRMSE as The Well defines it (the_well.benchmark.metrics): root mean squared error over the target's deviation.
+wavelit_loss  mean squared error plus the mean absolute error of each wavelet subband (WaveLiT, section 3.4)
+vrmse         root mean squared error over the target's deviation, as the_well.benchmark.metrics defines it
 """
 
 from typing import NamedTuple
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from fm.model.wavelets import analysis
 
+EPS = 1e-7  # the_well's
+
 
 class LossTerms(NamedTuple):
-    """One number a window, (B,): `total` carries the gradient, the parts are detached for logging."""
+    """One number per window, (B,). `total` carries the gradient; the parts are detached, for logging."""
 
     total: Tensor
     mse: Tensor
@@ -26,13 +29,12 @@ def wavelit_loss(
     wavelet_weight: float = 1.0,
     wavelet: str = "bior2.2",
 ) -> LossTerms:
-    """mse_weight * mean e^2 + wavelet_weight * sum over subbands of mean |DWT(e)|, e = (prediction - target) * scale.
+    """Return mse_weight * mean e^2 + wavelet_weight * sum over subbands of mean |DWT(e)|.
 
-    prediction and target (B, C, H, W) normalised, scale (C, 1, 1) from `Surrogate.residual_scale`; float32 whatever the
-    autocast state. ValueError if the shapes differ: broadcasting would hide a mistake.
+    e = (prediction - target) * scale, with normalized prediction and target (B, C, H, W) and scale (C, 1, 1) from
+    `Surrogate.residual_scale`. float32 whatever the autocast state. ValueError if the shapes differ.
     """
-    if prediction.shape != target.shape:
-        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must have one shape")
+    _check_shapes(prediction, target)
     error = (prediction.float() - target.float()) * scale
     coefficients = analysis(error, wavelet)  # (B, C, 4, h, w)
     mse = error.square().flatten(1).mean(1)
@@ -40,21 +42,22 @@ def wavelit_loss(
     return LossTerms(mse_weight * mse + wavelet_weight * wavelet_l1, mse.detach(), wavelet_l1.detach())
 
 
-EPS = 1e-7
-
-
 def squared_error_and_variance(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared error over (x, y) and unbiased variance of the target, each (...) float64, from (..., H, W).
+    """Return the mean squared error over (x, y) and the unbiased variance of the target: (..., H, W) to (...) float64.
 
-    Everything an evaluation stores: any eps, window or average can be made of these two later.
+    An evaluation stores both, so that any eps, window or average can be computed from them later.
     """
-    if prediction.shape != target.shape:
-        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must have one shape")
+    _check_shapes(prediction, target)
     prediction, target = prediction.double(), target.double()
     return (prediction - target).square().mean((-2, -1)), target.flatten(-2).var(-1)
 
 
 def vrmse(prediction: Tensor, target: Tensor, eps: float = EPS) -> Tensor:
-    """sqrt(mean (prediction - target)^2 / (var(target) + eps)) over (x, y): raw (..., H, W) to (...) float64."""
+    """Return sqrt(mean (prediction - target)^2 / (var(target) + eps)) over (x, y): raw (..., H, W) to (...) float64."""
     error, variance = squared_error_and_variance(prediction, target)
     return (error / (variance + eps)).sqrt()
+
+
+def _check_shapes(prediction: Tensor, target: Tensor) -> None:
+    if prediction.shape != target.shape:  # broadcasting would hide a mistake
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must have one shape")

@@ -1,52 +1,65 @@
-"""What defines a model: its sizes and switches, and what it must know of each dataset."""
+"""What defines a model: its sizes and switches (`ModelConfig`), and the facts of each dataset (`DatasetSpec`).
 
+Both are pydantic dataclasses: a wrong type, an impossible value or an unknown key is a ValidationError, which is a
+ValueError, and `explain` puts it in words. model.json holds both (fm/model/files.py).
+"""
+
+import dataclasses
+import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import types
+import typing
+from collections.abc import Mapping, Sequence
 from math import isfinite
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fm.model.attention import RIDGE_MODES
 from fm.model.block import BlockConfig
-from fm.model.wavelets import WAVELETS, Periodic
+from fm.model.wavelets import Periodic
 
-BOUNDARY_TYPES = ("WALL", "OPEN", "PERIODIC")
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)  # for every class of settings
+Wavelet = Literal["haar", "bior2.2", "bior4.4"]  # the names in wavelets.WAVELETS
+Predict = Literal["delta", "state"]
+BoundaryType = Annotated[str, Field(pattern="^(WALL|OPEN|PERIODIC)$")]
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class DatasetSpec:
     """What the model must know of a dataset, all from its manifest."""
 
     name: str
-    state_channels: tuple[str, ...]
+    state_channels: Annotated[tuple[str, ...], Field(min_length=1)]
     constant_channels: tuple[str, ...]
-    boundary: tuple[tuple[str, str], tuple[str, str]]  # (lower, upper) of x, of y: WALL, OPEN or PERIODIC
+    boundary: tuple[tuple[BoundaryType, BoundaryType], tuple[BoundaryType, BoundaryType]]  # (lower, upper) of x, of y
     stats: Mapping[str, Mapping[str, float]]  # mean, std, mean_delta, std_delta -> channel -> value in raw units
     grid: tuple[int, int] | None = None  # (H, W) of the training data; None: not known
     dt: float | None = None  # physical time that one step advances; None: not known, or it differs by trajectory
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.state_channels, *self.constant_channels):
-            if not name or "." in name:
+            if not name or "." in name:  # names become parts of parameter names, which torch separates by dots
                 raise ValueError(f"dataset {self.name!r}: a name must be non-empty and without dots, got {name!r}")
-        if not self.state_channels:
-            raise ValueError(f"dataset {self.name}: at least one state channel is needed")
-        for axis, pair in zip("xy", self.boundary, strict=True):
-            if len(pair) != 2 or any(kind not in BOUNDARY_TYPES for kind in pair):
-                raise ValueError(f"dataset {self.name}: boundary of {axis} must be two of {BOUNDARY_TYPES}, got {pair}")
-            if (pair[0] == "PERIODIC") != (pair[1] == "PERIODIC"):
-                raise ValueError(f"dataset {self.name}: {axis} is periodic at one end only: {pair}")
+        for axis, (lower, upper) in zip("xy", self.boundary, strict=True):
+            if (lower == "PERIODIC") != (upper == "PERIODIC"):
+                raise ValueError(f"dataset {self.name}: {axis} is periodic at one end only: {(lower, upper)}")
 
     @property
     def periodic(self) -> Periodic:
         """Is x periodic, is y periodic."""
         return self.boundary[0][0] == "PERIODIC", self.boundary[1][0] == "PERIODIC"
 
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """State channels, then constant ones: the order in which a model reads them."""
+        return (*self.state_channels, *self.constant_channels)
+
     def moment(self, statistic: str, channels: Sequence[str]) -> Tensor:
-        """One statistic of the channels, float64 (C, 1, 1). ValueError names what is missing or not finite."""
+        """Return one statistic of the channels, float64 (C, 1, 1). ValueError names what is missing or not finite."""
         values = self.stats.get(statistic, {})
         missing = [name for name in channels if name not in values]
         if missing:
@@ -56,79 +69,35 @@ class DatasetSpec:
             raise ValueError(f"dataset {self.name}: statistic {statistic!r} is not finite: {', '.join(damaged)}")
         return torch.tensor([values[name] for name in channels], dtype=torch.float64).view(-1, 1, 1)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain lists, dicts and numbers."""
-        return json.loads(json.dumps(asdict(self)))
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "DatasetSpec":
-        """Inverse of `to_json`."""
-        check_keys("dataset specification", value, (f.name for f in fields(cls)))
-        (x0, x1), (y0, y1) = value["boundary"]
-        return cls(
-            name=value["name"],
-            state_channels=tuple(value["state_channels"]),
-            constant_channels=tuple(value["constant_channels"]),
-            boundary=((x0, x1), (y0, y1)),
-            stats=value["stats"],
-            grid=None if value["grid"] is None else (value["grid"][0], value["grid"][1]),
-            dt=value["dt"],
-        )
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class ModelConfig:
     """Sizes, and one switch for each ablation of the paper's Tables 13 and 14."""
 
-    width: int = 256  # token width D
-    depth: int = 10  # number of blocks
-    heads: int = 8  # attention heads; the head width D / heads must be a multiple of 4
-    mlp_ratio: float = 4.0  # hidden width of the MLP over D
-    wavelet: str = "bior2.2"  # haar, bior2.2 or bior4.4
-    levels: int = 1  # wavelet levels, 1 or 2; a token covers 2**levels points along each axis
-    tokenizer: str = "wavelet"  # wavelet, or conv: a learned strided convolution in and its transpose out
-    pyramid_levels: int = 1  # coarser levels of each block, 0 to 4
-    ridge: str = "ridge"  # ridge, none (plain linear attention) or least_squares (lambda = 0)
+    width: PositiveInt = 256  # token width D
+    depth: PositiveInt = 10  # number of blocks
+    heads: PositiveInt = 8  # attention heads; the head width D / heads must be a multiple of 4
+    mlp_ratio: PositiveFloat = 4.0  # hidden width of the MLP over D
+    wavelet: Wavelet = "bior2.2"
+    levels: Literal[1, 2] = 1  # wavelet levels; a token covers 2**levels points along each axis
+    tokenizer: Literal["wavelet", "conv"] = "wavelet"  # conv: a learned strided convolution in and its transpose out
+    pyramid_levels: Literal[0, 1, 2, 3, 4] = 1  # coarser levels of each block
+    ridge: Literal["ridge", "none", "least_squares"] = "ridge"  # none: plain attention; least_squares: lambda = 0
     kernel_gate: bool = True  # sigmoid gate on what attention reads
     lepe: bool = True  # depthwise convolution of the values added to what attention reads
     cpe: bool = True  # the two depthwise convolutions on the residual stream
     mila: bool = True  # SiLU(DWConv) before attention and the SiLU gate after it
-    padding: str = "boundary"  # of depthwise convolutions: boundary (circular on periodic axes) or zeros
-    extension: str = "reflect"  # of the wavelets: reflect, or boundary (wrap on periodic axes)
-    predict: str = "delta"  # delta (the change, in units of its own std) or state (the next frame)
-    predict_override: Mapping[str, str] = field(default_factory=dict)  # dataset -> delta or state
-    # Each head also maps the state's channels point by point, C x C, where a step is (partly) such a map, as a rotation
-    # of two channels into each other; not the paper's
+    padding: Literal["boundary", "zeros"] = "boundary"  # of depthwise convolutions; boundary: circular on periodic axes
+    extension: Literal["reflect", "boundary"] = "reflect"  # of the wavelets; boundary: wrap on periodic axes
+    predict: Predict = "delta"  # delta (the change, in units of its own std) or state (the next frame)
+    predict_override: Mapping[str, Predict] = dataclasses.field(default_factory=dict)  # by dataset
+    # Each head also maps the state's channels point by point, C x C, for steps that are (partly) such a map, as a
+    # rotation of two channels into each other. Not in the paper.
     pointwise: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
         if self.width % self.heads or (self.width // self.heads) % 4:
-            raise ValueError(
-                f"model.width / model.heads must be a multiple of 4 (2D RoPE), got {self.width} / {self.heads}"
-            )
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"model.mlp_ratio must be positive, got {self.mlp_ratio}")
-        choices: dict[str, Sequence[str | int]] = {
-            "wavelet": tuple(WAVELETS),
-            "levels": (1, 2),
-            "tokenizer": ("wavelet", "conv"),
-            "pyramid_levels": (0, 1, 2, 3, 4),
-            "ridge": RIDGE_MODES,
-            "padding": ("boundary", "zeros"),
-            "extension": ("reflect", "boundary"),
-            "predict": ("delta", "state"),
-        }
-        for name, valid in choices.items():
-            if getattr(self, name) not in valid:
-                raise ValueError(
-                    f"model.{name} must be one of {', '.join(map(str, valid))}, got {getattr(self, name)!r}"
-                )
-        for name, value in self.predict_override.items():
-            if value not in choices["predict"]:
-                raise ValueError(f"model.predict_override.{name} must be delta or state, got {value!r}")
+            raise ValueError(f"width / heads must be a multiple of 4 (2D RoPE), got {self.width} / {self.heads}")
 
     @property
     def subbands(self) -> int:
@@ -136,18 +105,8 @@ class ModelConfig:
         return 4**self.levels
 
     def block(self) -> BlockConfig:
-        """The part that one block needs."""
-        return BlockConfig(**{f.name: getattr(self, f.name) for f in fields(BlockConfig)})
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain dicts, strings and numbers."""
-        return json.loads(json.dumps(asdict(self)))
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any], where: str) -> "ModelConfig":
-        """Inverse of `to_json`. ValueError, naming `where`, for unknown or missing keys."""
-        check_keys(f"config of {where}", value, (f.name for f in fields(cls)))
-        return cls(**value)
+        """Return the part that one block needs."""
+        return BlockConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(BlockConfig)})
 
 
 # The blocks of width 256, depth 10 hold 9.3M; the joint model's wider MLP brings it, with lifting and heads, to 10M.
@@ -158,9 +117,56 @@ PRESETS = {
 }
 
 
-def check_keys(where: str, value: Mapping[str, Any], names: Iterable[str], optional: Iterable[str] = ()) -> None:
-    """ValueError, naming `where`, unless the keys of `value` are exactly `names`, of which `optional` may be absent."""
-    known = set(names) | set(optional)
-    missing, unexpected = sorted(known - set(value) - set(optional)), sorted(set(value) - known)
-    if missing or unexpected:
-        raise ValueError(f"{where}: missing keys {missing}, unexpected keys {unexpected}")
+def to_json(value: Any) -> Any:
+    """Return a dataclass as plain lists, dicts, strings and numbers."""
+    return json.loads(json.dumps(dataclasses.asdict(value)))
+
+
+def from_json(cls: type[T], value: Any, where: str) -> T:
+    """Return the `cls` whose `to_json` is `value`.
+
+    ValueError, naming `where`, for a wrong value, an unknown key, or a missing one: its default may change.
+    """
+    try:
+        made = TypeAdapter(cls).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {explain(error, cls)}") from error
+    missing = sorted({f.name for f in dataclasses.fields(cls)} - set(value))  # type: ignore[arg-type]
+    if missing:
+        raise ValueError(f"{where}: missing keys {missing}")
+    return made
+
+
+def explain(error: ValidationError, cls: Any) -> str:
+    """Return one line for each fault in what should be a `cls`: key path, expectation, value, nearest valid name."""
+    return "\n".join(_explained(fault, cls) for fault in error.errors(include_url=False))
+
+
+def _explained(fault: Any, cls: Any) -> str:
+    key, value = ".".join(map(str, fault["loc"])), fault["input"]
+    if fault["type"] == "missing":
+        return f"{key} is missing"
+    if fault["type"] == "unexpected_keyword_argument":
+        *parents, name = fault["loc"]
+        valid = _keys(cls, parents)
+        near = difflib.get_close_matches(str(name), valid, n=1)
+        meant = f"did you mean {'.'.join([*map(str, parents), *near])}?" if near else f"valid here: {', '.join(valid)}"
+        return f"unknown key {key} (value {value!r}); {meant}"
+    # The messages of our own checks hold the value already, and a whole section is no help.
+    shown = "" if fault["type"] == "value_error" or isinstance(value, dict) else f" (got {value!r})"
+    near = []
+    if fault["type"] == "literal_error":
+        valid = [part.strip(" '") for part in fault["ctx"]["expected"].replace(" or ", ",").split(",")]
+        near = difflib.get_close_matches(str(value), valid, n=1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}{shown}{meant}".removeprefix(": ")  # checks of the whole have no key
+
+
+def _keys(cls: Any, parents: Sequence[Any]) -> list[str]:
+    """Return the keys of the dataclass at the path `parents` inside `cls`, where a section may be optional."""
+    for part in parents:
+        hint = typing.get_type_hints(cls)[part]
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        cls = next(option for option in options if dataclasses.is_dataclass(option))
+    return [f.name for f in dataclasses.fields(cls)]

@@ -1,7 +1,7 @@
-"""What every one-step surrogate is, whatever network it holds: normalisation, the step it predicts, its files.
+"""One-step surrogate: normalization, the predicted step, rollouts, and files, whatever the network.
 
-The trainer, rollouts and scores know a model by this class alone. A subclass gives `output`: what its network says of a
-normalised state, which is the next state, or its change in units of the change's own standard deviation.
+The trainer, rollouts and scores use a model through this class alone. A subclass implements `output`, its network on a
+normalized state, which is the next state, or the change in units of the change's own standard deviation.
 """
 
 from abc import ABC, abstractmethod
@@ -15,22 +15,9 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
+from fm.model import files
 from fm.model.fields import Fields, GivenFields, given_fields
-from fm.model.files import (
-    CONFIG_FORMAT,
-    EMA_FILE,
-    MODEL_FILE,
-    WEIGHTS_FILE,
-    is_exported,
-    locate,
-    read_description,
-    read_weights,
-    settle_companions,
-    upload,
-    verify_exported,
-    write_model,
-)
-from fm.model.spec import DatasetSpec
+from fm.model.spec import DatasetSpec, from_json, to_json
 
 STD_FLOOR = 1e-4  # the_well's
 DELTA_FLOOR = 1e-2  # of the channel's std, so that a channel that hardly moves is not amplified more than 100 times
@@ -38,7 +25,7 @@ MIN_GRID = 16
 
 
 class Moments(nn.Module):
-    """Statistics of one dataset as float32 buffers (C, 1, 1); rebuilt from the specification, never in the weights."""
+    """Statistics of one dataset as float32 buffers (C, 1, 1), made from its specification and not saved as weights."""
 
     mean: Tensor
     std: Tensor
@@ -70,9 +57,10 @@ class Moments(nn.Module):
 class Surrogate(nn.Module, ABC):
     """A model of the given datasets. Subclasses are made as `cls(config, datasets, seed)`."""
 
-    section: ClassVar[str]  # of a recipe: where `config` stands
-    config: Any  # the subclass's own, with to_json
-    blocks: nn.ModuleList  # parts that sharding gathers one at a time; where there are none, processes hold the whole
+    section: ClassVar[str]  # the recipe's section that holds `config`: model or baseline
+    config_class: ClassVar[type]
+    config: Any
+    blocks: nn.ModuleList  # parts that FSDP gathers one at a time; where it is empty, processes hold the whole model
 
     def __init__(
         self, datasets: Sequence[DatasetSpec], predict: str, predict_override: Mapping[str, str], wavelet: str
@@ -89,16 +77,16 @@ class Surrogate(nn.Module, ABC):
 
     @abstractmethod
     def output(self, state: Tensor, constants: Tensor, spec: DatasetSpec) -> Tensor:
-        """What the network says of a normalised state (B, C, H, W) and constants (B, K, H, W): (B, C, H, W), float32.
+        """Return the network's output (B, C, H, W), float32, for normalized state (B, C, H, W), constants (B, K, H, W).
 
-        The next state, or its change over `delta_scale` after the mean change is taken off.
+        It is the next state, or its change: the mean change subtracted, divided by `delta_scale`.
         """
 
     def forward(self, state: Tensor, constants: Tensor, dataset: str) -> Tensor:
-        """The next state.
+        """Return the next state (B, C, H, W), normalized, float32.
 
-        state (B, C, H, W) and constants (B, K, H, W) normalised, channels in the order of the dataset's specification;
-        returns (B, C, H, W), normalised, float32. ValueError for another channel count, an odd side, or one below 16.
+        state (B, C, H, W) and constants (B, K, H, W) are normalized, with channels in the order of the dataset's
+        specification. ValueError for another channel count, an odd side, or one below 16.
         """
         spec = self._spec(dataset)
         self._check_inputs(spec, state, constants)
@@ -117,10 +105,8 @@ class Surrogate(nn.Module, ABC):
         return cast(Moments, self.moments[self._spec(dataset).name])
 
     def _check_inputs(self, spec: DatasetSpec, state: Tensor, constants: Tensor) -> None:
-        for tensor, names, role in (
-            (state, spec.state_channels, "state"),
-            (constants, spec.constant_channels, "constant"),
-        ):
+        given = (("state", state, spec.state_channels), ("constant", constants, spec.constant_channels))
+        for role, tensor, names in given:
             if tensor.ndim != 4 or tensor.shape[1] != len(names):
                 raise ValueError(
                     f"dataset {spec.name}: expected {role} fields (B, {len(names)}, H, W) for channels "
@@ -137,66 +123,66 @@ class Surrogate(nn.Module, ABC):
             )
 
     def normalize(self, fields: Tensor, dataset: str) -> Tensor:
-        """State fields (..., C, H, W) in raw units to zero mean and unit variance, float32."""
+        """Scale state fields (..., C, H, W) in raw units to zero mean and unit variance, float32."""
         moments = self._moments(dataset)
         return (fields.float() - moments.mean) / moments.std
 
     def denormalize(self, fields: Tensor, dataset: str) -> Tensor:
-        """Inverse of `normalize`."""
+        """Undo `normalize`."""
         moments = self._moments(dataset)
         return fields.float() * moments.std + moments.mean
 
     def normalize_constants(self, constants: Tensor, dataset: str) -> Tensor:
-        """Constant fields (B, K, H, W) in raw units to zero mean and unit variance, float32."""
+        """Scale constant fields (B, K, H, W) in raw units to zero mean and unit variance, float32."""
         moments = self._moments(dataset)
         return (constants.float() - moments.constant_mean) / moments.constant_std
 
     def residual_scale(self, dataset: str) -> Tensor:
-        """(C, 1, 1): what the loss multiplies errors of normalised next states by; std / std_delta, or 1 for states."""
+        """Return the loss's factor (C, 1, 1) on errors of normalized next states: std / std_delta, or 1 for states."""
         return self._moments(dataset).delta_scale.reciprocal()
 
     def parameters_by_datasets(self) -> dict[frozenset[str], list[nn.Parameter]]:
-        """The parameters in groups that the same datasets use in their forward passes, by those datasets."""
+        """Return the parameters in groups that the same datasets use in their forward passes, by those datasets."""
         groups: dict[frozenset[str], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             groups.setdefault(self._datasets_using(name), []).append(parameter)
         return groups
 
     def _datasets_using(self, parameter: str) -> frozenset[str]:
-        """The datasets whose forward pass the named parameter takes part in: all, unless a subclass knows better."""
+        """Return the datasets whose forward pass uses the named parameter: all, unless a subclass overrides this."""
         return frozenset(self.specs)
 
     def num_parameters(self) -> int:
-        """All trainable numbers, of every dataset."""
+        """Count all trainable numbers, of every dataset."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @abstractmethod
     def adapted_to(self, datasets: Sequence[DatasetSpec]) -> Self:
-        """A model for `datasets` that begins with this one's weights.
+        """Return a model for `datasets` that begins with this one's weights.
 
         A dataset that this model knows keeps its statistics, so its predictions do not change. ValueError if its
         channels differ.
         """
 
-    def _check_channels(self, datasets: Sequence[DatasetSpec]) -> None:
+    def _adapted_specs(self, datasets: Sequence[DatasetSpec]) -> list[DatasetSpec]:
+        """Return the given specifications; a known dataset's is the model's own, at the given grid and time step.
+
+        ValueError if the channels of a known dataset differ.
+        """
         for spec in datasets:
             known = self.specs.get(spec.name, spec)
             own, given = ((s.state_channels, s.constant_channels) for s in (known, spec))
             if own != given:
                 raise ValueError(f"dataset {spec.name}: the model has the channels {own}, the data {given}")
-
-    def _as_known(self, datasets: Sequence[DatasetSpec]) -> list[DatasetSpec]:
-        """The given specifications; of a dataset that this model knows, its own, at the grid and time step given."""
-        own = self.specs
-        return [replace(own.get(spec.name, spec), grid=spec.grid, dt=spec.dt) for spec in datasets]
+        return [replace(self.specs.get(spec.name, spec), grid=spec.grid, dt=spec.dt) for spec in datasets]
 
     def description(self) -> dict[str, Any]:
-        """What model.json holds: format, configuration and dataset specifications, as JSON types."""
-        datasets = [spec.to_json() for spec in self.specs.values()]
-        return {"format": CONFIG_FORMAT, "config": self.config.to_json(), "datasets": datasets}
+        """Return the content of model.json: format, configuration and dataset specifications, as JSON types."""
+        datasets = [to_json(spec) for spec in self.specs.values()]
+        return {"format": files.MODEL_FORMAT, "config": to_json(self.config), "datasets": datasets}
 
     def predict(self, fields: Fields, dataset: str, steps: int = 1, dt: float | None = None) -> Fields:
-        """The next `steps` states of one or many initial states, in physical units, by channel name.
+        """Return the next `steps` states of one or many initial states, in physical units, by channel name.
 
         fields: the initial state and the constant fields, each under its canonical channel's name: a dictionary of
         numpy arrays or tensors (H, W), or (B, H, W) for B of them, or an xarray Dataset with dimensions x, y and at
@@ -213,95 +199,97 @@ class Surrogate(nn.Module, ABC):
     def rollout(
         self, fields: Fields, dataset: str, steps: int | None = None, dt: float | None = None
     ) -> Iterator[Fields]:
-        """As `predict`, one state (H, W) or (B, H, W) at a time, so that memory does not grow; None: without end."""
+        """Yield the states of `predict` one by one, (H, W) or (B, H, W), in constant memory; None: without end."""
         given = given_fields(fields, self._spec(dataset), dt)
         return (given.frame(state, step) for step, state in enumerate(self._iterate(given, dataset, steps), start=1))
 
     def iterate(self, initial: Tensor, constants: Tensor, dataset: str, steps: int | None) -> Iterator[Tensor]:
         """Yield the next `steps` states (B, C, H, W) in raw units, without gradients; None: without end.
 
-        initial (B, C, H, W) and constants (B, K, H, W) in raw units. The state stays normalised from step to step.
-        Nothing is clipped: a diverging rollout yields what the model says, infinities included.
+        initial (B, C, H, W) and constants (B, K, H, W) are in raw units. The state stays normalized from step to step.
+        Nothing is clipped: a diverging rollout yields the model's output, infinities included.
         """
         with torch.no_grad():
             state = self.normalize(initial, dataset)
             fixed = self.normalize_constants(constants, dataset)
         for _ in count() if steps is None else range(steps):
-            with torch.no_grad():
+            with torch.no_grad():  # around each step alone, since the caller's code runs between them
                 state = self(state, fixed, dataset)
                 raw = self.denormalize(state, dataset)
             yield raw
 
     def _iterate(self, given: GivenFields, dataset: str, steps: int | None) -> Iterator[Tensor]:
-        """As `iterate`, from the device where the fields are, and back to it."""
+        """Yield as `iterate` does, from the device of the fields to the model's and back."""
         own, theirs = next(self.parameters()).device, given.state.device
         for state in self.iterate(given.state.to(own), given.constants.to(own), dataset, steps):
             yield state.to(theirs)
 
     def save_pretrained(
-        self, directory: Path | str, weights: str = WEIGHTS_FILE, state: Mapping[str, Tensor] | None = None
+        self, directory: Path | str, weights: str = files.WEIGHTS_FILE, state: Mapping[str, Tensor] | None = None
     ) -> None:
         """Write model.json (configuration and dataset specifications) and `weights` (safetensors) into `directory`.
 
         `state` replaces the model's own weights, with the same keys (an EMA, say). Cards, scores and pictures of the
-        exported model that this one was loaded from come along as long as the weights are those; those of other weights
-        that lay in `directory` go.
+        exported model that this one was loaded from are copied, too, if it has the same weights; those of other weights
+        that lay in `directory` are deleted.
         """
         directory = Path(directory)
         tensors = self.state_dict() if state is None else dict(state)
-        self._check_state({name: tuple(tensor.shape) for name, tensor in tensors.items()}, "the state to be saved")
-        write_model(directory, self.description(), tensors, weights)
-        if weights == WEIGHTS_FILE:
-            settle_companions(directory, self.origin)
+        self._check_state(tensors, "the state to be saved")
+        files.write_model(directory, self.description(), tensors, weights)
+        if weights == files.WEIGHTS_FILE:
+            files.copy_companions(self.origin, directory)
 
     def push_to_hub(self, repository: str, **options: Any) -> str:
-        """Upload what `save_pretrained` writes to `organisation/name` on the Hugging Face Hub; returns its address.
+        """Upload what `save_pretrained` writes to `organisation/name` on the Hugging Face Hub; return its address.
 
         `options` are those of huggingface_hub's ModelHubMixin.push_to_hub (private, token, commit_message, branch,
-        create_pr, delete_patterns: by default what an earlier upload had beside its model). ValueError for a name of
-        another form, ConnectionError where the Hub does not take it.
+        create_pr, delete_patterns: by default the files of an earlier upload beside its model). ValueError for a name
+        of another form, ConnectionError where the Hub refuses the upload.
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return upload(Path(folder), repository, **options)
+            return files.upload(Path(folder), repository, **options)
 
     @classmethod
     def from_pretrained(cls, source: Path | str, weights: str | None = None) -> Self:
-        """A model on the CPU, ready to predict: from an exported folder, a checkpoint, or `hf://organisation/name`.
+        """Return a model on the CPU, in eval mode, from an exported folder, a checkpoint, or `hf://organisation/name`.
 
         `weights` is a file in it; by default the averaged ones. OSError if a file is missing or the Hub does not give
-        it; ValueError if model.json is of a later format, the weights do not fit, or are not those that were exported.
+        it; ValueError if model.json is of another format or another kind of model, the weights do not fit, or are not
+        those that were exported. `fm.load` opens any kind, and a run's folder.
         """
-        directory = locate(source)
-        if is_exported(directory):
-            verify_exported(directory, (MODEL_FILE, weights or WEIGHTS_FILE))
-        description = read_description(directory)
+        directory = files.locate(source)
+        if files.is_exported(directory):
+            files.verify_exported(directory, (files.MODEL_FILE, weights or files.WEIGHTS_FILE))
+        description, where = files.read_description(directory), str(directory / files.MODEL_FILE)
+        if (files.BASELINE in description) != (cls.section == files.BASELINE):
+            found = f"the baseline {description[files.BASELINE]!r}" if cls.section == "model" else "a WaveLiT"
+            raise ValueError(f"{where} is of {found}, not of a {cls.__name__}; fm.load opens either")
+        specs = [from_json(DatasetSpec, spec, f"datasets of {where}") for spec in description["datasets"]]
+        make: Any = cls  # subclasses are made alike
+        model = make(from_json(cls.config_class, description["config"], f"config of {where}"), specs).eval()
         if weights is None:
-            weights = EMA_FILE if (directory / EMA_FILE).exists() else WEIGHTS_FILE
-        model = cls._described(description, str(directory / MODEL_FILE)).eval()
+            weights = files.EMA_FILE if (directory / files.EMA_FILE).exists() else files.WEIGHTS_FILE
         model.load_weights(directory / weights)
         model.origin = directory
         return model
 
-    @classmethod
-    @abstractmethod
-    def _described(cls, description: Mapping[str, Any], where: str) -> Self:
-        """A new model as model.json, at `where`, says."""
-
     def load_weights(self, file: Path | str) -> None:
         """Load a safetensors file whose keys and shapes must be exactly the model's."""
-        tensors = read_weights(Path(file))
-        self._check_state({name: tuple(tensor.shape) for name, tensor in tensors.items()}, str(file))
+        tensors = files.read_weights(Path(file))
+        self._check_state(tensors, str(file))
         self.load_state_dict(tensors)
 
-    def _check_state(self, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    def _check_state(self, tensors: Mapping[str, Tensor], where: str) -> None:
         own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        problems = [f"missing {name} {own[name]}" for name in own if name not in shapes]
-        problems += [f"unexpected {name} {shapes[name]}" for name in shapes if name not in own]
+        given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        problems = [f"missing {name} {shape}" for name, shape in own.items() if name not in given]
+        problems += [f"unexpected {name} {shape}" for name, shape in given.items() if name not in own]
         problems += [
-            f"{name} is {shapes[name]}, the model's is {own[name]}"
-            for name in own
-            if name in shapes and shapes[name] != own[name]
+            f"{name} is {given[name]}, the model's is {shape}"
+            for name, shape in own.items()
+            if given.get(name, shape) != shape
         ]
         if problems:
             listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
@@ -309,4 +297,4 @@ class Surrogate(nn.Module, ABC):
 
     @abstractmethod
     def _sizes(self) -> str:
-        """The model's sizes, for error messages."""
+        """Return the model's sizes, for error messages."""

@@ -1,15 +1,19 @@
-"""Two-dimensional discrete wavelet transform with exactly N/2 coefficients per axis.
+"""Two-dimensional discrete wavelet transform by lifting steps (Daubechies & Sweldens 1998), N/2 coefficients per axis.
 
-Analysis and synthesis are lifting steps on the even and odd samples (Daubechies & Sweldens 1998), two for haar and
-bior2.2, four for bior4.4, in float32 whatever the autocast state. They give PyWavelets' coefficients for mode "reflect"
-(whole-sample symmetric) once its mirrored border coefficients are cropped, (L - 2)/4 on each side for filters of length
-L, and on periodic axes those of the endless field. The inverse undoes the steps one by one, so reconstruction is exact
-for any even length. Against one strided convolution with the same filters the steps take a third of the time on a CPU,
-forward and backward, and being elementwise they cannot fall to TF32 on a GPU.
+    split:    even[i] = x[2i],   odd[i] = x[2i + 1]
+    predict:  odd[i]  += a * (even[i] + even[i + 1])
+    update:   even[i] += b * (odd[i] + odd[i - 1])      haar and bior2.2 once, bior4.4 twice with other a and b
+    scale:    low = even * low_scale,   high = odd * high_scale
+
+The inverse undoes these steps one by one, so reconstruction is exact for any even length. The coefficients are those of
+PyWavelets for mode "reflect" (whole-sample symmetric extension), without the (L - 2)/4 mirrored ones that it adds at
+each end for filters of length L. On periodic axes they are those of the endless field. Everything is float32 whatever
+the autocast state. On a CPU the steps take a third of the time of a strided convolution with the same filters, forward
+and backward; on a GPU they are elementwise, so TF32 does not apply to them.
 
 Subbands are stacked as (LL, LH, HL, HH), the first letter for axis -2 (x), the second for axis -1 (y). At two levels LL
-is decomposed again and the three details of level 1 are folded 2x2 into channels, so that all 16 live on the H/4 x W/4
-grid: (LL2, LH2, HL2, HH2, LH1[00, 01, 10, 11], HL1[...], HH1[...]).
+is decomposed again and each detail of level 1 is folded 2x2 into channels, so that all 16 subbands live on the
+H/4 x W/4 grid: (LL2, LH2, HL2, HH2, LH1[00, 01, 10, 11], HL1[...], HH1[...]).
 """
 
 from collections.abc import Sequence
@@ -25,14 +29,14 @@ NOT_PERIODIC: Periodic = (False, False)
 
 @dataclass(frozen=True)
 class WaveletScheme:
-    """A wavelet as lifting steps: odd += a * (even + next even), even += b * (odd + previous odd), and so on in turn.
+    """A wavelet as lifting steps: factors of predict, update, predict, ..., and the scales of both subbands.
 
-    For haar the two neighbours are one, the sample's own partner. The subbands are low * even and high * odd at last.
+    For haar the two neighbors are one: an odd sample is predicted by its own even partner.
     """
 
     steps: tuple[float, ...]
-    low: float
-    high: float
+    low_scale: float
+    high_scale: float
     haar: bool = False
 
 
@@ -49,19 +53,18 @@ WAVELETS = {
 
 
 def analysis(x: Tensor, wavelet: str, levels: int = 1, periodic: Periodic = NOT_PERIODIC) -> Tensor:
-    """Wavelet coefficients of fields (..., H, W) as float32 (..., S, h, w), S = 4**levels, h = ceil(H / 2**levels).
+    """Return the wavelet coefficients of fields (..., H, W): float32 (..., S, h, w) with S = 4**levels subbands.
 
-    Sides must be even. At two levels a side that is not a multiple of 4 first grows by two points, the mirror (or, on a
-    periodic axis, the wrap) of the other samples, which `synthesis` drops. ValueError for an unknown wavelet, other
-    levels or odd sides.
+    h = ceil(H / 2**levels), and w alike. At two levels a side that is not a multiple of 4 is extended by two points:
+    by mirrored samples, or on a periodic axis by the first ones. `synthesis` drops them. ValueError for an unknown
+    wavelet, other levels than 1 and 2, or odd sides.
     """
     scheme = _checked(wavelet, levels, x.shape[-2:])
     with torch.autocast(x.device.type, enabled=False):
         x = x.float()
         if levels == 1:
             return torch.stack(_analysis_2d(x, scheme, periodic), dim=-3)
-        x = _grown(_grown(x, -2, periodic[0]), -1, periodic[1])
-        coarse, *details = _analysis_2d(x, scheme, periodic)
+        coarse, *details = _analysis_2d(_extended(x, periodic), scheme, periodic)
         folded = [space_to_depth(detail) for detail in details]
         return torch.cat([torch.stack(_analysis_2d(coarse, scheme, periodic), dim=-3), *folded], dim=-3)
 
@@ -69,7 +72,10 @@ def analysis(x: Tensor, wavelet: str, levels: int = 1, periodic: Periodic = NOT_
 def synthesis(
     coefficients: Tensor, wavelet: str, levels: int, size: Sequence[int], periodic: Periodic = NOT_PERIODIC
 ) -> Tensor:
-    """Inverse of `analysis`: coefficients (..., S, h, w) to float32 fields (..., H, W), size = (H, W)."""
+    """Return the fields (..., H, W), float32, of coefficients (..., S, h, w): the inverse of `analysis`.
+
+    `size` is (H, W).
+    """
     scheme = _checked(wavelet, levels, size)
     with torch.autocast(coefficients.device.type, enabled=False):
         coefficients = coefficients.float()
@@ -81,15 +87,14 @@ def synthesis(
 
 
 def patches(x: Tensor, levels: int = 1, periodic: Periodic = NOT_PERIODIC) -> Tensor:
-    """Pixels in place of wavelet coefficients, same shapes as `analysis`: what a strided convolution reads."""
+    """Return pixels (..., S, h, w) in the shapes of `analysis`, for a tokenizer that is a strided convolution."""
     if levels == 1:
         return space_to_depth(x)
-    x = _grown(_grown(x, -2, periodic[0]), -1, periodic[1])
-    return space_to_depth(space_to_depth(x)).flatten(-4, -3)
+    return space_to_depth(space_to_depth(_extended(x, periodic))).flatten(-4, -3)
 
 
 def unpatches(x: Tensor, levels: int, size: Sequence[int]) -> Tensor:
-    """Inverse of `patches`: (..., S, h, w) to (..., H, W)."""
+    """Return the fields (..., H, W) of pixels (..., S, h, w): the inverse of `patches`."""
     if levels == 1:
         return depth_to_space(x)
     return depth_to_space(depth_to_space(x.unflatten(-3, (4, 4))))[..., : size[0], : size[1]]
@@ -102,7 +107,7 @@ def space_to_depth(x: Tensor) -> Tensor:
 
 
 def depth_to_space(x: Tensor) -> Tensor:
-    """Inverse of `space_to_depth`: (..., 4, h, w) to (..., 2h, 2w)."""
+    """Undo `space_to_depth`: (..., 4, h, w) to (..., 2h, 2w)."""
     x = x.unflatten(-3, (2, 2)).movedim((-4, -3), (-3, -1))  # (..., h, 2, w, 2)
     return x.flatten(-2, -1).flatten(-3, -2)
 
@@ -117,12 +122,13 @@ def _checked(wavelet: str, levels: int, size: Sequence[int]) -> WaveletScheme:
     return WAVELETS[wavelet]
 
 
-def _grown(x: Tensor, dim: int, periodic: bool) -> Tensor:
-    """The side `dim` extended to a multiple of 4."""
-    if x.shape[dim] % 4 == 0:
-        return x
-    extra = x.narrow(dim, 0, 2) if periodic else x.narrow(dim, -3, 2).flip(dim)
-    return torch.cat([x, extra], dim=dim)
+def _extended(x: Tensor, periodic: Periodic) -> Tensor:
+    """Extend the even sides of x (..., H, W) to multiples of 4."""
+    for dim, wraps in zip((-2, -1), periodic, strict=True):
+        if x.shape[dim] % 4:
+            extra = x.narrow(dim, 0, 2) if wraps else x.narrow(dim, -3, 2).flip(dim)
+            x = torch.cat([x, extra], dim=dim)
+    return x
 
 
 def _analysis_2d(x: Tensor, scheme: WaveletScheme, periodic: Periodic) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -142,11 +148,11 @@ def _analysis_1d(x: Tensor, dim: int, scheme: WaveletScheme, periodic: bool) -> 
     for i in range(0, len(scheme.steps), 2):
         odd = torch.add(odd, _next_sum(even, dim, scheme, periodic), alpha=scheme.steps[i])
         even = torch.add(even, _previous_sum(odd, dim, scheme, periodic), alpha=scheme.steps[i + 1])
-    return even * scheme.low, odd * scheme.high
+    return even * scheme.low_scale, odd * scheme.high_scale
 
 
 def _synthesis_1d(low: Tensor, high: Tensor, dim: int, scheme: WaveletScheme, periodic: bool) -> Tensor:
-    even, odd = low / scheme.low, high / scheme.high
+    even, odd = low / scheme.low_scale, high / scheme.high_scale
     for i in reversed(range(0, len(scheme.steps), 2)):
         even = torch.sub(even, _previous_sum(odd, dim, scheme, periodic), alpha=scheme.steps[i + 1])
         odd = torch.sub(odd, _next_sum(even, dim, scheme, periodic), alpha=scheme.steps[i])
@@ -154,7 +160,7 @@ def _synthesis_1d(low: Tensor, high: Tensor, dim: int, scheme: WaveletScheme, pe
 
 
 def _next_sum(even: Tensor, dim: int, scheme: WaveletScheme, periodic: bool) -> Tensor:
-    """Even samples beside each odd one. Past the upper end the mirror of x[N - 2] is the last even sample itself."""
+    """Add the two even neighbors of each odd sample. At the upper end x[N] mirrors to x[N - 2], the last even one."""
     if scheme.haar:
         return even
     last = even.narrow(dim, 0 if periodic else -1, 1)
@@ -162,7 +168,7 @@ def _next_sum(even: Tensor, dim: int, scheme: WaveletScheme, periodic: bool) -> 
 
 
 def _previous_sum(odd: Tensor, dim: int, scheme: WaveletScheme, periodic: bool) -> Tensor:
-    """Odd samples beside each even one. Before the lower end the mirror of x[1] is the first odd sample itself."""
+    """Add the two odd neighbors of each even sample. At the lower end x[-1] mirrors to x[1], the first odd one."""
     if scheme.haar:
         return odd
     first = odd.narrow(dim, -1 if periodic else 0, 1)

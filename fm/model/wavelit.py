@@ -1,16 +1,9 @@
-"""Lifting of wavelet coefficients to tokens through rows owned by canonical channels (WaveLiT-FM, section 3.5).
-
-x_n = sum over the present channels c and subbands s of W[c][s] * coefficient[c, s, n], no bias. Gathering the rows of
-the present channels equals padding absent channels with zeros, without the work; a channel is known by its name alone.
-
-The output head of one dataset: a linear map from tokens to the wavelet coefficients of its own state channels.
-
-WaveLiT and WaveLiT-FM: one-step surrogates of 2D PDEs that mix wavelet tokens by ridge-corrected linear attention.
+"""WaveLiT and WaveLiT-FM: one-step surrogates of 2D PDEs that mix wavelet tokens by ridge-corrected linear attention.
 
 What is special:
-- tokens are wavelet coefficients of the dataset's own channels, lifted by rows that belong to canonical channel names;
-- every dataset has a task vector and an output head, everything between is shared, and everything is keyed by name: the
-  order in which datasets are listed changes neither the initial weights nor an output;
+- tokens are wavelet coefficients of the dataset's own channels, embedded by rows that belong to canonical channels;
+- every dataset has a task vector and an output head, and everything between is shared. All are keyed by name: the order
+  in which datasets are listed changes neither the initial weights nor an output;
 - each block runs on a pyramid of token grids with the same weights, on any even grid from 16 x 16;
 - a bespoke WaveLiT is the same class with one dataset.
 
@@ -18,23 +11,36 @@ Fields are (B, C, H, W). Statistics, wavelets, norms and the ridge solve are flo
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from math import sqrt
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fm.model.attention import Linear, linear
 from fm.model.block import Pyramid, pyramid_tables
-from fm.model.files import BASELINE
-from fm.model.spec import PRESETS, DatasetSpec, ModelConfig
-from fm.model.surrogate import MIN_GRID, Surrogate
+from fm.model.spec import DatasetSpec, ModelConfig
+from fm.model.surrogate import Surrogate
 from fm.model.wavelets import NOT_PERIODIC, Periodic, analysis, patches, synthesis, unpatches
+
+# Initial weights, see init_weights.
+EMBEDDING_STD = 0.2
+TASK_STD = 0.1
+CPE_GAIN = 0.15  # of the usual 1/3: these convolutions act on the residual stream itself, twice a block
+COARSE_INIT = 0.1  # weight of each coarse level beside 1 for the fine one
+# AdamW moves every number by about the learning rate; with this factor a pointwise map, whose entries are about 1 where
+# it matters, gets there in hundreds of steps.
+POINTWISE_GAIN = 10.0
 
 
 class ChannelEmbedding(nn.Module):
-    """Rows (S, D) for each canonical channel."""
+    """Map wavelet coefficients to tokens through rows (S, D) of each canonical channel (WaveLiT-FM, section 3.5).
+
+        x_n = sum over the present channels c and subbands s of W[c][s] * coefficient[c, s, n],   no bias
+
+    Gathering the rows of the present channels equals padding absent channels with zeros, without the work.
+    """
 
     def __init__(self, channels: Iterable[str], subbands: int, width: int) -> None:
         super().__init__()
@@ -42,18 +48,13 @@ class ChannelEmbedding(nn.Module):
         self.rows = nn.ParameterDict({name: nn.Parameter(torch.zeros(subbands, width)) for name in names})
 
     def forward(self, coefficients: Tensor, channels: Sequence[str]) -> Tensor:
-        """Coefficients (B, C, S, h, w) of the named channels to tokens (B, h, w, D)."""
+        """Map coefficients (B, C, S, h, w) of the named channels to tokens (B, h, w, D)."""
         weight = torch.cat([self.rows[name] for name in channels])  # (C * S, D)
         return linear(coefficients.flatten(1, 2).permute(0, 2, 3, 1), weight.t())
 
 
-# AdamW moves every number by about the learning rate; with this factor a pointwise map, whose entries are about 1 where
-# it matters, gets there in hundreds of steps.
-POINTWISE_GAIN = 10.0
-
-
 class Head(nn.Module):
-    """Tokens (B, h, w, D) to coefficients (B, C, S, h, w); `pointwise` adds a map of the state itself."""
+    """Map tokens to the wavelet coefficients of one dataset's state channels; `pointwise` adds a map of the state."""
 
     def __init__(self, width: int, channels: int, subbands: int, pointwise: bool = False) -> None:
         super().__init__()
@@ -62,83 +63,73 @@ class Head(nn.Module):
         self.pointwise = nn.Parameter(torch.zeros(channels, channels)) if pointwise else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map tokens (B, h, w, D) to coefficients (B, C, S, h, w)."""
         return self.linear(x).permute(0, 3, 1, 2).unflatten(1, (-1, self.subbands))
 
     def of_points(self, state: Tensor) -> Tensor:
-        """The pointwise map of a state (B, C, H, W), float32: the same C x C matrix, with the gain, at every point."""
+        """Apply the same C x C matrix, with the gain, at every point of a state (B, C, H, W); float32."""
         assert self.pointwise is not None
         with torch.autocast(state.device.type, enabled=False):
             return torch.einsum("ij,bjhw->bihw", POINTWISE_GAIN * self.pointwise, state.float())
 
 
-__all__ = ["MIN_GRID", "PRESETS", "DatasetSpec", "ModelConfig", "WaveLiTFM"]
-
-# Initial weights, see init_weights.
-LIFTING_STD = 0.2
-TASK_STD = 0.1
-CPE_GAIN = 0.15  # of the usual 1/3: these convolutions act on the residual stream itself, twice a block
-COARSE_INIT = 0.1  # weight of each coarse level beside 1 for the fine one
+def _noise(seed: int, name: str, shape: torch.Size) -> Tensor:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.randn(shape, generator=generator, device="cpu")
 
 
 class WaveLiTFM(Surrogate):
     """The model for the given datasets; `seed` draws the initial weights, each named part from its own generator."""
 
     section = "model"
+    config_class = ModelConfig
     config: ModelConfig
 
     def __init__(self, config: ModelConfig, datasets: Sequence[DatasetSpec], seed: int = 0) -> None:
         super().__init__(datasets, config.predict, config.predict_override, config.wavelet)
         self.config = config
         width, subbands = config.width, config.subbands
-        channels = [c for spec in datasets for c in (*spec.state_channels, *spec.constant_channels)]
-        self.lifting = ChannelEmbedding(channels, subbands, width)
+        specs = self.specs.values()
+        # Attribute names are part of the file format: weights are stored under them.
+        self.lifting = ChannelEmbedding((name for spec in specs for name in spec.channels), subbands, width)
         self.task_vectors = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name in self.specs})
         self.blocks = nn.ModuleList(Pyramid(config.block(), config.pyramid_levels) for _ in range(config.depth))
         self.heads = nn.ModuleDict(
-            {
-                name: Head(width, len(spec.state_channels), subbands, config.pointwise)
-                for name, spec in self.specs.items()
-            }
+            {spec.name: Head(width, len(spec.state_channels), subbands, config.pointwise) for spec in specs}
         )
         self.init_weights(seed)
 
     def output(self, state: Tensor, constants: Tensor, spec: DatasetSpec) -> Tensor:
-        """What the head of the dataset says, (B, C, H, W); see `Surrogate.output`."""
-        periodic = spec.periodic if self.config.padding == "boundary" else NOT_PERIODIC
-        coefficients = self._tokenize(torch.cat([state, constants], dim=1).float(), spec)  # (B, C + K, S, h, w)
-        x = self.lifting(coefficients, (*spec.state_channels, *spec.constant_channels))  # (B, h, w, D)
+        """Return the output (B, C, H, W) of the dataset's head; see `Surrogate.output`."""
+        config = self.config
+        fields = torch.cat([state, constants], dim=1).float()  # (B, C + K, H, W)
+        coefficients = self._tokenize(fields, spec)  # wavelet transform: (B, C + K, S, h, w)
+        x = self.lifting(coefficients, spec.channels)  # embedding: (B, h, w, D)
         x = x + self.task_vectors[spec.name]
-        head_width = self.config.width // self.config.heads
-        ropes = pyramid_tables(x.shape[1], x.shape[2], self.config.pyramid_levels, head_width, x.device)
+        ropes = pyramid_tables(x.shape[1], x.shape[2], config.pyramid_levels, config.width // config.heads, x.device)
+        periodic = spec.periodic if config.padding == "boundary" else NOT_PERIODIC
         for block in self.blocks:
             x = block(x, ropes, periodic)
         head = cast(Head, self.heads[spec.name])
-        output = self._untokenize(head(x).float(), spec, state.shape[-2:])  # (B, C, H, W)
+        output = self._untokenize(head(x).float(), spec, state.shape[-2:])  # inverse transform: (B, C, H, W)
         return output if head.pointwise is None else output + head.of_points(state)
 
     def _tokenize(self, x: Tensor, spec: DatasetSpec) -> Tensor:
-        """Fields (B, C, H, W) to coefficients (B, C, S, h, w)."""
-        wraps = self._wraps(spec)
+        """Turn fields (B, C, H, W) into coefficients (B, C, S, h, w)."""
         if self.config.tokenizer == "conv":
-            return patches(x, self.config.levels, wraps)
-        return analysis(x, self.config.wavelet, self.config.levels, wraps)
+            return patches(x, self.config.levels, self._wraps(spec))
+        return analysis(x, self.config.wavelet, self.config.levels, self._wraps(spec))
 
     def _untokenize(self, coefficients: Tensor, spec: DatasetSpec, size: Sequence[int]) -> Tensor:
-        """Inverse of `_tokenize`."""
+        """Undo `_tokenize`."""
         if self.config.tokenizer == "conv":
             return unpatches(coefficients, self.config.levels, size)
         return synthesis(coefficients, self.config.wavelet, self.config.levels, size, self._wraps(spec))
 
     def _wraps(self, spec: DatasetSpec) -> Periodic:
+        """Tell on which axes the wavelets wrap."""
         return spec.periodic if self.config.extension == "boundary" else NOT_PERIODIC
-
-    def _datasets_using(self, parameter: str) -> frozenset[str]:
-        part, _, rest = parameter.partition(".")
-        if part == "lifting":
-            channel = rest.removeprefix("rows.")
-            users = (s.name for s in self.specs.values() if channel in (*s.state_channels, *s.constant_channels))
-            return frozenset(users)
-        return frozenset({rest.partition(".")[0]} if part in ("task_vectors", "heads") else self.specs)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -158,7 +149,7 @@ class WaveLiTFM(Surrogate):
 
     def _init_std(self, name: str, parameter: Tensor) -> float:
         if name.startswith("lifting."):
-            return LIFTING_STD
+            return EMBEDDING_STD
         if name.startswith("task_vectors."):
             return TASK_STD
         std = 1 / sqrt(parameter[0].numel())  # fan-in of linear maps and depthwise convolutions
@@ -166,30 +157,23 @@ class WaveLiTFM(Surrogate):
             return std / sqrt(2 * self.config.depth)  # so that the residual stream does not grow with depth
         return std * CPE_GAIN if ".cpe" in name else std
 
+    def _datasets_using(self, parameter: str) -> frozenset[str]:
+        part, _, rest = parameter.partition(".")
+        if part == "lifting":
+            channel = rest.removeprefix("rows.")
+            return frozenset(name for name, spec in self.specs.items() if channel in spec.channels)
+        return frozenset({rest.partition(".")[0]} if part in ("task_vectors", "heads") else self.specs)
+
     def adapted_to(self, datasets: Sequence[DatasetSpec]) -> "WaveLiTFM":
-        """A model for `datasets` with this one's weights wherever the names agree; other parts are drawn afresh.
+        """Return a model for `datasets` with this one's weights wherever the names agree; the others are drawn anew.
 
         A dataset that this model knows keeps its statistics, so its predictions do not change. ValueError if its
         channels differ.
         """
-        self._check_channels(datasets)
-        model = WaveLiTFM(self.config, self._as_known(datasets))
+        model = WaveLiTFM(self.config, self._adapted_specs(datasets))
         weights = self.state_dict()
         model.load_state_dict({name: weights.get(name, tensor) for name, tensor in model.state_dict().items()})
         return model
 
-    @classmethod
-    def _described(cls, description: Mapping[str, Any], where: str) -> "WaveLiTFM":
-        if BASELINE in description:
-            raise ValueError(f"{where} is of the baseline {description[BASELINE]!r}, not of a WaveLiT")
-        config = ModelConfig.from_json(description["config"], where)
-        return cls(config, [DatasetSpec.from_json(spec) for spec in description["datasets"]])
-
     def _sizes(self) -> str:
         return f"width {self.config.width}, depth {self.config.depth}"
-
-
-def _noise(seed: int, name: str, shape: torch.Size) -> Tensor:
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randn(shape, generator=generator, device="cpu")

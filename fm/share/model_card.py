@@ -37,7 +37,7 @@ from fm.evaluation.evaluate import Trained
 from fm.evaluation.protocol import Protocol
 from fm.evaluation.tables import marked
 from fm.model.baselines import Baseline
-from fm.model.files import FORMAT, SCORES_FILE, is_exported
+from fm.model.files import EXPORT_FORMAT, SCORES_FILE, is_exported
 from fm.model.spec import DatasetSpec
 from fm.model.surrogate import Surrogate
 
@@ -222,7 +222,7 @@ class Facts:
         specs = self.model.specs.values()
         used = {name for spec in specs for name in (*spec.state_channels, *spec.constant_channels)}
         return {
-            "format": FORMAT,
+            "format": EXPORT_FORMAT,
             "name": self.name,
             "step": self.step,
             "licence": self.licence,

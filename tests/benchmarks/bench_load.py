@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data_pipeline.files import sha256
 from data_pipeline.registry import Card, load_registry
-from fm.model.files import EXPORT_FILE, FORMAT, MODEL_FILE, WEIGHTS_FILE
+from fm.model.files import EXPORT_FILE, EXPORT_FORMAT, MODEL_FILE, WEIGHTS_FILE
 from fm.model.spec import PRESETS, DatasetSpec
 from fm.model.wavelit import WaveLiTFM
 
@@ -30,7 +30,7 @@ def main() -> None:
             model.save_pretrained(folder)
         data = {name: (exported / name).read_bytes() for name in (MODEL_FILE, WEIGHTS_FILE)}
         files = {name: {"bytes": len(content), "sha256": sha256(content)} for name, content in data.items()}
-        (exported / EXPORT_FILE).write_text(json.dumps({"format": FORMAT, "files": files}))
+        (exported / EXPORT_FILE).write_text(json.dumps({"format": EXPORT_FORMAT, "files": files}))
         for name, folder in (("plain", plain), ("exported, hashed", exported)):
             seconds = [load_seconds(folder) for _ in range(rounds)]
             size = len(data[WEIGHTS_FILE]) / 1e6

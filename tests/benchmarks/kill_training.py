@@ -43,7 +43,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 class Kill:
     what: str
     step: int  # lines of the log
-    in_save: bool  # a .writing_ folder of this process was there after the kill
+    in_save: bool  # a temporary folder of this process was there after the kill
     seconds: float  # until all processes had ended
     output: str
 
@@ -69,7 +69,7 @@ def train_and_kill(recipe: Recipe, world_size: int, chance: random.Random) -> Ki
     victim = chance.choice([None, *range(world_size)]) if world_size > 1 else None
 
     def saving() -> bool:
-        return any(is_since(folder, began) for folder in root.glob(".writing_*"))  # earlier kills leave some, too
+        return any(is_since(folder, began) for folder in root.glob("*.tmp"))  # earlier kills leave some, too
 
     process = launch(recipe, world_size)
     wait_for(lambda: is_since(directory / "run.json", began) and lines.is_file(), process)

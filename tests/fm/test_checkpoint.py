@@ -164,7 +164,7 @@ def test_pruning_keeps_the_newest_the_milestones_and_what_is_newer(tmp_path: Pat
         writer.start(make_snapshot(5))  # a run that starts over in the same folder
         assert writer.wait() is None
     assert saved_steps(tmp_path) == [4, 5, 6, 7]
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob("*.tmp"))
     prune_checkpoints(tmp_path, tmp_path / "step_00000004", keep=1, keep_every=None)
     assert saved_steps(tmp_path) == [4, 5, 6, 7]
 
@@ -287,14 +287,14 @@ def test_kills_during_saves_leave_the_checkpoint_before_or_the_one_after(
         time.sleep(rng.uniform(0, 0.1))
         process.kill()
         process.join()
-        torn += bool(list(root.glob(".writing_*")))
+        torn += bool(list(root.glob("*.tmp")))
         newest = newest_checkpoint(root, refuse)  # no damaged one at all
         assert newest is not None
         assert int(newest.name.removeprefix("step_")) >= int(done.read_text() or 0)
         load_checkpoint(newest, *make_state(width=64)[:2])
     assert torn > 0
     write_checkpoint(root, make_snapshot(10**6))
-    assert not list(root.glob(".*"))
+    assert not list(root.glob("*.tmp"))
 
 
 def test_by_default_a_failed_save_ends_the_run_at_the_next_step(tiny_shards: Path, tmp_path: Path) -> None:

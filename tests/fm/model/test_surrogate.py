@@ -1,7 +1,7 @@
 """What every surrogate is, seen on the smallest one: a network that is one number."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -28,10 +28,6 @@ class Scaled(Surrogate):
 
     def adapted_to(self, datasets: Sequence[DatasetSpec]) -> "Scaled":
         return self
-
-    @classmethod
-    def _described(cls, description: Mapping[str, Any], where: str) -> "Scaled":
-        return cls("state")
 
     def _sizes(self) -> str:
         return "one number"

@@ -189,12 +189,12 @@ def test_one_step_finetuning_is_plain_training_whatever_the_objective(
 @pytest.mark.parametrize(
     ("adapt", "message"),
     [
-        ({"alone_steps": -1}, "adapt: alone_steps: expected a whole number of at least 0, got -1"),
+        ({"alone_steps": -1}, "adapt.alone_steps: Input should be greater than or equal to 0 (got -1)"),
         ({"alone_steps": STEPS}, "adapt.alone_steps: expected fewer than the 8 of train.steps, got 8"),
-        ({"share": 1.0}, r"adapt: share: expected a share in (0, 1), or null, got 1.0"),
+        ({"share": 1.0}, "adapt.share: Input should be less than 1 (got 1.0)"),
         ({"datasets": []}, "alone_steps and share are the new datasets', expected their names in datasets"),
-        ({"rates": {"trunk": -0.1}}, "adapt.rates: trunk: expected a factor of at least 0, got -0.1"),
-        ({"rates": {"trunk": 0, "head": 0, "embedding": 0}}, "expected one factor above 0 at least"),
+        ({"rates": {"trunk": -0.1}}, "adapt.rates.trunk: Input should be greater than or equal to 0 (got -0.1)"),
+        ({"rates": {"trunk": 0, "head": 0, "embedding": 0}}, "adapt.rates: expected one factor above 0 at least"),
         ({"rates": {"body": 0.1}}, "unknown key adapt.rates.body"),
     ],
 )

@@ -289,10 +289,10 @@ def test_adaptive_without_validation_is_refused_and_too_little_of_it_told(
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
-        ({"power": -1.0}, "sampling: power: expected a number from 0 to 10, got -1.0"),
-        ({"power": float("nan")}, "sampling: power: expected a number from 0 to 10, got nan"),
-        ({"floor": 1.0}, r"sampling: floor: expected a share in \[0, 1\), got 1.0"),
-        ({"max_passes": 0}, "sampling: max_passes: expected a number above 0, or null, got 0"),
+        ({"power": -1.0}, r"sampling\.power: Input should be greater than or equal to 0 \(got -1.0\)"),
+        ({"power": float("nan")}, r"sampling\.power: Input should be a finite number \(got nan\)"),
+        ({"floor": 1.0}, r"sampling\.floor: Input should be less than 1 \(got 1.0\)"),
+        ({"max_passes": 0}, r"sampling\.max_passes: Input should be greater than 0 \(got 0\)"),
     ],
 )
 def test_sampling_settings_are_checked(tmp_path: Path, sampling: dict[str, Any], message: str) -> None:

@@ -5,8 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from fm.config import FinetuneSettings
+from fm.model.spec import explain
 from fm.training.objective import forcing_coins, forcing_prob, input_noise, unroll_length
 
 
@@ -69,15 +71,16 @@ def test_noise_has_its_scale_and_is_a_function_of_window_and_draw() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"unroll_steps": 0}, "unroll_steps: expected a whole number of at least 1"),
-        ({"unroll_override": {"a": 0}}, r"unroll_override\.a: expected a whole number of at least 1"),
-        ({"unroll_start": 0}, "unroll_start: expected a whole number of at least 1"),
-        ({"unroll_growth": 0.0}, r"unroll_growth: expected a share of the run in \(0, 1\], got 0.0"),
-        ({"causal_eps": -1.0}, "causal_eps: expected a number of at least 0, got -1.0"),
-        ({"gate": 0.9}, "gate: expected a factor of at least 1, or null, got 0.9"),
-        ({"forcing_end": 1.5}, "forcing_end: expected a probability, got 1.5"),
+        ({"unroll_steps": 0}, "unroll_steps: Input should be greater than 0 (got 0)"),
+        ({"unroll_override": {"a": 0}}, "unroll_override.a: Input should be greater than 0 (got 0)"),
+        ({"unroll_start": 0}, "unroll_start: Input should be greater than 0 (got 0)"),
+        ({"unroll_growth": 0.0}, "unroll_growth: Input should be greater than 0 (got 0.0)"),
+        ({"causal_eps": -1.0}, "causal_eps: Input should be greater than or equal to 0 (got -1.0)"),
+        ({"gate": 0.9}, "gate: Input should be greater than or equal to 1 (got 0.9)"),
+        ({"forcing_end": 1.5}, "forcing_end: Input should be less than or equal to 1 (got 1.5)"),
     ],
 )
 def test_impossible_settings_are_refused(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValidationError) as caught:
         settings(**values)
+    assert explain(caught.value, FinetuneSettings) == message

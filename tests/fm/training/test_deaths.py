@@ -180,7 +180,7 @@ def test_a_second_ctrl_c_ends_all_at_once(tiny_shards: Path, tmp_path: Path) -> 
 def test_a_failure_of_the_main_process_alone_ends_all_and_is_explained(tiny_shards: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     (directory / "checkpoints").mkdir(parents=True)
-    (directory / "checkpoints/.writing_step_00000003").write_text("a file where a folder should be")
+    (directory / "checkpoints/step_00000003").write_text("a file where a folder should be")
     with running(recipe_of(tiny_shards, directory), accelerate("cpu2")) as (launcher,):
         output = assert_ended(directory, launcher, seconds=180)
     assert "error: could not save the checkpoint" in output

@@ -64,8 +64,8 @@ def test_a_server_without_ranges_ends_the_run_with_the_setting_to_change(tiny_sh
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"cache_gb": -1}, "cache_gb: expected gigabytes, at least 0"),
-        ({"prefetch": -1}, "prefetch: expected a whole number of at least 0"),
+        ({"cache_gb": -1}, r"data\.cache_gb: Input should be greater than or equal to 0 \(got -1\)"),
+        ({"prefetch": -1}, r"data\.prefetch: Input should be greater than or equal to 0 \(got -1\)"),
         ({"cache": 3}, "data.cache"),
     ],
 )

@@ -51,10 +51,10 @@ def test_killed_runs_continue_bit_for_bit(tiny_shards: Path, tmp_path: Path) -> 
                 lambda lines=lines: len((tmp_path / "killed/log.jsonl").read_text().splitlines()) > lines + 2, process
             )
         else:
-            wait_for(lambda: list((tmp_path / "killed").glob("checkpoints/.writing_*")), process)
+            wait_for(lambda: list((tmp_path / "killed").glob("checkpoints/*.tmp")), process)
         process.kill()
         process.communicate()
-        torn_saves += len(list((tmp_path / "killed").glob("checkpoints/.writing_*")))
+        torn_saves += len(list((tmp_path / "killed").glob("checkpoints/*.tmp")))
     code, output = finish(start(recipe))
     assert code == 0, output
     assert "continuing" in output
@@ -63,7 +63,7 @@ def test_killed_runs_continue_bit_for_bit(tiny_shards: Path, tmp_path: Path) -> 
     assert finish(start(undisturbed))[0] == 0
     assert log(tmp_path / "killed") == log(tmp_path / "undisturbed")
     assert last_weights(tmp_path / "killed") == last_weights(tmp_path / "undisturbed")
-    assert not list((tmp_path / "killed").glob("checkpoints/.writing_*"))
+    assert not list((tmp_path / "killed").glob("checkpoints/*.tmp"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

@@ -1,12 +1,16 @@
-"""Baselines: each trains on every grid, channels stay apart, and files say what they are of."""
+"""Baselines: they train on every grid, channels stay apart, files name their kind; the WNO against PyWavelets."""
 
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import pywt
 import torch
 from accelerate import Accelerator
 from handmade import STATE_CHANNELS, make_inputs, make_spec
@@ -15,8 +19,9 @@ from whole_runs import last_weights, log
 from data_pipeline.files import UserError
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import load_pretrained
-from fm.config import LossSettings, TrainSettings, load_recipe, resolve
-from fm.model.baselines import SIZES, Baseline, BaselineConfig
+from fm.config import LossSettings, Recipe, TrainSettings, load_recipe, resolve
+from fm.datasets import new_model
+from fm.model.baselines import SIZES, UNUSED, WNO, Baseline, BaselineConfig, WaveletMixing, upstream_class
 from fm.model.loss import wavelit_loss
 from fm.model.spec import ModelConfig
 from fm.model.wavelit import WaveLiTFM
@@ -189,7 +194,10 @@ def test_a_baseline_is_not_a_wavelit_nor_of_other_sizes(tmp_path: Path) -> None:
     description = small("wno").description()
     for change, message in (
         ({"config": {"name": "wno"}}, r"missing keys \['predict', 'sizes', 'wavelet'\]"),
-        ({"config": {**description["config"], "name": "gno"}}, r"name must be one of unet_convnext.*got 'gno'"),
+        (
+            {"config": {**description["config"], "name": "gno"}},
+            r"config of .*: name: Input should be 'unet.*got 'gno'",
+        ),
         ({"extra": 1}, r"unexpected keys \['extra'\]"),
     ):
         (tmp_path / "model.json").write_text(json.dumps({**description, **change}))
@@ -213,18 +221,18 @@ def test_adapting_keeps_all_datasets_and_refuses_others() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("unet", {}, "baseline.name must be one of unet_convnext, unet_classic, fno, tfno, avit, wno, got 'unet'"),
+        ("unet", {}, "name\n  Input should be 'unet_convnext', 'unet_classic', 'fno', 'tfno', 'avit' or 'wno'"),
         ("fno", {"sizes": {"modes": 8}}, "fno has the sizes modes1, modes2, hidden_channels, got 'modes'"),
-        ("wno", {"sizes": {"depth": 0}}, "baseline.sizes.depth must be at least 1, got 0"),
+        ("wno", {"sizes": {"depth": 0}}, "sizes.depth\n  Input should be greater than 0"),
         ("avit", {"sizes": {"hidden_dim": 64}}, "hidden_dim of avit must be a multiple of 48 and of num_heads, got 64"),
         ("avit", {"sizes": {"hidden_dim": 48, "num_heads": 5}}, "got 48 with 5 heads"),
-        ("wno", {"wavelet": "db4"}, "baseline.wavelet must be one of haar, bior2.2, bior4.4, got 'db4'"),
-        ("wno", {"predict": "both"}, "baseline.predict must be one of delta, state, got 'both'"),
+        ("wno", {"wavelet": "db4"}, "wavelet\n  Input should be 'haar', 'bior2.2' or 'bior4.4'"),
+        ("wno", {"predict": "both"}, "predict\n  Input should be 'delta' or 'state'"),
     ],
 )
 def test_impossible_configurations_are_named(name: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError) as caught:
-        BaselineConfig(name, **options)
+        BaselineConfig(name=name, **options)
     assert message in str(caught.value)
 
 
@@ -285,3 +293,86 @@ def test_a_baseline_is_not_sharded(launched: str, monkeypatch: pytest.MonkeyPatc
     objective = Unroll(small("wno"), LossSettings())
     with pytest.raises(UserError, match=r"baselines train in one process or under DDP .* asks for FSDP or DeepSpeed"):
         spread(Accelerator(cpu=True), objective, TrainSettings(steps=1))
+
+
+@pytest.mark.parametrize(
+    ("grid", "levels"), [((64, 64), 3), ((64, 32), 2), ((16, 48), 1), ((18, 22), 1), ((34, 50), 2)]
+)
+def test_mixes_the_coarsest_subbands_and_keeps_the_finer(grid: tuple[int, int], levels: int) -> None:
+    """Levels are three, or as many as the smaller side has room for."""
+    torch.manual_seed(0)
+    mixing = WaveletMixing(3, levels=3)
+    v = torch.randn(2, 3, *grid)
+    approximation, coarsest, *finer = pywt.wavedec2(v.numpy(), "db4", mode="symmetric", level=levels)
+    weights = mixing.weights.detach().numpy()
+    mixed = [np.einsum("bihw,io->bohw", part, weights[i]) for i, part in enumerate((approximation, *coarsest))]
+    expected = pywt.waverec2([mixed[0], tuple(mixed[1:]), *finer], "db4", mode="symmetric")[..., : grid[0], : grid[1]]
+    torch.testing.assert_close(mixing(v), torch.from_numpy(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_one_set_of_weights_serves_every_grid() -> None:
+    torch.manual_seed(0)
+    model = WNO(5, 2, width=6, depth=2, levels=3)
+    for grid in ((16, 16), (64, 32), (18, 46)):
+        output = model(torch.randn(2, 5, *grid))
+        assert output.shape == (2, 2, *grid)
+        output.sum().backward()
+    assert all(torch.isfinite(p.grad).all() and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_a_model_is_upstreams_and_its_import_leaves_no_stand_in() -> None:
+    pytest.importorskip("huggingface_hub", reason="needs the extra baselines")
+    before = {name: sys.modules.get(name) for name in (*UNUSED, "the_well.benchmark.models", "neuralop")}
+    network = upstream_class("unet_classic", "UNetClassic")
+    assert network.__module__ == "the_well.benchmark.models.unet_classic"
+    assert upstream_class("unet_classic", "UNetClassic") is network
+    assert {name: sys.modules.get(name) for name in before} == before
+
+
+def test_what_is_missing_is_named_with_the_command_that_installs_it() -> None:
+    with pytest.raises(
+        UserError, match=r"the baseline cno needs packages .*\(No module named .*\): run \./launch/setup"
+    ):
+        upstream_class("cno", "CNO")
+
+
+def test_training_wavelit_imports_no_baseline() -> None:
+    code = (
+        "import sys, fm.cli, fm.training.trainer; print([m for m in ('tltorch', 'timm', 'wandb') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+
+
+def load(name: str) -> Recipe:
+    return load_recipe(RECIPES / "baselines" / f"{name}.yaml")
+
+
+def test_there_is_a_recipe_for_each_and_one_for_reference() -> None:
+    assert {file.stem for file in (RECIPES / "baselines").glob("*.yaml")} == {*SIZES, "wavelit"}
+
+
+@pytest.mark.parametrize("name", [*SIZES, "wavelit"])
+def test_a_recipe_is_the_quickstart_but_for_its_network(name: str) -> None:
+    quickstart, recipe = load_recipe(RECIPES / "quickstart.yaml"), load(name)
+    compile((RECIPES / "baselines" / f"{name}.yaml").read_text(), name, "exec")
+    assert recipe.run.name == f"baseline_{name}"
+    for section in ("data", "sampling", "train", "loss", "checkpoint", "validation"):
+        assert getattr(recipe, section) == getattr(quickstart, section)
+    network = recipe.baseline or recipe.model
+    assert network is not None
+    assert quickstart.model is not None
+    assert (network.wavelet, network.predict) == (quickstart.model.wavelet, quickstart.model.predict)
+
+
+@pytest.mark.parametrize("name", [*SIZES, "wavelit"])
+def test_a_recipe_has_the_quickstarts_number_of_parameters(name: str) -> None:
+    pytest.importorskip("tltorch" if name in ("fno", "tfno") else "huggingface_hub", reason="needs the extra baselines")
+    specs = [make_spec(dataset) for dataset in STATE_CHANNELS]
+    recipe = load(name)
+    model = new_model(recipe.baseline or recipe.model, specs)
+    expected = new_model(load_recipe(RECIPES / "quickstart.yaml").model, specs).num_parameters()
+    assert model.num_parameters() == pytest.approx(expected, rel=0.1)

@@ -1,4 +1,4 @@
-"""Prediction on fields by name: numpy, tensors, xarray; what is refused, and what is doubted."""
+"""Prediction on fields by name: numpy, tensors, xarray; errors and warnings."""
 
 import warnings
 from typing import Any

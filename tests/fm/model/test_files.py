@@ -1,4 +1,4 @@
-"""A model's files: formats of model.json, and what an exported folder's list of files is for."""
+"""A model's files: model.json, and the list of files of an exported folder."""
 
 import json
 import shutil
