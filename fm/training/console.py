@@ -9,9 +9,8 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console as Renderer
 from rich.console import Group, RenderableType
@@ -19,6 +18,8 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+Scores = Mapping[str, Mapping[str, float | None]]  # dataset -> vrmse, over_persistence
 
 # control sequences of terminals
 SAVE_CURSOR, RESTORE_CURSOR = "\x1b7", "\x1b8"
@@ -31,24 +32,17 @@ MIN_COLUMNS_OF_TWO_TABLES = 120  # from this width on, the datasets stand in two
 MIN_ROWS_ABOVE = 5  # rows that a panel leaves to messages
 
 
-@dataclass
-class Progress:
-    """The progress of a run."""
-
-    name: str
-    steps: int  # length of the run
-    step: int
-    datasets: Sequence[str]
-    losses: dict[str, float] = field(default_factory=dict)  # the last loss of each dataset
-    scores: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)  # as in events.jsonl
-    values: Mapping[str, float] = field(default_factory=dict)  # the last scalars of TensorBoard
-
-
 class Console:
-    """Prints messages and, if `shown`, the progress of the run."""
+    """Prints messages and, if `shown`, the progress of a run."""
 
-    def __init__(self, progress: Progress, *, shown: bool) -> None:
-        self._progress, self._shown = progress, shown
+    def __init__(
+        self, name: str, num_steps: int, step: int, datasets: Sequence[str], scores: Scores, *, shown: bool
+    ) -> None:
+        """`scores` are those of the last validation, as in events.jsonl."""
+        self._name, self._num_steps, self._step, self._datasets = name, num_steps, step, datasets
+        self._losses: dict[str, float] = {}  # the last loss of each dataset
+        self._values: Mapping[str, float] = {}  # the last scalars of TensorBoard
+        self._scores, self._shown = scores, shown
         on_terminal = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
         self._rows = BottomRows(sys.stderr) if shown and on_terminal else None
         self._next = 0.0  # time.monotonic() from which on the progress is shown again
@@ -60,27 +54,28 @@ class Console:
 
     def update_losses(self, step: int, losses: Mapping[str, float]) -> None:
         """Show the last losses by dataset after `step` optimizer steps."""
-        self._progress.step = step
-        self._progress.losses.update(losses)
+        self._step = step
+        self._losses.update(losses)
         if self._rows is not None and self._is_due(PANEL_SECONDS):
             self._draw_panel()
 
     def update_values(self, values: Mapping[str, float]) -> None:
         """Show scalars of TensorBoard."""
-        self._progress.values = values
-        last = self._progress.step == self._progress.steps
-        if self._shown and self._rows is None and (last or self._is_due(LINE_SECONDS)):
-            self.print(plain_line(self._progress))
+        self._values = values
+        is_last = self._step == self._num_steps
+        if self._shown and self._rows is None and (is_last or self._is_due(LINE_SECONDS)):
+            figures = "  ".join(figure for line in self._figures() for figure in line)
+            self.print(f"step {self._step}/{self._num_steps}  {figures}  {self._time_left()}")
 
-    def update_scores(self, scores: Mapping[str, Mapping[str, float | None]]) -> None:
+    def update_scores(self, scores: Scores) -> None:
         """Show the scores of a validation."""
-        self._progress.scores = scores
+        self._scores = scores
         self._draw_panel()
 
     def close(self) -> None:
         """Let all rows of the terminal scroll again and leave the panel's last state among the printed lines."""
         if self._rows is not None:
-            self._rows.close(self._panel_lines())
+            self._rows.close(self._panel_lines(self._rows))
             self._rows = None
 
     def _is_due(self, seconds: float) -> bool:
@@ -91,24 +86,98 @@ class Console:
 
     def _draw_panel(self) -> None:
         if self._rows is not None:
-            lines = self._panel_lines()
+            lines = self._panel_lines(self._rows)
             if lines:
                 self._rows.draw(lines)
             else:
                 self._rows.close()
 
-    def _panel_lines(self) -> list[str]:
+    def _panel_lines(self, bottom: "BottomRows") -> list[str]:
         """Return the largest panel that the terminal has room for, or [] if there is no room at all."""
-        assert self._rows is not None
-        columns, rows = self._rows.size()
+        columns, rows = bottom.size()
         renderer = Renderer(stderr=True, force_terminal=True, width=columns)
         for with_datasets in (True, False):
             with renderer.capture() as capture:
-                renderer.print(panel(self._progress, columns, with_datasets))
+                renderer.print(self._panel(columns, with_datasets))
             lines = capture.get().splitlines()
             if len(lines) + MIN_ROWS_ABOVE <= rows:
                 return lines
         return []
+
+    def _panel(self, columns: int, with_datasets: bool) -> RenderableType:
+        """Return a panel of this width: a progress bar, two lines of figures and a table of the datasets."""
+        bar = Table.grid(expand=True, padding=(0, 2, 0, 0))
+        for ratio in (1, None, None):
+            bar.add_column(ratio=ratio, no_wrap=True)
+        count = f"{self._step}/{self._num_steps}  {100 * self._step / self._num_steps:.0f} %"
+        done = ProgressBar(total=self._num_steps, completed=self._step, complete_style="cyan", finished_style="cyan")
+        bar.add_row(done, count, self._time_left())
+        lines = [Text("   ".join(line) or "-", no_wrap=True, overflow="ellipsis") for line in self._figures()]
+        parts: list[RenderableType] = [bar, *lines]
+        if with_datasets:
+            num_tables = 2 if columns >= MIN_COLUMNS_OF_TWO_TABLES else 1
+            rows = -(-len(self._datasets) // num_tables)
+            names = [self._datasets[start : start + rows] for start in range(0, len(self._datasets), rows)]
+            tables = Table.grid(expand=True, padding=(0, 2, 0, 0))
+            for _ in names:
+                tables.add_column(ratio=1)
+            tables.add_row(*map(self._dataset_table, names))
+            parts.append(tables)
+        return Panel(Group(*parts), title=Text(self._name), title_align="left", border_style="dim", width=columns)
+
+    def _dataset_table(self, names: Sequence[str]) -> Table:
+        """Return a table with the last loss and the last validation scores of each dataset."""
+
+        def number(value: float | None) -> str:
+            return "-" if value is None else f"{value:.4f}"
+
+        table = Table(box=None, expand=True, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+        table.add_column("dataset", no_wrap=True, ratio=1)
+        for head in ("loss", "valid VRMSE", "/ persistence"):
+            table.add_column(head, justify="right", no_wrap=True)
+        for name in names:
+            scores = self._scores.get(name, {})
+            ratio = scores.get("over_persistence")
+            style = "" if ratio is None else "green" if ratio < 1 else "yellow"
+            cells = (number(self._losses.get(name)), number(scores.get("vrmse")), Text(number(ratio), style))
+            table.add_row(name, *cells)
+        return table
+
+    def _figures(self) -> tuple[list[str], list[str]]:
+        """Return the figures of training and those of speed and memory, with their names."""
+        values = self._values
+        if not values:
+            return [], []
+        training = [
+            f"loss {values['train/loss']:.4f}",
+            f"lr {values['train/lr']:.2e}",
+            f"gradient {values['train/grad_norm']:.3g}",
+        ]
+        speed = [
+            f"{values['throughput/samples_per_s']:.3g} samples/s",
+            f"{_short(values['throughput/tokens_per_s'])} tokens/s",
+            f"data wait {100 * values['throughput/data_wait_fraction']:.0f} %",
+            f"memory {values['throughput/peak_memory_gb']:.2f} GB",
+        ]
+        return training, speed
+
+    def _time_left(self) -> str:
+        """Return the time left and the time of day at which the run ends."""
+        hours = self._values.get("throughput/hours_left")
+        if hours is None:
+            return "time left -"
+        ends = (datetime.now() + timedelta(hours=hours)).strftime("%H:%M" if hours < 12 else "%d %b %H:%M")
+        left = str(timedelta(seconds=round(3600 * hours))) if hours < 24 else f"{hours:.1f} h"
+        return f"{left} left, ends {ends}"
+
+
+def _short(value: float) -> str:
+    """Return three digits and the power of a thousand, such as 12.3k."""
+    for unit in ("", "k", "M"):
+        if value < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}G"
 
 
 class BottomRows:
@@ -147,91 +216,3 @@ class BottomRows:
     def _write(self, text: str) -> None:
         self._stream.write(text)  # in one call, so that no other text comes in between
         self._stream.flush()
-
-
-def plain_line(progress: Progress) -> str:
-    """Return the progress as one line for log files."""
-    figures = "  ".join([*_training_figures(progress.values), *_speed_figures(progress.values)])
-    return f"step {progress.step}/{progress.steps}  {figures}  {_time_left(progress)}"
-
-
-def panel(progress: Progress, columns: int, with_datasets: bool = True) -> RenderableType:
-    """Return a panel of this width: a progress bar, two lines of figures and a table of the datasets."""
-    bar = Table.grid(expand=True, padding=(0, 2, 0, 0))
-    for ratio in (1, None, None):
-        bar.add_column(ratio=ratio, no_wrap=True)
-    count = f"{progress.step}/{progress.steps}  {100 * progress.step / progress.steps:.0f} %"
-    done = ProgressBar(total=progress.steps, completed=progress.step, complete_style="cyan", finished_style="cyan")
-    bar.add_row(done, count, _time_left(progress))
-    parts: list[RenderableType] = [bar]
-    for figures in (_training_figures(progress.values), _speed_figures(progress.values)):
-        parts.append(Text("   ".join(figures) or "-", no_wrap=True, overflow="ellipsis"))
-    if with_datasets:
-        num_tables = 2 if columns >= MIN_COLUMNS_OF_TWO_TABLES else 1
-        rows = -(-len(progress.datasets) // num_tables)
-        tables = Table.grid(expand=True, padding=(0, 2, 0, 0))
-        names = [progress.datasets[start : start + rows] for start in range(0, len(progress.datasets), rows)]
-        for _ in names:
-            tables.add_column(ratio=1)
-        tables.add_row(*(_dataset_table(progress, part) for part in names))
-        parts.append(tables)
-    return Panel(Group(*parts), title=Text(progress.name), title_align="left", border_style="dim", width=columns)
-
-
-def _dataset_table(progress: Progress, names: Sequence[str]) -> Table:
-    """Return a table with the last loss and the last validation scores of each dataset."""
-    table = Table(box=None, expand=True, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("dataset", no_wrap=True, ratio=1)
-    for head in ("loss", "valid VRMSE", "/ persistence"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for name in names:
-        scores = progress.scores.get(name, {})
-        ratio = scores.get("over_persistence")
-        style = "" if ratio is None else "green" if ratio < 1 else "yellow"
-        cells = (_number(progress.losses.get(name)), _number(scores.get("vrmse")), Text(_number(ratio), style))
-        table.add_row(name, *cells)
-    return table
-
-
-def _training_figures(values: Mapping[str, float]) -> list[str]:
-    if not values:
-        return []
-    return [
-        f"loss {values['train/loss']:.4f}",
-        f"lr {values['train/lr']:.2e}",
-        f"gradient {values['train/grad_norm']:.3g}",
-    ]
-
-
-def _speed_figures(values: Mapping[str, float]) -> list[str]:
-    if not values:
-        return []
-    return [
-        f"{values['throughput/samples_per_s']:.3g} samples/s",
-        f"{_short(values['throughput/tokens_per_s'])} tokens/s",
-        f"data wait {100 * values['throughput/data_wait_fraction']:.0f} %",
-        f"memory {values['throughput/peak_memory_gb']:.2f} GB",
-    ]
-
-
-def _time_left(progress: Progress) -> str:
-    """Return the time left and the time of day at which the run ends."""
-    hours = progress.values.get("throughput/hours_left")
-    if hours is None:
-        return "time left -"
-    ends = (datetime.now() + timedelta(hours=hours)).strftime("%H:%M" if hours < 12 else "%d %b %H:%M")
-    left = str(timedelta(seconds=round(3600 * hours))) if hours < 24 else f"{hours:.1f} h"
-    return f"{left} left, ends {ends}"
-
-
-def _number(value: Any) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _short(value: float) -> str:
-    """Return three digits and the power of a thousand, such as 12.3k."""
-    for unit in ("", "k", "M"):
-        if value < 999.5:
-            return f"{value:.3g}{unit}"
-        value /= 1000
-    return f"{value:.3g}G"

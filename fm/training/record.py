@@ -20,7 +20,7 @@ from fm.distributed import peak_memory_bytes
 from fm.evaluation.evaluate import ValidationResult, protocol_windows
 from fm.evaluation.plots import Cosines
 from fm.model.surrogate import Surrogate
-from fm.training.console import Console, Progress
+from fm.training.console import Console
 from fm.training.flops import forward_flops, forward_passes
 from fm.training.guard import RefusedStep
 from fm.training.optim import part_rates
@@ -114,8 +114,8 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         else:
             self._log_event("start", step, text="started")
 
-        progress = Progress(recipe.run.name, recipe.train.steps, step, names, scores=self._events.scores)
-        self._console = Console(progress, shown=recipe.tracking.progress)
+        run, scores, shown = recipe.run.name, self._events.scores, recipe.tracking.progress
+        self._console = Console(run, recipe.train.steps, step, names, scores, shown=shown)
         self._warn_of_passes(recipe.train.steps, step)
         for ignored in recipe.finetune.ignored() if recipe.finetune else ():
             self.print(f"warning: finetune.{ignored}")

@@ -44,6 +44,7 @@ HPARAMS_SINGLE = (("run", "seed"), ("sampling", "scheme"), ("sampling", "draw"))
 # The HParams page shows five columns at first: those that are marked as different, then the others by name.
 HPARAMS_FIRST = ("finetune.objective", "model.width", "sampling.scheme", "train.learning_rate", "train.steps")
 
+FIGURE_DPI = 100
 PANEL_SIDE = 224  # pixels; a panel has the area of a square of this side
 NUM_COLORS = 255  # of a palette; one more is for values that are not finite
 
@@ -104,7 +105,8 @@ class Dashboard:
         means = cosines.with_others()
         self.scalars({f"gradients/mean_cosine/{name}": value for name, value in means.items()}, step)
         if picture:
-            self._picture("gradients/cosine", figure_png(cosine_figure(cosines, f"step {step}")), step)
+            figure = cosine_figure(cosines, f"step {step}")
+            self._picture("gradients/cosine", encode(rasterize(figure, FIGURE_DPI)), step)
 
     def flush(self, step: int) -> dict[str, Any]:
         """Write everything to the files and return the scalars and texts of `step`, for `saved`."""
@@ -285,12 +287,8 @@ def rollout_pictures(sample: Sample) -> dict[str, bytes]:
     draw_spectra(axes, still)
     axes.set(ylabel="power", title=still.dataset)
     axes.legend(frameon=False)
-    return pictures | {"spectrum": figure_png(figure), "rollout": gif(sample, side=64, labeled=False)}
-
-
-def figure_png(figure: Figure) -> bytes:
-    """Return a figure as a PNG with 100 dots an inch."""
-    return encode(rasterize(figure, 100))
+    pictures["spectrum"] = encode(rasterize(figure, FIGURE_DPI))
+    return pictures | {"rollout": gif(sample, side=64, labeled=False)}
 
 
 def _field_png(field: np.ndarray, scale: ColorScale, lengths: tuple[float, float]) -> bytes:
