@@ -207,7 +207,6 @@ def _add_shard(commands: Commands) -> None:
 
 
 def _run_shard(options: argparse.Namespace) -> int:
-    from data_pipeline.inspect import forecast
     from data_pipeline.registry import load_registry
     from data_pipeline.shards.build import build_shards
     from data_pipeline.shards.plan import Settings
@@ -216,6 +215,8 @@ def _run_shard(options: argparse.Namespace) -> int:
     what = (options.well, options.out, options.datasets, options.splits, options.jobs)
     how = (options.frames_per_chunk, options.shard_size, options.dtype, options.restrict)
     if options.dry_run:
+        from data_pipeline.inspect import forecast  # loads torch: 180 MiB that a conversion does without
+
         print(forecast(*what, Settings(*how), registry))
         return 0
     for built in build_shards(*what, *how, options.skip, registry):

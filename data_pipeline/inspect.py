@@ -16,10 +16,10 @@ from pathlib import Path
 from data_pipeline.files import UserError
 from data_pipeline.registry import Card, Registry, load_registry
 from data_pipeline.remote import RemoteFolder, is_url
-from data_pipeline.shards.build import finished_manifest, plan_all
-from data_pipeline.shards.convert import rehearse
+from data_pipeline.shards.build import finished_manifest
+from data_pipeline.shards.convert import measure_speed
 from data_pipeline.shards.format import MANIFEST_NAME, Manifest
-from data_pipeline.shards.plan import Plan, Settings, stats_file
+from data_pipeline.shards.plan import Settings, SplitPlan, plan_all, stats_file
 from data_pipeline.shards.review import TEXT_COLUMNS, count_severities, find_manifests, findings_table
 from data_pipeline.tables import markdown, plain
 from data_pipeline.well.hdf5 import SPLITS
@@ -63,7 +63,7 @@ def forecast(
     return "\n".join([*lines, "nothing was written (--dry-run)"])
 
 
-def _forecast_row(plan: Plan, pending: bool) -> list[str]:
+def _forecast_row(plan: SplitPlan, pending: bool) -> list[str]:
     return [
         plan.card.name,
         plan.split,
@@ -76,11 +76,11 @@ def _forecast_row(plan: Plan, pending: bool) -> list[str]:
     ]
 
 
-def _time(folders: Mapping[str, Folder], plans: Sequence[Plan], jobs: int) -> str:
+def _time(folders: Mapping[str, Folder], plans: Sequence[SplitPlan], jobs: int) -> str:
     """How long it takes by the speed of the largest plan's first frames."""
     probed = max(plans, key=lambda plan: plan.stored_bytes)
     path = stats_file(folders[probed.card.name])
-    num_bytes, seconds = rehearse(probed, None if path is None else read_stats(path, probed.card), PROBE_BYTES)
+    num_bytes, seconds = measure_speed(probed, None if path is None else read_stats(path, probed.card), PROBE_BYTES)
     total = sum(plan.source_bytes(shard) for plan in plans for shard in range(len(plan.shards)))
     without = {plan.card.name for plan in plans if stats_file(folders[plan.card.name]) is None}
     jobs = min(jobs, sum(len(plan.shards) for plan in plans))

@@ -31,7 +31,7 @@ Interval = tuple[float | None, float | None]  # lowest, highest good value
 
 
 @dataclass(frozen=True)
-class Sample:
+class Summary:
     """What some trajectories hold, for the findings about a whole split.
 
     Channels: state, then constant; the moments are those of the state channels, over the subsample.
@@ -259,7 +259,7 @@ class TrajectoryAudit:
                 found.append(_finding("out_of_range", "warning", name, frames, detail))
         return found
 
-    def sample(self) -> Sample:
+    def summary(self) -> Summary:
         """The summary that the split's findings are made from; frames with NaN or Inf count for nothing in it."""
         low, high = np.concatenate(self._low), np.concatenate(self._high)
         good = np.isfinite(low) & np.isfinite(high)
@@ -277,7 +277,7 @@ class TrajectoryAudit:
             for a, b in combinations(range(len(self.constant)), 2)
             if np.array_equal(self._constants[a], self._constants[b])
         ]
-        return Sample(
+        return Summary(
             lowest=(*map(float, lowest), *(float(a) for a, _ in limits)),
             highest=(*map(float, highest), *(float(b) for _, b in limits)),
             equal=(*self._equal, *twins),
@@ -308,7 +308,7 @@ WARN_OFF = 0.1  # stats.yaml: mean off by so many std, or std by this share; few
 ERROR_OFF = 1.0  # mean off by a whole std, or std by a factor of 2
 
 
-def merge(samples: Sequence[Sample]) -> Sample:
+def merge(samples: Sequence[Summary]) -> Summary:
     """The summary of all trajectories of several summaries, which have the same channels."""
     total = samples[0]
     for one in samples[1:]:
@@ -317,7 +317,7 @@ def merge(samples: Sequence[Sample]) -> Sample:
             (total.delta_count, total.delta_mean, total.delta_variance),
             (one.delta_count, one.delta_mean, one.delta_variance),
         )
-        total = Sample(
+        total = Summary(
             lowest=tuple(map(min, total.lowest, one.lowest)),
             highest=tuple(map(max, total.highest, one.highest)),
             equal=tuple(pair for pair in total.equal if pair in one.equal),
@@ -349,7 +349,7 @@ def _pooled(first: _Moments, second: _Moments) -> _Moments:
 def split_findings(
     card: Card,
     channels: Mapping[str, Channel],
-    sample: Sample,
+    sample: Summary,
     lengths: Sequence[int],
     grid: tuple[int, int],
     stats: Stats | None,
@@ -371,7 +371,7 @@ def split_findings(
     return found
 
 
-def _constant_channels(card: Card, sample: Sample) -> list[Finding]:
+def _constant_channels(card: Card, sample: Summary) -> list[Finding]:
     found = []
     for number, name in enumerate(card.state_channels + card.constant_channels):
         if sample.lowest[number] == sample.highest[number]:
@@ -381,7 +381,7 @@ def _constant_channels(card: Card, sample: Sample) -> list[Finding]:
     return found
 
 
-def _duplicated_channels(card: Card, channels: Mapping[str, Channel], sample: Sample) -> list[Finding]:
+def _duplicated_channels(card: Card, channels: Mapping[str, Channel], sample: Summary) -> list[Finding]:
     names = card.state_channels + card.constant_channels
     found = []
     for a, b in sample.equal:
@@ -400,7 +400,7 @@ def _missing(card: Card, grid: tuple[int, int], num_trajectories: int) -> int:
     return max(0, published - num_trajectories)
 
 
-def _stats_disagree(card: Card, sample: Sample, stats: Stats, missing: int) -> list[Finding]:
+def _stats_disagree(card: Card, sample: Summary, stats: Stats, missing: int) -> list[Finding]:
     """One finding for each channel whose mean or std, or those of its change, are not those of the subsample.
 
     It is no error where trajectories are missing (`download --first-only`): the statistics are of all of them.

@@ -1,15 +1,12 @@
-"""The last step of a split: the records of its shards become the manifest, with findings and windows.
+"""HDF5 -> shards: one task per shard, in parallel, resumable, with the same bytes whatever the number of jobs.
 
-HDF5 -> shards: one task per shard, in parallel, resumable, with the same bytes whatever the number of jobs.
-
-A shard gets its final name when it is whole, then a record under `.partial/`; when all records of a split are there,
-manifest.json is written and the records go. So a killed run goes on where it stopped, and a folder without a manifest
-is never taken for a finished one.
+A shard gets its final name when it is whole, then a record under `.partial/`. When all records of a split are there,
+they become its manifest.json, and the records are removed. So a killed run continues where it stopped, and a folder
+without a manifest is never taken for a finished one.
 """
 
 import re
 import shutil
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -19,101 +16,22 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline import __version__
-from data_pipeline.files import TEMPORARY_SUFFIX, UserError, only_process
-from data_pipeline.registry import Channel, Registry, load_registry
+from data_pipeline.files import TEMPORARY_SUFFIX, UserError, only_process, write_whole
+from data_pipeline.registry import Card, Channel, Registry, load_registry
 from data_pipeline.remote import is_url
+from data_pipeline.schema import canonical, decode, load_json
 from data_pipeline.shards.audit import condense, merge, split_findings
-from data_pipeline.shards.convert import FROM_FILE, PARTIAL, Part, ShardTask, dataset_stats, saved_part, write_shard
+from data_pipeline.shards.convert import PARTIAL, ShardRecord, ShardTask, saved_record, write_shard
 from data_pipeline.shards.format import MANIFEST_NAME, SKIPPABLE, Finding, Manifest, usable_segments
-from data_pipeline.shards.plan import Plan, Settings, plan_dataset
+from data_pipeline.shards.plan import Settings, SplitPlan, plan_all, stats_file
 from data_pipeline.shards.tar import check_shard, encoding_of
-from data_pipeline.well.hdf5 import dataset_folders
-from data_pipeline.well.layout import Folder, folder_at
-from data_pipeline.well.stats import Stats
-from data_pipeline.workers import available_cores, run_tasks
+from data_pipeline.well.hdf5 import split_files
+from data_pipeline.well.layout import File, Folder, file_bytes
+from data_pipeline.well.stats import Stats, compute_stats, read_stats
+from data_pipeline.workers import OnBytes, available_cores, run_tasks
 
-
-def finish_split(
-    plan: Plan,
-    parts: Mapping[int, Part],
-    stats: Stats,
-    stats_source: str,
-    skip: tuple[str, ...],
-    channels: Mapping[str, Channel],
-) -> Manifest:
-    """Writes the manifest, which makes the split whole, then removes the records."""
-    ordered = [parts[index] for index in range(len(plan.shards))]
-    channel_names = plan.card.state_channels
-    manifest = Manifest(
-        dataset=plan.card.name,
-        split=plan.split,
-        state_channels=channel_names,
-        constant_channels=plan.card.constant_channels,
-        grid=plan.grid,
-        boundary=plan.boundary,
-        dt=plan.trajectories[0].dt,
-        frames_per_chunk=plan.frames_per_chunk,
-        dtype=plan.dtype,
-        encoding=encoding_of(channel_names, stats) if plan.dtype == "float16" else {},
-        stats=stats,
-        stats_source=stats_source,
-        sources=plan.sources,
-        trajectories=tuple(trajectory for part in ordered for trajectory in part.trajectories),
-        shards=tuple(part.shard for part in ordered),
-        findings=_findings(plan, ordered, stats if stats_source == FROM_FILE else None, channels),
-        skip=(),
-        converter=f"data-pipeline {__version__}",
-        plan=plan.digest,
-    )
-    manifest = choose_windows(manifest, skip)
-    manifest.save(plan.folder / MANIFEST_NAME)
-    shutil.rmtree(plan.folder / PARTIAL, ignore_errors=True)
-    return manifest
-
-
-def choose_windows(manifest: Manifest, skip: tuple[str, ...]) -> Manifest:
-    """The same manifest with the windows that are left when findings of the kinds in `skip` are left out.
-
-    Raises UserError if it holds NaN or Inf and these are not left out.
-    """
-    by_trajectory: dict[tuple[str, int | None], list[Finding]] = defaultdict(list)
-    for finding in manifest.findings:
-        if finding.kind == "nonfinite" and "nonfinite" not in skip:
-            raise UserError(
-                f"{manifest.dataset}, {manifest.split}: {finding.file}, trajectory {finding.trajectory}, channel "
-                f"{finding.channel}: NaN or Inf, in shards that were made with `--skip nonfinite`; give it again"
-            )
-        if finding.kind in SKIPPABLE:
-            by_trajectory[finding.file, finding.trajectory].append(finding)
-    trajectories = []
-    for trajectory in manifest.trajectories:
-        found = by_trajectory[manifest.sources[trajectory.source].name, trajectory.source_index]
-        segments = usable_segments(trajectory.frames, found, skip)
-        trajectories.append(replace(trajectory, segments=segments))
-    return replace(manifest, trajectories=tuple(trajectories), skip=skip)
-
-
-def _findings(
-    plan: Plan, parts: Sequence[Part], stats: Stats | None, channels: Mapping[str, Channel]
-) -> tuple[Finding, ...]:
-    """Those of the trajectories, those of the split, and what float16 cost. `stats` claim to be of the train split."""
-    found = [finding for part in parts for finding in part.findings]
-    found += split_findings(
-        plan.card,
-        channels,
-        merge([part.sample for part in parts]),
-        [trajectory.frames for trajectory in plan.trajectories],
-        plan.grid,
-        stats if plan.split == "train" and plan.whole else None,
-    )
-    if plan.dtype == "float16":
-        worst = np.max([part.rounding for part in parts], axis=0)
-        for name, error in zip(plan.card.state_channels, worst, strict=True):
-            found.append(Finding("rounding", "note", "", None, name, (), f"float16 is off by at most {error:.2g} std"))
-    return tuple(condense(found, len(plan.trajectories)))
-
-
-SHARD_BYTES = Settings.shard_bytes
+FROM_FILE, FROM_DATA = "stats.yaml", "train files"  # where statistics come from
+_STATS_NAME = "stats.json"  # of the statistics that were computed, in the folder of the dataset's shards
 
 
 @dataclass(frozen=True)
@@ -133,85 +51,57 @@ def build_shards(
     splits: Sequence[str] | None = None,
     jobs: int | None = None,
     frames_per_chunk: int = Settings.frames_per_chunk,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = Settings.shard_bytes,
     dtype: str = Settings.dtype,
     restrict: int | None = None,
     skip: Sequence[str] = (),
     registry: Registry | None = None,
 ) -> list[Built]:
-    """Converts a Well folder, `<well>/<dataset>/data/<split>/*.hdf5`, to `<out>/<dataset>/<split>/`.
+    """Convert a Well folder, `<well>/<dataset>/data/<split>/*.hdf5`, to `<out>/<dataset>/<split>/`.
 
-    well: a local folder, or the URL of one. None takes every dataset with a card, every split that has files, and one
-    job per core. A job holds a few MiB of frames in memory; a shard ends with the trajectory that would take it over
-    `shard_bytes`. dtype: `float16` halves the fields and is refused where it blurs them. restrict: so many
-    trajectories of each split, those of N among those of N + 1. skip: kinds of findings whose windows are left out.
-    What is finished is kept, whatever its `skip`; after a kill the same call goes on, and the bytes are the same.
-    Raises UserError for whatever is wrong with the files, and when the disk is full; nothing half written is kept.
+    What is finished is kept, whatever its `skip`. After a kill the same call continues, and the bytes are the same.
+    A job holds a few MiB of frames in memory.
+
+    Args:
+        well: A local folder, or the URL of one.
+        out: A local folder.
+        datasets: Names; None takes every dataset with a card.
+        splits: Names; None takes every split that has files.
+        jobs: Processes; None takes one per core.
+        frames_per_chunk: Frames of a sample.
+        shard_bytes: A shard ends with the trajectory that would take it over this size.
+        dtype: `float32`, or `float16`, which halves the fields and is refused where it blurs them.
+        restrict: Use only so many trajectories of each split. The subsets are nested: the trajectories chosen for N
+            are also chosen for N + 1.
+        skip: Kinds of findings whose windows are left out.
+        registry: The cards; None loads them as `load_registry` does.
+
+    Raises:
+        UserError: Something is wrong with the files or the arguments, or the disk is full. No half-written file is
+            kept.
     """
     settings = Settings(frames_per_chunk, shard_bytes, dtype, restrict)
     if jobs is not None and jobs < 1:
         raise UserError(f"jobs: expected at least 1, got {jobs}")
-    chosen = _chosen_skip(skip)
+    for kind in skip:
+        if kind not in SKIPPABLE:
+            raise UserError(f"skip: expected {', '.join(SKIPPABLE)}, got {kind!r}")
+    chosen = tuple(kind for kind in SKIPPABLE if kind in skip)
     if is_url(out):
         raise UserError(f"{out}: expected a local folder for the shards; upload them when they are whole")
     out, jobs, registry = Path(out), jobs or available_cores(), registry or load_registry()
     folders, plans = plan_all(well, out, datasets, splits, settings, registry)
     with only_process(out, "`data-pipeline shard`"):
-        done = [built for plan in plans if (built := _finished(plan, chosen)) is not None]
-        finished = {built.folder for built in done}
-        pending = [plan for plan in plans if plan.folder not in finished]
-        stats = dataset_stats(folders, out, pending, jobs, "nonfinite" in chosen)
+        done = {plan.folder: built for plan in plans if (built := _reuse(plan, chosen)) is not None}
+        pending = [plan for plan in plans if plan.folder not in done]
+        stats = _dataset_stats(folders, out, pending, jobs, "nonfinite" in chosen)
         for folder, manifest in _write_all(pending, stats, jobs, chosen, registry.channel_cards):
-            done.append(Built(manifest, folder, reused=False))
-    by_folder = {built.folder: built for built in done}
-    return [by_folder[plan.folder] for plan in plans]
+            done[folder] = Built(manifest, folder, reused=False)
+    return [done[plan.folder] for plan in plans]
 
 
-def _chosen_skip(skip: Sequence[str]) -> tuple[str, ...]:
-    for kind in skip:
-        if kind not in SKIPPABLE:
-            raise UserError(f"skip: expected {', '.join(SKIPPABLE)}, got {kind!r}")
-    return tuple(kind for kind in SKIPPABLE if kind in skip)
-
-
-def plan_all(
-    well: str | Path,
-    out: Path,
-    datasets: Sequence[str] | None,
-    splits: Sequence[str] | None,
-    settings: Settings,
-    registry: Registry,
-) -> tuple[Mapping[str, Folder], list[Plan]]:
-    """The folder of each dataset to convert, and a plan for each of its splits; writes nothing."""
-    folders = choose_folders(folder_at(well), datasets, registry)
-    plans: list[Plan] = []
-    for name, folder in folders.items():
-        plans += plan_dataset(registry.card(name), folder, out, splits, settings)
-    return folders, plans
-
-
-def choose_folders(well: Folder, datasets: Sequence[str] | None, registry: Registry) -> Mapping[str, Folder]:
-    """Dataset -> folder, by name, of the named datasets of a Well; None means all with a card."""
-    if datasets is not None:
-        datasets = [card.name for card in registry.select(datasets)]
-    folders = dataset_folders(well, datasets)
-    if datasets is None:
-        without = sorted(set(folders) - set(registry.cards))
-        if without and len(without) < len(folders):
-            print(f"left out, since no card describes them: {', '.join(without)}", file=sys.stderr)
-        datasets = sorted(set(folders) & set(registry.cards))
-    missing = [name for name in datasets if name not in folders]
-    if missing or not datasets:
-        raise UserError(
-            f"{well}: expected {', '.join(missing) or 'datasets'} as {well}/<dataset>/data/<split>/*.hdf5 (or under "
-            f"{well}/datasets), got {', '.join(folders) or 'none'}; give the folder that holds the datasets, get "
-            "them with `data-pipeline download`, or make the mini-Well with `data-pipeline simulate`"
-        )
-    return {name: folders[name] for name in datasets}
-
-
-def _finished(plan: Plan, skip: tuple[str, ...]) -> Built | None:
-    """What an earlier run finished, with its windows chosen again where `skip` is another; or None.
+def _reuse(plan: SplitPlan, skip: tuple[str, ...]) -> Built | None:
+    """Return what an earlier run finished, with its windows chosen again if its `skip` was another; or None.
 
     Raises UserError as `finished_manifest` does.
     """
@@ -229,8 +119,8 @@ def _finished(plan: Plan, skip: tuple[str, ...]) -> Built | None:
     return Built(manifest, plan.folder, reused=True, windows_changed=changed)
 
 
-def finished_manifest(plan: Plan) -> Manifest | None:
-    """The manifest of the shards that an earlier run made of this plan; None if it was not finished.
+def finished_manifest(plan: SplitPlan) -> Manifest | None:
+    """Return the manifest of the shards that an earlier run made of this plan; None if it was not finished.
 
     Raises UserError if they were made from other files or settings, or are not all there.
     """
@@ -248,44 +138,180 @@ def finished_manifest(plan: Plan) -> Manifest | None:
     return manifest
 
 
+@dataclass(frozen=True)
+class _StatsTask:
+    """Statistics to compute from the train files of a dataset and to keep in `path`."""
+
+    card: Card
+    files: tuple[File, ...]
+    frames_per_chunk: int
+    path: Path
+    key: str
+    skip_nonfinite: bool
+
+    def saved(self) -> Stats | None:
+        """Return the statistics that an earlier run computed from the same files."""
+        if not self.path.exists():
+            return None
+        content = load_json(self.path)
+        return decode(Stats, content.get("stats"), str(self.path)) if content.get("key") == self.key else None
+
+
+def _dataset_stats(
+    folders: Mapping[str, Folder], out: Path, plans: Sequence[SplitPlan], jobs: int, skip_nonfinite: bool
+) -> dict[str, tuple[Stats, str]]:
+    """Return dataset -> statistics and where they come from: its stats.yaml, or its train files, read once.
+
+    skip_nonfinite: leave out frames with NaN or Inf, which otherwise raise UserError.
+    """
+    found: dict[str, tuple[Stats, str]] = {}
+    tasks = []
+    for plan in {plan.card.name: plan for plan in plans}.values():
+        card, folder = plan.card, folders[plan.card.name]
+        path = stats_file(folder)
+        if path is not None:
+            found[card.name] = (read_stats(path, card), FROM_FILE)
+            continue
+        files: tuple[File, ...] = tuple(split_files(folder, "train"))
+        path_saved = out / card.name / _STATS_NAME
+        task = _StatsTask(card, files, plan.frames_per_chunk, path_saved, plan.stats_key, skip_nonfinite)
+        saved = task.saved()
+        if saved is None:
+            tasks.append(task)
+        else:
+            found[card.name] = (saved, FROM_DATA)
+    # The size of the files, for the progress bar, is close to the bytes that are read.
+    num_bytes = sum(file_bytes(file) for task in tasks for file in task.files)
+    with closing(run_tasks(_compute_and_save, tasks, jobs, num_bytes, "statistics")) as results:
+        found |= {task.card.name: (stats, FROM_DATA) for task, stats in results}
+    return found
+
+
+def _compute_and_save(task: _StatsTask, on_bytes: OnBytes) -> Stats:
+    stats = compute_stats(task.files, task.card, task.frames_per_chunk, on_bytes, task.skip_nonfinite)
+    write_whole(task.path, canonical({"key": task.key, "stats": stats}))
+    return stats
+
+
 def _write_all(
-    plans: Sequence[Plan],
+    plans: Sequence[SplitPlan],
     stats: Mapping[str, tuple[Stats, str]],
     jobs: int,
     skip: tuple[str, ...],
     channels: Mapping[str, Channel],
 ) -> Iterator[tuple[Path, Manifest]]:
-    """Writes the shards that are not there yet; yields folder and manifest of each split as it becomes whole."""
-    parts = {plan.folder: _saved_parts(plan) for plan in plans}
-    keep = "nonfinite" in skip
+    """Write the shards that are not there yet; yield folder and manifest of each split as soon as it is whole."""
+    records = {plan.folder: _saved_records(plan) for plan in plans}
     tasks = [
-        ShardTask(plan, shard, stats[plan.card.name][0], keep)
+        ShardTask(plan, shard, stats[plan.card.name][0], keep_nonfinite="nonfinite" in skip)
         for plan in plans
         for shard in range(len(plan.shards))
-        if shard not in parts[plan.folder]
+        if shard not in records[plan.folder]
     ]
     num_bytes = sum(task.plan.source_bytes(task.shard) for task in tasks)
 
-    def finish(plan: Plan) -> Manifest:
-        return finish_split(plan, parts[plan.folder], *stats[plan.card.name], skip, channels)
+    def finish(plan: SplitPlan) -> Manifest:
+        return _finish_split(plan, records[plan.folder], *stats[plan.card.name], skip, channels)
 
     for plan in plans:
-        if len(parts[plan.folder]) == len(plan.shards):  # killed just before its manifest was written
+        if len(records[plan.folder]) == len(plan.shards):  # killed just before its manifest was written
             yield plan.folder, finish(plan)
     with closing(run_tasks(write_shard, tasks, jobs, num_bytes, "shards")) as results:
-        for task, part in results:
-            done = parts[task.plan.folder]
-            done[task.shard] = part
+        for task, record in results:
+            done = records[task.plan.folder]
+            done[task.shard] = record
             if len(done) == len(task.plan.shards):
                 yield task.plan.folder, finish(task.plan)
 
 
-def _saved_parts(plan: Plan) -> dict[int, Part]:
-    """Records of the shards that an earlier run finished; other shards in the folder are removed."""
-    found = ((shard, saved_part(plan, shard)) for shard in range(len(plan.shards)))
-    parts = {shard: part for shard, part in found if part is not None}
-    kept = {part.shard.name for part in parts.values()}
+def _saved_records(plan: SplitPlan) -> dict[int, ShardRecord]:
+    """Return the records of the shards that an earlier run finished; remove other shards from the folder."""
+    found = ((shard, saved_record(plan, shard)) for shard in range(len(plan.shards)))
+    records = {shard: record for shard, record in found if record is not None}
+    kept = {record.shard.name for record in records.values()}
     for path in plan.folder.glob("shard-*.tar"):
         if path.name not in kept and re.fullmatch(r"shard-\d{6,}\.tar", path.name):
             path.unlink()
-    return parts
+    return records
+
+
+def _finish_split(
+    plan: SplitPlan,
+    records: Mapping[int, ShardRecord],
+    stats: Stats,
+    stats_source: str,
+    skip: tuple[str, ...],
+    channels: Mapping[str, Channel],
+) -> Manifest:
+    """Write the manifest, which makes the split whole, then remove the records."""
+    ordered = [records[index] for index in range(len(plan.shards))]
+    channel_names = plan.card.state_channels
+    manifest = Manifest(
+        dataset=plan.card.name,
+        split=plan.split,
+        state_channels=channel_names,
+        constant_channels=plan.card.constant_channels,
+        grid=plan.grid,
+        boundary=plan.boundary,
+        dt=plan.trajectories[0].dt,
+        frames_per_chunk=plan.frames_per_chunk,
+        dtype=plan.dtype,
+        encoding=encoding_of(channel_names, stats) if plan.dtype == "float16" else {},
+        stats=stats,
+        stats_source=stats_source,
+        sources=plan.sources,
+        trajectories=tuple(trajectory for record in ordered for trajectory in record.trajectories),
+        shards=tuple(record.shard for record in ordered),
+        findings=_findings(plan, ordered, stats if stats_source == FROM_FILE else None, channels),
+        skip=(),
+        converter=f"data-pipeline {__version__}",
+        plan=plan.digest,
+    )
+    manifest = choose_windows(manifest, skip)
+    manifest.save(plan.folder / MANIFEST_NAME)
+    shutil.rmtree(plan.folder / PARTIAL, ignore_errors=True)
+    return manifest
+
+
+def _findings(
+    plan: SplitPlan, records: Sequence[ShardRecord], stats: Stats | None, channels: Mapping[str, Channel]
+) -> tuple[Finding, ...]:
+    """Return the findings about trajectories, about the split, and the error of float16.
+
+    stats: the dataset's stats.yaml, which describes the train split, to compare with the data.
+    """
+    found = [finding for record in records for finding in record.findings]
+    found += split_findings(
+        plan.card,
+        channels,
+        merge([record.summary for record in records]),
+        [trajectory.frames for trajectory in plan.trajectories],
+        plan.grid,
+        stats if plan.split == "train" and plan.whole else None,
+    )
+    if plan.dtype == "float16":
+        worst = np.max([record.rounding for record in records], axis=0)
+        for name, error in zip(plan.card.state_channels, worst, strict=True):
+            found.append(Finding("rounding", "note", "", None, name, (), f"float16 is off by at most {error:.2g} std"))
+    return tuple(condense(found, len(plan.trajectories)))
+
+
+def choose_windows(manifest: Manifest, skip: tuple[str, ...]) -> Manifest:
+    """Return the manifest with the windows that remain when findings of the kinds in `skip` are left out.
+
+    Raises UserError if it holds NaN or Inf and these are not left out.
+    """
+    by_trajectory: dict[tuple[str, int | None], list[Finding]] = defaultdict(list)
+    for finding in manifest.findings:
+        if finding.kind == "nonfinite" and "nonfinite" not in skip:
+            raise UserError(
+                f"{manifest.dataset}, {manifest.split}: {finding.file}, trajectory {finding.trajectory}, channel "
+                f"{finding.channel}: NaN or Inf, in shards that were made with `--skip nonfinite`; give it again"
+            )
+        by_trajectory[finding.file, finding.trajectory].append(finding)
+    trajectories = []
+    for trajectory in manifest.trajectories:
+        found = by_trajectory[manifest.sources[trajectory.source].name, trajectory.source_index]
+        segments = usable_segments(trajectory.frames, found, skip)
+        trajectories.append(replace(trajectory, segments=segments))
+    return replace(manifest, trajectories=tuple(trajectories), skip=skip)

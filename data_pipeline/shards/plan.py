@@ -1,18 +1,30 @@
-"""What will go into which shard, decided from the HDF5 headers alone, before anything is written."""
+"""What goes into which shard, decided from the HDF5 headers alone, before anything is written."""
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from data_pipeline.files import UserError, sha256
 from data_pipeline.hashing import nested_choice
-from data_pipeline.registry import Boundary, Card
+from data_pipeline.registry import Boundary, Card, Registry
 from data_pipeline.schema import digest, encode
 from data_pipeline.shards.format import FORMAT_VERSION, ITEM_BYTES, SourceFile, trajectory_key
-from data_pipeline.well.hdf5 import SPLITS, WellFile, split_files
-from data_pipeline.well.layout import File, Folder, child_file, child_names, file_bytes, read_range, read_small
+from data_pipeline.well.hdf5 import SPLITS, WellFile, dataset_folders, split_files
+from data_pipeline.well.layout import (
+    File,
+    Folder,
+    child_file,
+    child_names,
+    file_bytes,
+    folder_at,
+    read_range,
+    read_small,
+)
 from data_pipeline.well.stats import read_stats
+
+_FINGERPRINT_BLOCKS, _FINGERPRINT_BYTES = 16, 2**16  # of a source file that are hashed: cheap for terabytes
 
 
 @dataclass(frozen=True)
@@ -21,7 +33,7 @@ class Settings:
 
     frames_per_chunk: int = 16
     shard_bytes: int = 512 * 2**20  # a shard ends with the trajectory that would take it over this
-    dtype: str = "float32"  # a key of manifest.ITEM_BYTES
+    dtype: str = "float32"  # a key of format.ITEM_BYTES
     restrict: int | None = None  # trajectories of each split; None: all
 
     def __post_init__(self) -> None:
@@ -37,20 +49,20 @@ class Settings:
 class PlannedTrajectory:
     """A trajectory of a source file, before it has a place in a shard."""
 
-    source: int
-    source_index: int
+    source: int  # index into SplitPlan.sources
+    source_index: int  # index of the trajectory in that file
     frames: int
     dt: float
     scalars: dict[str, float]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What one dataset and split will become."""
+class SplitPlan:
+    """The shards that one dataset and split will become."""
 
     card: Card
     split: str
-    folder: Path  # where the shards go
+    folder: Path  # of the shards
     files: tuple[File, ...]
     sources: tuple[SourceFile, ...]
     grid: tuple[int, int]
@@ -59,19 +71,19 @@ class Plan:
     shards: tuple[tuple[int, int], ...]  # trajectories [first, stop) of each shard
     frames_per_chunk: int
     dtype: str
-    stats_key: str  # digest of what the statistics come from
-    whole: bool  # all trajectories of the split are in it
+    stats_key: str  # digest of the file or files that the statistics come from
+    whole: bool  # it holds all trajectories of the split
 
     @cached_property
     def digest(self) -> str:
-        """Changes with the source files, the settings and the format, and with nothing else (no paths, no dates)."""
+        """A digest of the source files, the settings and the format, and of nothing else (no paths, no dates)."""
         content = (self.sources, self.grid, self.boundary, self.trajectories, self.shards)
         channels = (self.card.state_channels, self.card.constant_channels)
         names = (FORMAT_VERSION, self.card.name, self.split, self.frames_per_chunk, self.dtype, self.stats_key)
         return digest([encode(content), encode(channels), encode(names)])
 
     def source_bytes(self, shard: int) -> int:
-        """Bytes of the float32 fields that are read for one shard."""
+        """Return the bytes of the float32 fields that are read for one shard."""
         first, stop = self.shards[shard]
         return sum(_trajectory_bytes(one.frames, self.card, self.grid) for one in self.trajectories[first:stop])
 
@@ -83,8 +95,46 @@ class Plan:
         return state * ITEM_BYTES[self.dtype] // 4 + 4 * constants
 
 
-def plan_dataset(card: Card, folder: Folder, out: Path, splits: Sequence[str] | None, settings: Settings) -> list[Plan]:
-    """One plan for each split of the Well's dataset folder; None takes every split that has files.
+def plan_all(
+    well: str | Path,
+    out: Path,
+    datasets: Sequence[str] | None,
+    splits: Sequence[str] | None,
+    settings: Settings,
+    registry: Registry,
+) -> tuple[Mapping[str, Folder], list[SplitPlan]]:
+    """Return the folder of each dataset to convert, and a plan for each of its splits; write nothing."""
+    folders = choose_folders(folder_at(well), datasets, registry)
+    plans: list[SplitPlan] = []
+    for name, folder in folders.items():
+        plans += _plan_dataset(registry.card(name), folder, out, splits, settings)
+    return folders, plans
+
+
+def choose_folders(well: Folder, datasets: Sequence[str] | None, registry: Registry) -> Mapping[str, Folder]:
+    """Return dataset -> folder, by name, of the named datasets of a Well; None means all with a card."""
+    if datasets is not None:
+        datasets = [card.name for card in registry.select(datasets)]
+    folders = dataset_folders(well, datasets)
+    if datasets is None:
+        without = sorted(set(folders) - set(registry.cards))
+        if without and len(without) < len(folders):
+            print(f"left out, since no card describes them: {', '.join(without)}", file=sys.stderr)
+        datasets = sorted(set(folders) & set(registry.cards))
+    missing = [name for name in datasets if name not in folders]
+    if missing or not datasets:
+        raise UserError(
+            f"{well}: expected {', '.join(missing) or 'datasets'} as {well}/<dataset>/data/<split>/*.hdf5 (or under "
+            f"{well}/datasets), got {', '.join(folders) or 'none'}; give the folder that holds the datasets, get "
+            "them with `data-pipeline download`, or make the mini-Well with `data-pipeline simulate`"
+        )
+    return {name: folders[name] for name in datasets}
+
+
+def _plan_dataset(
+    card: Card, folder: Folder, out: Path, splits: Sequence[str] | None, settings: Settings
+) -> list[SplitPlan]:
+    """Return one plan for each split of the Well's dataset folder; None takes every split that has files.
 
     Raises UserError for a split without files, and for files that are damaged, not the card's, or of two resolutions.
     """
@@ -106,8 +156,10 @@ def plan_dataset(card: Card, folder: Folder, out: Path, splits: Sequence[str] | 
     return plans
 
 
-def _plan_split(card: Card, split: str, out: Path, files: Sequence[File], settings: Settings, stats_key: str) -> Plan:
-    trajectories: list[PlannedTrajectory] = []
+def _plan_split(
+    card: Card, split: str, out: Path, files: Sequence[File], settings: Settings, stats_key: str
+) -> SplitPlan:
+    every: list[PlannedTrajectory] = []
     first: WellFile | None = None
     for source, path in enumerate(files):
         with WellFile(path, card) as file:
@@ -120,13 +172,12 @@ def _plan_split(card: Card, split: str, out: Path, files: Sequence[File], settin
                     f"{first.path} and {file.boundary} in {path}; keep them in separate folders"
                 )
             for index in range(file.num_trajectories):
-                dt, scalars = file.dt(index), file.scalars(index)
-                trajectories.append(PlannedTrajectory(source, index, file.num_frames, dt, scalars))
+                every.append(PlannedTrajectory(source, index, file.num_frames, file.dt(index), file.scalars(index)))
     assert first is not None
-    chosen = _restricted(trajectories, [path.name for path in files], card.name, split, settings.restrict)
-    whole, trajectories = len(chosen) == len(trajectories), chosen
-    sizes = [_trajectory_bytes(one.frames, card, first.grid) for one in trajectories]
-    return Plan(
+    keys = [trajectory_key(card.name, split, files[one.source].name, one.source_index) for one in every]
+    chosen = [every[place] for place in nested_choice(keys, settings.restrict)]
+    sizes = [_trajectory_bytes(one.frames, card, first.grid) for one in chosen]
+    return SplitPlan(
         card=card,
         split=split,
         folder=out / card.name / split,
@@ -134,21 +185,13 @@ def _plan_split(card: Card, split: str, out: Path, files: Sequence[File], settin
         sources=tuple(_fingerprint(path) for path in files),
         grid=first.grid,
         boundary=first.boundary,
-        trajectories=tuple(trajectories),
+        trajectories=tuple(chosen),
         shards=tuple(_divide(sizes, settings.shard_bytes)),
         frames_per_chunk=settings.frames_per_chunk,
         dtype=settings.dtype,
         stats_key=stats_key,
-        whole=whole,
+        whole=len(chosen) == len(every),
     )
-
-
-def _restricted(
-    trajectories: Sequence[PlannedTrajectory], names: Sequence[str], dataset: str, split: str, limit: int | None
-) -> list[PlannedTrajectory]:
-    """The `limit` trajectories with the smallest hashes of what they are, in their order: N of them are in N + 1."""
-    keys = [trajectory_key(dataset, split, names[one.source], one.source_index) for one in trajectories]
-    return [trajectories[place] for place in nested_choice(keys, limit)]
 
 
 def _two_grids(card: Card, path: File, grid: tuple[int, int], other: File, other_grid: tuple[int, int]) -> str:
@@ -163,7 +206,7 @@ def _trajectory_bytes(frames: int, card: Card, grid: tuple[int, int]) -> int:
 
 
 def _divide(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges whose sizes add up to at most `limit`, or hold a single item."""
+    """Yield consecutive ranges whose sizes add up to at most `limit`, or that hold a single item."""
     first, total = 0, 0
     for index, size in enumerate(sizes):
         if index > first and total + size > limit:
@@ -173,20 +216,21 @@ def _divide(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
     yield first, len(sizes)
 
 
-def _fingerprint(path: File, blocks: int = 16, block_bytes: int = 2**16) -> SourceFile:
-    """Tells files apart by size and blocks spread over them: cheap for terabytes; other data differ all over."""
-    size = file_bytes(path)
-    starts = [block * max(size - block_bytes, 0) // (blocks - 1) for block in range(blocks)]
-    return SourceFile(path.name, size, sha256(*(read_range(path, at, min(at + block_bytes, size)) for at in starts)))
+def _fingerprint(path: File) -> SourceFile:
+    """Return what tells a file from others: its size, and a hash of blocks spread over it."""
+    size, last = file_bytes(path), _FINGERPRINT_BLOCKS - 1
+    starts = [block * max(size - _FINGERPRINT_BYTES, 0) // last for block in range(_FINGERPRINT_BLOCKS)]
+    blocks = (read_range(path, start, min(start + _FINGERPRINT_BYTES, size)) for start in starts)
+    return SourceFile(path.name, size, sha256(*blocks))
 
 
 def stats_file(folder: Folder) -> File | None:
-    """stats.yaml of a dataset's folder, if it is there."""
+    """Return the stats.yaml of a dataset's folder, if it is there."""
     return child_file(folder, "stats.yaml") if "stats.yaml" in child_names(folder) else None
 
 
 def _stats_key(folder: Folder, train: Sequence[File], card: Card) -> str:
-    """Digest of stats.yaml, or of the train files if there is none. Raises UserError when stats.yaml is no good."""
+    """Return a digest of stats.yaml, or of the train files if there is none. Raises UserError if stats.yaml is bad."""
     path = stats_file(folder)
     if path is not None:
         read_stats(path, card)

@@ -17,12 +17,11 @@ from data_pipeline.files import UserError
 from data_pipeline.registry import Card, Registry
 from data_pipeline.remote import is_url
 from data_pipeline.schema import encode
-from data_pipeline.shards.audit import Interval, Sample, TrajectoryAudit, condense, merge, split_findings
-from data_pipeline.shards.build import choose_folders
-from data_pipeline.shards.convert import FROM_FILE
+from data_pipeline.shards.audit import Interval, Summary, TrajectoryAudit, condense, merge, split_findings
+from data_pipeline.shards.build import FROM_FILE
 from data_pipeline.shards.format import ITEM_BYTES, MANIFEST_NAME, SEVERITIES, Finding, Manifest
-from data_pipeline.shards.plan import stats_file
-from data_pipeline.shards.tar import MAX_ERROR, decode, map_shard
+from data_pipeline.shards.plan import choose_folders, stats_file
+from data_pipeline.shards.tar import MAX_ERROR, from_float16, map_shard
 from data_pipeline.tables import plain
 from data_pipeline.well.hdf5 import SPLITS, WellFile, block_frames, split_files
 from data_pipeline.well.layout import File, Folder, child_file, file_bytes, folder_at
@@ -125,7 +124,7 @@ class _Seen:
     """What one task saw."""
 
     findings: tuple[Finding, ...]
-    samples: tuple[Sample, ...]  # one, or none if no trajectory could be read
+    samples: tuple[Summary, ...]  # one, or none if no trajectory could be read
     lengths: tuple[int, ...]
     grid: tuple[int, int] | None
 
@@ -184,7 +183,7 @@ def _see_file(task: _FileTask, on_bytes: OnBytes) -> _Seen:
     """Audits all trajectories of one HDF5 file."""
     card, name = task.card, task.file.name
     findings: list[Finding] = []
-    samples: list[Sample] = []
+    samples: list[Summary] = []
     lengths: list[int] = []
     grid = None
     std = None if task.stats is None else task.stats["std"]
@@ -200,7 +199,7 @@ def _see_file(task: _FileTask, on_bytes: OnBytes) -> _Seen:
                 for frames in _file_blocks(file, trajectory):
                     audit.add(frames)
                 findings += audit.findings(name, trajectory)
-                samples.append(audit.sample())
+                samples.append(audit.summary())
                 lengths.append(file.num_frames)
                 on_bytes(share)
     except UserError as error:
@@ -261,7 +260,7 @@ def _see_shard(task: _ShardTask, on_bytes: OnBytes) -> _Seen:
     manifest = _manifest(task.folder)
     shard = manifest.shards[task.shard]
     findings: list[Finding] = []
-    samples: list[Sample] = []
+    samples: list[Summary] = []
     lengths: list[int] = []
     try:
         content = map_shard(task.folder / shard.name, shard.bytes)
@@ -283,7 +282,7 @@ def _see_shard(task: _ShardTask, on_bytes: OnBytes) -> _Seen:
                 audit.add(frames)
                 on_bytes(len(frames) * manifest.frame_bytes)
         findings += audit.findings(manifest.sources[trajectory.source].name, trajectory.source_index)
-        samples.append(audit.sample())
+        samples.append(audit.summary())
         lengths.append(trajectory.frames)
     return _Seen(tuple(findings), (merge(samples),) if samples else (), tuple(lengths), manifest.grid)
 
@@ -311,7 +310,7 @@ def _chunk_blocks(manifest: Manifest, content: mmap.mmap, offset: int, count: in
         if manifest.encoding:
             pairs = [manifest.encoding[name] for name in manifest.state_channels]
             offsets, scales = (np.array(one, np.float32)[:, None, None] for one in zip(*pairs, strict=True))
-            frames = decode(frames, offsets, scales)
+            frames = from_float16(frames, offsets, scales)
         yield frames
 
 

@@ -1,27 +1,26 @@
-"""State fields as float16: (value - mean) / std of each channel, with the error measured as it is made.
+"""A shard: a plain tar file of WebDataset samples, one for each chunk of a trajectory.
 
-float16 has 11 significant bits: a value z standard deviations from the mean is off by up to z * 2^-11 of them. So data
-with rare, far values are refused rather than blurred.
+A sample is `<key>.fields.npy`, float32 or float16 (T, C, H, W), in the first chunk of a trajectory
+`<key>.constants.npy`, float32 (K, H, W), and `<key>.meta.json`. Stock `webdataset` reads the shards. Arrays are not
+compressed, and the manifest holds their byte offsets, so our reader maps the file and parses no header.
 
-One chunk of a trajectory <-> one WebDataset sample in a plain tar file.
-
-A sample is `<key>.fields.npy` float32 or float16 (T, C, H, W), in the first chunk of a trajectory
-`<key>.constants.npy` (K, H, W), and `<key>.meta.json`. Stock `webdataset` reads the shards. Arrays are not compressed
-and their byte offsets stand in the manifest, so our reader maps the file and never parses a header.
+float16 fields are stored as (value - mean) / std of their channel. float16 has 11 significant bits: a value z standard
+deviations from the mean is off by up to z * 2^-11 standard deviations. Data with rare, far values are refused.
 """
 
 import hashlib
+import itertools
 import math
 import mmap
 import os
 import stat
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
@@ -30,186 +29,208 @@ from data_pipeline.schema import canonical
 from data_pipeline.shards.format import Manifest, Shard
 from data_pipeline.well.stats import Stats
 
-MAX_ERROR = 1e-2  # in std of the channel; reached 16 to 32 std from the mean
+MAX_ERROR = 1e-2  # of a value stored as float16, in std of its channel; reached 16 to 32 std from the mean
+NPY_HEADER_BYTES = 128
+_DTYPES = {"float32": "<f4", "float16": "<f2"}
+_PIECE_BYTES = 2**20  # written and hashed at a time
+_MAX_RUNNING = 16  # pieces that wait to be written, hashed or checksummed: they bound the memory of a writer
+_SYNC_BYTES = 2**26
+T = TypeVar("T")
+_REMEDY = "copy it again, or remove the folder and run `data-pipeline shard` again"
 
 
 def encoding_of(channels: Sequence[str], stats: Stats) -> dict[str, tuple[float, float]]:
-    """Channel -> (offset, scale): value = stored * scale + offset, in float32. A channel without spread has scale 1."""
+    """Return channel -> (offset, scale): value = stored * scale + offset, in float32.
+
+    A channel without spread has the scale 1.
+    """
     return {
         name: (float(np.float32(stats["mean"][name])), float(np.float32(stats["std"][name])) or 1.0)
         for name in channels
     }
 
 
+def from_float16(stored: np.ndarray, offset: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Return float16 (..., C, H, W) as float32 values; offset and scale are float32 (C, 1, 1)."""
+    return np.asarray(stored.astype(np.float32) * scale + offset)
+
+
 class Encoder:
-    """Encodes frames and keeps the worst error of each channel, in units of its std."""
+    """Stores frames as float16 and keeps the worst error of each channel, in units of its std."""
 
     def __init__(self, channels: Sequence[str], stats: Stats) -> None:
-        self.channels = tuple(channels)
-        pairs = encoding_of(channels, stats).values()
-        self._offset = np.array([offset for offset, _ in pairs], np.float32)[:, None, None]
-        self._scale = np.array([scale for _, scale in pairs], np.float32)[:, None, None]
-        self.worst = np.zeros(len(self.channels))
+        self.encoding = encoding_of(channels, stats)
+        offsets, scales = zip(*self.encoding.values(), strict=True)
+        self._offset = np.array(offsets, np.float32)[:, None, None]
+        self._scale = np.array(scales, np.float32)[:, None, None]
+        self.worst = np.zeros(len(self.encoding))
 
     def encode(self, frames: np.ndarray, where: str) -> np.ndarray:
-        """float32 (T, C, H, W) -> float16; NaN and Inf stay what they are.
+        """Return float32 (T, C, H, W) as float16; NaN and Inf stay NaN and Inf.
 
         Raises UserError, naming `where`, when a finite value overflows or is off by more than MAX_ERROR.
         """
         with np.errstate(over="ignore", invalid="ignore"):
             stored = ((frames - self._offset) / self._scale).astype("<f2")
-            error = np.abs(decode(stored, self._offset, self._scale) - frames) / self._scale
+            error = np.abs(from_float16(stored, self._offset, self._scale) - frames) / self._scale
         error[~np.isfinite(frames)] = 0
         worst = error.max(axis=(0, 2, 3))
         for channel in np.flatnonzero(~(worst <= MAX_ERROR)).tolist():
             got = "overflows" if not np.isfinite(worst[channel]) else f"is off by {worst[channel]:.3g} std"
             raise UserError(
-                f"{where}: channel {self.channels[channel]}: a value {got} as float16, expected at most {MAX_ERROR:g} "
-                "std; use --dtype float32 for this dataset"
+                f"{where}: channel {list(self.encoding)[channel]}: a value {got} as float16, expected at most "
+                f"{MAX_ERROR:g} std; use --dtype float32 for this dataset"
             )
         self.worst = np.maximum(self.worst, worst)
         return stored
 
 
-def decode(stored: np.ndarray, offset: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """float16 (..., C, H, W) -> float32; offset and scale are float32 (C, 1, 1)."""
-    return np.asarray(stored.astype(np.float32) * scale + offset)
-
-
-_BLOCK = 512  # tar's unit: headers take one, contents are padded to it
-_NPY_HEADER_BYTES = 128
-_SYNC_BYTES = 2**26
-_STORED = {"float32": "<f4", "float16": "<f2"}
-
-
 def shard_name(index: int) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard."""
     return f"shard-{index:06d}.tar"
 
 
 def sample_key(trajectory: int, first_frame: int) -> str:
-    """Key of the sample that starts at a frame; no dot in it, since webdataset splits names at the first one."""
+    """Return the key of the sample that starts at a frame.
+
+    It has no dot, since webdataset splits names at the first one.
+    """
     return f"traj{trajectory:05d}_frame{first_frame:05d}"
 
 
-def npy_header(shape: tuple[int, ...], dtype: str = "float32") -> bytes:
-    """Header of a C-ordered little-endian float32 or float16 array, NPY format 1.0, always 128 bytes.
-
-    numpy's own header has had other lengths in other versions; shards must not depend on that.
-    """
-    text = f"{{'descr': '{_STORED[dtype]}', 'fortran_order': False, 'shape': {shape!r}, }}"
-    size = _NPY_HEADER_BYTES - 10
-    return b"\x93NUMPY\x01\x00" + size.to_bytes(2, "little") + text.ljust(size - 1).encode("ascii") + b"\n"
-
-
 def array_crcs(values: np.ndarray) -> str:
-    """CRC-32 of the bytes of each array along the first axis, eight hex digits each."""
+    """Return the CRC-32 of the bytes of each array along the first axis, eight hex digits each."""
     return "".join(f"{zlib.crc32(one):08x}" for one in np.ascontiguousarray(values))
 
 
-@dataclass(frozen=True)
-class Appended:
-    """Arrays that are being written and checksummed: they must stay as they are until `crcs` has returned."""
-
-    _written: "Future[None]"
-    _hashed: "Future[None]"
-    _crcs: "Future[str]"
-
-    def crcs(self) -> str:
-        """Waits until all is done; returns the CRCs as `array_crcs` does. Raises OSError where the write failed."""
-        self._written.result()
-        self._hashed.result()
-        return self._crcs.result()
-
-
 class ShardWriter:
-    """Appends samples to a tar file whose bytes depend on nothing but the samples: no times, owners or padding.
+    """Appends samples to a tar file whose bytes depend on nothing but the samples: no dates, owners or padding.
 
-    Use it as a context manager. Writing, SHA-256 (the slowest part of a conversion) and the CRCs each have a thread,
-    beside the reading. The disk is told to take what is written as it comes, so that little is left to wait for at the
-    end.
+    Use it as a context manager. The tar is made by `tarfile`. `webdataset.TarWriter` makes the same tar, but it holds
+    each member in memory, and importing it loads torch: 180 MiB more for every job.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._hash, self._position = file, hashlib.sha256(), 0
-        self._writing, self._hashing, self._summing = (ThreadPoolExecutor(1, name) for name in ("io", "sha256", "crc"))
-        self._unsynced: int | None = 0 if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
-        self._writes: list[Future[None]] = []  # all of them: one that failed must not be lost
+        self._output = _HashedFile(file)
+        self._tar = tarfile.TarFile(fileobj=self._output, mode="w", copybufsize=_PIECE_BYTES)  # type: ignore[arg-type]
 
-    def start_array(self, name: str, shape: tuple[int, ...], dtype: str = "float32") -> int:
-        """Begins the member `<name>` that `extend` fills with an array of this shape; returns where its data begin."""
-        header = npy_header(shape, dtype)
-        num_bytes = len(header) + np.dtype(_STORED[dtype]).itemsize * math.prod(shape)
-        self._start_member(name, num_bytes)
-        self._write(header)
-        return self._position
-
-    def extend(self, values: np.ndarray) -> Appended:
-        """Appends arrays along the first axis, C-contiguous and of the stored type."""
-        assert values.flags.c_contiguous, values.strides
-        assert values.dtype.str in _STORED.values(), values.dtype
-        view = values.data.cast("B")
-        self._position += len(view)
-        self._writes.append(self._writing.submit(self._put, view))
-        return Appended(
-            self._writes[-1],
-            self._hashing.submit(self._hash.update, view),
-            self._summing.submit(array_crcs, values),
-        )
-
-    def end_array(self) -> None:
-        """Ends the member that `start_array` began."""
-        self._pad()
+    def add_array(self, name: str, shape: tuple[int, ...], dtype: str, blocks: Iterable[np.ndarray]) -> None:
+        """Add an array of this shape in NPY format; `blocks`, along its first axis, are of the stored type."""
+        header = _npy_header(shape, dtype)
+        num_bytes = len(header) + np.dtype(_DTYPES[dtype]).itemsize * math.prod(shape)
+        self._add(name, num_bytes, itertools.chain([header], (block.data for block in blocks)))
 
     def add_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Adds a member that holds JSON."""
+        """Add a JSON object."""
         text = canonical(content)
-        self._start_member(name, len(text))
-        self._write(text)
-        self._pad()
+        self._add(name, len(text), [text])
+
+    def crcs(self, values: np.ndarray) -> "Future[str]":
+        """Return `array_crcs` of arrays that stay as they are, computed in a thread."""
+        return self._output.start("crc", array_crcs, values)
 
     def finish(self, name: str) -> Shard:
-        """Ends the archive and returns its record under `name`. Raises OSError where a write failed."""
-        self._write(bytes(2 * _BLOCK))
-        for written in self._writes:
-            written.result()
-        return Shard(name, self._position, self._hashing.submit(self._hash.hexdigest).result())
+        """End the archive and return its record under `name`. Raises OSError where a write failed."""
+        # Two empty blocks end a tar. TarFile.close() would add zeros up to 10 KiB, which no reader needs.
+        self._output.write(bytes(2 * tarfile.BLOCKSIZE))
+        return Shard(name, self._output.tell(), self._output.finish())
 
-    def _start_member(self, name: str, num_bytes: int) -> None:
+    def _add(self, name: str, num_bytes: int, pieces: Iterable[bytes | memoryview]) -> None:
         info = tarfile.TarInfo(name)  # mode 0644, owner 0, time 0
         info.size = num_bytes
         # USTAR holds sizes below 8 GiB; a larger chunk is an extension of GNU's that readers understand.
-        self._write(info.tobuf(tarfile.USTAR_FORMAT if num_bytes < 2**33 else tarfile.GNU_FORMAT))
-
-    def _pad(self) -> None:
-        self._write(bytes(-self._position % _BLOCK))  # every member starts at a multiple of a block
-
-    def _write(self, content: bytes) -> None:
-        self._position += len(content)
-        self._writes.append(self._writing.submit(self._put, content))
-        self._hashing.submit(self._hash.update, content)
-
-    def _put(self, content: bytes | memoryview) -> None:
-        """Writes, in a thread of its own, and now and then waits until the disk has what was written."""
-        self._file.write(content)
-        if self._unsynced is not None:
-            self._unsynced += len(content)
-            if self._unsynced >= _SYNC_BYTES:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._unsynced = 0
+        self._tar.format = tarfile.USTAR_FORMAT if num_bytes < 2**33 else tarfile.GNU_FORMAT
+        self._tar.addfile(info, _Pieces(pieces))  # type: ignore[arg-type]
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._writing.shutdown(cancel_futures=True)
-        self._hashing.shutdown(cancel_futures=True)
-        self._summing.shutdown(cancel_futures=True)
+        self._output.close()
+
+
+def _npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
+    """Return the header of a C-ordered little-endian array, NPY format 1.0, always 128 bytes.
+
+    numpy's own header has had other lengths in other versions; shards must not depend on that.
+    """
+    text = f"{{'descr': '{_DTYPES[dtype]}', 'fortran_order': False, 'shape': {shape!r}, }}"
+    size = NPY_HEADER_BYTES - 10
+    return b"\x93NUMPY\x01\x00" + size.to_bytes(2, "little") + text.ljust(size - 1).encode("ascii") + b"\n"
+
+
+class _Pieces:
+    """A file to read whose content is made piece by piece while it is read."""
+
+    def __init__(self, pieces: Iterable[bytes | memoryview]) -> None:
+        self._pieces, self._rest = iter(pieces), memoryview(b"")
+
+    def read(self, size: int) -> bytes | memoryview:
+        """Return exactly `size` bytes, without a copy unless they are of two pieces."""
+        if not self._rest:
+            self._rest = memoryview(next(self._pieces)).cast("B")
+        content, self._rest = self._rest[:size], self._rest[size:]
+        return content if len(content) == size else b"".join([content, self.read(size - len(content))])
+
+
+class _HashedFile:
+    """A file to write, with the SHA-256 of its content.
+
+    Writing and hashing, the slowest part of a conversion, have a thread each. The disk gets the content as it comes, so
+    that little is left to wait for at the end.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._hash, self._position, self._unsynced = file, hashlib.sha256(), 0, 0
+        self._is_plain = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        self._threads = {name: ThreadPoolExecutor(1, name) for name in ("io", "sha256", "crc")}
+        self._running: deque[Future[Any]] = deque()
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, content: bytes | memoryview) -> int:
+        self._position += len(content)
+        self.start("io", self._put, content)
+        self.start("sha256", self._hash.update, content)
+        return len(content)
+
+    def start(self, thread: str, function: Callable[..., T], *arguments: object) -> "Future[T]":
+        """Run a function in one of the threads; raise the OSError of an earlier write that failed."""
+        future = self._threads[thread].submit(function, *arguments)
+        self._running.append(future)
+        while len(self._running) > _MAX_RUNNING:
+            self._running.popleft().result()
+        return future
+
+    def finish(self) -> str:
+        """Return the SHA-256 when all is written. Raises OSError if a write failed."""
+        for running in self._running:
+            running.result()
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        """End the threads."""
+        for thread in self._threads.values():
+            thread.shutdown(cancel_futures=True)
+
+    def _put(self, content: bytes | memoryview) -> None:
+        self._file.write(content)
+        self._unsynced += len(content)
+        if self._is_plain and self._unsynced >= _SYNC_BYTES:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._unsynced = 0
+
+
+def array_offsets(path: Path) -> dict[str, int]:
+    """Return where the data of each array of a shard begin, by the name of its member."""
+    with tarfile.open(path, "r:") as tar:
+        return {one.name: one.offset_data + NPY_HEADER_BYTES for one in tar if one.name.endswith(".npy")}
 
 
 def check_shard(path: Path, num_bytes: int) -> None:
-    """Raises UserError unless `path` is a plain file (no link) of the stated size."""
+    """Raise UserError unless `path` is a plain file (no link) of the stated size."""
     try:
         found = path.lstat()
     except OSError as error:
@@ -221,11 +242,8 @@ def check_shard(path: Path, num_bytes: int) -> None:
         raise UserError(f"{path}: {what}: expected {num_bytes} bytes, got {found.st_size}; {_REMEDY}")
 
 
-_REMEDY = "copy it again, or remove the folder and run `data-pipeline shard` again"
-
-
 def map_shard(path: Path, num_bytes: int) -> mmap.mmap:
-    """Maps a shard for reading. Raises UserError unless it is a plain file of exactly the size in its manifest."""
+    """Map a shard for reading. Raises UserError unless it is a plain file of exactly the size in its manifest."""
     check_shard(path, num_bytes)
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -237,7 +255,7 @@ def map_shard(path: Path, num_bytes: int) -> mmap.mmap:
 
 
 def damage(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Compares the shards of a folder with its manifest; one line for each shard, trajectory or frame that differs."""
+    """Compare the shards of a folder with its manifest; yield a line for each trajectory or frame that differs."""
     for index, shard in enumerate(manifest.shards):
         try:
             content = map_shard(folder / shard.name, shard.bytes)

@@ -78,14 +78,12 @@ class _FullForAMoment(io.FileIO):
         return super().write(content)
 
 
-@pytest.mark.parametrize("refused", [4 * 7, 512, 1024])  # an array, a header, the end
+@pytest.mark.parametrize("refused", [128 + 4 * 7, 512, 1024])  # an array, a header, the end
 def test_a_write_that_failed_is_never_lost(tmp_path: Path, refused: int) -> None:
     before = threading.active_count()
     with _FullForAMoment(tmp_path / "a.tar", "wb") as file, ShardWriter(file) as writer:
         file.refused = refused
-        writer.start_array("a.npy", (7,))
-        writer.extend(np.arange(7, dtype="<f4"))  # nobody asks how it ended
-        writer.end_array()
+        writer.add_array("a.npy", (7,), "float32", [np.arange(7, dtype="<f4")])  # nobody asks how it ended
         with pytest.raises(OSError, match="No space left"):
             writer.finish("a.tar")
     assert threading.active_count() == before
