@@ -28,7 +28,7 @@ from data_pipeline.files import UserError, atomic_file
 from fm.evaluation.protocol import Protocol
 
 FORMAT = 2  # 2: the grid of each dataset
-FILE_NAME = "errors.npz"
+ERRORS_FILE = "errors.npz"
 PREDICTORS = ("model", "persistence", "mean_field")
 TASKS = ("one_step", "rollout")
 PICTURES = ("overview", "growth", "spectra")  # of all datasets; one of a dataset has its name
@@ -149,12 +149,12 @@ def find_errors(place: Path) -> Path:
     """The error file of a run, of a report's folder, or the file itself. UserError naming where it was looked for."""
     if place.is_file():
         return place
-    candidates = [place / FILE_NAME, place / "report" / FILE_NAME]
+    candidates = [place / ERRORS_FILE, place / "report" / ERRORS_FILE]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
     raise UserError(
-        f"{place}: expected a run that was evaluated, a report's folder or an {FILE_NAME}; looked for "
+        f"{place}: expected a run that was evaluated, a report's folder or an {ERRORS_FILE}; looked for "
         f"{' and '.join(map(str, candidates))}: `fm evaluate RUN` writes it"
     )
 

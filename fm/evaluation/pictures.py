@@ -25,8 +25,9 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from PIL import Image, ImageDraw, ImageFont
 
+from data_pipeline.registry import Domain
 from fm.evaluation.plots import DIVERGING, GRAY, NOT_FINITE, TEXT_SIZE, diverging_map, encode
-from fm.evaluation.samples import Domain, Sample, evenly_spaced
+from fm.evaluation.samples import Sample, evenly_spaced
 
 ROWS = ("truth", "prediction", "error")
 SHOWN_STEPS = 6

@@ -1,21 +1,21 @@
-"""Scores that others published, from the datasets' cards: on their own, or beside ours where they mean the same.
+"""Scores that others published, from the datasets' cards: on their own, or beside ours where they are comparable.
 
-A published number stands beside ours only where protocol, context, split, grid and number of trajectories are those it
-was made with. Otherwise its place says why not.
+A published number is comparable if protocol, context, split, grid and number of trajectories are those of ours.
+Otherwise a note gives the reasons why it is not.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.registry import Card, PublishedTable, Registry, load_registry
 from data_pipeline.tables import Cell, Document, Table, render
 from fm.evaluation.protocol import PROTOCOLS, Protocol, load_protocol
-from fm.evaluation.tables import ONE_STEP, Scores, compare_document, find_cell, load_scores, marked
+from fm.evaluation.scores import ONE_STEP, DatasetScores
+from fm.evaluation.tables import Runs, compare_document, load_runs, vrmse_cell
 
 VERSION = 1  # of the protocols that the cards' tables follow
-CARD_ONE_STEP = "one_step"  # what a card calls it
+CARD_ONE_STEP = "one_step"  # as cards call it
 
 
 def comparison(
@@ -28,14 +28,14 @@ def comparison(
     """
     if not paths:
         return render(published_document(load_registry()), form)
-    runs = load_scores(paths, load_protocol(protocol) if protocol else None, statistic, labels)
+    runs = load_runs(paths, load_protocol(protocol) if protocol else None, statistic, labels)
     document = compare_document(runs)
     tables, notes = beside_published(runs, load_registry())
     return render(replace(document, tables=[*document.tables, *tables], notes=[*document.notes, *notes]), form)
 
 
 def published_document(registry: Registry) -> Document:
-    """All published tables of the cards: one for each source and window, a row for each dataset."""
+    """Return all published tables of the cards: one for each source and window, a row for each dataset."""
     found: dict[tuple[str, str, str], dict[str, Mapping[str, float]]] = {}
     for card in registry.cards.values():
         for table in card.published:
@@ -50,47 +50,53 @@ def published_document(registry: Registry) -> Document:
     return Document("VRMSE on the test split as published, lower is better.", tables)
 
 
-def beside_published(runs: Scores, registry: Registry) -> tuple[list[Table], list[str]]:
-    """A table per window of our runs and the published models on the comparable datasets; and notes.
+def beside_published(runs: Runs, registry: Registry) -> tuple[list[Table], list[str]]:
+    """Return a table for each block with our runs and the published models on the comparable datasets, and notes.
 
-    The notes name the sources, and say of each dataset that is not comparable all the reasons why.
+    The notes name the sources, and for each dataset that is not comparable all the reasons.
     """
-    first = next(iter(runs.values()))
-    protocol = Protocol.from_json(first["protocol"])
-    parts = {name: part for scores in runs.values() for name, part in scores["datasets"].items()}
+    protocol = next(iter(runs.values())).protocol
+    parts = {name: part for scores in runs.values() for name, part in scores.datasets.items()}
     cards = [card for name, card in registry.cards.items() if name in parts and card.published]
-    reasons = {card.name: _reasons(card, parts[card.name], protocol) for card in cards}
-    notes = [f"{name}: not comparable with published scores: {'; '.join(why)}." for name, why in reasons.items() if why]
-    comparable = [card for card in cards if not reasons[card.name]]
+    differences = {card.name: _differences(card, parts[card.name], protocol) for card in cards}
+    notes = [
+        f"{name}: not comparable with published scores: {'; '.join(reasons)}."
+        for name, reasons in differences.items()
+        if reasons
+    ]
+    comparable = [card for card in cards if not differences[card.name]]
     sources: dict[str, int] = {}
     tables = []
     for block in [ONE_STEP, *protocol.windows]:
-        reached = [card for card in comparable if block == ONE_STEP or _reaches(card, protocol, block)]
-        tables += _block_tables(runs, block, reached, protocol, sources)
+        covered = [card for card in comparable if block == ONE_STEP or _covers(card, protocol, block)]
+        tables += _block_tables(runs, block, covered, protocol, sources)
         notes += [
             f"{card.name}, {block}: not comparable with published scores: not all published trajectories "
             f"({' or '.join(map(str, card.num_frames))} frames) reach its last step."
             for card in comparable
-            if card not in reached
+            if card not in covered
         ]
     notes += [f"Source [{number}]: {source}." for source, number in sources.items()]
     return tables, notes
 
 
 def _block_tables(
-    runs: Scores, block: str, cards: Sequence[Card], protocol: Protocol, sources: dict[str, int]
+    runs: Runs, block: str, cards: Sequence[Card], protocol: Protocol, sources: dict[str, int]
 ) -> list[Table]:
-    """Our runs above the published models, a column for each dataset; none where nothing is published."""
+    """Our runs above the published models, a column for each dataset; no table if nothing is published.
+
+    `sources` numbers the sources in the order in which they are cited, and is extended here.
+    """
     window = CARD_ONE_STEP if block == ONE_STEP else block
     published: dict[tuple[str, str], dict[str, float]] = {}  # model, source -> dataset -> VRMSE
     for card in cards:
-        for table in _tables(card, protocol):
+        for table in _same_protocol(card, protocol):
             for model, vrmse in table.vrmse.get(window, {}).items():
                 published.setdefault((model, table.table), {})[card.name] = vrmse
     if not published:
         return []
     ours: list[list[Cell]] = [
-        [label, "", *(marked(find_cell(scores, card.name, block), protocol.trajectories) for card in cards)]
+        [label, "", *(vrmse_cell(scores.block(card.name, block), protocol.trajectories) for card in cards)]
         for label, scores in runs.items()
     ]
     theirs: list[list[Cell]] = [
@@ -101,44 +107,43 @@ def _block_tables(
     return [Table(f"Beside published scores: {block}", head, ours + theirs)]
 
 
-def _tables(card: Card, protocol: Protocol) -> list[PublishedTable]:
+def _same_protocol(card: Card, protocol: Protocol) -> list[PublishedTable]:
     return [table for table in card.published if (table.protocol, table.context) == (protocol.name, protocol.context)]
 
 
-def _reasons(card: Card, part: Mapping[str, Any], protocol: Protocol) -> list[str]:
-    """Why our scores of a dataset mean something else than the published ones; empty if they mean the same."""
+def _differences(card: Card, part: DatasetScores, protocol: Protocol) -> list[str]:
+    """Why our scores of a dataset cannot be compared with the published ones; empty if they can."""
+
+    def text(value: object) -> str:
+        return "all" if value is None else str(value)
+
+    def size(grid: Sequence[int]) -> str:
+        return " x ".join(map(str, grid))
+
     reasons = []
     contexts = dict.fromkeys(str(table.context) for table in card.published if table.protocol == protocol.name)
     if not contexts or protocol.version != VERSION:
         followed = dict.fromkeys(f"{table.protocol} v{VERSION}" for table in card.published)
         reasons.append(f"protocol {protocol.name} v{protocol.version}, published under {' and '.join(followed)}")
-    elif not _tables(card, protocol):
+    elif not _same_protocol(card, protocol):
         reasons.append(f"context {protocol.context}, published {' and '.join(contexts)}")
-    known = PROTOCOLS.get(protocol.name, protocol)
+    named = PROTOCOLS.get(protocol.name, protocol)
     for name in (field.name for field in fields(Protocol)):
-        ours, theirs = getattr(protocol, name), getattr(known, name)
+        ours, theirs = getattr(protocol, name), getattr(named, name)
         if ours != theirs and name not in ("version", "windows", "context"):
-            reasons.append(f"{name} {_said(ours)}, published {_said(theirs)}")
-    if tuple(part["grid"]) != card.grid:
-        reasons.append(f"grid {_size(part['grid'])}, published {_size(card.grid)}")
+            reasons.append(f"{name} {text(ours)}, published {text(theirs)}")
+    if part.grid != card.grid:
+        reasons.append(f"grid {size(part.grid)}, published {size(card.grid)}")
     if card.test_trajectories is None:
         reasons.append("the number of published trajectories is not known")
-    elif card.test_trajectories != part["trajectories"]:
-        reasons.append(f"{part['trajectories']} trajectories, published {card.test_trajectories}")
+    elif card.test_trajectories != part.trajectories:
+        reasons.append(f"{part.trajectories} trajectories, published {card.test_trajectories}")
     return reasons
 
 
-def _reaches(card: Card, protocol: Protocol, window: str) -> bool:
-    """Whether the shortest published trajectory covers a window: if not, a published number is of other steps."""
+def _covers(card: Card, protocol: Protocol, window: str) -> bool:
+    """Whether the shortest published trajectory covers a window. If not, the published number is of other steps."""
     if not card.num_frames:
         return True
     steps = card.num_frames[0] - protocol.start - protocol.context
     return protocol.windows[window].steps(steps) is not None
-
-
-def _said(value: object) -> str:
-    return "all" if value is None else str(value)
-
-
-def _size(grid: Sequence[int]) -> str:
-    return " x ".join(map(str, grid))

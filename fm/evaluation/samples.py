@@ -5,16 +5,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from data_pipeline.files import UserError, atomic_file
+from data_pipeline.registry import Domain
 from fm.evaluation.errors import DAMAGED, check_names
 
 FORMAT = 1
+SAMPLES_FILE = "samples.npz"
 ARRAYS = ("truth", "prediction", "vrmse")
-Domain: TypeAlias = tuple[tuple[float, float], tuple[float, float]]  # (lower, upper) of x, of y
 
 
 @dataclass(frozen=True)

@@ -1,62 +1,232 @@
-"""Who is best over many datasets, and whether two orders agree. Lower scores are better; None is worse than any number.
+"""Scores: every number that is made from stored errors, for any window, average or eps, without the model.
 
-A score that is missing because a model diverged is None, so a model cannot rise in rank by failing.
-
-From one stored file of errors to every score: any window, average or eps, without the model.
+Lower scores are better. A score that is missing because a model diverged is None and ranks last, so a model cannot rise
+by failing.
 
 Array legend: R trajectories, S steps, C state channels.
 """
 
+import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 from scipy.stats import rankdata, spearmanr
 
+from data_pipeline.files import UserError, write_whole
 from fm.evaluation.errors import FORMAT, PREDICTORS, DatasetErrors, ErrorFile, Errors
 from fm.evaluation.protocol import Protocol, Window, check_same_rollouts
 
-Scores = Sequence[float | None]
-
-
-def mean_ranks(rows: Sequence[Scores]) -> list[float]:
-    """Of each competitor (column), the mean over datasets (rows) of its rank, 1 the best; equal scores share theirs."""
-    return [float(rank) for rank in np.mean([_ranks(row) for row in rows], axis=0)] if rows else []
-
-
-def wins(rows: Sequence[Scores]) -> list[int]:
-    """Of each competitor (column), on how many datasets (rows) its score is lower than all others."""
-    columns = range(len(rows[0])) if rows else ()
-    return [sum(row[column] is not None and _ranks(row)[column] == 1 for row in rows) for column in columns]
-
-
-def spearman(ours: Scores, theirs: Scores) -> float | None:
-    """Spearman's rank correlation of two lists of scores of the same things; None where either list has one rank only.
-
-    From -1, the opposite order, to 1, the same. Equal scores share their mean rank.
-    """
-    if len(ours) != len(theirs):
-        raise ValueError(f"spearman: expected two lists of one length, got {len(ours)} and {len(theirs)}")
-    first, second = _ranks(ours), _ranks(theirs)
-    if len(set(first)) < 2 or len(set(second)) < 2:
-        return None
-    return float(spearmanr(first, second).statistic)
-
-
-def _ranks(scores: Scores) -> list[float]:
-    """1 for the lowest; equal scores share the mean of their places."""
-    return [float(rank) for rank in rankdata([math.inf if score is None else score for score in scores])]
-
-
+ONE_STEP = "one step"
+SCORES_FILE = "scores.json"
+Row: TypeAlias = Sequence[float | None]  # scores of several competitors on one dataset
 _STATISTICS: dict[str, Callable[..., Any]] = {"mean": np.mean, "median": np.median}
 
 
-def aggregate(values: np.ndarray, protocol: Protocol, statistic: str) -> float | None:
-    """One number from VRMSE (R, S, C): `statistic` over trajectories, the protocol's choice for the rest.
+@dataclass(frozen=True)
+class Averages:
+    """VRMSE over one set of frames; None for a number that is not finite, or where there is nothing to average."""
 
-    A prediction that was not finite enters as +inf: it raises a median and voids a mean, and is never left out.
-    None where the number is not finite, or nothing is there to average.
+    median: float | None  # of the model
+    mean: float | None  # of the model
+    persistence: float | None  # by the protocol's statistic, as are the next two
+    mean_field: float | None
+    ratio_to_persistence: float | None
+
+    def vrmse(self, statistic: str) -> float | None:
+        """Return the model's `median` or `mean`."""
+        value: float | None = getattr(self, statistic)
+        return value
+
+
+@dataclass(frozen=True)
+class BlockScores(Averages):
+    """Scores of the one-step windows or of one rollout window: over all channels, and by channel."""
+
+    count: int  # one-step windows, or trajectories that cover the whole rollout window
+    diverged: int  # how many of them are not finite
+    per_channel: dict[str, Averages]
+
+
+@dataclass(frozen=True)
+class WindowSteps:
+    """The 1-based first and last step of a window."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class WindowScores(BlockScores, WindowSteps):  # in this order, the steps come first in scores.json
+    """Scores of one rollout window."""
+
+
+@dataclass(frozen=True)
+class DatasetScores:
+    """Scores of one dataset."""
+
+    data_digest: str  # of the manifest of the shards
+    grid: tuple[int, int]  # (H, W)
+    channels: tuple[str, ...]
+    trajectories: int
+    horizon: int  # steps of the longest rollout
+    one_step: BlockScores | None  # None if only rollouts were measured
+    windows: dict[str, WindowScores | None]  # by name; None if no trajectory covers the whole window
+    diverged: dict[int, int]  # trajectory id -> first step that is not finite
+
+    def blocks(self) -> dict[str, BlockScores | None]:
+        """Return the one-step scores, named ONE_STEP, and those of the windows."""
+        return {ONE_STEP: self.one_step, **self.windows}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All scores of one evaluation under one protocol; the content of scores.json."""
+
+    format: int
+    origin: dict[str, Any]  # whose errors they are
+    protocol: Protocol
+    datasets: dict[str, DatasetScores]
+    geometric_mean_ratio_to_persistence: float | None  # over the datasets, one step
+    geometric_mean_ratio_to_persistence_windows: dict[str, float | None]  # by rollout window
+    diverged: int  # rollouts that are not finite, of all datasets
+
+    @property
+    def statistic(self) -> str:
+        """The protocol's statistic over trajectories."""
+        return self.protocol.trajectories
+
+    def block(self, dataset: str, name: str) -> BlockScores | None:
+        """Return the scores of a dataset in one step or a window; None if they are missing or it is not covered."""
+        return self.datasets[dataset].blocks()[name] if dataset in self.datasets else None
+
+    def mean_ratios(self) -> dict[str, float | None]:
+        """Return the geometric means of the ratio to persistence by block, one step only if it was measured."""
+        one_step = any(part.one_step is not None for part in self.datasets.values())
+        first = {ONE_STEP: self.geometric_mean_ratio_to_persistence} if one_step else {}
+        return {**first, **self.geometric_mean_ratio_to_persistence_windows}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the scores as strict JSON."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        """Write the scores, whole or not at all."""
+        write_whole(path, (json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode())
+
+    @classmethod
+    def from_json(cls, content: bytes | str, where: str) -> "Scores":
+        """Return the scores in the text of a scores.json; UserError, naming `where` it is from, for anything else."""
+        try:
+            return _ADAPTER.validate_json(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            problem = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
+            raise UserError(f"{where}: not a report's scores.json ({problem}); remove it and evaluate again") from error
+
+    @classmethod
+    def load(cls, path: Path) -> "Scores":
+        """Read a scores.json; UserError if it is missing or damaged."""
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"no scores at {path} ({error.strerror}); make them with `fm evaluate RUN`") from error
+        return cls.from_json(content, str(path))
+
+
+_ADAPTER = TypeAdapter(Scores)
+
+
+def score(errors: ErrorFile, protocol: Protocol | None = None) -> Scores:
+    """Return all scores of stored errors under `protocol`, or under the protocol that they were measured with.
+
+    UserError if the protocol needs other rollouts than the file holds.
+    """
+    protocol = protocol or errors.protocol
+    longest = max((int(part.rollout.steps.max(initial=0)) for part in errors.datasets.values()), default=0)
+    check_same_rollouts(errors.protocol, protocol, longest)
+    datasets = {name: _score_dataset(part, protocol) for name, part in sorted(errors.datasets.items())}
+    ratios = {}
+    for name in (ONE_STEP, *protocol.windows):
+        blocks = [part.blocks()[name] for part in datasets.values()]
+        ratios[name] = geometric_mean([block.ratio_to_persistence if block else None for block in blocks])
+    return Scores(
+        format=FORMAT,
+        origin=errors.origin,
+        protocol=protocol,
+        datasets=datasets,
+        geometric_mean_ratio_to_persistence=ratios.pop(ONE_STEP),
+        geometric_mean_ratio_to_persistence_windows=ratios,
+        diverged=sum(len(part.diverged) for part in datasets.values()),
+    )
+
+
+def _score_dataset(errors: DatasetErrors, protocol: Protocol) -> DatasetScores:
+    rollout = errors.rollout.until(protocol.max_steps)  # the file may hold more steps than the protocol scores
+    failures = zip(errors.trajectories.tolist(), rollout.first_failures().tolist(), strict=True)
+    return DatasetScores(
+        data_digest=errors.data_digest,
+        grid=errors.grid,
+        channels=errors.channels,
+        trajectories=len(errors.trajectories),
+        horizon=int(rollout.steps.max(initial=0)),
+        one_step=_score_one_step(errors, protocol),
+        windows={
+            name: _score_window(rollout, window, errors.channels, protocol) for name, window in protocol.windows.items()
+        },
+        diverged={trajectory: step for trajectory, step in failures if step},
+    )
+
+
+def _score_one_step(errors: DatasetErrors, protocol: Protocol) -> BlockScores | None:
+    """Every one-step window counts as one trajectory of one step."""
+    present = errors.one_step.present
+    if not present.any():
+        return None
+    vrmse = {name: errors.one_step.vrmse(name, protocol.eps)[present][:, None] for name in PREDICTORS}  # (R*S, 1, C)
+    return BlockScores(**_score_block(vrmse, errors.channels, protocol))
+
+
+def _score_window(rollout: Errors, window: Window, channels: Sequence[str], protocol: Protocol) -> WindowScores | None:
+    """Scores over the trajectories that cover the whole window; None if there are none."""
+    steps = window.steps(int(rollout.steps.max(initial=0)))
+    if steps is None:
+        return None
+    first, last = steps
+    covered = rollout.steps >= last
+    vrmse = {name: rollout.vrmse(name, protocol.eps)[covered, first - 1 : last] for name in PREDICTORS}
+    return WindowScores(first=first, last=last, **_score_block(vrmse, channels, protocol))
+
+
+def _score_block(vrmse: Mapping[str, np.ndarray], channels: Sequence[str], protocol: Protocol) -> dict[str, Any]:
+    """The fields of BlockScores, from the VRMSE (R, S, C) of each predictor."""
+    per_channel = {
+        channel: _average({name: values[..., index : index + 1] for name, values in vrmse.items()}, protocol)
+        for index, channel in enumerate(channels)
+    }
+    diverged = int(np.isinf(vrmse["model"]).any(axis=(1, 2)).sum())
+    whole = vars(_average(vrmse, protocol))
+    return {**whole, "count": len(vrmse["model"]), "diverged": diverged, "per_channel": per_channel}
+
+
+def _average(vrmse: Mapping[str, np.ndarray], protocol: Protocol) -> Averages:
+    model = {statistic: aggregate(vrmse["model"], protocol, statistic) for statistic in ("median", "mean")}
+    others = {name: aggregate(vrmse[name], protocol, protocol.trajectories) for name in PREDICTORS[1:]}
+    ours, persistence = model[protocol.trajectories], others["persistence"]
+    ratio = ours / persistence if ours is not None and persistence else None
+    return Averages(**model, **others, ratio_to_persistence=ratio)
+
+
+def aggregate(values: np.ndarray, protocol: Protocol, statistic: str) -> float | None:
+    """Return one number from VRMSE (R, S, C): `statistic` over trajectories, the protocol's choice for the rest.
+
+    A prediction that was not finite is +inf here. It raises a median and makes a mean infinite, and is never left out.
+    None if the number is not finite or there is nothing to average.
     """
     if not values.size:
         return None
@@ -68,102 +238,38 @@ def aggregate(values: np.ndarray, protocol: Protocol, statistic: str) -> float |
     return float(value) if np.isfinite(value) else None
 
 
-def geometric_mean(values: Sequence[float | None]) -> float | None:
-    """exp of the mean log. None where a value is missing or not positive: a mean over the others would flatter."""
+def geometric_mean(values: Row) -> float | None:
+    """Return exp of the mean log; None if a value is missing or not positive, since the others' mean would flatter."""
     positive = [value for value in values if value is not None and value > 0]
     if not positive or len(positive) < len(values):
         return None
     return math.exp(sum(math.log(value) for value in positive) / len(positive))
 
 
-def score(errors: ErrorFile, protocol: Protocol | None = None) -> dict[str, Any]:
-    """All scores as strict JSON (null for what is not finite or not there), under `protocol` or the file's own.
+def mean_ranks(rows: Sequence[Row]) -> list[float]:
+    """Return for each competitor (column) its mean rank over datasets (rows): 1 is the best, equal scores share."""
+    return [float(rank) for rank in np.mean([_ranks(row) for row in rows], axis=0)] if rows else []
 
-    `datasets.<name>` has `one_step` and `windows.<window>`, each with the model's `median` and `mean`, `persistence`
-    and `mean_field` (by the protocol's statistic), `ratio_to_persistence`, the same under `per_channel`, `count` (of
-    one-step windows, of trajectories that cover the whole window) and `diverged` (how many of them were not finite).
-    A window that no trajectory covers whole is null, and so is `one_step` where only rollouts were measured.
-    `datasets.<name>.diverged`: trajectory id -> first failed step.
-    UserError where the protocol needs other rollouts than the file holds.
+
+def wins(rows: Sequence[Row]) -> list[int]:
+    """Return for each competitor (column) on how many datasets (rows) its score is lower than all others."""
+    columns = range(len(rows[0])) if rows else ()
+    return [sum(row[column] is not None and _ranks(row)[column] == 1 for row in rows) for column in columns]
+
+
+def spearman(ours: Row, theirs: Row) -> float | None:
+    """Return Spearman's rank correlation, from -1 for the opposite order to 1 for the same order.
+
+    Equal scores share their mean rank. None if all scores of a list are equal. ValueError for lists of two lengths.
     """
-    protocol = protocol or errors.protocol
-    longest = max((int(part.rollout.steps.max(initial=0)) for part in errors.datasets.values()), default=0)
-    check_same_rollouts(errors.protocol, protocol, longest)
-    datasets = {name: _score_dataset(part, protocol) for name, part in sorted(errors.datasets.items())}
-    windows = {
-        window: geometric_mean(
-            [(part["windows"][window] or {}).get("ratio_to_persistence") for part in datasets.values()]
-        )
-        for window in protocol.windows
-    }
-    return {
-        "format": FORMAT,
-        "origin": errors.origin,
-        "protocol": protocol.to_json(),
-        "datasets": datasets,
-        "geometric_mean_ratio_to_persistence": geometric_mean(
-            [(part["one_step"] or {}).get("ratio_to_persistence") for part in datasets.values()]
-        ),
-        "geometric_mean_ratio_to_persistence_windows": windows,
-        "diverged": sum(len(part["diverged"]) for part in datasets.values()),
-    }
-
-
-def _score_dataset(errors: DatasetErrors, protocol: Protocol) -> dict[str, Any]:
-    rollout = errors.rollout.until(protocol.max_steps)  # the file may reach further than the protocol looks
-    failures = zip(errors.trajectories.tolist(), rollout.first_failures().tolist(), strict=True)
-    windows = protocol.windows.items()
-    return {
-        "data_digest": errors.data_digest,
-        "grid": list(errors.grid),
-        "channels": list(errors.channels),
-        "trajectories": len(errors.trajectories),
-        "horizon": int(rollout.steps.max(initial=0)),
-        "one_step": _score_one_step(errors, protocol),
-        "windows": {name: _score_window(rollout, window, errors.channels, protocol) for name, window in windows},
-        "diverged": {str(trajectory): step for trajectory, step in failures if step},
-    }
-
-
-def _score_one_step(errors: DatasetErrors, protocol: Protocol) -> dict[str, Any] | None:
-    """Every window counts as one trajectory of one step; None where only rollouts were measured."""
-    present = errors.one_step.present
-    if not present.any():
+    if len(ours) != len(theirs):
+        raise ValueError(f"spearman: expected two lists of one length, got {len(ours)} and {len(theirs)}")
+    first, second = _ranks(ours), _ranks(theirs)
+    if len(set(first)) < 2 or len(set(second)) < 2:
         return None
-    vrmse = {name: errors.one_step.vrmse(name, protocol.eps)[present][:, None] for name in PREDICTORS}  # (R*S, 1, C)
-    return _columns(vrmse, errors.channels, protocol)
+    return float(spearmanr(first, second).statistic)
 
 
-def _score_window(
-    rollout: Errors, window: Window, channels: Sequence[str], protocol: Protocol
-) -> dict[str, Any] | None:
-    """Scores over the trajectories that cover the whole window; None where none does."""
-    steps = window.steps(int(rollout.steps.max(initial=0)))
-    if steps is None:
-        return None
-    first, last = steps
-    covered = rollout.steps >= last
-    vrmse = {name: rollout.vrmse(name, protocol.eps)[covered, first - 1 : last] for name in PREDICTORS}
-    return {"first": first, "last": last, **_columns(vrmse, channels, protocol)}
-
-
-def _columns(vrmse: Mapping[str, np.ndarray], channels: Sequence[str], protocol: Protocol) -> dict[str, Any]:
-    """The scores of one block of frames, VRMSE (R, S, C) of each predictor: over all channels, then by channel."""
-    return {
-        **_averages(vrmse, protocol),
-        "count": len(vrmse["model"]),
-        "diverged": int(np.isinf(vrmse["model"]).any(axis=(1, 2)).sum()),
-        "per_channel": {
-            channel: _averages({name: values[..., index : index + 1] for name, values in vrmse.items()}, protocol)
-            for index, channel in enumerate(channels)
-        },
-    }
-
-
-def _averages(vrmse: Mapping[str, np.ndarray], protocol: Protocol) -> dict[str, float | None]:
-    """Median and mean of the model, the protocol's statistic of the others, and model over persistence."""
-    model = {statistic: aggregate(vrmse["model"], protocol, statistic) for statistic in ("median", "mean")}
-    others = {name: aggregate(vrmse[name], protocol, protocol.trajectories) for name in PREDICTORS[1:]}
-    ours, persistence = model[protocol.trajectories], others["persistence"]
-    ratio = ours / persistence if ours is not None and persistence else None
-    return {**model, **others, "ratio_to_persistence": ratio}
+def _ranks(scores: Row) -> list[float]:
+    """1 for the lowest; equal scores share the mean of their places."""
+    return [float(rank) for rank in rankdata([math.inf if score is None else score for score in scores])]

@@ -14,7 +14,6 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,8 @@ from data_pipeline.windows.reader import ShardReader
 from fm.checkpoint import load_pretrained
 from fm.config import Recipe, load_recipe
 from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED
-from fm.evaluation import report
-from fm.evaluation.evaluate import Trained
+from fm.evaluation.evaluate import TrainedModel
+from fm.evaluation.page import Block, Facts, PageTable, Paragraph, Picture, Section, render_page
 from fm.evaluation.protocol import load_protocol
 from fm.lab.sweep import EXIT_FAILED, finish_trials, sweep_results
 from fm.lab.sweep_file import Sweep, Variant, plan
@@ -161,19 +160,17 @@ def _notes(curve: Curve) -> list[str]:
 
 
 def page(title: str, curve: Curve, document: Document, picture: bytes) -> str:
-    """One self-contained file."""
-    anchors = [(f"table-{number}", table) for number, table in enumerate(document.tables)]
-    links = report.contents([("curve", "Curve", ()), *((anchor, table.title, ()) for anchor, table in anchors)])
-    notes = "".join(f"<p>{escape(note)}</p>" for note in document.notes)
-    body = [
-        f"<h1>{escape(title)}</h1>\n<p>{escape(document.about)}</p>",
-        report.facts([("pretrained model", curve.pretrained), ("dataset", curve.dataset), ("steps", str(curve.steps))]),
-        f'<h2 id="curve">Curve</h2>\n{report.figure(picture, f"{title}: error against trajectories", notes, zoom=0.6)}',
+    """Return the HTML page: the curve, and a table for each kind of score."""
+    intro: list[Block] = [
+        Paragraph(document.about),
+        Facts([("pretrained model", curve.pretrained), ("dataset", curve.dataset), ("steps", str(curve.steps))]),
     ]
-    for anchor, table in anchors:
+    shown = Picture(picture, f"{title}: error against trajectories", "Error against training trajectories.", zoom=0.6)
+    sections = [Section("curve", "Curve", [shown, *map(Paragraph, document.notes)])]
+    for number, table in enumerate(document.tables):
         caption = "VRMSE, test split; change: pretrained against from scratch"
-        body.append(f'<h2 id="{anchor}">{escape(table.title)}</h2>\n{report.table(table, caption, _shade(table))}')
-    return report.document(title, links, "\n".join(body))
+        sections.append(Section(f"table-{number}", table.title, [PageTable(table, caption, cell_class=_shade(table))]))
+    return render_page(title, intro, sections)
 
 
 def _shade(table: Table) -> Any:
@@ -352,6 +349,6 @@ def _given(overrides: Sequence[str]) -> dict[str, Any]:
 def _rate_of(pretrained: str) -> float | None:
     """The peak learning rate of the run that made a model, as far as it is known."""
     try:
-        return Trained.open(pretrained).recipe.train.learning_rate
+        return TrainedModel.open(pretrained).recipe.train.learning_rate
     except UserError:  # weights alone
         return None

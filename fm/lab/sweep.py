@@ -29,7 +29,7 @@ from data_pipeline.tables import DASH, Cell, Document, Marked, Table, format_num
 from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED, StopSignal
 from fm.evaluation.protocol import load_protocol
-from fm.evaluation.scores import geometric_mean, mean_ranks, spearman
+from fm.evaluation.scores import ONE_STEP, Scores, geometric_mean, mean_ranks, spearman
 from fm.lab.sweep_file import (
     Probe,
     Sweep,
@@ -48,7 +48,6 @@ from fm.lab.sweep_file import (
 from fm.training.runlog import parse_lines
 
 DONE, OTHER, FAILED, NOT_RUN = "done", "other settings", "failed", "not run"
-ONE_STEP = "one step"
 MIN_AGREEMENT = 3  # variants: any two are in the same order or in the opposite one
 
 
@@ -67,7 +66,7 @@ def sweep_results(sweep: Sweep, trials: Sequence[Trial], failed: Collection[str]
     changes = {name: lines for name, lines in found.items() if lines}
     scores = {name: part for name, part in scores.items() if name not in changes}
     check_same_data(scores, sweep)
-    known = [set(part["datasets"]) for part in scores.values()]
+    known = [set(part.datasets) for part in scores.values()]
     datasets = sorted(set.intersection(*known)) if known else []
     blocks = [ONE_STEP, *load_protocol(sweep.protocol).windows]
     rows = []
@@ -136,25 +135,25 @@ def _without_scores(trial: Trial, changes: Sequence[str], failed: bool) -> dict[
     return {**run, "status": FAILED if failed else NOT_RUN}
 
 
-def _run_result(
-    trial: Trial, scores: Mapping[str, Any], datasets: Sequence[str], blocks: Sequence[str]
-) -> dict[str, Any]:
-    lead = scores["protocol"]["trajectories"]
-    cells = {block: {name: _cell(scores["datasets"][name], block) for name in datasets} for block in blocks}
+def _run_result(trial: Trial, scores: Scores, datasets: Sequence[str], blocks: Sequence[str]) -> dict[str, Any]:
+    found = {block: {name: scores.block(name, block) for name in datasets} for block in blocks}
     return {
         "run": str(trial.directory),
         "seed": trial.seed,
         "status": DONE,
         "parameters": load_pretrained(model_of(trial)).num_parameters(),
-        "steps": 0 if trial.variant.only_evaluate else scores["origin"]["step"],
+        "steps": 0 if trial.variant.only_evaluate else scores.origin["step"],
         "seconds": _training_seconds(trial),
         "scores": {
             block: {
-                "over_persistence": geometric_mean([cell.get("ratio_to_persistence") for cell in part.values()]),
-                "vrmse": {name: cell.get(lead) for name, cell in part.items()},
-                **{key: {name: cell.get(key, 0) for name, cell in part.items()} for key in ("diverged", "count")},
+                "over_persistence": geometric_mean(
+                    [one.ratio_to_persistence if one else None for one in part.values()]
+                ),
+                "vrmse": {name: one.vrmse(scores.statistic) if one else None for name, one in part.items()},
+                "diverged": {name: one.diverged if one else 0 for name, one in part.items()},
+                "count": {name: one.count if one else 0 for name, one in part.items()},
             }
-            for block, part in cells.items()
+            for block, part in found.items()
         },
     }
 
@@ -183,20 +182,15 @@ def _over_seeds(runs: Sequence[Mapping[str, Any]], datasets: Sequence[str], bloc
     }
 
 
-def _references(scores: Sequence[Mapping[str, Any]], datasets: Sequence[str], blocks: Sequence[str]) -> dict[str, Any]:
+def _references(scores: Sequence[Scores], datasets: Sequence[str], blocks: Sequence[str]) -> dict[str, Any]:
     """Of persistence and the mean field, which are the same for all variants: dataset -> block -> predictor."""
     return {
         name: {
-            block: {key: _cell(scores[0]["datasets"][name], block).get(key) for key in ("persistence", "mean_field")}
+            block: {key: getattr(scores[0].block(name, block), key, None) for key in ("persistence", "mean_field")}
             for block in blocks
         }
         for name in datasets
     }
-
-
-def _cell(part: Mapping[str, Any], block: str) -> Mapping[str, Any]:
-    """A dataset's scores in a block; empty where no trajectory covers the window."""
-    return part["one_step"] if block == ONE_STEP else part["windows"][block] or {}
 
 
 def _training_seconds(trial: Trial) -> float:

@@ -36,6 +36,7 @@ from data_pipeline.shards.format import MANIFEST_NAME, Manifest
 from fm.checkpoint import find_checkpoint, newest_checkpoint, read_state, weights_digest
 from fm.config import Recipe, changed_settings, load_recipe, recipe_to_dict, resolve
 from fm.evaluation.protocol import load_protocol
+from fm.evaluation.scores import Scores
 
 _OPTIONAL = ("paper", "note", "base", "overrides", "seeds", "seconds", "protocol", "windows", "published")
 
@@ -276,7 +277,7 @@ def is_trained(trial: Trial) -> bool:
     return checkpoint is not None and read_state(checkpoint)["step"] >= trial.recipe.train.steps
 
 
-def read_scores(trial: Trial, sweep: Sweep) -> dict[str, Any] | None:
+def read_scores(trial: Trial, sweep: Sweep) -> Scores | None:
     """The scores of a trial's present weights and data under the sweep's protocol, or None where there are none.
 
     Data that are not at hand, or at a URL, are not compared. UserError where the file is damaged.
@@ -284,15 +285,12 @@ def read_scores(trial: Trial, sweep: Sweep) -> dict[str, Any] | None:
     file = trial.report / "scores.json"
     if not file.is_file():
         return None
-    try:
-        scores = json.loads(file.read_text())
-        measured, of = scores["protocol"], scores["origin"]["weights"]
-        data = {name: part["data_digest"] for name, part in scores["datasets"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a report's scores.json ({error!r}); remove it, and sweep again") from error
-    wanted = replace(load_protocol(sweep.protocol), one_step_windows=sweep.windows).to_json()
+    scores = Scores.load(file)
+    data = {name: part.data_digest for name, part in scores.datasets.items()}
+    wanted = replace(load_protocol(sweep.protocol), one_step_windows=sweep.windows)
     weights = weights_digest(find_checkpoint(model_of(trial)))
-    current = measured == wanted and of == weights and _is_present(data, trial, wanted["split"])
+    same = scores.protocol == wanted and scores.origin.get("weights") == weights
+    current = same and _is_present(data, trial, wanted.split)
     return scores if current else None
 
 
@@ -305,16 +303,16 @@ def _is_present(data: Mapping[str, str], trial: Trial, split: str) -> bool:
     return all(Manifest.load(file).digest == data[name] for name, file in files.items() if file.is_file())
 
 
-def check_same_data(scores: Mapping[str, Mapping[str, Any]], sweep: Sweep) -> None:
+def check_same_data(scores: Mapping[str, Scores], sweep: Sweep) -> None:
     """UserError where two runs, by name, were scored on different data of one dataset."""
     first: dict[str, tuple[str, str]] = {}
     for run, part in scores.items():
-        for name, dataset in part["datasets"].items():
-            other, digest = first.setdefault(name, (run, dataset["data_digest"]))
-            if dataset["data_digest"] != digest:
+        for name, dataset in part.datasets.items():
+            other, digest = first.setdefault(name, (run, dataset.data_digest))
+            if dataset.data_digest != digest:
                 raise UserError(
                     f"{sweep.file}: expected all runs scored on the same {name} data, got shards with digests "
-                    f"{digest[:12]} in {other} and {dataset['data_digest'][:12]} in {run}: remove the report folder of "
+                    f"{digest[:12]} in {other} and {dataset.data_digest[:12]} in {run}: remove the report folder of "
                     "the one that is out of date, and sweep again"
                 )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_pipeline.files import UserError, sha256, sync
 from fm.config import dump_recipe
-from fm.evaluation.evaluate import Trained
+from fm.evaluation.evaluate import TrainedModel
 from fm.model.files import (
     CARD_FILE,
     CARDS,
@@ -118,7 +118,7 @@ def export_run(
     if _SPDX.fullmatch(licence) is None:
         raise UserError(f"--licence: expected an SPDX identifier, such as MIT or CC-BY-4.0, got {licence!r}")
     check_folder(folder)
-    trained = Trained.open(run)
+    trained = TrainedModel.open(run)
     if is_exported(trained.checkpoint):
         raise UserError(f"{run}: is an exported model already; copy it, or push it: model.push_to_hub(...)")
     facts = Facts(
@@ -130,7 +130,7 @@ def export_run(
     return folder
 
 
-def _cards(trained: Trained) -> Cards:
+def _cards(trained: TrainedModel) -> Cards:
     """The cards of the run's datasets; those that its registry lacks come from the exported model it was made from."""
     names = list(trained.model.specs)
     sources = [(names, trained.card_folders())]
@@ -142,7 +142,7 @@ def _cards(trained: Trained) -> Cards:
     return cards
 
 
-def _scores(report: Path | None, trained: Trained) -> dict[str, bytes]:
+def _scores(report: Path | None, trained: TrainedModel) -> dict[str, bytes]:
     """Those of a given report, or of the run's if it has a fitting one; what is missing is said."""
     try:
         return report_files(report or trained.report, trained)

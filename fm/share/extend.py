@@ -34,7 +34,7 @@ from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
 from fm.config import Recipe
 from fm.datasets import check_names, dataset_specs
-from fm.evaluation.evaluate import Trained
+from fm.evaluation.evaluate import TrainedModel
 from fm.model.spec import DatasetSpec
 from fm.model.surrogate import MIN_GRID, Surrogate
 from fm.model.wavelit import WaveLiTFM
@@ -238,7 +238,7 @@ def extend(
     folders, names = _find_folders(datasets, registry)
     described = load_folders(folders)
     check_names(names, described)
-    trained = Trained.open(source)
+    trained = TrainedModel.open(source)
     model = _check_extendable(source, trained.model, names)
     cards = find_cards([(model.specs, trained.card_folders()), ([*model.specs, *names], folders)])
     cards.check_unchanged(model.specs, trained.checkpoint)
@@ -258,7 +258,7 @@ def extend(
         cards,
         trained.step,
         {**trained.shards, **{name: reader.manifest.digest for name, reader in readers.items()}},
-        trained.licence or LICENCE,
+        trained.license or LICENCE,
         _lineage(source, trained, names, chosen, seed, proof),
     )
     write_export(out, facts, save(extended.state_dict()))
@@ -360,7 +360,7 @@ def _extended_recipe(recipe: Recipe, model: Surrogate, shards: str, out: Path) -
 
 
 def _lineage(
-    source: str, trained: Trained, names: Sequence[str], rows: Mapping[str, Rows], seed: int, proof: Proof
+    source: str, trained: TrainedModel, names: Sequence[str], rows: Mapping[str, Rows], seed: int, proof: Proof
 ) -> dict[str, Any]:
     """Where the extended model comes from, as JSON types; `earlier` where that comes from another itself."""
     return {

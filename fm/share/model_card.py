@@ -15,7 +15,6 @@ It says how to use the model, how good it is beside persistence, what it knows, 
 
 import copy
 import io
-import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,12 +29,12 @@ from torch import Tensor, nn
 import fm
 from data_pipeline.files import UserError
 from data_pipeline.registry import Card, Channel, Registry, load_folders
-from data_pipeline.tables import format_number, markdown
+from data_pipeline.tables import Cell, format_number, markdown
 from fm.checkpoint import read_state
 from fm.config import Recipe
-from fm.evaluation.evaluate import Trained
-from fm.evaluation.protocol import Protocol
-from fm.evaluation.tables import marked
+from fm.evaluation.evaluate import TrainedModel
+from fm.evaluation.scores import ONE_STEP, Scores
+from fm.evaluation.tables import vrmse_cell
 from fm.model.baselines import Baseline
 from fm.model.files import EXPORT_FORMAT, SCORES_FILE, is_exported
 from fm.model.spec import DatasetSpec
@@ -133,26 +132,25 @@ def _channels_text(channels: Iterable[Channel]) -> bytes:
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120).encode()
 
 
-def report_files(report: Path, trained: Trained) -> dict[str, bytes]:
+def report_files(report: Path, trained: TrainedModel) -> dict[str, bytes]:
     """scores.json and pictures/<name>.png by path. UserError where there are none, or they are of other weights."""
     again = f"make one: fm evaluate {trained.checkpoint} --out {report}"
     try:
         data = (report / SCORES_FILE).read_bytes()
-        origin = json.loads(data)["origin"]
-        of = (origin["step"], origin["weights"])
     except OSError as error:
         raise UserError(f"{report}: no report there ({error.strerror}); {again}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{report / SCORES_FILE}: not a report's scores ({error!r}); {again}") from error
-    if of != (trained.step, trained.weights):
-        raise UserError(f"{report}: a report of other weights, of step {of[0]}, not {trained.step}; {again}")
+    origin = Scores.from_json(data, str(report / SCORES_FILE)).origin
+    if (origin.get("step"), origin.get("weights")) != (trained.step, trained.weights):
+        raise UserError(
+            f"{report}: a report of other weights, of step {origin.get('step')}, not {trained.step}; {again}"
+        )
     pictures = sorted((report / "pictures").glob("*.png"))
     return {SCORES_FILE: data, **{f"pictures/{file.name}": file.read_bytes() for file in pictures}}
 
 
-def read_scores(files: Mapping[str, bytes]) -> dict[str, Any] | None:
-    """What scores.json among `files` holds, None where there is none."""
-    return json.loads(files[SCORES_FILE]) if SCORES_FILE in files else None
+def read_scores(files: Mapping[str, bytes]) -> Scores | None:
+    """Return the scores in scores.json among `files`, None if there is none."""
+    return Scores.from_json(files[SCORES_FILE], SCORES_FILE) if SCORES_FILE in files else None
 
 
 class Step(nn.Module):
@@ -339,7 +337,7 @@ def _usage(facts: Facts, address: str) -> str:
     )
 
 
-def _scores(facts: Facts, scores: Mapping[str, Any] | None, files: Mapping[str, bytes]) -> str:
+def _scores(facts: Facts, scores: Scores | None, files: Mapping[str, bytes]) -> str:
     if scores is None and facts.untrained:
         return (
             "None are known: this model was extended and not evaluated since. On the datasets that "
@@ -347,31 +345,24 @@ def _scores(facts: Facts, scores: Mapping[str, Any] | None, files: Mapping[str, 
         )
     if scores is None:
         return "None are known: this model was exported without an evaluation. `fm evaluate` makes one."
-    protocol = Protocol.from_json(scores["protocol"])
-    lead = protocol.trajectories
-    rows = []
-    for name, part in scores["datasets"].items():
-        cells = [part["one_step"], *part["windows"].values()]
-        rows.append(
-            [name, *(value for cell in cells for value in (marked(cell, lead), (cell or {}).get("persistence")))]
-        )
-    head = ["dataset", *(name for block in ("one step", *protocol.windows) for name in (block, "persistence"))]
+    rows: list[list[Cell]] = []
+    for name, part in scores.datasets.items():
+        row: list[Cell] = [name]
+        for block in part.blocks().values():
+            row += [vrmse_cell(block, scores.statistic), block.persistence if block else None]
+        rows.append(row)
+    head = ["dataset", *(name for block in (ONE_STEP, *scores.protocol.windows) for name in (block, "persistence"))]
+    ratios = ", ".join(f"{name} {format_number(value)}" for name, value in scores.mean_ratios().items())
     text = (
         "VRMSE: root mean square error over the spread of the truth. 0 is perfect, 1 as good as the mean "
         "of the field; *persistence* repeats the first frame.\n\n"
         f"{markdown(head, rows)}\n\n"
-        f"Geometric mean over datasets of the ratio to persistence: {_ratios(scores)}.\n\n"
-        f"<sub>{protocol.describe()}.</sub>"
+        f"Geometric mean over datasets of the ratio to persistence: {ratios}.\n\n"
+        f"<sub>{scores.protocol.describe()}.</sub>"
     )
     if "pictures/growth.png" in files:
         text += "\n\n![VRMSE against the step of a rollout](pictures/growth.png)"
     return text
-
-
-def _ratios(scores: Mapping[str, Any]) -> str:
-    ratios = {"one step": scores["geometric_mean_ratio_to_persistence"]}
-    ratios |= scores["geometric_mean_ratio_to_persistence_windows"]
-    return ", ".join(f"{name} {format_number(value)}" for name, value in ratios.items())
 
 
 def _datasets(facts: Facts) -> str:
@@ -397,7 +388,7 @@ def _datasets(facts: Facts) -> str:
     )
 
 
-def _limits(facts: Facts, scores: Mapping[str, Any] | None) -> list[str]:
+def _limits(facts: Facts, scores: Scores | None) -> list[str]:
     specs, cards = facts.model.specs, facts.cards.registry.cards
     lines = [
         "It knows the systems, boundaries, parameters and time steps of its training data and no others; `predict` "
@@ -418,13 +409,12 @@ def _limits(facts: Facts, scores: Mapping[str, Any] | None) -> list[str]:
     return lines
 
 
-def _no_better(scores: Mapping[str, Any] | None) -> dict[str, list[str]]:
+def _no_better(scores: Scores | None) -> dict[str, list[str]]:
     """Datasets by the part of a rollout where the model does not beat repeating the first frame."""
     found: dict[str, list[str]] = {}
-    for name, part in scores["datasets"].items() if scores else ():
-        for window, cell in {"one step": part["one_step"], **part["windows"]}.items():
-            ratio = cell and cell["ratio_to_persistence"]
-            if cell and (ratio is None or ratio >= 1):
+    for name, part in scores.datasets.items() if scores else ():
+        for window, block in part.blocks().items():
+            if block is not None and (block.ratio_to_persistence is None or block.ratio_to_persistence >= 1):
                 found.setdefault(window, []).append(name)
     return found
 

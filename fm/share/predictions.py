@@ -18,7 +18,7 @@ from data_pipeline.registry import Card, load_registry
 from data_pipeline.well.hdf5 import SPLITS, WellFile, read_attributes, stored_card
 from data_pipeline.well.layout import texts
 from fm.evaluation.errors import DatasetErrors, ErrorFile, Errors
-from fm.evaluation.measure import SHOWN_STEPS, Measured, as_errors, frame_errors, varying_channel
+from fm.evaluation.measure import SHOWN_STEPS, FrameErrors, collect_errors, measure_frames, varying_channel
 from fm.evaluation.protocol import Protocol, load_protocol
 from fm.evaluation.report import write_report
 from fm.evaluation.samples import Sample, evenly_spaced
@@ -134,12 +134,12 @@ def _errors(predicted: WellFile, true: WellFile, pairs: Sequence[Pair], card: Ca
     channels = card.state_channels
     parts = [_measure(predicted, true, pair) for pair in pairs]
     ids = [pair.trajectory for pair in pairs]
-    rollout = as_errors(parts, ids, max(pair.steps for pair in pairs), len(channels))
+    rollout = collect_errors(parts, ids, max(pair.steps for pair in pairs), len(channels))
     one_step = Errors.empty(len(pairs), 0, len(channels))
     return DatasetErrors(channels, np.array(ids, np.int64), one_step, rollout, digest, true.grid)
 
 
-def _measure(predicted: WellFile, true: WellFile, pair: Pair) -> Measured:
+def _measure(predicted: WellFile, true: WellFile, pair: Pair) -> FrameErrors:
     """The errors of one rollout. UserError where the truth is not finite, or another state than it started from."""
     held = true.read(pair.trajectory, int(pair.frames[0]), int(pair.frames[0]) + 1)
     initial = predicted.read(pair.row, 0, 1)
@@ -155,8 +155,8 @@ def _measure(predicted: WellFile, true: WellFile, pair: Pair) -> Measured:
         truth = true.read(pair.trajectory, frame, frame + 1)
         true.check_finite(truth, pair.trajectory, frame)
         prediction = predicted.read(pair.row, step, step + 1)
-        values.append(frame_errors(*map(torch.from_numpy, (prediction, held, truth))))
-    return Measured(np.full(pair.steps, pair.trajectory), np.arange(pair.steps), np.concatenate(values))
+        values.append(measure_frames(*map(torch.from_numpy, (prediction, held, truth))))
+    return FrameErrors(np.full(pair.steps, pair.trajectory), np.arange(pair.steps), np.concatenate(values))
 
 
 def _digest(truth: Path, pairs: Sequence[Pair]) -> str:

@@ -42,7 +42,7 @@ from data_pipeline.well.layout import edges
 from data_pipeline.well.register import COMPONENTS
 from data_pipeline.well.write import WellWriter
 from fm.distributed import StopSignal, precision
-from fm.evaluation.evaluate import Trained
+from fm.evaluation.evaluate import TrainedModel
 from fm.model.fields import FieldsWarning, given_fields
 from fm.model.surrogate import MIN_GRID, Surrogate
 
@@ -322,7 +322,7 @@ def predict_file(model: str, request: Request, registry: str | None = None, prog
     it, and told. UserError where model, file and request do not fit together; then nothing is written.
     """
     _check_request(request)
-    out, trained = request.out, Trained.open(model)
+    out, trained = request.out, TrainedModel.open(model)
     cards = trained.registry() if registry is None else load_registry(registry)
     read = read_xarray if request.source.suffix in ENGINES else read_well
     initial = read(request.source, cards, request.dataset, request.trajectories, request.start)

@@ -242,12 +242,12 @@ def _ratio(now: float | None, before: float | None) -> float | None:
 
 def _rollout_score(result: ValidationResult) -> tuple[int, float]:
     """Return the number of diverged rollout scores and the geometric mean of the others."""
-    cells = [cell for part in result.scores["datasets"].values() for cell in part["windows"].values()]
-    ratios = [cell["ratio_to_persistence"] for cell in cells if cell is not None]  # None: a window not covered
+    blocks = [block for part in result.scores.datasets.values() for block in part.windows.values()]
+    ratios = [block.ratio_to_persistence for block in blocks if block is not None]  # None: a window not covered
     if not ratios:
         raise UserError(
             f"finetune.gate: no trajectory of the valid split covers a window of the protocol "
-            f"{result.scores['protocol']['name']}; choose another (validation.protocol=thirds fits any length)"
+            f"{result.scores.protocol.name}; choose another (validation.protocol=thirds fits any length)"
         )
     finite = [ratio for ratio in ratios if ratio is not None]
     return len(ratios) - len(finite), geometric_mean(finite) or 0.0

@@ -17,8 +17,9 @@ from data_pipeline.files import atomic_file
 from data_pipeline.windows.schedule import Schedule
 from fm.config import Recipe, dump_recipe, recipe_to_dict
 from fm.distributed import peak_memory_bytes
-from fm.evaluation.evaluate import ValidationResult, protocol_windows
+from fm.evaluation.evaluate import ValidationResult
 from fm.evaluation.plots import Cosines
+from fm.evaluation.protocol import load_protocol
 from fm.model.surrogate import Surrogate
 from fm.training.console import Console
 from fm.training.flops import forward_flops, forward_passes
@@ -100,7 +101,7 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         settings = flat_settings(recipe_to_dict(resolved), names)
         others = recipe.tracking.log_with or ()
         trackers = start_trackers(others, recipe.run.name, directory / "trackers", settings)
-        windows = protocol_windows(recipe.validation.protocol)
+        windows = list(load_protocol(recipe.validation.protocol).windows)
         folder = directory / "tensorboard"
         self._board = Dashboard(folder, names, windows, step, self._events.saved, settings, trackers)
         self._board.text("recipe", f"```yaml\n{dump_recipe(resolved)}```", step)

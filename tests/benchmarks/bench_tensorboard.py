@@ -13,12 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from handmade import STATE_CHANNELS, make_spec
 
 from data_pipeline.registry import load_registry
 from data_pipeline.windows.schedule import Schedule, Source
 from fm.config import DataSettings, Recipe, RunSettings, TrackingSettings, TrainSettings, ValidationSettings
-from fm.evaluation.evaluate import SHOWN_STEPS, ValidationResult
+from fm.evaluation.evaluate import VALIDATION_STEPS_SHOWN, ValidationResult
 from fm.evaluation.samples import Sample
 from fm.model.spec import ModelConfig
 from fm.model.wavelit import WaveLiTFM
@@ -26,6 +25,8 @@ from fm.training.record import RunRecord, StepResult
 from fm.training.tensorboard import Dashboard
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+from error_files import block_scores, dataset_scores, made_scores, window_scores
+from handmade import STATE_CHANNELS, make_spec
 
 GRIDS = {name: card.grid for name, card in load_registry(None).cards.items() if name in STATE_CHANNELS}
 WINDOWS = ("1:20", "21:60")
@@ -83,19 +84,13 @@ def bytes_of_steps(recipe: Recipe, steps: int) -> int:
 
 def made_up_scores() -> ValidationResult:
     """As the protocol `wavelit` gives them."""
-    part = {
-        name: {
-            "one_step": {
-                "median": 0.5,
-                "ratio_to_persistence": 0.5,
-                "per_channel": {channel: {"median": 0.5} for channel in STATE_CHANNELS[name].split()},
-            },
-            "windows": {window: {"median": 0.5} for window in WINDOWS},
-        }
+    datasets = {
+        name: dataset_scores(
+            block_scores(0.5, 0.5, STATE_CHANNELS[name].split()), {window: window_scores(0.5) for window in WINDOWS}
+        )
         for name in GRIDS
     }
-    head = {"protocol": {"trajectories": "median"}, "geometric_mean_ratio_to_persistence": 0.5}
-    return ValidationResult({**head, "datasets": part}, {})
+    return ValidationResult(made_scores(datasets, 0.5), {})
 
 
 def bytes_of_pictures(directory: Path, kind: str) -> int:
@@ -104,8 +99,8 @@ def bytes_of_pictures(directory: Path, kind: str) -> int:
     before = written(board, directory)
     for name, grid in GRIDS.items():
         truth, other = (random_fields(grid, kind, seed) for seed in (0, 1))
-        vrmse = np.full(SHOWN_STEPS, 0.3)
-        sample = Sample(name, "field", 0, 1.0, tuple(range(1, SHOWN_STEPS + 1)), truth, truth + 0.3 * other, vrmse)
+        steps, vrmse = tuple(range(1, VALIDATION_STEPS_SHOWN + 1)), np.full(VALIDATION_STEPS_SHOWN, 0.3)
+        sample = Sample(name, "field", 0, 1.0, steps, truth, truth + 0.3 * other, vrmse)
         board.rollout(sample if kind == "fields" else replace(sample, prediction=other), 1)
     size = written(board, directory) - before
     board.close()
@@ -119,7 +114,7 @@ def written(board: Dashboard, directory: Path) -> int:
 
 def random_fields(grid: tuple[int, int], kind: str, seed: int) -> np.ndarray:
     """(n, H, W): Gaussian noise, or that with amplitudes that fall as the wavenumber to the power -2."""
-    noise = np.random.default_rng(seed).standard_normal((SHOWN_STEPS, *grid))
+    noise = np.random.default_rng(seed).standard_normal((VALIDATION_STEPS_SHOWN, *grid))
     if kind == "noise":
         return noise
     x, y = (np.fft.fftfreq(size) * size for size in grid)

@@ -18,7 +18,7 @@ from data_pipeline.miniwell.twins import twin_distance
 from data_pipeline.registry import Card
 from data_pipeline.windows.reader import ShardReader
 from fm.datasets import check_channels
-from fm.evaluation.evaluate import Trained
+from fm.evaluation.evaluate import TrainedModel
 from fm.lab.diagnosis.growth import Growth, Stability, Step, largest_singular_value, tangent_growth
 from fm.lab.diagnosis.quantities import (
     Bands,
@@ -62,7 +62,7 @@ def diagnose_run(
     """
     if trajectories < 1:
         raise UserError(f"--trajectories: expected at least 1, got {trajectories}")
-    trained = Trained.open(run)
+    trained = TrainedModel.open(run)
     model = trained.model
     if dataset not in model.specs:
         raise UserError(f"--dataset: expected one that {run} was trained on, {', '.join(model.specs)}; got {dataset!r}")

@@ -13,15 +13,18 @@ import torch
 from matplotlib.image import imread
 
 from data_pipeline.files import UserError
+from data_pipeline.registry import load_registry
 from data_pipeline.shards.build import build_shards
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
+from fm.config import ValidationSettings
+from fm.datasets import dataset_specs
 from fm.evaluation.errors import ErrorFile
-from fm.evaluation.evaluate import evaluate_model
+from fm.evaluation.evaluate import ValidationResult, evaluate_model, validate
 from fm.evaluation.measure import SHOWN_STEPS, longest_recorder, one_step_errors, one_step_windows, rollout_errors
 from fm.evaluation.protocol import PROTOCOLS, get_protocol
 from fm.evaluation.samples import evenly_spaced, load_samples
-from fm.evaluation.scores import score
+from fm.evaluation.scores import Scores, score
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.wavelit import WaveLiTFM
 
@@ -55,7 +58,7 @@ def model(readers: dict[str, ShardReader]) -> WaveLiTFM:
 @pytest.fixture(scope="module")
 def report(
     model: WaveLiTFM, readers: dict[str, ShardReader], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Path, Scores]:
     out = tmp_path_factory.mktemp("report") / "nested"
     return out, evaluate_model(model, readers, out, THIRDS, CPU, progress=False, origin={"step": 7})
 
@@ -71,10 +74,12 @@ def frames(reader: ShardReader, trajectory: int) -> np.ndarray:
     return reader.trajectory_frames(trajectory, 0, reader.num_frames(trajectory))
 
 
-def test_all_eight_datasets_are_scored_and_written(report: tuple[Path, dict], readers: dict[str, ShardReader]) -> None:
+def test_all_eight_datasets_are_scored_and_written(
+    report: tuple[Path, Scores], readers: dict[str, ShardReader]
+) -> None:
     out, scores = report
     assert len(readers) == 8
-    assert list(scores["datasets"]) == sorted(readers)
+    assert list(scores.datasets) == sorted(readers)
     names = {path.name for path in out.iterdir()}
     assert {"errors.npz", "pictures", "scores.json", "scores.md"} <= names
     assert "parts" not in names
@@ -82,9 +87,9 @@ def test_all_eight_datasets_are_scored_and_written(report: tuple[Path, dict], re
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    assert json.loads((out / "scores.json").read_text(), parse_constant=refuse) == scores
+    assert json.loads((out / "scores.json").read_text(), parse_constant=refuse)["origin"] == {"step": 7}
+    assert Scores.load(out / "scores.json") == scores
     assert score(ErrorFile.load(out / "errors.npz")) == scores
-    assert scores["origin"] == {"step": 7}
     text = (out / "scores.md").read_text()
     assert "Origin: step 7." in text
     assert "protocol thirds v1" in text
@@ -95,28 +100,28 @@ def test_all_eight_datasets_are_scored_and_written(report: tuple[Path, dict], re
         assert image[..., :3].std() > 0.05
 
 
-def test_persistence_is_the_input_frame(report: tuple[Path, dict], readers: dict[str, ShardReader]) -> None:
-    for name, part in report[1]["datasets"].items():
+def test_persistence_is_the_input_frame(report: tuple[Path, Scores], readers: dict[str, ShardReader]) -> None:
+    for name, part in report[1].datasets.items():
         reader = readers[name]
         runs = [frames(reader, index) for index in range(reader.num_trajectories)]
         one_step = np.concatenate([vrmse(run[:-1], run[1:]).mean(-1) for run in runs])
-        assert part["one_step"]["count"] == len(one_step)
-        assert part["one_step"]["persistence"] == pytest.approx(np.median(one_step), rel=1e-9)
+        assert part.one_step.count == len(one_step)
+        assert part.one_step.persistence == pytest.approx(np.median(one_step), rel=1e-9)
         held = np.stack([vrmse(np.broadcast_to(run[0], run[1:].shape), run[1:]).mean(-1) for run in runs])
-        cell = part["windows"]["last_third"]
-        expected = np.median(held, axis=0)[cell["first"] - 1 : cell["last"]].mean()
-        assert cell["persistence"] == pytest.approx(expected, rel=1e-9)
-        assert cell["last"] == part["horizon"] == reader.num_frames(0) - 1
+        cell = part.windows["last_third"]
+        expected = np.median(held, axis=0)[cell.first - 1 : cell.last].mean()
+        assert cell.persistence == pytest.approx(expected, rel=1e-9)
+        assert cell.last == part.horizon == reader.num_frames(0) - 1
 
 
-def test_the_mean_field_scores_about_one(report: tuple[Path, dict]) -> None:
-    for part in report[1]["datasets"].values():
-        for cell in (part["one_step"], *part["windows"].values()):
-            assert cell["mean_field"] == pytest.approx(1, abs=0.01)
+def test_the_mean_field_scores_about_one(report: tuple[Path, Scores]) -> None:
+    for part in report[1].datasets.values():
+        for cell in part.blocks().values():
+            assert cell.mean_field == pytest.approx(1, abs=0.01)
 
 
 def test_model_errors_lie_where_they_belong(
-    report: tuple[Path, dict], model: WaveLiTFM, readers: dict[str, ShardReader]
+    report: tuple[Path, Scores], model: WaveLiTFM, readers: dict[str, ShardReader]
 ) -> None:
     errors = ErrorFile.load(report[0] / "errors.npz")
     reader, trajectory, frame = readers["shear_flow"], 1, 5
@@ -131,7 +136,7 @@ def test_model_errors_lie_where_they_belong(
     assert (np.abs(measured - errors.datasets["shear_flow"].one_step.vrmse("persistence", 1e-7)[1, 5]) > 1e-3).all()
 
 
-def test_the_first_step_of_a_rollout_is_the_first_one_step_window(report: tuple[Path, dict]) -> None:
+def test_the_first_step_of_a_rollout_is_the_first_one_step_window(report: tuple[Path, Scores]) -> None:
     for part in ErrorFile.load(report[0] / "errors.npz").datasets.values():
         np.testing.assert_array_equal(part.rollout.persistence[:, 0], part.one_step.persistence[:, 0])
         np.testing.assert_allclose(part.rollout.model[:, 0], part.one_step.model[:, 0], rtol=1e-3)
@@ -148,7 +153,7 @@ def test_the_batch_size_does_not_matter(model: WaveLiTFM, readers: dict[str, Sha
 
 
 def test_what_pictures_show_is_a_rollout_and_its_truth(
-    report: tuple[Path, dict], readers: dict[str, ShardReader]
+    report: tuple[Path, Scores], readers: dict[str, ShardReader]
 ) -> None:
     samples = load_samples(report[0] / "samples.npz")
     assert [sample.dataset for sample in samples] == sorted(readers)
@@ -192,9 +197,9 @@ def test_a_later_start_frame_moves_the_rollout(
 ) -> None:
     reader = readers["shear_flow"]
     scores = evaluate_model(model, {"shear_flow": reader}, tmp_path, get_protocol("well"), CPU, progress=False)
-    part, run = scores["datasets"]["shear_flow"], frames(reader, 0)
-    assert part["horizon"] == len(run) - 4
-    assert part["windows"] == {"6:12": None, "13:30": None}
+    part, run = scores.datasets["shear_flow"], frames(reader, 0)
+    assert part.horizon == len(run) - 4
+    assert part.windows == {"6:12": None, "13:30": None}
     errors = ErrorFile.load(tmp_path / "errors.npz").datasets["shear_flow"].rollout
     held = np.broadcast_to(run[3], run[4:].shape)
     np.testing.assert_allclose(errors.vrmse("persistence", 1e-7)[0], vrmse(held, run[4:]), rtol=1e-9)
@@ -211,10 +216,10 @@ def test_trajectories_of_different_length(tiny_well: Path, tmp_path: Path) -> No
     scores = evaluate_model(
         make_model({"shear_flow": reader}), {"shear_flow": reader}, tmp_path, THIRDS, CPU, progress=False
     )
-    part = scores["datasets"]["shear_flow"]
-    assert part["one_step"]["count"] == sum(length - 1 for length in lengths)
-    assert [(cell["first"], cell["last"]) for cell in part["windows"].values()] == [(1, 2), (3, 5), (6, 8)]
-    assert [cell["count"] for cell in part["windows"].values()] == [len(lengths)] * 2 + [lengths.count(9)]
+    part = scores.datasets["shear_flow"]
+    assert part.one_step.count == sum(length - 1 for length in lengths)
+    assert [(cell.first, cell.last) for cell in part.windows.values()] == [(1, 2), (3, 5), (6, 8)]
+    assert [cell.count for cell in part.windows.values()] == [len(lengths)] * 2 + [lengths.count(9)]
     rollout = ErrorFile.load(tmp_path / "errors.npz").datasets["shear_flow"].rollout
     assert rollout.steps.tolist() == [length - 1 for length in lengths]
     for index, length in enumerate(lengths):
@@ -304,14 +309,14 @@ def test_a_diverging_model_is_marked_and_drawn(readers: dict[str, ShardReader], 
         for parameter in model.heads.parameters():
             parameter *= 1e12
     scores = evaluate_model(model, chosen, tmp_path, THIRDS, CPU, progress=False)
-    part = scores["datasets"]["gray_scott_reaction_diffusion"]
+    part = scores.datasets["gray_scott_reaction_diffusion"]
     everything = chosen["gray_scott_reaction_diffusion"].num_trajectories
-    assert part["one_step"]["diverged"] == 0
-    assert len(part["diverged"]) == everything == scores["diverged"]
-    assert all(1 < step <= part["horizon"] for step in part["diverged"].values())
-    last = part["windows"]["last_third"]
-    assert (last["median"], last["mean"], last["diverged"]) == (None, None, everything)
-    assert last["persistence"] is not None
+    assert part.one_step.diverged == 0
+    assert len(part.diverged) == everything == scores.diverged
+    assert all(1 < step <= part.horizon for step in part.diverged.values())
+    last = part.windows["last_third"]
+    assert (last.median, last.mean, last.diverged) == (None, None, everything)
+    assert last.persistence is not None
     assert f"{everything} of {everything} diverged" in (tmp_path / "scores.md").read_text()
     assert (tmp_path / "pictures" / "gray_scott_reaction_diffusion.png").stat().st_size > 10_000
 
@@ -344,3 +349,34 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     other = make_model({"active_matter": readers["active_matter"]})
     refused("model knows .active_matter., got shear_flow", other, {"shear_flow": reader})
     refused("trained on the state channels concentration", model, {"active_matter": reader})
+
+
+VALIDATED = ["rayleigh_benard", "shear_flow"]
+
+
+@pytest.fixture(scope="module")
+def valid_readers(tiny_shards: Path) -> dict[str, ShardReader]:
+    return open_readers(tiny_shards, VALIDATED, "valid")
+
+
+def result_of(readers: dict[str, ShardReader], rollouts: int) -> ValidationResult:
+    torch.manual_seed(0)
+    model = WaveLiTFM(ModelConfig(width=32, depth=1, heads=2), dataset_specs(readers, load_registry())).eval()
+    return validate(model, readers, ValidationSettings(windows=2, rollouts=rollouts, protocol="thirds"), CPU)
+
+
+def test_one_rollout_of_each_dataset_is_kept_to_look_at(valid_readers: dict[str, ShardReader]) -> None:
+    result = result_of(valid_readers, rollouts=1)
+    assert list(result.samples) == VALIDATED
+    for name, sample in result.samples.items():
+        reader = valid_readers[name]
+        assert (sample.dataset, sample.trajectory) == (name, 0)
+        assert sample.steps == tuple(range(1, reader.num_frames(0)))  # 8 steps: all of them
+        channel = reader.manifest.state_channels.index(sample.channel)
+        truth = frames(reader, 0)[1:, channel]
+        np.testing.assert_array_equal(sample.truth, truth)
+        np.testing.assert_allclose(sample.vrmse, vrmse(sample.prediction, truth), rtol=1e-4)
+
+
+def test_without_rollouts_there_is_nothing_to_look_at(valid_readers: dict[str, ShardReader]) -> None:
+    assert not result_of(valid_readers, rollouts=0).samples

@@ -1,13 +1,51 @@
-"""Protocols in files of the user's own."""
+"""Named protocols, and protocols in files of the user's own."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.files import UserError
-from fm.evaluation.protocol import PROTOCOLS, Protocol, Window, load_protocol
+from fm.evaluation.protocol import PROTOCOLS, Protocol, Window, get_protocol, load_protocol
+
+
+def test_windows_are_one_indexed_and_inclusive() -> None:
+    assert Window(1, 20).steps(20) == (1, 20)
+    assert Window(21, 60).steps(59) is None
+    thirds = PROTOCOLS["thirds"].windows
+    assert [thirds[name].steps(40) for name in thirds] == [(1, 13), (14, 26), (27, 40)]
+    assert [thirds[name].steps(2) for name in thirds] == [None, (1, 1), (2, 2)]
+    assert thirds["last_third"].steps(0) is None
+
+
+@pytest.mark.parametrize("bad", [(0, 3), (4, 3), (1, 4, 3), (1, 1, -1)])
+def test_impossible_windows_are_refused(bad: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="1 <= first <= last"):
+        Window(*bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "windows"),
+    [("wavelit", [(1, 20), (21, 60)]), ("appendix_g", [(2, 8), (9, 26), (27, 56)]), ("well", [(6, 12), (13, 30)])],
+)
+def test_named_protocols_have_the_published_windows(name: str, windows: list[tuple[int, int]]) -> None:
+    protocol = get_protocol(name)
+    assert [window.steps(10**6) for window in protocol.windows.values()] == windows
+    assert protocol.trajectories == ("mean" if name == "well" else "median")
+    assert Protocol.from_json(json.loads(json.dumps(protocol.to_json()))) == protocol
+    assert f"{protocol.name} v{protocol.version}" in protocol.describe()
+
+
+def test_bad_protocols_are_refused() -> None:
+    with pytest.raises(UserError, match="expected one of wavelit, appendix_g, well, thirds; got 'walrus'"):
+        get_protocol("walrus")
+    wrong = ({"trajectories": "mode"}, {"order": "both"}, {"eps": -1.0}, {"max_steps": 0}, {"one_step_windows": 0})
+    for change in wrong:
+        with pytest.raises(ValueError, match=next(iter(change))):
+            dataclasses.replace(PROTOCOLS["thirds"], **change)
+
 
 TEXT = """
 name: early

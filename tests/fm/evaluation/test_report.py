@@ -1,7 +1,12 @@
-"""The page of an evaluation: complete, self-contained, and honest about what diverged."""
+"""The report of an evaluation: complete, self-contained, honest about what diverged; `fm score` without torch."""
 
+import csv
+import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +15,17 @@ import numpy as np
 import pytest
 from error_files import error_file
 from html_reader import Reader
+from PIL import Image
 from samples import ramp_sample
 
+from data_pipeline.files import UserError
 from fm.cli import main
 from fm.evaluation.errors import ErrorFile
 from fm.evaluation.pictures import gif
 from fm.evaluation.protocol import PROTOCOLS, load_protocol
-from fm.evaluation.report import page, write_report
-from fm.evaluation.scores import score
+from fm.evaluation.report import report_page, rescore, write_report
+from fm.evaluation.samples import Sample, load_samples, save_samples
+from fm.evaluation.scores import Scores, score
 
 ORIGIN = {"checkpoint": "runs/demo/checkpoints/step_00000150", "step": 150, "weights": "5ea1"}
 
@@ -27,7 +35,7 @@ def page_of(errors: ErrorFile, names: tuple[str, ...] = ()) -> str:
     samples = [ramp_sample(dataset=name, domain=((0.0, 1.0), (-1.0, 1.0))) for name in names]
     videos = {sample.dataset: gif(sample, side=40) for sample in samples}
     pictures = {name: gif(ramp_sample(), side=20, labeled=False) for name in ("overview", "growth", "spectra", *names)}
-    return page(errors, score(errors), samples, pictures, videos)
+    return report_page(errors, score(errors), samples, pictures, videos)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +102,7 @@ def test_the_printed_command_scores_the_stored_errors(
     (command,) = re.findall(r"^fm (score errors.*)$", (tmp_path / "index.html").read_text(), re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     assert main(command.split()) == 0
-    assert json.loads((tmp_path / "DIR" / "scores.json").read_text()) == score(errors)
+    assert Scores.load(tmp_path / "DIR" / "scores.json") == score(errors)
 
 
 @pytest.mark.parametrize("name", ["thirds", "well"])
@@ -132,7 +140,7 @@ def test_one_step_predictions_that_are_not_finite_are_counted() -> None:
 
 def test_names_are_escaped_and_missing_pictures_left_out() -> None:
     errors = replace(error_file(**{'a<i>"b': 0.5}), origin={"checkpoint": "<script>alert(1)</script>"})
-    text = page(errors, score(errors), [], {}, {})
+    text = report_page(errors, score(errors), [], {}, {})
     read = Reader(text)
     assert not read.of("script")
     assert not read.of("i")
@@ -149,3 +157,161 @@ def test_eps_is_shown_where_it_matters() -> None:
     assert "0 of 0 scores change by less than 1%: none is above that." in none
     # variance 1e-5: sqrt((1e-5 + 1e-7) / (1e-5 + 1e-5)) = 0.711
     assert Reader(small).texts.count("0.7106") == 8
+
+
+def test_a_report_can_be_made_again_from_its_own_files(tmp_path: Path) -> None:
+    errors = error_file(shear_flow=0.25)
+    write_report(tmp_path / "a", errors, score(errors), [ramp_sample(num_steps=8)])
+    files = {str(path.relative_to(tmp_path / "a")) for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    pictures = {"growth.png", "overview.png", "spectra.png", "shear_flow.png", "shear_flow.gif"}
+    assert files == {"errors.npz", "samples.npz", "scores.json", "scores.md", "index.html"} | {
+        f"pictures/{name}" for name in pictures
+    }
+    for name in pictures:
+        with Image.open(tmp_path / "a" / "pictures" / name) as opened:
+            assert opened.format == name.rpartition(".")[2].upper()
+            assert np.asarray(opened.convert("L")).std() > 5
+    stored = ErrorFile.load(tmp_path / "a" / "errors.npz")
+    write_report(tmp_path / "b", stored, score(stored), load_samples(tmp_path / "a" / "samples.npz"))
+    for name in files - {"errors.npz", "samples.npz"}:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert Scores.load(tmp_path / "b" / "scores.json") == score(errors)
+
+
+def test_without_rollouts_there_are_scores_and_growth(tmp_path: Path) -> None:
+    errors = error_file(shear_flow=0.25)
+    write_report(tmp_path, errors, score(errors), [])
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["growth.png"]
+    assert load_samples(tmp_path / "samples.npz") == []
+    assert (tmp_path / "index.html").read_text().count("<img") == 1
+
+
+def test_a_report_that_is_not_finished_has_no_scores(tmp_path: Path) -> None:
+    errors = error_file(shear_flow=0.25)
+    write_report(tmp_path, errors, score(errors), [])
+    broken = dataclasses.replace(ramp_sample(), truth=np.zeros((3, 4)))
+    with pytest.raises(ValueError, match="broadcast"):
+        write_report(tmp_path, errors, score(errors), [broken])
+    assert (tmp_path / "errors.npz").exists()
+    assert not (tmp_path / "scores.json").exists()
+
+
+WITHOUT_TORCH = """
+import sys
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ImportError("torch is not there")
+
+sys.meta_path.insert(0, NoTorch())
+from fm.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def fm(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command in a process where `import torch` raises."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """An evaluated run: errors at a variance of 1e-6 and, of one rollout, two frames."""
+    file = error_file(shear_flow=0.5, active_matter=0.25, variance=1e-6)
+    file.save(tmp_path / "run" / "report" / "errors.npz")
+    fields = np.random.default_rng(0).random((2, 16, 16))
+    sample = Sample("shear_flow", "b", 1, 0.5, (1, 9), fields, fields + 0.1, np.array([0.5, 0.5]))
+    save_samples(tmp_path / "run" / "report" / "samples.npz", [sample])
+    return tmp_path / "run"
+
+
+def test_score_writes_a_report_without_torch(run: Path, tmp_path: Path) -> None:
+    protocol = tmp_path / "early.yaml"
+    protocol.write_text('name: early\nversion: 1\nwindows: {"1:2": [1, 2]}\nmax_steps: 2\n')
+    out = tmp_path / "early"
+    done = fm("score", run, "--protocol", protocol, "--eps", "1e-5", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "protocol early v1: VRMSE in physical units, eps 1e-05" in done.stdout
+    scores = json.loads((out / "scores.json").read_text())
+    expected = 0.5 * (1e-6 / 1.1e-5) ** 0.5
+    assert scores["datasets"]["shear_flow"]["windows"]["1:2"]["median"] == pytest.approx(expected)
+    stored = ErrorFile.load(out / "errors.npz")
+    assert score(stored) == Scores.load(out / "scores.json")
+    (sample,) = load_samples(out / "samples.npz")
+    assert sample.vrmse == pytest.approx([expected, expected])
+    assert done.stdout.strip() in (out / "scores.md").read_text()
+    rows = list(csv.DictReader((out / "scores.csv").open()))
+    assert float(rows[1]["median"]) == scores["datasets"]["shear_flow"]["one_step"]["median"]
+    assert r"shear\_flow & 27 &" in (out / "scores.tex").read_text()
+    assert (out / "pictures" / "shear_flow.png").is_file()
+
+
+def test_score_prints_the_stored_files_own_scores_and_writes_nothing(run: Path) -> None:
+    before = sorted(path.name for path in (run / "report").iterdir())
+    done = fm("score", run / "report")
+    assert done.returncode == 0, done.stderr
+    assert "protocol thirds v1" in done.stdout
+    assert sorted(path.name for path in (run / "report").iterdir()) == before
+
+
+def test_compare_needs_no_torch_either(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "table.json"
+    done = fm("compare", run, run, "--labels", "a,b", "--protocol", "wavelit", "--format", "json", "--out", out)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    whole = json.loads(out.read_text())
+    assert whole["tables"][0]["head"] == ["dataset", "a", "b", "change", "persistence", "mean field"]
+    assert (
+        "shear_flow: not comparable with published scores: grid 16 x 16, published 256 x 512; 3 tr" in whole["notes"][1]
+    )
+    listed = fm("compare", "--published")
+    assert listed.returncode == 0, listed.stderr
+    assert "Walrus" in listed.stdout
+    for arguments in ((), (run, "--published")):
+        failed = fm("compare", *arguments)
+        assert (failed.returncode, failed.stderr) == (2, "error: compare: expected runs, or --published alone\n")
+
+
+@pytest.mark.parametrize("change", [{"dataset": "rayleigh_benard"}, {"trajectory": 7}, {"steps": (1, 99)}])
+def test_samples_of_another_evaluation_are_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
+) -> None:
+    stored = run / "report" / "samples.npz"
+    (sample,) = load_samples(stored)
+    save_samples(stored, [dataclasses.replace(sample, **change)])
+    assert main(["score", str(run), "--out", str(tmp_path / "out")]) == 2
+    assert f"{stored}: expected fields of rollouts in the errors.npz beside it, got" in capsys.readouterr().err
+
+
+def test_a_folder_and_a_file_are_not_taken_for_each_other(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert main(["score", str(run), "--out", str(file)]) == 2
+    assert f"--out {file}: expected a folder to write a report into, got a file" in capsys.readouterr().err
+    assert main(["compare", str(run), "--out", str(tmp_path)]) == 2
+    assert f"--out {tmp_path}: expected a file to write, got a folder" in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+
+def test_an_evaluation_is_not_replaced_by_another_protocols(run: Path) -> None:
+    done = fm("score", run, "--eps", "0", "--out", run / "report")
+    assert done.returncode == 2
+    assert "expected another folder than that of" in done.stderr
+    assert "measured under protocol thirds: that evaluation would be replaced" in done.stderr
+    assert fm("score", run, "--out", run / "report").returncode == 0
+    assert ErrorFile.load(run / "report" / "errors.npz").protocol == PROTOCOLS["thirds"]
+
+
+def test_what_was_not_measured_is_refused() -> None:
+    file = error_file(dataclasses.replace(PROTOCOLS["thirds"], max_steps=9), shear_flow=0.5)
+    with pytest.raises(UserError, match=r"protocol wavelit needs rollouts of 60 steps; these errors .* at most 9"):
+        rescore(file, "wavelit", None)
+    with pytest.raises(UserError, match="protocol well needs start 3"):
+        rescore(file, "well", None)
+    for eps in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="--eps: expected a number of at least 0, got"):
+            rescore(file, None, eps)

@@ -19,7 +19,8 @@ from data_pipeline.files import UserError, only_process
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import load_pretrained
 from fm.evaluation.errors import ErrorFile
-from fm.evaluation.evaluate import Item, divide, evaluate_model, evaluate_run, list_items
+from fm.evaluation.evaluate import evaluate_model, evaluate_run
+from fm.evaluation.parts import EvaluationPart, cut, divide
 from fm.evaluation.protocol import PROTOCOLS
 from fm.evaluation.samples import load_samples
 from fm.training.trainer import train
@@ -111,7 +112,7 @@ class Steps:
             raise KeyboardInterrupt
 
 
-def steps(item: Item) -> int:
+def steps(item: EvaluationPart) -> int:
     """Of batches of 8 windows, or of one batch of rollouts through 9 frames."""
     return -(-len(item.ids) // 8) if item.task == "one_step" else 8
 
@@ -121,7 +122,7 @@ def test_finished_parts_are_not_measured_again_and_damaged_ones_are(
 ) -> None:
     model, out = load_pretrained(run), tmp_path / "report"
     readers = open_readers(tiny_shards, DATASETS, "test")
-    (*items, last) = divide(list_items(readers, THIRDS, 8), 1)[0]
+    (*items, last) = divide(cut(readers, THIRDS, 8), 1)[0]
     whole = Steps(model)
     evaluate_model(model, readers, tmp_path / "whole", THIRDS, CPU, progress=False)
     whole.hook.remove()

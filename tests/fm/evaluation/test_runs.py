@@ -18,8 +18,8 @@ from fm.cli import main
 from fm.config import resolve
 from fm.evaluation.errors import ErrorFile
 from fm.evaluation.evaluate import evaluate_run
-from fm.evaluation.scores import score
-from fm.evaluation.tables import load_scores
+from fm.evaluation.scores import Scores, score
+from fm.evaluation.tables import load_runs
 from fm.training.trainer import train
 
 DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]
@@ -76,7 +76,7 @@ def test_a_report_that_is_not_whole_is_made_again(run: Path, tmp_path: Path, fau
     evaluate_run(run, out=out)
     assert json.loads((out / "scores.json").read_text()) == scores
     assert (out / "index.html").is_file()
-    assert score(ErrorFile.load(out / "errors.npz")) == scores
+    assert score(ErrorFile.load(out / "errors.npz")) == Scores.load(out / "scores.json")
 
 
 def test_the_same_weights_elsewhere_are_not_scored_again(
@@ -138,7 +138,7 @@ def test_a_subset_of_windows_from_a_url_says_that_it_is_not_the_full_score(
     assert [part["one_step"]["count"] for part in scores["datasets"].values()] == [3, 3]
     evaluate_run(run)
     with pytest.raises(UserError, match=r"report.errors\.npz: protocol thirds needs one_step_windows None; these"):
-        load_scores([run, tmp_path])
+        load_runs([run, tmp_path])
     with pytest.raises(UserError, match="--windows: expected at least 1 one-step window per dataset, got 0"):
         evaluate_run(run, windows=0)
 

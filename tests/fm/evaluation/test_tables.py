@@ -1,14 +1,19 @@
-"""Tables of one evaluation that say what happened."""
+"""Tables of one evaluation and of several, marks where a model diverged, and the effect of eps against its formula."""
 
+import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
+import pytest
 from error_files import error_file
 
+from data_pipeline.files import UserError
+from data_pipeline.tables import Marked, Table, render
 from fm.evaluation.errors import DatasetErrors, ErrorFile, Errors
 from fm.evaluation.protocol import PROTOCOLS
 from fm.evaluation.scores import score
-from fm.evaluation.tables import score_document, score_table
+from fm.evaluation.tables import compare_document, eps_effect, load_runs, score_document, score_table
 
 
 def cells(table: str, first: str) -> list[list[str]]:
@@ -48,5 +53,160 @@ def test_the_score_table_marks_divergence_and_missing_windows() -> None:
 def test_the_document_keeps_full_precision() -> None:
     one_step, rollout = score_document(score(error_file(shear_flow=1 / 3))).tables
     assert one_step.rows[0][:2] == ["shear_flow", 27]
-    assert one_step.rows[0][2] == score(error_file(shear_flow=1 / 3))["datasets"]["shear_flow"]["one_step"]["median"]
+    assert one_step.rows[0][2] == score(error_file(shear_flow=1 / 3)).datasets["shear_flow"].one_step.median
     assert rollout.rows[0][1:4] == ["first_third", "1-3", 3]
+
+
+def test_a_nearly_constant_channel_changes_most() -> None:
+    """active_matter's concentration has a variance of about 9e-6, its velocity of 0.3."""
+    variance = np.broadcast_to([9e-6, 0.3], (2, 9, 2)).copy()
+    errors = Errors(variance, 0.04 * variance, variance, variance)
+    names = ("concentration", "velocity_x")
+    part = DatasetErrors(names, np.arange(2), errors, errors, "x", (16, 16))
+    table = eps_effect(ErrorFile(PROTOCOLS["thirds"], {"active_matter": part}))
+    assert table.head == ["dataset", "scores", "channel", "eps 1e-07", "eps 1e-05", "ratio"]
+    blocks = ["one step", "first_third", "middle_third", "last_third"]
+    assert [row[1:3] for row in table.rows] == [[block, which] for block in blocks for which in ("all", names[0])]
+    small, large = (0.2 * math.sqrt(9e-6 / (9e-6 + eps)) for eps in (1e-7, 1e-5))
+    assert table.rows[1][3:] == pytest.approx([small, large, large / small])
+    assert table.rows[0][3:5] == pytest.approx([(small + 0.2) / 2, (large + 0.2) / 2], rel=1e-4)
+    assert 0.68 < large / small < 0.70
+
+
+def test_what_diverged_or_is_not_covered_has_no_ratio() -> None:
+    shape = (1, 9, 1)
+    ones, model = np.ones(shape), np.full(shape, np.inf)
+    errors = Errors(ones, model, ones, ones)
+    part = DatasetErrors(("a",), np.arange(1), errors, errors, "x", (16, 16))
+    table = eps_effect(ErrorFile(PROTOCOLS["wavelit"], {"shear_flow": part}), eps=(0.0, 1.0))
+    assert table.rows == [["shear_flow", "one step", "all", None, None, None]]
+
+
+RATIO = "geometric mean of the ratio to persistence"
+
+
+def stored(root: Path, **runs: ErrorFile) -> list[Path]:
+    """Run directories with these evaluations."""
+    for name, file in runs.items():
+        file.save(root / name / "report" / "errors.npz")
+    return [root / name for name in runs]
+
+
+def tables_of(**runs: ErrorFile) -> dict[str, Table]:
+    document = compare_document({name: score(file, PROTOCOLS["thirds"]) for name, file in runs.items()})
+    return {table.title: table for table in document.tables}
+
+
+def test_two_runs_have_a_change_and_the_readmes_layout() -> None:
+    runs = {
+        "pretrained": error_file(shear_flow=0.5, active_matter=0.4),
+        "finetuned": error_file(shear_flow=0.25, active_matter=0.6),
+    }
+    tables = tables_of(**runs)
+    table = tables["One step"]
+    assert table.head == ["dataset", "pretrained", "finetuned", "change", "persistence", "mean field"]
+    assert table.rows[1][0] == "shear_flow"
+    assert table.rows[1][1:] == pytest.approx([0.5, 0.25, -0.5, 1.0, 1.0], rel=1e-6)
+    assert tables["Rollout, last_third"].rows[0][:2] == ["active_matter", "7-9"]
+    assert tables["Rollout, last_third"].rows[0][4] == pytest.approx(0.5, rel=1e-6)
+    text = render(compare_document({name: score(file) for name, file in runs.items()}), "md")
+    assert "| shear_flow    |     0.5000 |    0.2500 |   -50% |      1.0000 |     1.0000 |" in text
+
+
+def test_the_summary_has_ranks_wins_and_the_geometric_mean() -> None:
+    summary = tables_of(
+        a=error_file(shear_flow=0.5, active_matter=0.4, rayleigh_benard=0.2),
+        b=error_file(shear_flow=0.25, active_matter=0.6, rayleigh_benard=0.2),
+        c=error_file(shear_flow=math.inf, active_matter=0.5, rayleigh_benard=0.1),
+    )["Summary"]
+    assert summary.head == ["scores", "run", "datasets", "diverged", "mean rank", "wins", RATIO]
+    a, b, c = summary.rows[:3]
+    assert a[:4] == ["one step", "a", 3, 0]
+    assert a[4:] == [pytest.approx((2 + 1 + 2.5) / 3), 1, pytest.approx(0.04 ** (1 / 3), rel=1e-6)]
+    assert b[4:6] == [pytest.approx((1 + 3 + 2.5) / 3), 1]
+    assert c[3:] == [27, pytest.approx((3 + 2 + 1) / 3), 1, None]
+    assert [row[0] for row in summary.rows[::3]] == ["one step", "first_third", "middle_third", "last_third"]
+
+
+def test_a_diverged_score_is_marked_and_has_no_change() -> None:
+    row = tables_of(a=error_file(shear_flow=0.5), b=error_file(shear_flow=math.inf))["One step"].rows[0]
+    assert row[2:4] == [Marked(None, "27 of 27 diverged"), None]
+
+
+def test_the_summary_counts_rollouts_that_diverged_where_the_median_does_not_tell() -> None:
+    file = error_file(shear_flow=0.5)
+    part = file.datasets["shear_flow"]
+    model = part.rollout.model.copy()
+    model[0, 7:] = np.inf
+    rollout = dataclasses.replace(part.rollout, model=model)
+    broken = dataclasses.replace(file, datasets={"shear_flow": dataclasses.replace(part, rollout=rollout)})
+    rows = tables_of(a=file, b=broken)["Summary"].rows
+    assert [(row[0], row[1], row[3]) for row in rows if row[3]] == [("last_third", "b", 1)]
+
+
+def test_a_window_that_no_run_covers_counts_for_none() -> None:
+    runs = {name: score(error_file(shear_flow=0.5), PROTOCOLS["wavelit"]) for name in ("a", "b")}
+    _, window, _, summary = compare_document(runs).tables
+    assert window.rows == [["shear_flow", "horizon is 9", None, None, None, None, None]]
+    assert summary.rows[2] == ["1:20", "a", 0, 0, None, None, None]
+
+
+def test_a_dataset_that_one_run_lacks_is_shown_and_left_out_of_the_summary() -> None:
+    runs = {"fm": error_file(shear_flow=0.5, active_matter=0.5), "bespoke": error_file(shear_flow=0.25)}
+    document = compare_document({name: score(file) for name, file in runs.items()})
+    assert document.tables[0].rows[0][2:4] == [None, None]
+    assert document.tables[0].rows[0][4] == pytest.approx(1.0, rel=1e-6)
+    assert [row[2] for row in document.tables[-1].rows] == [1] * 8
+    assert document.notes == ["Not in the summary, for not all runs have it: active_matter."]
+
+
+def test_one_run_has_its_own_table() -> None:
+    tables = tables_of(only=error_file(shear_flow=0.5))
+    assert tables["One step"].head == ["dataset", "only", "persistence", "mean field"]
+    *_, summary = tables.values()
+    assert summary.head == ["scores", "run", "datasets", "diverged", RATIO]
+
+
+def test_runs_report_folders_and_files_are_found_and_named(tmp_path: Path) -> None:
+    run, other = stored(tmp_path, one=error_file(shear_flow=0.5), persistence=error_file(shear_flow=0.25))
+    alone = tmp_path / "alone" / "errors.npz"
+    error_file(shear_flow=0.25).save(alone)
+    places = [run, other / "report", alone, run / "report" / "errors.npz"]
+    assert list(load_runs(places)) == ["one (1)", "persistence (1)", "alone", "one (2)"]
+    assert list(load_runs(places, labels=list("abcd"))) == list("abcd")
+    for labels in (["a"], ["a", "a", "b", "c"], ["a", "b", "c", "dataset"], ["a", "b", "c", ""]):
+        with pytest.raises(UserError, match=r"labels: expected 4, each once and none of dataset, steps"):
+            load_runs(places, labels=labels)
+    with pytest.raises(UserError, match=r"nowhere: expected a run that was evaluated, .* looked for .*nowhere/errors"):
+        load_runs([tmp_path / "nowhere"])
+
+
+def test_the_first_files_protocol_counts_or_the_one_that_is_asked_for(tmp_path: Path) -> None:
+    wavelit, thirds = PROTOCOLS["wavelit"], PROTOCOLS["thirds"]
+    runs = stored(tmp_path, a=error_file(wavelit, shear_flow=0.5), b=error_file(thirds, shear_flow=0.25))
+    assert {scores.protocol.name for scores in load_runs(runs).values()} == {"wavelit"}
+    assert {scores.protocol.name for scores in load_runs(runs, thirds).values()} == {"thirds"}
+    subset = dataclasses.replace(thirds, one_step_windows=4)
+    runs += stored(tmp_path, c=error_file(subset, shear_flow=0.5))
+    with pytest.raises(UserError, match=r"c/report/errors\.npz: protocol wavelit needs one_step_windows None; these"):
+        load_runs(runs)
+
+
+def test_either_statistic_can_lead(tmp_path: Path) -> None:
+    file = error_file(shear_flow=0.5)
+    file.datasets["shear_flow"].one_step.model[0, 0] = 100.0**2
+    runs = stored(tmp_path, a=file)
+    for statistic, average in (("median", np.median), ("mean", np.mean)):
+        (scores,) = load_runs(runs, statistic=statistic).values()
+        value = compare_document({"a": scores}).tables[0].rows[0][1]
+        assert value == pytest.approx(average([100.0] + [0.5] * 26), rel=1e-6)
+    with pytest.raises(UserError, match="statistic: expected one of mean, median, got 'mode'"):
+        load_runs(runs, statistic="mode")
+
+
+def test_only_the_same_data_are_compared(tmp_path: Path) -> None:
+    file = error_file(shear_flow=0.5)
+    other = dataclasses.replace(file.datasets["shear_flow"], data_digest="others")
+    runs = stored(tmp_path, a=file, b=dataclasses.replace(file, datasets={"shear_flow": other}))
+    with pytest.raises(UserError, match=r"the same shear_flow data, got shards with digests digest of sh in .* others"):
+        load_runs(runs)

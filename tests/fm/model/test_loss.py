@@ -95,13 +95,13 @@ def test_stored_errors_average_to_the_wells() -> None:
     assert squared.dtype == variance.dtype == np.float64
     errors = Errors(variance, squared, variance, variance)
     part = DatasetErrors(("a", "b", "c"), np.arange(5), errors, errors, "x", (32, 48))
-    cells = score(ErrorFile(PROTOCOLS["thirds"], {"x": part}))["datasets"]["x"]
+    cells = score(ErrorFile(PROTOCOLS["thirds"], {"x": part})).datasets["x"]
     frames = the_wells_vrmse(prediction.double(), target.double()).numpy().mean(-1)  # (R, S)
-    assert cells["one_step"]["median"] == pytest.approx(np.median(frames), rel=1e-9)
-    assert cells["one_step"]["mean"] == pytest.approx(frames.mean(), rel=1e-9)
-    last = cells["windows"]["last_third"]
-    assert (last["first"], last["last"]) == (5, 7)
-    assert last["median"] == pytest.approx(np.median(frames[:, 4:], axis=0).mean(), rel=1e-9)
+    assert cells.one_step.median == pytest.approx(np.median(frames), rel=1e-9)
+    assert cells.one_step.mean == pytest.approx(frames.mean(), rel=1e-9)
+    last = cells.windows["last_third"]
+    assert (last.first, last.last) == (5, 7)
+    assert last.median == pytest.approx(np.median(frames[:, 4:], axis=0).mean(), rel=1e-9)
 
 
 def test_the_mean_field_scores_about_one_and_a_perfect_one_zero() -> None:

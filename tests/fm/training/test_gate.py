@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from error_files import block_scores, dataset_scores, made_scores, window_scores
 
 from data_pipeline.files import UserError
 from fm.config import FinetuneSettings, ValidationSettings
@@ -16,13 +17,11 @@ def gate(limit: float = 1.2, **validation: Any) -> RegressionLimit:
 
 def validated(one_step: dict[str, float | None], rollout: list[float | None]) -> ValidationResult:
     """One-step VRMSE by dataset; the first of them has the rollout scores, one a window."""
-    datasets = {
-        name: {"one_step": {"median": value, "ratio_to_persistence": value}, "windows": {"w": None}}
-        for name, value in one_step.items()
-    }
-    first = next(iter(datasets.values()))
-    first["windows"] = {str(number): {"ratio_to_persistence": ratio} for number, ratio in enumerate(rollout)}
-    return ValidationResult({"protocol": {"name": "p", "trajectories": "median"}, "datasets": datasets}, {})
+    windows = {str(number): window_scores(ratio, ratio) for number, ratio in enumerate(rollout)}
+    datasets = {}
+    for name, value in one_step.items():
+        datasets[name] = dataset_scores(block_scores(value, value), {"w": None} if datasets else windows)
+    return ValidationResult(made_scores(datasets), {})
 
 
 def test_worsening_is_the_geometric_mean_and_its_worst_dataset_is_named() -> None:
@@ -78,6 +77,6 @@ def test_states_that_do_not_compare_are_refused() -> None:
         gate().restore(RegressionLimit(None, ValidationSettings()).state(), None, 5)
     with pytest.raises(UserError, match=r"validated with protocol, windows and rollouts \['wavelit', 64, 1\], now"):
         gate(windows=8).restore(gate_at_start().state(), None, 5)
-    with pytest.raises(UserError, match="no trajectory of the valid split covers a window of the protocol p"):
+    with pytest.raises(UserError, match="no trajectory of the valid split covers a window of the protocol thirds"):
         gate().judge(validated({"a": 0.1}, []))
     RegressionLimit(None, ValidationSettings()).restore(gate().state(), None, 5)  # no gate, nothing to restore

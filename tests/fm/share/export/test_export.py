@@ -15,7 +15,7 @@ from data_pipeline.registry import load_folders, load_registry, packaged_folder
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.cli import main
-from fm.evaluation.evaluate import Trained
+from fm.evaluation.evaluate import TrainedModel
 from fm.model.files import verify_exported
 from fm.share.export import export_run
 from fm.share.model_card import find_cards
@@ -33,7 +33,7 @@ def test_the_folder_holds_the_averaged_weights_and_lists_every_file(run: Path, a
     assert {"LICENSE", "README.md", "recipe.yaml", "scores.json", "pictures/growth.png"} <= set(files)
     assert files["model.safetensors"] == (find_checkpoint(run) / "ema.safetensors").read_bytes()
     assert files["scores.json"] == (run / "report/scores.json").read_bytes()
-    trained = Trained.open(run)
+    trained = TrainedModel.open(run)
     assert (content["step"], content["licence"], content["lineage"]) == (8, "MIT", {})
     assert sorted(content["datasets"]) == DATASETS
     maze = content["datasets"]["acoustic_scattering_maze"]
@@ -52,7 +52,7 @@ def test_the_cards_are_a_registry_by_themselves(artefact: Path) -> None:
     for name in DATASETS:
         assert own.cards[name] == packaged.cards[name]
     assert own.channel_cards == {name: packaged.channel_cards[name] for name in own.channels}
-    assert Trained.open(artefact).registry() == own
+    assert TrainedModel.open(artefact).registry() == own
 
 
 def test_an_export_scores_as_its_run_and_is_not_changed(run: Path, artefact: Path, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_an_export_scores_as_its_run_and_is_not_changed(run: Path, artefact: Pat
     assert ours["datasets"] == theirs["datasets"]
     assert ours["origin"]["weights"] == theirs["origin"]["weights"]
     assert tree(artefact) == before
-    assert Trained.open(artefact).report == Path("small_report")
+    assert TrainedModel.open(artefact).report == Path("small_report")
 
 
 def test_an_export_is_finetuned_as_its_run(run: Path, artefact: Path, tiny_shards: Path, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_the_model_card_is_valid_and_complete(artefact: Path) -> None:
 def test_the_usage_of_the_card_runs(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = re.search(r"```python\n(.*?)```", (artefact / "README.md").read_text(), re.S)
     assert code is not None
-    reader = open_readers(Trained.open(artefact).recipe.data.shards, ["helmholtz_staircase"], "test")
+    reader = open_readers(TrainedModel.open(artefact).recipe.data.shards, ["helmholtz_staircase"], "test")
     [reader] = reader.values()
     frame, constants = reader.trajectory_frames(0, 0, 1)[0], reader.constants(0)
     names = (*reader.manifest.state_channels, *reader.manifest.constant_channels)

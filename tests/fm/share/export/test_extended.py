@@ -15,7 +15,7 @@ from whole_runs import DATASETS
 
 from data_pipeline.files import UserError
 from data_pipeline.registry import load_registry
-from fm.evaluation.evaluate import Trained, evaluate_run
+from fm.evaluation.evaluate import TrainedModel, evaluate_run
 from fm.model.files import verify_exported
 from fm.model.wavelit import WaveLiTFM
 from fm.share.export import export_run
@@ -52,7 +52,7 @@ def test_a_run_and_its_export_become_the_same_model(
 def test_it_is_opened_as_an_exported_model(run: Path, extended: Path, tiny_shards: Path) -> None:
     content = verify_exported(extended)
     assert set(content["files"]) == set(tree(extended)) - {"artefact.json"}
-    source, trained = Trained.open(run), Trained.open(extended)
+    source, trained = TrainedModel.open(run), TrainedModel.open(extended)
     assert (content["name"], content["step"], content["licence"]) == ("three", 8, "MIT")
     assert content["lineage"]["weights"] == source.weights
     assert (content["lineage"]["added"], content["lineage"]["earlier"]) == ([NEW], None)

@@ -14,8 +14,8 @@ from data_pipeline.files import UserError
 from data_pipeline.well.hdf5 import split_files
 from fm.cli import main
 from fm.evaluation.errors import ErrorFile
-from fm.evaluation.scores import score
-from fm.evaluation.tables import compare_document, load_scores
+from fm.evaluation.scores import Scores, score
+from fm.evaluation.tables import compare_document, load_runs
 from fm.share.predictions import evaluate_prediction
 from fm.share.rollout import Request, predict_file
 
@@ -72,15 +72,15 @@ def test_the_report_says_what_was_scored_and_that_one_step_was_not(
     report = predicted.with_name("maze_report")
     assert "Evaluation of maze.hdf5" in (report / "index.html").read_text()
     assert "fm evaluate PRED --truth FILE --protocol thirds --split train" in (report / "index.html").read_text()
-    scores = json.loads((report / "scores.json").read_text())
+    scores = Scores.load(report / "scores.json")
     stored = ErrorFile.load(report / "errors.npz")
     assert score(stored) == scores
-    assert scores["origin"]["prediction"] == str(predicted)
-    part = scores["datasets"][MAZE]
-    assert (part["one_step"], part["horizon"], stored.datasets[MAZE].trajectories.tolist()) == (None, 8, [1])
-    assert scores["geometric_mean_ratio_to_persistence"] is None
+    assert scores.origin["prediction"] == str(predicted)
+    part = scores.datasets[MAZE]
+    assert (part.one_step, part.horizon, stored.datasets[MAZE].trajectories.tolist()) == (None, 8, [1])
+    assert scores.geometric_mean_ratio_to_persistence is None
     assert main(["score", str(report), "--eps", "1e-5"]) == 0
-    runs = load_scores([report, report])
+    runs = load_runs([report, report])
     one_step = next(table for table in compare_document(runs).tables if table.title == "One step")
     assert one_step.rows == [[MAZE, None, None, None, None, None]]
 
@@ -98,7 +98,7 @@ def test_a_rollout_that_ends_early_is_not_taken_for_a_whole_one(
     assert list(early.protocol.windows) == ["1:2"]
     whole = evaluate_prediction(predicted, maze, out=tmp_path / "whole")
     with pytest.raises(UserError, match="needs rollouts of all steps; these errors were measured under thirds with at"):
-        load_scores([whole, report])
+        load_runs([whole, report])
     own.write_text('{name: early, version: 1, windows: {"4:8": [4, 8]}}')
     with pytest.raises(UserError, match=r"rollouts of 3 steps cover no window of protocol early \(4:8\): .* --steps 8"):
         evaluate_prediction(short, maze, str(own))

@@ -1,0 +1,88 @@
+"""The error file: read as it was written, refused when damaged."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from error_files import dataset_errors
+
+from data_pipeline.files import UserError
+from fm.evaluation.errors import ErrorFile, Errors
+from fm.evaluation.protocol import PROTOCOLS, Protocol, Window
+from fm.evaluation.scores import score
+
+PLAIN = Protocol("plain", 1, {"all": Window(1, 2)}, eps=0.0)
+
+
+def test_the_error_file_comes_back_as_it_was(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rollout = rng.random((3, 5, 2))
+    rollout[1, 3:] = math.nan
+    rollout[2, 4, 1] = math.inf
+    datasets = {"shear_flow": dataset_errors(rollout, rng.random((3, 5, 2)))}
+    file = ErrorFile(PROTOCOLS["thirds"], datasets, {"checkpoint": "runs/x", "step": 40})
+    file.save(tmp_path / "errors.npz")
+    loaded = ErrorFile.load(tmp_path / "errors.npz")
+    assert (loaded.protocol, loaded.origin) == (file.protocol, file.origin)
+    ours, theirs = file.datasets["shear_flow"], loaded.datasets["shear_flow"]
+    assert (theirs.channels, theirs.data_digest) == (ours.channels, ours.data_digest)
+    for task in ("one_step", "rollout"):
+        for part in dataclasses.fields(Errors):
+            np.testing.assert_array_equal(
+                getattr(getattr(theirs, task), part.name), getattr(getattr(ours, task), part.name)
+            )
+    assert score(loaded) == score(file)
+    assert list(loaded.protocol.windows) == ["first_third", "middle_third", "last_third"]
+    file.save(tmp_path / "again.npz")
+    assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "errors.npz").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.npz", "errors.npz"]
+
+
+def test_bad_error_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "errors.npz"
+    with pytest.raises(UserError, match="expected an error file, found none"):
+        ErrorFile.load(path)
+    ErrorFile(PLAIN, {"shear_flow": dataset_errors(np.ones((1, 2, 1)))}).save(path)
+    whole = path.read_bytes()
+    for damaged in (b"", b"not a zip", whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"expected the errors\.npz of an evaluation"):
+            ErrorFile.load(path)
+    path.write_bytes(whole)
+    with np.load(path) as file:
+        arrays = dict(file)
+    name = "shear_flow/rollout/model"
+    for change in ({name: np.ones((1, 3, 1))}, {name: np.ones((1, 2))}, {"head": np.array("[]")}):
+        np.savez(path, **{**arrays, **change})
+        with pytest.raises(UserError, match=r"expected the errors\.npz of an evaluation"):
+            ErrorFile.load(path)
+    np.savez(path, **{key: array for key, array in arrays.items() if key != name})
+    with pytest.raises(UserError, match=r"expected the errors\.npz of an evaluation"):
+        ErrorFile.load(path)
+    head = json.loads(str(arrays["head"]))
+    unnamed = {"protocol": {**head["protocol"], "windows": []}}
+    for change in ({"origin": ["x"]}, unnamed):
+        np.savez(path, **{**arrays, "head": np.array(json.dumps({**head, **change}))})
+        with pytest.raises(UserError, match=r"expected the errors\.npz of an evaluation"):
+            ErrorFile.load(path)
+    np.savez(path, **{**arrays, "shear_flow/trajectories": np.zeros(0, np.int64)})
+    with pytest.raises(UserError, match=r"shear_flow: \(0,\) trajectory ids for 1 rollouts"):
+        ErrorFile.load(path)
+    np.savez(path, head=np.array(json.dumps({"format": 99})))
+    with pytest.raises(UserError, match="format 2, got 99"):
+        ErrorFile.load(path)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "", "growth", "overview", "spectra", 'a"b'])
+def test_names_that_pictures_cannot_have_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "errors.npz"
+    ErrorFile(PLAIN, {name: dataset_errors(np.ones((1, 2, 1)))}).save(path)
+    with pytest.raises(UserError, match=r"expected the errors\.npz of an evaluation, got ValueError.*expected a"):
+        ErrorFile.load(path)
+    part = dataclasses.replace(dataset_errors(np.ones((1, 2, 1))), channels=("../up",))
+    ErrorFile(PLAIN, {"shear_flow": part}).save(path)
+    with pytest.raises(UserError, match=r"expected a name of letters, digits, .*got '\.\./up'"):
+        ErrorFile.load(path)
