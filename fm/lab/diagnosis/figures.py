@@ -9,19 +9,19 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
+from fm.evaluation.plots import BLUE, GREEN, INK, LIGHT_GRAY, ORANGE, TEXT_SIZE, TRUTH, log_ticks, style_panel
 from fm.lab.diagnosis.growth import GROWING, UNRELATED
 from fm.lab.diagnosis.quantities import Diagnosis
 
 DPI = 200
-TEXT_SIZE = 8.0
 WIDTH = 7.2  # inches
 LEAST_SHARE = 1e-9  # of the strongest ring of a spectrum: weaker power is rounding
 LINE = 1.3
-INK, FAINT, TRUTH, MODEL, ERROR, OTHER = "#222222", "#dcdcdc", "#444444", "#0072b2", "#d55e00", "#009e73"
-LEVELS = ("#6a1f8a", "#c23b75", "#f08a4b")  # of wavelet details, coarse to fine
-LEGEND = {"ncols": 4, "fontsize": TEXT_SIZE - 1, "frameon": False, "labelcolor": INK, "handlelength": 1.5}
+MODEL, ERROR = BLUE, ORANGE
+LEVELS = (BLUE, GREEN, ORANGE)  # of wavelet details, coarse to fine
+LEGEND = {"ncols": 4, "fontsize": TEXT_SIZE - 0.5, "frameon": False, "handlelength": 1.5}
 NARROW = {"handlelength": 1.1, "columnspacing": 0.9}
 
 
@@ -43,7 +43,7 @@ def draw_sheet(diagnosis: Diagnosis) -> Figure:
     names = figure_names(diagnosis)
     heights = [FIGURES[name][0] for name in names]
     figure = _figure(sum(heights) + 0.3)
-    figure.suptitle(f"{diagnosis.dataset}: rollouts diagnosed", fontsize=TEXT_SIZE + 2, color=INK)
+    figure.suptitle(f"{diagnosis.dataset}: rollouts diagnosed", fontsize=TEXT_SIZE + 2)
     parts: Any = figure.subfigures(len(names), 1, height_ratios=heights)
     for part, name in zip(parts, names, strict=True):
         FIGURES[name][1](diagnosis, part)
@@ -68,7 +68,7 @@ def _draw_growth(diagnosis: Diagnosis, figure: Figure | SubFigure) -> None:
             left.plot(steps[:last], curve[:last], color=INK, linewidth=1, linestyle=dashes)
         left.plot([], [], color=INK, linewidth=1, linestyle=dashes, label=f"fit, L = {fit.factor:.2f}")
     left.axhline(UNRELATED, color=INK, linewidth=0.6)
-    left.axhspan(GROWING, UNRELATED, color=FAINT, alpha=0.4, linewidth=0)
+    left.axhspan(GROWING, UNRELATED, color=LIGHT_GRAY, alpha=0.4, linewidth=0)
     _annotate(left, steps[-1], UNRELATED / 1.05, "two unrelated states", ha="right", va="top")
     _finish(left, "rms error, std", log=True, steps=diagnosis.num_steps)
     _plot(right, steps, growth.vrmse, "rollout", MODEL)
@@ -117,11 +117,8 @@ def _draw_spectra(diagnosis: Diagnosis, figure: Figure | SubFigure) -> None:
         ):
             axes.plot(spectra.wavenumber, values[index], color=color, linewidth=LINE, label=label)
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_locator(NullLocator())
-        place = {"ha": "right", "va": "top", "transform": axes.transAxes}
-        axes.text(0.97, 0.97, f"step {step}", fontsize=TEXT_SIZE, color=INK, **place)
+        log_ticks(axes.xaxis, (1, 2, 5))
+        axes.text(0.97, 0.97, f"step {step}", fontsize=TEXT_SIZE, ha="right", va="top", transform=axes.transAxes)
         _finish(axes, "power" if index == 0 else "", log=True, across="wavenumber")
     highest = max(float(part[np.isfinite(part)].max(initial=0.0)) for part in (spectra.truth, spectra.prediction))
     lowest = min(float(part[part > 0].min(initial=1.0)) for part in (spectra.truth, spectra.error))
@@ -150,7 +147,7 @@ def _draw_conservation(diagnosis: Diagnosis, figure: Figure | SubFigure) -> None
         frames = np.arange(drift.truth.shape[1])
         _plot(axes, frames, drift.prediction, "prediction", MODEL)
         _plot(axes, frames, drift.truth, "truth", TRUTH)
-        axes.set_title("\n".join(wrap(drift.label, 80 // len(panels))), fontsize=TEXT_SIZE, color=INK)
+        axes.set_title("\n".join(wrap(drift.label, 80 // len(panels))), fontsize=TEXT_SIZE)
         _finish(axes, drift.unit, log=False, steps=diagnosis.num_steps)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", **LEGEND)
 
@@ -160,11 +157,11 @@ def _draw_floors(diagnosis: Diagnosis, figure: Figure | SubFigure) -> None:
     rows = {
         "mean field": (1.0, TRUTH),
         "persistence": (floors.persistence, TRUTH),
-        "best pointwise linear map": (floors.pointwise, OTHER),
+        "best pointwise linear map": (floors.pointwise, GREEN),
         "model": (floors.model, MODEL),
     }
     axes = figure.subplots()
-    style: dict[str, Any] = {"va": "center", "fontsize": TEXT_SIZE, "color": INK}
+    style: dict[str, Any] = {"va": "center", "fontsize": TEXT_SIZE}
     for place, (value, color) in enumerate(rows.values()):
         axes.plot(value, place, "o", color=color, markersize=5.5)
         axes.annotate(f"{value:.2g}", (value, place), xytext=(7, 0), textcoords="offset points", **style)
@@ -193,31 +190,25 @@ def _plot(axes: Axes, steps: np.ndarray, rows: np.ndarray, label: str, color: st
 
 
 def _finish(axes: Axes, label: str, *, log: bool, steps: int = 0, across: str = "step") -> None:
-    """Set labels, ticks, grid and spines."""
-    axes.set_xlabel(across, fontsize=TEXT_SIZE, color=INK)
-    axes.set_ylabel(label, fontsize=TEXT_SIZE, color=INK)
+    """Set the labels, the scale of y, the ticks and the frame; the x axis counts `steps`, if given."""
+    style_panel(axes)
+    axes.set_xlabel(across, fontsize=TEXT_SIZE)
+    axes.set_ylabel(label, fontsize=TEXT_SIZE)
     if log:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
-        decades = LogLocator(subs=(1, 3) if high / low < 300 else (1,))
-        axes.yaxis.set_major_locator(decades if high / low > 10 else MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
+        log_ticks(axes.yaxis, (1, 3) if high / low < 300 else (1,))
+        if high / low <= 10:  # too few powers of ten for ticks at their multiples
+            axes.yaxis.set_major_locator(MaxNLocator(5))
     if steps:
         axes.set_xlim(0, max(steps, 2) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.grid(True, which="major", linewidth=0.4, color=FAINT)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", labelsize=TEXT_SIZE - 1, width=0.5, length=2.5, colors=INK)
-    for name, spine in axes.spines.items():
-        spine.set_visible(name in ("left", "bottom"))
-        spine.set_color(INK)
-        spine.set_linewidth(0.5)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _annotate(axes: Axes, x: float, y: float, text: str, ha: str, va: str) -> None:
     halo = withStroke(linewidth=2.5, foreground="white")  # a line may run behind the text
-    axes.text(x, y, text, ha=ha, va=va, fontsize=TEXT_SIZE - 1, color=INK, path_effects=[halo])
+    axes.text(x, y, text, ha=ha, va=va, fontsize=TEXT_SIZE - 0.5, path_effects=[halo])
 
 
 def _legend(axes: Axes, **style: float) -> None:

@@ -3,16 +3,16 @@
 A sentence follows from the numbers by a threshold that it names or that stands here.
 """
 
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.files import atomic_file
+from data_pipeline.files import write_whole
 from data_pipeline.tables import Table
 from fm.evaluation.page import Facts, PageTable, Picture, Section, render_page
+from fm.evaluation.plots import encode, rasterize
 from fm.lab.diagnosis.figures import DPI, draw, draw_sheet, figure_names
 from fm.lab.diagnosis.growth import UNRELATED, Stability, mean_factor, why_unfitted
 from fm.lab.diagnosis.quantities import Bands, Diagnosis, Drift, Floors
@@ -49,20 +49,18 @@ CAPTIONS = {
 
 def write_diagnosis(diagnosis: Diagnosis, out: Path) -> Path:
     """Write <out>/<dataset>.{json,png,html}, print findings and key numbers, and return the HTML file's path."""
-    found, name = findings(diagnosis), diagnosis.dataset
-    content = {**diagnosis.to_json(), "findings": found}
-    with atomic_file(out / f"{name}.json") as file:
-        file.write(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False).encode() + b"\n")
-    with atomic_file(out / f"{name}.png") as file:
-        draw_sheet(diagnosis).savefig(file, format="png", dpi=DPI)
-    with atomic_file(out / f"{name}.html") as file:
-        file.write(page(diagnosis, found).encode())
+    found = findings(diagnosis)
+    numbers = json.dumps({**diagnosis.to_json(), "findings": found}, indent=1, allow_nan=False, ensure_ascii=False)
+    html = out / f"{diagnosis.dataset}.html"
+    write_whole(html.with_suffix(".json"), f"{numbers}\n".encode())
+    write_whole(html.with_suffix(".png"), encode(rasterize(draw_sheet(diagnosis), DPI)))
+    write_whole(html, page(diagnosis, found).encode())
     print("\n".join(f"{subject}: {text}" for subject, text in found.items()), end="\n\n")
     rows = key_numbers(diagnosis)
     width = max(map(len, rows))
     print("\n".join(f"{quantity:<{width}}  {value}" for quantity, value in rows.items()), end="\n\n")
-    print(f"diagnosis: {out / name}.html")
-    return out / f"{name}.html"
+    print(f"diagnosis: {html}")
+    return html
 
 
 def page(diagnosis: Diagnosis, found: Mapping[str, str]) -> str:
@@ -72,9 +70,8 @@ def page(diagnosis: Diagnosis, found: Mapping[str, str]) -> str:
     told.append(("length", f"{diagnosis.num_steps} steps of {diagnosis.dt:g}"))
     sections = [Section("findings", "Findings", [Facts(list(found.items()))])]
     for name in figure_names(diagnosis):
-        image = io.BytesIO()
-        draw(name, diagnosis).savefig(image, format="png", dpi=DPI)
-        picture = Picture(image.getvalue(), f"{TITLES[name]} of {diagnosis.dataset}", CAPTIONS[name], zoom=ZOOM)
+        image = encode(rasterize(draw(name, diagnosis), DPI))
+        picture = Picture(image, f"{TITLES[name]} of {diagnosis.dataset}", CAPTIONS[name], zoom=ZOOM)
         sections.append(Section(name, TITLES[name], [picture]))
     numbers = Table("", ["quantity", "value"], list(key_numbers(diagnosis).items()))
     sections.append(Section("numbers", "Numbers", [PageTable(numbers, "The numbers behind the findings.")]))
