@@ -1,13 +1,10 @@
-"""What a run has learnt of each dataset, against how much of it the run has seen: read from its directory.
+"""Compare a run on several datasets together with runs on one dataset each: does training together help or hurt?
 
-Does training on datasets together help or hurt, and whom? A joint run beside runs of one dataset each.
+A joint run and a bespoke run are compared after equal numbers of training windows of the bespoke run's dataset: the
+largest number that both have reached. The joint run has by then also trained on windows of the other datasets. The
+ratio of the two VRMSEs shows whether that helped.
 
-They are compared at equal numbers of training windows of that dataset: the largest that both have reached. By then the
-joint run has trained on windows of the other datasets as well; whether that helped is the ratio.
-
-Learning curves of a joint run beside those of runs of one dataset, one panel a dataset.
-
-`fm transfer`: the comparison of fm/lab/transfer.py as a table, a file for programs and pictures.
+`transfer` reads the runs from their directories, prints a table, and writes a report with learning curves.
 """
 
 import json
@@ -19,28 +16,86 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from data_pipeline.files import UserError, atomic_file
+from data_pipeline.files import UserError, write_whole
 from data_pipeline.tables import Document, Marked, Table, render
 from fm.checkpoint import find_checkpoint, load_pretrained, read_state
 from fm.config import Recipe, changed_settings, recipe_to_dict, resolve
-from fm.evaluation.plots import Cosines, cosine_figure, mean_cosines
+from fm.evaluation.plots import (
+    BLUE,
+    DOTTED,
+    GRAY,
+    ORANGE,
+    Cosines,
+    cosine_figure,
+    encode,
+    log_ticks,
+    mean_cosines,
+    panel_figure,
+    rasterize,
+    style_panel,
+)
 from fm.evaluation.scores import geometric_mean
 from fm.training.runlog import parse_lines
+
+DPI = 160
+HELPS, HURTS = 0.97, 1.03  # joint VRMSE / bespoke VRMSE; a ratio between them counts as equal
+VERDICTS = ("helps", "equal", "hurts", "neither finite", "not comparable")
+HEAD = (
+    "dataset",
+    "bespoke run",
+    "windows seen",
+    "joint",
+    "bespoke",
+    "joint / bespoke",
+    "verdict",
+    "bespoke parameters",
+)
+COSINES = ("cosine, last", "cosine, mean")
+# Settings that may differ without a note: they change what is written, not what is learned.
+UNREMARKABLE = ("run.name", "run.dir", "run.stop_at", "data.", "checkpoint.", "validation.", "tracking.", "guard.")
+
+
+def transfer(joint: Path, bespoke: Sequence[Path], out: Path | None = None, form: str = "md") -> str:
+    """Compare a run on several datasets with runs on one each; return the table in the format `form`.
+
+    Writes transfer.md, transfer.json, transfer.png and, if there are cosines, cosines.png into `out`, by default
+    <joint>/report/transfer. Raises UserError if the runs cannot be compared.
+    """
+    together, alone = read_run(joint), [read_run(path) for path in bespoke]
+    comparisons = sorted((compare(together, run) for run in alone), key=lambda one: one.dataset)
+    document = describe(together, comparisons)
+    text = render(document, form)
+    out = out or joint / "report" / "transfer"
+    figures = {"transfer": transfer_figure(together, comparisons)}
+    if together.cosines:
+        steps = [step for step, _ in together.cosines]
+        title = f"mean of {len(steps)} measurements, steps {steps[0]} to {steps[-1]}"
+        figures["cosines"] = cosine_figure(mean_cosines([cosines for _, cosines in together.cosines]), title)
+    # transfer.json is removed first and written last: a folder that has it is complete.
+    (out / "transfer.json").unlink(missing_ok=True)
+    for name, figure in figures.items():
+        write_whole(out / f"{name}.png", encode(rasterize(figure, DPI)))
+    pictures = "\n".join(f"![{name}]({name}.png)\n" for name in figures)
+    write_whole(out / "transfer.md", f"# Transfer\n\n{render(document, 'md')}\n{pictures}".encode())
+    numbers = json.dumps(_to_json(together, comparisons), indent=1, allow_nan=False)
+    write_whole(out / "transfer.json", f"{numbers}\n".encode())
+    return text
 
 
 @dataclass(frozen=True, eq=False)
 class LearningCurve:
-    """One-step VRMSE of a dataset's validations, against the windows of it that the run was trained on by then."""
+    """One-step VRMSE of a dataset's validations against the number of its windows that the run had trained on."""
 
     windows: np.ndarray  # (n,), ascending, above 0
-    vrmse: np.ndarray  # (n,); inf where a prediction was not finite
+    vrmse: np.ndarray  # (n,); inf if a prediction was not finite
 
     def at(self, windows: float) -> float:
-        """VRMSE at a number of windows between the first and the last; linear in its logarithm between validations."""
+        """Return the VRMSE after a number of windows between the first and the last validation.
+
+        Between validations it is linear in the logarithm of the number of windows.
+        """
         assert self.windows[0] <= windows <= self.windows[-1]
         before = int(np.searchsorted(self.windows, windows, side="right")) - 1
         if self.windows[before] == windows:
@@ -53,7 +108,7 @@ class LearningCurve:
 
 @dataclass(frozen=True, eq=False)
 class TrainedRun:
-    """What a run directory says of its training."""
+    """The training of a run, as its directory records it."""
 
     path: Path
     recipe: Recipe
@@ -64,7 +119,7 @@ class TrainedRun:
 
 
 def read_run(path: Path) -> TrainedRun:
-    """UserError where the directory is no run's, its logs have gaps, or it was never validated."""
+    """Read a run directory. Raises UserError if it is none, its logs have gaps, or it was never validated."""
     for name in ("log.jsonl", "events.jsonl"):
         if not (path / name).is_file():
             raise UserError(f"{path}: not a run directory, it has no {name}. Expected one such as runs/quickstart")
@@ -90,7 +145,7 @@ def read_run(path: Path) -> TrainedRun:
 
 
 def _windows_seen(log: Path, last: int, batch: int) -> dict[str, np.ndarray]:
-    """By dataset, the windows drawn after 0, 1, ... `last` steps, (last + 1,)."""
+    """Return, by dataset, the number of windows drawn after 0, 1, ... `last` steps, (last + 1,)."""
     lines, _ = parse_lines(log.read_text(errors="replace"))
     lines = lines[:last]
     if [line["step"] for line in lines] != list(range(1, last + 1)):
@@ -100,7 +155,7 @@ def _windows_seen(log: Path, last: int, batch: int) -> dict[str, np.ndarray]:
         )
     drawn: dict[str, np.ndarray] = {}
     for line in lines:
-        for name in line["dataset"].split("+"):  # one per draw
+        for name in line["dataset"].split("+"):  # one name per draw
             drawn.setdefault(name, np.zeros(last + 1, np.int64))[line["step"]] += batch
     return {name: np.cumsum(counts) for name, counts in drawn.items()}
 
@@ -115,28 +170,24 @@ def _curves(validations: Mapping[int, Mapping[str, Any]], seen: Mapping[str, np.
     return {name: LearningCurve(*np.array(found, np.float64).T) for name, found in points.items()}
 
 
-HELPS, HURTS = 0.97, 1.03  # joint VRMSE / bespoke VRMSE, below and above which the difference has a name
-VERDICTS = ("helps", "equal", "hurts", "neither finite", "not comparable")
-
-
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """One dataset in the joint run and in one of its own, after `windows` of its windows each."""
+    """One dataset in the joint run and in a bespoke run, after `windows` of its windows each."""
 
     dataset: str
     bespoke: TrainedRun
     windows: int | None  # None: the two have no number of windows in common
-    joint_vrmse: float  # inf where a prediction was not finite, NaN where there is no common number
+    joint_vrmse: float  # inf if a prediction was not finite, NaN if there is no common number
     bespoke_vrmse: float
 
     @property
     def ratio(self) -> float:
-        """Joint over bespoke; NaN where neither is finite."""
+        """Joint over bespoke; NaN if neither is finite."""
         return self.joint_vrmse / self.bespoke_vrmse
 
     @property
     def verdict(self) -> str:
-        """What training together does: one of VERDICTS."""
+        """The effect of training together, one of VERDICTS."""
         if self.windows is None:
             return "not comparable"
         if math.isnan(self.ratio):
@@ -145,8 +196,18 @@ class Comparison:
 
 
 def compare(joint: TrainedRun, bespoke: TrainedRun) -> Comparison:
-    """The dataset of `bespoke` in both runs. UserError where the two do not compare."""
-    dataset = _only_dataset(joint, bespoke)
+    """Compare the dataset of `bespoke` in both runs. Raises UserError if the two runs do not compare."""
+    if len(bespoke.shards) != 1:
+        raise UserError(
+            f"transfer: expected runs of one dataset after the first, got {bespoke.path} of "
+            f"{', '.join(sorted(bespoke.shards))}; make them with 'data.datasets=[NAME]' run.name=bespoke_NAME"
+        )
+    (dataset,) = bespoke.shards
+    if dataset not in joint.shards:
+        raise UserError(
+            f"transfer: expected a run of one of the datasets of {joint.path} ({', '.join(sorted(joint.shards))}), got "
+            f"{bespoke.path} of {dataset}; leave it out"
+        )
     for key in ("windows", "protocol"):
         ours, theirs = getattr(joint.recipe.validation, key), getattr(bespoke.recipe.validation, key)
         if ours != theirs:
@@ -159,133 +220,27 @@ def compare(joint: TrainedRun, bespoke: TrainedRun) -> Comparison:
             f"transfer: expected the same {dataset} data, got shards with digests {joint.shards[dataset][:12]} in "
             f"{joint.path} and {bespoke.shards[dataset][:12]} in {bespoke.path}; train both on the same data.shards"
         )
-    windows = _common(joint.curves.get(dataset), bespoke.curves.get(dataset))
-    if windows is None:
-        return Comparison(dataset, bespoke, None, math.nan, math.nan)
-    return Comparison(dataset, bespoke, int(windows), *(run.curves[dataset].at(windows) for run in (joint, bespoke)))
-
-
-def _only_dataset(joint: TrainedRun, bespoke: TrainedRun) -> str:
-    if len(bespoke.shards) != 1:
-        raise UserError(
-            f"transfer: expected runs of one dataset after the first, got {bespoke.path} of "
-            f"{', '.join(sorted(bespoke.shards))}; make them with 'data.datasets=[NAME]' run.name=bespoke_NAME"
-        )
-    (dataset,) = bespoke.shards
-    if dataset not in joint.shards:
-        raise UserError(
-            f"transfer: expected a run of one of the datasets of {joint.path} ({', '.join(sorted(joint.shards))}), got "
-            f"{bespoke.path} of {dataset}; leave it out"
-        )
-    return dataset
-
-
-def _common(joint: LearningCurve | None, bespoke: LearningCurve | None) -> float | None:
-    """The largest number of windows that both curves reach, None where one ends before the other begins."""
-    if joint is None or bespoke is None:
-        return None
-    reached = min(joint.windows[-1], bespoke.windows[-1])
-    return float(reached) if reached >= max(joint.windows[0], bespoke.windows[0]) else None
-
-
-# Distinct to colour-blind readers (Okabe and Ito 2008).
-JOINT, BESPOKE, MARK = "#0072B2", "#D55E00", "#595959"
-
-
-def transfer_figure(joint: TrainedRun, comparisons: Sequence[Comparison]) -> Figure:
-    """VRMSE against windows of the dataset seen, four panels a row; a line marks where the two were compared."""
-    names = sorted({one.dataset for one in comparisons})
-    columns = min(4, len(names))
-    rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(max(2.45 * columns, 3.4), 1.95 * rows + 0.55), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, name in zip(grid, names, strict=False):
-        _panel(axes, joint.curves.get(name), [one for one in comparisons if one.dataset == name])
-        axes.set_title(name, fontsize=8)
-    for axes in grid[len(names) :]:
-        axes.set_visible(False)
-    for axes in grid[::columns]:
-        axes.set_ylabel("VRMSE", fontsize=8)
-    for axes in grid[len(names) - columns : len(names)]:
-        axes.set_xlabel("windows of it seen", fontsize=8)
-    handles, labels = [], []
-    for axes in grid:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            if label not in labels:
-                handles.append(handle)
-                labels.append(label)
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
-    return figure
-
-
-def _panel(axes: Axes, joint: LearningCurve | None, comparisons: Sequence[Comparison]) -> None:
-    dataset = comparisons[0].dataset
-    if joint is not None:
-        _draw(axes, joint, JOINT, "together")
-    for one in comparisons:
-        if one.windows is not None:
-            axes.axvline(one.windows, color=MARK, linewidth=0.8, linestyle=(0, (1, 1.5)), label="compared here")
-        if dataset in one.bespoke.curves:
-            _draw(axes, one.bespoke.curves[dataset], BESPOKE, "alone")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axis.set_major_formatter(FormatStrFormatter("%g"))
-        axis.set_minor_formatter(NullFormatter())
-    axes.grid(True, which="major", linewidth=0.3, color="#D0D0D0")
-    axes.tick_params(labelsize=7, width=0.5, length=2.5)
-
-
-def _draw(axes: Axes, curve: LearningCurve, colour: str, label: str) -> None:
-    shown = np.where(np.isfinite(curve.vrmse), curve.vrmse, np.nan)
-    axes.plot(curve.windows, shown, "o-", color=colour, markersize=2.5, linewidth=1.2, label=label)
-
-
-DPI = 160
-HEAD = (
-    "dataset",
-    "bespoke run",
-    "windows seen",
-    "joint",
-    "bespoke",
-    "joint / bespoke",
-    "verdict",
-    "bespoke parameters",
-)
-COSINES = ("cosine, last", "cosine, mean")
-# Settings in which two runs may differ without a word: they change what is written, not what is learnt.
-_UNREMARKABLE = ("run.name", "run.dir", "run.stop_at", "data.", "checkpoint.", "validation.", "tracking.", "guard.")
-
-
-def transfer(joint: Path, bespoke: Sequence[Path], out: Path | None = None, form: str = "md") -> str:
-    """Compare a run of several datasets with runs of one each; returns the table in the format `form`.
-
-    Writes transfer.md, transfer.json, transfer.png and, where there are cosines, cosines.png into `out`, which defaults
-    to <joint>/report/transfer. UserError where the runs do not compare.
-    """
-    together, alone = read_run(joint), [read_run(path) for path in bespoke]
-    comparisons = sorted((compare(together, run) for run in alone), key=lambda one: one.dataset)
-    document = describe(together, comparisons)
-    text = render(document, form)
-    _write(out or joint / "report" / "transfer", together, comparisons, document)
-    return text
+    curves = [run.curves[dataset] for run in (joint, bespoke) if dataset in run.curves]
+    if len(curves) == 2:
+        windows = min(curve.windows[-1] for curve in curves)
+        if windows >= max(curve.windows[0] for curve in curves):  # else one ends before the other begins
+            return Comparison(dataset, bespoke, int(windows), *(curve.at(windows) for curve in curves))
+    return Comparison(dataset, bespoke, None, math.nan, math.nan)
 
 
 def describe(joint: TrainedRun, comparisons: Sequence[Comparison]) -> Document:
-    """The comparisons as a table, with remarks."""
+    """Return the comparisons as a table, with notes."""
     validation, measured = joint.recipe.validation, [cosines for _, cosines in joint.cosines]
     last, mean = (measured[-1].with_others(), mean_cosines(measured).with_others()) if measured else ({}, {})
-    rows = [
-        [
-            *(one.dataset, str(one.bespoke.path), one.windows),
-            *(_shown(value) for value in (one.joint_vrmse, one.bespoke_vrmse)),
-            *(_finite(one.ratio), one.verdict, one.bespoke.parameters),
-            *([_finite(last[one.dataset]), _finite(mean[one.dataset])] if measured else []),
+    rows = []
+    for one in comparisons:
+        scores = [
+            Marked(None, "not finite") if math.isinf(vrmse) else _finite(vrmse)
+            for vrmse in (one.joint_vrmse, one.bespoke_vrmse)
         ]
-        for one in comparisons
-    ]
+        row = [one.dataset, str(one.bespoke.path), one.windows, *scores, _finite(one.ratio), one.verdict]
+        cosines = [_finite(last[one.dataset]), _finite(mean[one.dataset])] if measured else []
+        rows.append([*row, one.bespoke.parameters, *cosines])
     about = (
         f"Validation VRMSE, one step, averaged weights, {validation.windows} windows a dataset, protocol "
         f"{validation.protocol}; lower is better. {joint.path}, {joint.parameters} parameters, was trained on "
@@ -296,19 +251,22 @@ def describe(joint: TrainedRun, comparisons: Sequence[Comparison]) -> Document:
 
 
 def _notes(joint: TrainedRun, comparisons: Sequence[Comparison]) -> list[str]:
-    notes = [_summary(comparisons)]
-    notes.append(
+    notes = [
+        _summary(comparisons),
         f"joint / bespoke below {HELPS}: training together helps; above {HURTS}: it hurts. Between validations VRMSE "
-        "is linear in the logarithm of the windows seen; beyond them nothing is said."
-    )
-    notes.append(
+        "is linear in the logarithm of the windows seen; beyond them there is no comparison.",
         f"cosine: of the dataset's gradient with the others', their mean, in the last and over all of "
         f"{len(joint.cosines)} measurements."
         if joint.cosines
-        else "No cosines of gradients: the joint run has measured none (tracking.gradient_cosine_every)."
-    )
+        else "No cosines of gradients: the joint run has measured none (tracking.gradient_cosine_every).",
+    ]
     notes += [_ranges(joint, one) for one in comparisons if one.windows is None]
-    notes += _differences(joint, comparisons)
+    runs: dict[str, list[str]] = {}
+    for run in (one.bespoke for one in comparisons):
+        lines = changed_settings(recipe_to_dict(run.recipe), recipe_to_dict(joint.recipe))
+        if different := "; ".join(line for line in lines if not line.startswith(UNREMARKABLE)):
+            runs.setdefault(different, []).append(str(run.path))
+    notes += [f"Settings of {', '.join(paths)} -> {joint.path}: {different}." for different, paths in runs.items()]
     missing = sorted(joint.shards.keys() - {one.dataset for one in comparisons})
     if missing:
         command = f"accelerate launch RECIPE 'data.datasets=[{missing[0]}]' run.name=bespoke_{missing[0]}"
@@ -328,7 +286,7 @@ def _summary(comparisons: Sequence[Comparison]) -> str:
 
 
 def _ranges(joint: TrainedRun, one: Comparison) -> str:
-    """Why two curves have no point in common."""
+    """Explain why two curves have no point in common."""
 
     def reach(run: TrainedRun) -> str:
         curve = run.curves.get(one.dataset)
@@ -340,32 +298,34 @@ def _ranges(joint: TrainedRun, one: Comparison) -> str:
     )
 
 
-def _differences(joint: TrainedRun, comparisons: Sequence[Comparison]) -> list[str]:
-    """What else is not the same in the recipes, for people to judge."""
-    runs: dict[str, list[str]] = {}
-    for run in (one.bespoke for one in comparisons):
-        lines = changed_settings(recipe_to_dict(run.recipe), recipe_to_dict(joint.recipe))
-        told = [line for line in lines if not line.startswith(_UNREMARKABLE)]
-        if told:
-            runs.setdefault("; ".join(told), []).append(str(run.path))
-    return [f"Settings of {', '.join(paths)} -> {joint.path}: {told}." for told, paths in runs.items()]
+def transfer_figure(joint: TrainedRun, comparisons: Sequence[Comparison]) -> Figure:
+    """Draw VRMSE against windows of the dataset seen, a panel a dataset; a line marks where the two were compared."""
+    names = sorted({one.dataset for one in comparisons})
+    figure, panels = panel_figure(len(names), 1.95, ("windows of it seen", "VRMSE"))
+    legend: dict[str, Any] = {}
+    for axes, name in zip(panels, names, strict=True):
+        axes.set_title(name, fontsize=8)
+        if name in joint.curves:
+            _draw(axes, joint.curves[name], BLUE, "together")
+        for one in (one for one in comparisons if one.dataset == name):
+            if one.windows is not None:
+                axes.axvline(one.windows, color=GRAY, linewidth=0.8, linestyle=DOTTED, label="compared here")
+            if name in one.bespoke.curves:
+                _draw(axes, one.bespoke.curves[name], ORANGE, "alone")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        log_ticks(axes.xaxis, (1, 2, 3, 5))
+        log_ticks(axes.yaxis, (1, 2, 3, 5))
+        style_panel(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        legend = dict(zip(labels, handles, strict=True)) | legend
+    figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    return figure
 
 
-def _write(out: Path, joint: TrainedRun, comparisons: Sequence[Comparison], document: Document) -> None:
-    """An older transfer.json goes first, the new one comes last: where it is, all is."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "transfer.json").unlink(missing_ok=True)
-    figures = {"transfer": transfer_figure(joint, comparisons)}
-    if joint.cosines:
-        steps = [step for step, _ in joint.cosines]
-        title = f"mean of {len(steps)} measurements, steps {steps[0]} to {steps[-1]}"
-        figures["cosines"] = cosine_figure(mean_cosines([cosines for _, cosines in joint.cosines]), title)
-    for name, figure in figures.items():
-        with atomic_file(out / f"{name}.png") as file:
-            figure.savefig(file, format="png", dpi=DPI)
-    pictures = "\n".join(f"![{name}]({name}.png)\n" for name in figures)
-    _write_text(out / "transfer.md", f"# Transfer\n\n{render(document, 'md')}\n{pictures}")
-    _write_text(out / "transfer.json", json.dumps(_to_json(joint, comparisons), indent=1, allow_nan=False) + "\n")
+def _draw(axes: Axes, curve: LearningCurve, color: str, label: str) -> None:
+    shown = np.where(np.isfinite(curve.vrmse), curve.vrmse, np.nan)
+    axes.plot(curve.windows, shown, "o-", color=color, markersize=2.5, linewidth=1.2, label=label)
 
 
 def _to_json(joint: TrainedRun, comparisons: Sequence[Comparison]) -> dict[str, Any]:
@@ -396,14 +356,5 @@ def _run_to_json(run: TrainedRun) -> Mapping[str, Any]:
     return {"run": str(run.path), "parameters": run.parameters, "curves": curves}
 
 
-def _shown(vrmse: float) -> float | Marked | None:
-    return Marked(None, "not finite") if math.isinf(vrmse) else _finite(vrmse)
-
-
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_file(path) as file:
-        file.write(text.encode())
