@@ -124,6 +124,7 @@ def test_the_keys_of_the_scores_file_keep_their_order(tmp_path: Path) -> None:
         ("{", r"Invalid JSON"),
         ("{}", r"format: Field required"),
         ('{"format": 2, "origin": [], "protocol": {"name": "x"}}', r"origin: Input should be an object"),
+        ('{"format": 2, "origin": {}, "protocol": {"name": "x"}}', r"protocol: Value error, not a protocol"),
     ],
 )
 def test_other_files_are_not_read_as_scores(tmp_path: Path, change: str, problem: str) -> None:
