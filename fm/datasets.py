@@ -1,7 +1,4 @@
-"""From the manifests of the shards to what the model must know of each dataset.
-
-What a run starts from: readers of its shards, and a model that fits them.
-"""
+"""From a recipe to what a run starts from: readers of its shards, specifications of its datasets, a model that fits."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,22 +20,26 @@ from fm.model.wavelit import WaveLiTFM
 
 
 def check_names(names: Sequence[str] | None, registry: Registry) -> None:
-    """UserError, with the nearest valid name, where a dataset has no card. None means whatever the shards hold."""
+    """Raise UserError, with the nearest valid name, where a dataset has no card; None means all in the shards."""
     for name in names or ():
         registry.card(name)
 
 
 def dataset_specs(readers: Mapping[str, ShardReader], registry: Registry) -> list[DatasetSpec]:
-    """One spec per dataset, sorted by name.
+    """Return one specification per dataset, sorted by name, from the manifests of its shards.
 
-    Raises UserError where the shards' channels are not those of the registry's card, where a grid is odd or too small,
-    and for names that torch does not take.
+    UserError where the shards' channels are not those of the registry's card, where a grid is odd or too small, and for
+    names that torch does not accept.
     """
     for reader in readers.values():
         card = registry.card(reader.manifest.dataset)
         check_channels(reader, card.state_channels, card.constant_channels, "the registry's card names")
-        _check_grid(reader.manifest)
-        _check_free(card)
+        if any(size % 2 or size < MIN_GRID for size in reader.manifest.grid):
+            raise UserError(
+                f"{card.name}: the shards have a grid of {reader.manifest.grid[0]} x {reader.manifest.grid[1]}; the "
+                f"wavelet tokens need an even number of at least {MIN_GRID} points along both axes."
+            )
+        _check_attribute_names(card)
     return [
         DatasetSpec(
             name=name,
@@ -53,8 +54,11 @@ def dataset_specs(readers: Mapping[str, ShardReader], registry: Registry) -> lis
     ]
 
 
-def check_channels(reader: ShardReader, state: Sequence[str], constant: Sequence[str], says: str) -> None:
-    """UserError unless the shards hold exactly these channels in this order; `says` tells whose channels they are."""
+def check_channels(reader: ShardReader, state: Sequence[str], constant: Sequence[str], origin: str) -> None:
+    """Raise UserError unless the shards hold exactly these channels in this order.
+
+    `origin` is a subject and its verb for the message, such as "the registry's card names".
+    """
     manifest = reader.manifest
     for role, found, expected in (
         ("state", manifest.state_channels, state),
@@ -62,27 +66,19 @@ def check_channels(reader: ShardReader, state: Sequence[str], constant: Sequence
     ):
         if tuple(found) != tuple(expected):
             raise UserError(
-                f"{reader.folder}: the shards hold the {role} channels {', '.join(found) or 'none'}, but {says} the "
+                f"{reader.folder}: the shards hold the {role} channels {', '.join(found) or 'none'}, but {origin} the "
                 f"{role} channels {', '.join(expected) or 'none'}. Make the shards again with `data-pipeline shard`."
             )
 
 
 def _common_dt(manifest: Manifest) -> float | None:
-    """The time between frames, or None where it differs from trajectory to trajectory."""
+    """Return the time between frames, or None where it differs from trajectory to trajectory."""
     steps = [trajectory.dt for trajectory in manifest.trajectories]
     return steps[0] if max(steps) - min(steps) <= 1e-4 * abs(steps[0]) else None
 
 
-def _check_grid(manifest: Manifest) -> None:
-    if any(size % 2 or size < MIN_GRID for size in manifest.grid):
-        raise UserError(
-            f"{manifest.dataset}: the shards have a grid of {manifest.grid[0]} x {manifest.grid[1]}; the wavelet "
-            f"tokens need an even number of at least {MIN_GRID} points along both axes."
-        )
-
-
-def _check_free(card: Card) -> None:
-    """Parts of the model carry the names of datasets and channels, so these may not be what torch calls its methods."""
+def _check_attribute_names(card: Card) -> None:
+    """Raise UserError for a dataset or channel with the name of a method of torch: parts of the model are named so."""
     for what, names in (("dataset", (card.name,)), ("channel", card.state_channels + card.constant_channels)):
         for name in names:
             if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name == "training":
@@ -93,7 +89,7 @@ def _check_free(card: Card) -> None:
 
 
 def open_split(recipe: Recipe, registry: Registry, split: str) -> dict[str, ShardReader]:
-    """A reader of each of the recipe's datasets, by name; of the train split as data.trajectories restricts it.
+    """Return a reader of each of the recipe's datasets, by name; data.trajectories restricts those of the train split.
 
     UserError where there are no shards, or fewer trajectories.
     """
@@ -111,7 +107,7 @@ def open_split(recipe: Recipe, registry: Registry, split: str) -> dict[str, Shar
 
 
 def check_unrolls(recipe: Recipe, readers: Mapping[str, ShardReader]) -> None:
-    """UserError where an unroll is of a dataset that is not trained on, or longer than all of its trajectories."""
+    """Raise UserError where an unroll is of a dataset that is not trained on, or longer than all its trajectories."""
     if recipe.finetune is None:
         return
     unknown = sorted(set(recipe.finetune.unroll_override) - set(readers))
@@ -129,7 +125,10 @@ def check_unrolls(recipe: Recipe, readers: Mapping[str, ShardReader]) -> None:
 
 
 def build_model(recipe: Recipe, readers: Mapping[str, ShardReader], registry: Registry) -> Surrogate:
-    """A new model, or when finetuning the pretrained one. UserError where recipe, shards and it do not fit together."""
+    """Return a new model, or when finetuning the pretrained one.
+
+    UserError where the recipe, the shards and the pretrained model do not fit together.
+    """
     finetune, config = recipe.finetune, recipe.baseline or recipe.model
     specs = dataset_specs(readers, registry)
     if finetune is None:
@@ -144,25 +143,24 @@ def build_model(recipe: Recipe, readers: Mapping[str, ShardReader], registry: Re
 
 
 def new_model(config: ModelConfig | BaselineConfig | None, specs: Sequence[DatasetSpec], seed: int = 0) -> Surrogate:
-    """A model with new weights: the baseline, or a WaveLiT, of the default sizes where the recipe gives none."""
+    """Return a model with new weights: a baseline or a WaveLiT, with the default sizes if `config` is None."""
     if isinstance(config, BaselineConfig):
         return Baseline(config, specs, seed)
     return WaveLiTFM(config or ModelConfig(), specs, seed)
 
 
 def shard_digests(readers: Mapping[str, ShardReader]) -> dict[str, str]:
-    """What a checkpoint remembers of the shards that it was trained on."""
+    """Return the digests of the shards' manifests, which a checkpoint stores."""
     return {name: reader.manifest.digest for name, reader in readers.items()}
 
 
 def check_same_shards(trained_on: Mapping[str, str], readers: Mapping[str, ShardReader], checkpoint: Path) -> None:
-    """UserError where the shards are not those that a checkpoint was trained on."""
+    """Raise UserError where the shards are not those that a checkpoint was trained on."""
     digests = shard_digests(readers)
-    changed = sorted(name for name in digests if trained_on.get(name) != digests[name])
-    if changed or trained_on.keys() != digests.keys():
-        names = changed or sorted(trained_on.keys() ^ digests.keys())
+    changed = sorted(n for n in digests.keys() | trained_on.keys() if trained_on.get(n) != digests.get(n))
+    if changed:
         raise UserError(
-            f"{checkpoint}: trained on other shards of {', '.join(names)} than those of the recipe; the run would not "
-            "see the same windows. Put the shards back, or start afresh with run.dir=... (finetune.pretrained "
+            f"{checkpoint}: trained on other shards of {', '.join(changed)} than those of the recipe; the run would "
+            "not see the same windows. Put the shards back, or start afresh with run.dir=... (finetune.pretrained "
             "takes the weights along)."
         )

@@ -1,4 +1,4 @@
-"""Processes, devices, precision and signals: what a run stands on."""
+"""Processes and their connections, precision, memory and signals of a run."""
 
 import os
 import resource
@@ -19,9 +19,9 @@ from data_pipeline.files import UserError
 
 T = TypeVar("T")
 
-# How long processes wait for each other: all do while the main one validates, from a slow server perhaps. One that dies
-# takes the others along at once, whatever stands here.
-PATIENCE = timedelta(hours=2)
+# How long processes wait for each other. All wait while the main one validates, from a slow server perhaps. When a
+# process dies the launcher ends the others at once, whatever stands here.
+TIMEOUT = timedelta(hours=2)
 ZERO_BUCKET = 50_000_000  # numbers that ZeRO exchanges at once; DeepSpeed alone takes ten times as many, 2 GB
 EXIT_DONE, EXIT_USER_ERROR, EXIT_LOST, EXIT_INTERRUPTED = 0, 2, 3, 130
 
@@ -30,33 +30,48 @@ class ProcessLost(Exception):
     """Another process of the run has ended, or cannot be reached."""
 
 
-def make_accelerator(clip: float) -> Accelerator:
-    """The Accelerator of this process: its device, and its connection with the others. float32; fm casts by itself.
+@contextmanager
+def detect_lost_processes() -> Iterator[None]:
+    """Raise ProcessLost where an error of torch's transport means that another process does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            reason = str(error).strip().partition("\n")[0]
+            raise ProcessLost(f"another process of this run has ended or cannot be reached ({reason})") from error
+        raise
 
-    `clip` is the gradient norm that DeepSpeed, which clips by itself, is told. Heads and lifting rows of the datasets
-    that a step does not draw have no gradient, hence find_unused_parameters; gradients that are views of DDP's buckets
-    need no copy back. Raises UserError where something else would run than what the launcher asked for; accelerate
-    does so in silence.
+
+def make_accelerator(clip: float) -> Accelerator:
+    """Return the Accelerator of this process: its device, and its connection with the others.
+
+    It does not cast: fm does (see `precision`). DeepSpeed clips gradients by itself, to the norm `clip`. UserError
+    where accelerate would silently run something else than the launch configuration asks for.
     """
+    # Heads and embedding rows of the datasets that a step does not draw have no gradient, hence find_unused_parameters.
+    # Gradients that are views of DDP's buckets need no copy back.
     handlers: list = [DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)]
     has_gpu = torch.cuda.is_available() and not _is_set("ACCELERATE_USE_CPU")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    zero = asked_for("DEEPSPEED")
+    zero = is_launched_with("DEEPSPEED")
     if processes > 1 or zero:
         backend = "nccl" if has_gpu else "gloo"
-        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=PATIENCE))
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=TIMEOUT))
         _connect_restarted(backend)
-    connect_on_cpu = processes > 1 and not has_gpu and not zero  # unless told so, accelerate connects none of them
+    connect_on_cpu = processes > 1 and not has_gpu and not zero  # without cpu=True accelerate connects none of them
+    fsdp = os.environ.pop("ACCELERATE_USE_FSDP", None)  # fm/training/parallel.py shards, not accelerate
     try:
-        with _hidden("ACCELERATE_USE_FSDP"):  # fm/training/parallel.py does it
-            accelerator = Accelerator(
-                cpu=connect_on_cpu,
-                mixed_precision="no",
-                kwargs_handlers=handlers,
-                deepspeed_plugin=_deepspeed_plugin(clip) if zero else None,
-            )
+        accelerator = Accelerator(
+            cpu=connect_on_cpu,
+            mixed_precision="no",
+            kwargs_handlers=handlers,
+            deepspeed_plugin=_deepspeed_plugin(clip) if zero else None,
+        )
     except ValueError as error:  # an environment left over from another launcher
         raise UserError(f"{processes} process(es), as WORLD_SIZE says, cannot be connected: {error}") from error
+    finally:
+        if fsdp is not None:
+            os.environ["ACCELERATE_USE_FSDP"] = fsdp
     kind = accelerator.distributed_type
     if accelerator.num_processes != processes or (processes > 1 and kind == DistributedType.NO):
         raise UserError(
@@ -81,13 +96,13 @@ def broadcast_from_main(accelerator: Accelerator, look: Callable[[], T]) -> T:
     return broadcast_object_list(found)[0]
 
 
-def asked_for(what: str) -> bool:
-    """Whether the launch configuration asks for FSDP or DEEPSPEED."""
-    return _is_set(f"ACCELERATE_USE_{what}")
+def is_launched_with(kind: str) -> bool:
+    """Return whether the launch configuration is for FSDP or DEEPSPEED."""
+    return _is_set(f"ACCELERATE_USE_{kind}")
 
 
 def fsdp_reshards() -> bool:
-    """fsdp_reshard_after_forward of the launch configuration. UserError where it asks for what would be left out."""
+    """Return fsdp_reshard_after_forward of the launch configuration. UserError for settings that fm ignores."""
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise UserError(f"fsdp_config: expected fsdp_version: 2, as in launch/fsdp.yaml, got {version}")
@@ -98,7 +113,7 @@ def fsdp_reshards() -> bool:
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """What matrix products are cast to, or None; `precision` is auto (bf16 on a GPU that has it), float32 or bf16."""
+    """Return the dtype that matrix products are cast to, or None for float32; `precision` is train.precision."""
     auto = precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if precision == "bf16" or auto else None
 
@@ -126,7 +141,7 @@ def precision(autocast: torch.dtype | None = None, exact: bool = False) -> Itera
 
 
 def peak_memory_bytes() -> float:
-    """Peak of the GPU's allocator, or of this process on a CPU."""
+    """Return the peak of the GPU's allocator, or of this process on a CPU."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
@@ -136,9 +151,9 @@ def peak_memory_bytes() -> float:
 def _connect_restarted(backend: str) -> None:
     """Connect processes that the launcher has started again (--max_restarts); otherwise leave that to accelerate.
 
-    The launcher hands every attempt the same store (torch since 2.5), where the attempt before has left addresses at
-    which nobody answers; so each takes a corner of its own. Launchers on several machines may count attempts
-    differently; UserError where they share a store and may restart.
+    The launcher gives every attempt the same store (torch since 2.5), which still holds the dead addresses of the
+    attempt before, so each attempt uses its own prefix. Launchers on several machines may count attempts differently:
+    UserError where they share a store and may restart.
     """
     if not _is_set("TORCHELASTIC_USE_AGENT_STORE") or torch.distributed.is_initialized():
         return
@@ -150,13 +165,13 @@ def _connect_restarted(backend: str) -> None:
         )
     attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
     if attempt != "0":
-        store, rank, processes = next(torch.distributed.rendezvous("env://", timeout=PATIENCE))
-        corner = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
-        torch.distributed.init_process_group(backend, store=corner, rank=rank, world_size=processes, timeout=PATIENCE)
+        store, rank, processes = next(torch.distributed.rendezvous("env://", timeout=TIMEOUT))
+        own = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
+        torch.distributed.init_process_group(backend, store=own, rank=rank, world_size=processes, timeout=TIMEOUT)
 
 
 def _deepspeed_plugin(clip: float) -> DeepSpeedPlugin:
-    """What the launch configuration says of ZeRO; everything else is the recipe's. UserError where they disagree."""
+    """Return the launch configuration's ZeRO settings. UserError where it sets what the recipe does."""
     try:
         plugin = DeepSpeedPlugin()
     except ImportError as error:
@@ -172,7 +187,7 @@ def _deepspeed_plugin(clip: float) -> DeepSpeedPlugin:
     cast = [key for key in ("fp16", "bf16") if config.get(key, {}).get("enabled") is True]
     if offloaded or own or cast:
         raise UserError(
-            f"the DeepSpeed configuration asks for {', '.join(offloaded + own + cast)}: optimiser, learning rate and "
+            f"the DeepSpeed configuration asks for {', '.join(offloaded + own + cast)}: optimizer, learning rate and "
             "precision are the recipe's (train.*), and offload is not done; leave these out"
         )
     config |= {
@@ -188,33 +203,11 @@ def _is_set(variable: str, default: str = "false") -> bool:
     return bool(str_to_bool(os.environ.get(variable, default)))
 
 
-@contextmanager
-def _hidden(variable: str) -> Iterator[None]:
-    value = os.environ.pop(variable, None)
-    try:
-        yield
-    finally:
-        if value is not None:
-            os.environ[variable] = value
-
-
-@contextmanager
-def naming_lost_processes() -> Iterator[None]:
-    """Raise ProcessLost where torch says, in the words of its transport, that another process does not answer."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-            reason = str(error).strip().partition("\n")[0]
-            raise ProcessLost(f"another process of this run has ended or cannot be reached ({reason})") from error
-        raise
-
-
 class StopSignal:
     """Set by the first Ctrl-C, SIGTERM or SIGUSR1 (Slurm's warning), so that the loop can finish its step and save.
 
-    A second Ctrl-C or SIGTERM interrupts at once. A launcher passes on what the terminal has sent to all processes
-    already, so what comes within a second is the same one; and clusters may send their warning more than once.
+    A second Ctrl-C or SIGTERM interrupts at once. A launcher repeats a signal that the terminal has sent to all
+    processes already, so a signal within a second is the same one. Clusters may send their warning more than once.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

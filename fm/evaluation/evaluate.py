@@ -26,7 +26,7 @@ from data_pipeline.windows.reader import ShardReader
 from fm.checkpoint import find_checkpoint, load_pretrained, verify_model
 from fm.config import Recipe, ValidationSettings, load_recipe, resolve
 from fm.datasets import check_channels
-from fm.distributed import broadcast_from_main, make_accelerator, naming_lost_processes
+from fm.distributed import broadcast_from_main, detect_lost_processes, make_accelerator
 from fm.evaluation.errors import ERRORS_FILE, FORMAT, DatasetErrors, ErrorFile, check_names
 from fm.evaluation.measure import (
     collect_errors,
@@ -122,7 +122,7 @@ def evaluate_run(
     chosen = replace(chosen, split=split or chosen.split, one_step_windows=windows or chosen.one_step_windows)
     readers = trained.readers(sorted(trained.model.specs), chosen.split, shards)
     out = out or trained.report
-    with naming_lost_processes():
+    with detect_lost_processes():
         accelerator = make_accelerator(trained.recipe.train.clip)  # nothing is clipped, but DeepSpeed needs the value
         log = print if accelerator.is_main_process else lambda text: None
         if broadcast_from_main(accelerator, lambda: _is_complete(out, trained, chosen, readers)):

@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from data_pipeline.files import UserError
 from fm.config import AdaptSettings, TrainSettings
-from fm.distributed import asked_for, fsdp_reshards
+from fm.distributed import fsdp_reshards, is_launched_with
 from fm.training.objective import Unroll
 from fm.training.optim import GroupedAdamW, parameter_groups
 
@@ -429,17 +429,17 @@ def spread(
 
     Raises UserError if the model cannot be trained under the launch configuration.
     """
-    if not len(objective.model.blocks) and (asked_for("FSDP") or asked_for("DEEPSPEED")):
+    if not len(objective.model.blocks) and (is_launched_with("FSDP") or is_launched_with("DEEPSPEED")):
         raise UserError(
             "baselines train in one process or under DDP (launch/ddp.yaml, launch/cpu2.yaml): their networks cannot be "
             "sharded; the launch configuration asks for FSDP or DeepSpeed"
         )
-    if asked_for("FSDP"):
+    if is_launched_with("FSDP"):
         reshard = fsdp_reshards()
         if accelerator.num_processes > 1:
             return FullySharded(accelerator, objective, settings, adapt, reshard)
         accelerator.print("FSDP has nothing to spread over one process; it trains as without.")
     optimizer = GroupedAdamW(parameter_groups(objective.model, adapt), settings)
-    if asked_for("DEEPSPEED"):
+    if is_launched_with("DEEPSPEED"):
         return Zero(accelerator, objective, optimizer)
     return Replicated(accelerator, objective, optimizer)

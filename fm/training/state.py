@@ -27,7 +27,7 @@ from torch import Tensor
 from data_pipeline.files import UserError
 from fm.checkpoint import Snapshot, load_checkpoint, take_snapshot
 from fm.config import Recipe
-from fm.distributed import asked_for, autocast_dtype
+from fm.distributed import autocast_dtype, is_launched_with
 from fm.model.surrogate import Surrogate
 from fm.training.objective import Unroll
 from fm.training.optim import EMA
@@ -118,7 +118,7 @@ def allow_graphs(number: int) -> None:
 
 def _is_zero3(accelerator: Accelerator) -> bool:
     """Return whether DeepSpeed fetches each layer's weights when the layer is called: no block is one graph then."""
-    if not asked_for("DEEPSPEED"):
+    if not is_launched_with("DEEPSPEED"):
         return False
     return accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] == 3
 
@@ -135,7 +135,7 @@ def _check_way(way: str, model: Surrogate, accelerator: Accelerator) -> None:
             f"train.compile={way}: ZeRO-3 fetches weights layer by layer, which cannot be compiled; use eager, or "
             "another launch configuration (launch/ddp.yaml, launch/fsdp.yaml, launch/deepspeed_zero2.yaml)"
         )
-    if way != "blocks" and (asked_for("FSDP") or asked_for("DEEPSPEED")):
+    if way != "blocks" and (is_launched_with("FSDP") or is_launched_with("DEEPSPEED")):
         raise UserError(
             f"train.compile={way}: under FSDP and DeepSpeed only blocks can be compiled; use blocks, or launch/ddp.yaml"
         )

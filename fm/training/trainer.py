@@ -31,8 +31,8 @@ from fm.distributed import (
     EXIT_INTERRUPTED,
     StopSignal,
     broadcast_from_main,
+    detect_lost_processes,
     make_accelerator,
-    naming_lost_processes,
 )
 from fm.evaluation.evaluate import ValidationResult, validate
 from fm.training.checks import check_gradient_cosines, check_memory, gradient_cosines
@@ -63,7 +63,7 @@ def train(recipe: Recipe) -> int:
     Returns the exit code. Raises UserError for what the user can correct.
     """
     with StopSignal().listen() as stop:
-        with naming_lost_processes():
+        with detect_lost_processes():
             accelerator = make_accelerator(recipe.train.clip)
         code = train_with(recipe, accelerator, stop)
         accelerator.end_training()
@@ -83,7 +83,7 @@ def train_with(recipe: Recipe, accelerator: Accelerator, stop: StopSignal) -> in
 
 def _train_from_checkpoint(recipe: Recipe, accelerator: Accelerator, stop: StopSignal, back: RollBack | None) -> int:
     """Run a recipe from its newest checkpoint; `back` is why an earlier attempt ended."""
-    with naming_lost_processes():
+    with detect_lost_processes():
         trainer = Trainer(recipe, accelerator, passed_over=back.refused if back else ())
     if (reason := trainer.nothing_to_do()) is not None:
         accelerator.print(reason)
@@ -92,9 +92,9 @@ def _train_from_checkpoint(recipe: Recipe, accelerator: Accelerator, stop: StopS
         continuing = f"continuing {trainer.directory} from step {trainer.step}"
         accelerator.print("\n  changed since: ".join([continuing, *trainer.changes]))
     alone = only_process(trainer.directory, "training") if accelerator.is_main_process else nullcontext()
-    with naming_lost_processes():
+    with detect_lost_processes():
         # The inner context names a lost process while the record can still write it down.
-        with alone, trainer.open_record() as record, trainer.writer, naming_lost_processes():
+        with alone, trainer.open_record() as record, trainer.writer, detect_lost_processes():
             if back is not None:
                 record.log_refusal(back.refusal, trainer.step)
             code = trainer.train(stop, record)

@@ -261,7 +261,7 @@ def test_what_fsdp_would_leave_out_is_refused(
     [
         ({"zero_optimization": {"stage": 0}}, "expected ZeRO stage 1, 2 or 3, got 0; stage 0 is launch/ddp.yaml"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "asks for offload_optimizer"),
-        ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}, "asks for optimizer: optimiser, learning"),
+        ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}, "asks for optimizer: optimizer, learning"),
         ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, "asks for bf16"),
     ],
 )
