@@ -63,7 +63,7 @@ class TrajectoryAudit:
         std: Mapping[str, float] | None = None,
         ranges: Mapping[str, Interval] | None = None,
     ) -> None:
-        self.state, self.constant = tuple(state), tuple(constant)
+        self.state, self.constant, self.grid = tuple(state), tuple(constant), grid
         self._std = None if std is None else np.array([std[name] for name in self.state])
         self._ranges = ranges or {}
         self._steps = tuple(slice(None, None, max(1, min(MAX_STRIDE, size // MIN_POINTS))) for size in grid)

@@ -1,7 +1,4 @@
-"""Which shards there are, and tables of what the audit found in them.
-
-The audit of a Well or of a folder of shards: every frame is read once, nothing is written.
-"""
+"""The audit of a Well or of a folder of shards, and tables of its findings. Every frame is read once."""
 
 import mmap
 from collections import Counter
@@ -24,7 +21,7 @@ from data_pipeline.shards.plan import choose_folders, stats_file
 from data_pipeline.shards.tar import MAX_ERROR, from_float16, map_shard
 from data_pipeline.tables import plain
 from data_pipeline.well.hdf5 import SPLITS, WellFile, block_frames, split_files
-from data_pipeline.well.layout import File, Folder, child_file, file_bytes, folder_at
+from data_pipeline.well.layout import File, Folder, file_bytes, folder_at
 from data_pipeline.well.stats import Stats, read_stats
 from data_pipeline.workers import OnBytes, available_cores, run_tasks
 
@@ -33,10 +30,240 @@ TEXT_COLUMNS |= {"kind", "severity", "finding"}
 FINDING_COLUMNS = ("dataset", "split", "severity", "kind", "finding")
 
 
+@dataclass(frozen=True)
+class Review:
+    """The findings about one dataset and split."""
+
+    dataset: str
+    split: str
+    num_trajectories: int
+    num_frames: int
+    findings: tuple[Finding, ...]
+
+
+def audit(
+    location: str | Path,
+    registry: Registry,
+    datasets: Sequence[str] | None = None,
+    splits: Sequence[str] | None = None,
+    jobs: int | None = None,
+) -> list[Review]:
+    """Audit the HDF5 files of a Well (a folder or a URL), or the shards of a folder that holds manifests.
+
+    A file that cannot be read is a finding. Raises UserError where there is nothing to read.
+    """
+    for split in splits or ():
+        if split not in SPLITS:
+            raise UserError(f"split {split!r}: expected {', '.join(SPLITS)}")
+    if not is_url(location) and any(Path(location).glob(f"*/*/{MANIFEST_NAME}")):
+        found = _shard_splits(Path(location), registry, datasets, splits)
+    else:
+        found = _well_splits(folder_at(location), registry, datasets, splits)
+    tasks = [(number, source) for number, source in enumerate(source for split in found for source in split.sources)]
+    num_bytes = sum(source.num_bytes for _, source in tasks)
+    with closing(run_tasks(_audit_source, tasks, jobs or available_cores(), num_bytes, "audit")) as results:
+        by_number = {number: result for (number, _), result in results}
+    in_order = iter([by_number[number] for number in range(len(tasks))])
+    return [split.review([next(in_order) for _ in split.sources], registry) for split in found]
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What the audit of one HDF5 file or shard found."""
+
+    findings: tuple[Finding, ...]
+    summary: Summary | None  # None if no trajectory could be read
+    lengths: tuple[int, ...]
+    grid: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A dataset and split to audit."""
+
+    card: Card
+    split: str
+    sources: "Sequence[_HdfSource | _ShardSource]"
+    claimed: Stats | None  # statistics that are stated to be those of this very data
+    findings: tuple[Finding, ...] = ()  # known beforehand
+
+    def review(self, results: Sequence[_Result], registry: Registry) -> Review:
+        """Put the results of the sources together, and add the findings about the whole split."""
+        findings = [*self.findings, *(finding for one in results for finding in one.findings)]
+        grids = sorted({one.grid for one in results if one.grid is not None})
+        lengths = [length for one in results for length in one.lengths]
+        summaries = [one.summary for one in results if one.summary is not None]
+        if summaries:
+            merged = merge(summaries)
+            findings += split_findings(self.card, registry.channel_cards, merged, lengths, grids[0], self.claimed)
+        if len(grids) > 1:
+            detail = f"more than one in a split, which no shards hold: {', '.join(f'{x}x{y}' for x, y in grids)}"
+            findings.append(Finding("grid", "error", "", None, None, (), detail))
+        condensed = tuple(condense(findings, len(lengths)))
+        return Review(self.card.name, self.split, len(lengths), sum(lengths), condensed)
+
+
+def _audit_source(task: "tuple[int, _HdfSource | _ShardSource]", on_bytes: OnBytes) -> _Result:
+    """Audit all trajectories of one HDF5 file or shard."""
+    _, source = task
+    findings: list[Finding] = []
+    summaries: list[Summary] = []
+    lengths: list[int] = []
+    grid = None
+    try:
+        for file, index, audit in source.audits(on_bytes):
+            findings += audit.findings(file, index)
+            summaries.append(audit.summary())
+            lengths.append(audit.num_frames)
+            grid = audit.grid
+    except UserError as error:
+        findings.append(_unreadable(source.name, error))
+    return _Result(tuple(findings), merge(summaries) if summaries else None, tuple(lengths), grid)
+
+
+def _unreadable(name: str, error: UserError) -> Finding:
+    return Finding("unreadable", "error", name, None, None, (), " ".join(str(error).split()))
+
+
+def _well_splits(
+    well: Folder, registry: Registry, datasets: Sequence[str] | None, splits: Sequence[str] | None
+) -> list[_Split]:
+    found = []
+    for name, folder in choose_folders(well, datasets, registry).items():
+        card, stats, known = registry.card(name), None, list[Finding]()
+        path = stats_file(folder)
+        try:
+            stats = None if path is None else read_stats(path, card)
+        except UserError as error:
+            known.append(_unreadable("stats.yaml", error))
+        for split in SPLITS if splits is None else splits:
+            files: Sequence[File] = split_files(folder, split)
+            if files:
+                sources = [_HdfSource(card, file, None if stats is None else stats["std"]) for file in files]
+                found.append(_Split(card, split, sources, stats if split == "train" else None, tuple(known)))
+                known = []  # reported once for a dataset
+    if not found:
+        raise UserError(f"{well}: expected HDF5 files in <dataset>/data/<split>, got none; get these splits")
+    return found
+
+
+@dataclass(frozen=True)
+class _HdfSource:
+    """An HDF5 file to audit."""
+
+    card: Card
+    file: File
+    std: Mapping[str, float] | None
+
+    @property
+    def name(self) -> str:
+        return self.file.name
+
+    @property
+    def num_bytes(self) -> int:
+        return file_bytes(self.file)
+
+    def audits(self, on_bytes: OnBytes) -> Iterator[tuple[str, int, TrajectoryAudit]]:
+        """Yield file name, index in that file and audit of each trajectory."""
+        card = self.card
+        with WellFile(self.file, card) as file:
+            step = block_frames(4 * len(card.state_channels) * file.grid[0] * file.grid[1])
+            for index in range(file.num_trajectories):
+                audit = TrajectoryAudit(card.state_channels, card.constant_channels, file.grid, self.std, card.ranges)
+                file.dt(index), file.scalars(index)  # raise UserError if they are no numbers
+                if card.constant_channels:
+                    audit.add_constants(file.constants(index))
+                for first in range(0, file.num_frames, step):
+                    audit.add(file.read(index, first, min(first + step, file.num_frames)))
+                yield self.name, index, audit
+                on_bytes(self.num_bytes // file.num_trajectories)
+
+
+def _shard_splits(
+    shards: Path, registry: Registry, datasets: Sequence[str] | None, splits: Sequence[str] | None
+) -> list[_Split]:
+    found = []
+    for folder, manifest in find_manifests(shards, datasets, splits).items():
+        card = registry.card(manifest.dataset)
+        if (card.state_channels, card.constant_channels) != (manifest.state_channels, manifest.constant_channels):
+            raise UserError(
+                f"{folder}: its channels are not those of the card {card.name!r}; make the shards again, or give the "
+                "folder of your own cards with --registry"
+            )
+        sources = [_ShardSource(card, folder, shard.name, shard.bytes) for shard in manifest.shards]
+        claimed = manifest.split == "train" and manifest.stats_source == FROM_FILE and not _has_gaps(manifest)
+        found.append(_Split(card, manifest.split, sources, manifest.stats if claimed else None))
+    return found
+
+
+def _has_gaps(manifest: Manifest) -> bool:
+    """Return whether trajectories of its files were left out (`--restrict`), as far as their numbers show."""
+    held = {(one.source, one.source_index) for one in manifest.trajectories}
+    files = {source for source, _ in held}
+    return len(files) < len(manifest.sources) or any(at and (source, at - 1) not in held for source, at in held)
+
+
+@lru_cache(maxsize=4)
+def _manifest(folder: Path) -> Manifest:
+    return Manifest.load(folder / MANIFEST_NAME)
+
+
+@dataclass(frozen=True)
+class _ShardSource:
+    """A shard to audit."""
+
+    card: Card
+    folder: Path
+    name: str
+    num_bytes: int
+
+    def audits(self, on_bytes: OnBytes) -> Iterator[tuple[str, int, TrajectoryAudit]]:
+        """Yield file name, index in that file and audit of each trajectory."""
+        card, manifest = self.card, _manifest(self.folder)
+        content = map_shard(self.folder / self.name, self.num_bytes)
+        std, ranges = manifest.stats["std"], self._ranges(manifest)
+        for number, one in enumerate(manifest.trajectories):
+            if manifest.shards[one.shard].name != self.name:
+                continue
+            audit = TrajectoryAudit(card.state_channels, card.constant_channels, manifest.grid, std, ranges)
+            if one.constants_offset is not None:
+                constants = np.frombuffer(content, "<f4", manifest.constants_bytes // 4, one.constants_offset)
+                audit.add_constants(constants.reshape(-1, *manifest.grid))
+            for frames in _stored_frames(manifest, content, number):
+                audit.add(frames)
+                on_bytes(len(frames) * manifest.frame_bytes)
+            yield manifest.sources[one.source].name, one.source_index, audit
+
+    def _ranges(self, manifest: Manifest) -> Mapping[str, Interval]:
+        """Return the card's ranges, wider by the error of float16: values were in range before they were rounded."""
+        wide = dict(self.card.ranges)
+        for name, (_, scale) in manifest.encoding.items():
+            if name in wide:
+                (lowest, highest), slack = wide[name], MAX_ERROR * scale
+                wide[name] = None if lowest is None else lowest - slack, None if highest is None else highest + slack
+        return wide
+
+
+def _stored_frames(manifest: Manifest, content: mmap.mmap, number: int) -> Iterator[np.ndarray]:
+    """Yield the frames of one trajectory of a shard, float32 (T, C, H, W) at a time."""
+    size, step = ITEM_BYTES[manifest.dtype], block_frames(manifest.frame_bytes)
+    for chunk, offset in enumerate(manifest.trajectories[number].offsets):
+        count = manifest.chunk_frames(number, chunk)
+        for first in range(0, count, step):
+            num_values = min(step, count - first) * manifest.frame_bytes // size
+            stored = np.frombuffer(content, f"<f{size}", num_values, offset + first * manifest.frame_bytes)
+            frames = stored.reshape(-1, *manifest.frame_shape)
+            if manifest.encoding:
+                pairs = [manifest.encoding[name] for name in manifest.state_channels]
+                offsets, scales = (np.array(one, np.float32)[:, None, None] for one in zip(*pairs, strict=True))
+                frames = from_float16(frames, offsets, scales)
+            yield frames
+
+
 def find_manifests(
     shards: Path, datasets: Sequence[str] | None = None, splits: Sequence[str] | None = None
 ) -> dict[Path, Manifest]:
-    """Folder -> manifest of every dataset and split under `shards`, by name, splits in the order train, valid, test.
+    """Return folder -> manifest of every dataset and split under `shards`, by name, in the order train, valid, test.
 
     Raises UserError if there is none, if one that was asked for is missing, or if a manifest is damaged.
     """
@@ -59,13 +286,11 @@ def find_manifests(
     return {folder: Manifest.load(folder / MANIFEST_NAME) for folder in folders}
 
 
-Found = tuple[str, str, Finding]  # dataset, split, finding
+def findings_table(found: Sequence[tuple[str, str, Finding]], limit: int | None) -> str:
+    """Return a line for each finding of (dataset, split, finding), the most severe of a dataset first.
 
-
-def findings_table(found: Sequence[Found], limit: int | None) -> str:
-    """A line per finding, the most severe of a dataset first; what several splits have in common stands in one line.
-
-    `limit` is for each dataset, without notes, and the rest is counted; None shows all.
+    A finding that several splits share stands in one line. `limit` is for each dataset, without notes, and the rest is
+    counted; None shows all.
     """
     rows: list[list[str]] = []
     hidden: list[Finding] = []
@@ -85,266 +310,18 @@ def findings_table(found: Sequence[Found], limit: int | None) -> str:
 
 
 def count_severities(findings: Sequence[Finding]) -> str:
-    """`1 error, 2 warnings, 3 notes`, without those that are none; empty if there are none."""
+    """Return `1 error, 2 warnings, 3 notes`, without those that are none; empty if there are none."""
     counts = Counter(finding.severity for finding in findings)
     return ", ".join(f"{counts[one]} {one}{'s' * (counts[one] > 1)}" for one in SEVERITIES if counts[one])
 
 
-@dataclass(frozen=True)
-class Review:
-    """What was found in one dataset and split."""
-
-    dataset: str
-    split: str
-    num_trajectories: int
-    num_frames: int
-    findings: tuple[Finding, ...]
-
-
-@dataclass(frozen=True)
-class _FileTask:
-    number: int
-    card: Card
-    split: str
-    file: File
-    stats: Stats | None
-
-
-@dataclass(frozen=True)
-class _ShardTask:
-    number: int
-    card: Card
-    split: str
-    folder: Path
-    shard: int
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What one task saw."""
-
-    findings: tuple[Finding, ...]
-    samples: tuple[Summary, ...]  # one, or none if no trajectory could be read
-    lengths: tuple[int, ...]
-    grid: tuple[int, int] | None
-
-
-def audit(
-    location: str | Path,
-    registry: Registry,
-    datasets: Sequence[str] | None = None,
-    splits: Sequence[str] | None = None,
-    jobs: int | None = None,
-) -> list[Review]:
-    """Reads the HDF5 files of a Well (a folder or a URL), or the shards of a folder that holds manifests.
-
-    A file that cannot be read is a finding; UserError is raised where there is nothing to read.
-    """
-    for split in splits or ():
-        if split not in SPLITS:
-            raise UserError(f"split {split!r}: expected {', '.join(SPLITS)}")
-    jobs = jobs or available_cores()
-    if not is_url(location) and any(Path(location).glob(f"*/*/{MANIFEST_NAME}")):
-        return _audit_shards(Path(location), registry, datasets, splits, jobs)
-    return _audit_well(folder_at(location), registry, datasets, splits, jobs)
-
-
-def _audit_well(
-    well: Folder, registry: Registry, datasets: Sequence[str] | None, splits: Sequence[str] | None, jobs: int
-) -> list[Review]:
-    tasks: list[_FileTask] = []
-    stats: dict[str, Stats] = {}
-    spoilt: dict[str, Finding] = {}
-    for name, folder in choose_folders(well, datasets, registry).items():
-        card = registry.card(name)
-        if stats_file(folder) is not None:
-            try:
-                stats[name] = read_stats(child_file(folder, "stats.yaml"), card)
-            except UserError as error:
-                spoilt[name] = _unreadable("stats.yaml", error)
-        for split in SPLITS if splits is None else splits:
-            for file in split_files(folder, split):
-                tasks.append(_FileTask(len(tasks), card, split, file, stats.get(name)))
-    if not tasks:
-        raise UserError(f"{well}: expected HDF5 files in <dataset>/data/<split>, got none; get these splits")
-    num_bytes = sum(file_bytes(task.file) for task in tasks)
-    with closing(run_tasks(_see_file, tasks, jobs, num_bytes, "audit")) as results:
-        seen = {task.number: result for task, result in results}
-    reviews = []
-    for name, split in dict.fromkeys((task.card.name, task.split) for task in tasks):
-        mine = [task for task in tasks if (task.card.name, task.split) == (name, split)]
-        extra = [spoilt.pop(name)] if name in spoilt else []  # once
-        claimed = stats.get(name) if split == "train" else None
-        reviews.append(_reviewed(mine[0].card, split, [seen[task.number] for task in mine], claimed, registry, extra))
-    return reviews
-
-
-def _see_file(task: _FileTask, on_bytes: OnBytes) -> _Seen:
-    """Audits all trajectories of one HDF5 file."""
-    card, name = task.card, task.file.name
-    findings: list[Finding] = []
-    samples: list[Summary] = []
-    lengths: list[int] = []
-    grid = None
-    std = None if task.stats is None else task.stats["std"]
-    try:
-        with WellFile(task.file, card) as file:
-            grid = file.grid
-            share = file_bytes(task.file) // file.num_trajectories  # of the bar
-            for trajectory in range(file.num_trajectories):
-                audit = TrajectoryAudit(card.state_channels, card.constant_channels, grid, std, card.ranges)
-                file.dt(trajectory), file.scalars(trajectory)  # raise if they are no numbers
-                if card.constant_channels:
-                    audit.add_constants(file.constants(trajectory))
-                for frames in _file_blocks(file, trajectory):
-                    audit.add(frames)
-                findings += audit.findings(name, trajectory)
-                samples.append(audit.summary())
-                lengths.append(file.num_frames)
-                on_bytes(share)
-    except UserError as error:
-        findings.append(_unreadable(name, error))
-    return _Seen(tuple(findings), (merge(samples),) if samples else (), tuple(lengths), grid)
-
-
-def _file_blocks(file: WellFile, trajectory: int) -> Iterator[np.ndarray]:
-    """The frames of one trajectory, (T, C, H, W) at a time, in two buffers by turns."""
-    shape = (len(file.card.state_channels), *file.grid)
-    step = min(block_frames(4 * int(np.prod(shape))), file.num_frames)
-    buffers = [np.empty((step, *shape), np.float32) for _ in range(2)]
-    for turn, first in enumerate(range(0, file.num_frames, step)):
-        stop = min(first + step, file.num_frames)
-        yield file.read(trajectory, first, stop, buffers[turn % 2][: stop - first])
-
-
-def _audit_shards(
-    shards: Path, registry: Registry, datasets: Sequence[str] | None, splits: Sequence[str] | None, jobs: int
-) -> list[Review]:
-    manifests = find_manifests(shards, datasets, splits)
-    tasks: list[_ShardTask] = []
-    for folder, manifest in manifests.items():
-        card = registry.card(manifest.dataset)
-        if (card.state_channels, card.constant_channels) != (manifest.state_channels, manifest.constant_channels):
-            raise UserError(
-                f"{folder}: its channels are not those of the card {card.name!r}; make the shards again, or give the "
-                "folder of your own cards with --registry"
-            )
-        for shard in range(len(manifest.shards)):
-            tasks.append(_ShardTask(len(tasks), card, manifest.split, folder, shard))
-    num_bytes = sum(shard.bytes for manifest in manifests.values() for shard in manifest.shards)
-    with closing(run_tasks(_see_shard, tasks, jobs, num_bytes, "audit")) as results:
-        seen = {task.number: result for task, result in results}
-    reviews = []
-    for folder, manifest in manifests.items():
-        mine = [seen[task.number] for task in tasks if task.folder == folder]
-        claimed = manifest.split == "train" and manifest.stats_source == FROM_FILE and not _has_gaps(manifest)
-        card = registry.card(manifest.dataset)
-        reviews.append(_reviewed(card, manifest.split, mine, manifest.stats if claimed else None, registry, []))
-    return reviews
-
-
-def _has_gaps(manifest: Manifest) -> bool:
-    """Whether trajectories of its files were left out (`--restrict`), as far as their numbers show."""
-    held = {(one.source, one.source_index) for one in manifest.trajectories}
-    files = {source for source, _ in held}
-    return len(files) < len(manifest.sources) or any(at and (source, at - 1) not in held for source, at in held)
-
-
-@lru_cache(maxsize=4)
-def _manifest(folder: Path) -> Manifest:
-    return Manifest.load(folder / MANIFEST_NAME)
-
-
-def _see_shard(task: _ShardTask, on_bytes: OnBytes) -> _Seen:
-    """Audits all trajectories of one shard."""
-    manifest = _manifest(task.folder)
-    shard = manifest.shards[task.shard]
-    findings: list[Finding] = []
-    samples: list[Summary] = []
-    lengths: list[int] = []
-    try:
-        content = map_shard(task.folder / shard.name, shard.bytes)
-    except UserError as error:
-        return _Seen((_unreadable(shard.name, error),), (), (), manifest.grid)
-    ranges = _widened(task.card.ranges, manifest)
-    for number, trajectory in enumerate(manifest.trajectories):
-        if trajectory.shard != task.shard:
-            continue
-        audit = TrajectoryAudit(
-            manifest.state_channels, manifest.constant_channels, manifest.grid, manifest.stats["std"], ranges
-        )
-        if trajectory.constants_offset is not None:
-            count = manifest.constants_bytes // 4
-            constants = np.frombuffer(content, "<f4", count, trajectory.constants_offset)
-            audit.add_constants(constants.reshape(-1, *manifest.grid))
-        for chunk, offset in enumerate(trajectory.offsets):
-            for frames in _chunk_blocks(manifest, content, offset, manifest.chunk_frames(number, chunk)):
-                audit.add(frames)
-                on_bytes(len(frames) * manifest.frame_bytes)
-        findings += audit.findings(manifest.sources[trajectory.source].name, trajectory.source_index)
-        samples.append(audit.summary())
-        lengths.append(trajectory.frames)
-    return _Seen(tuple(findings), (merge(samples),) if samples else (), tuple(lengths), manifest.grid)
-
-
-def _widened(ranges: Mapping[str, Interval], manifest: Manifest) -> Mapping[str, Interval]:
-    """The card's ranges and what float16 may add: the values themselves were looked at before they were rounded."""
-    wide = dict(ranges)
-    for name, (_, scale) in manifest.encoding.items():
-        if name in wide:
-            lowest, highest = wide[name]
-            slack = MAX_ERROR * scale
-            wide[name] = None if lowest is None else lowest - slack, None if highest is None else highest + slack
-    return wide
-
-
-def _chunk_blocks(manifest: Manifest, content: mmap.mmap, offset: int, count: int) -> Iterator[np.ndarray]:
-    """The frames of one chunk, float32 (T, C, H, W) at a time."""
-    size = ITEM_BYTES[manifest.dtype]
-    step = block_frames(manifest.frame_bytes)
-    for first in range(0, count, step):
-        num = min(step, count - first)
-        start = offset + first * manifest.frame_bytes
-        stored = np.frombuffer(content, f"<f{size}", num * manifest.frame_bytes // size, start)
-        frames = stored.reshape(num, *manifest.frame_shape)
-        if manifest.encoding:
-            pairs = [manifest.encoding[name] for name in manifest.state_channels]
-            offsets, scales = (np.array(one, np.float32)[:, None, None] for one in zip(*pairs, strict=True))
-            frames = from_float16(frames, offsets, scales)
-        yield frames
-
-
-def _reviewed(
-    card: Card,
-    split: str,
-    seen: Sequence[_Seen],
-    stats: Stats | None,
-    registry: Registry,
-    extra: Sequence[Finding],
-) -> Review:
-    findings = [*extra, *(finding for one in seen for finding in one.findings)]
-    grids = sorted({one.grid for one in seen if one.grid is not None})
-    lengths = [length for one in seen for length in one.lengths]
-    samples = [sample for one in seen for sample in one.samples]
-    if samples:
-        findings += split_findings(card, registry.channel_cards, merge(samples), lengths, grids[0], stats)
-    if len(grids) > 1:
-        detail = f"more than one in a split, which no shards hold: {', '.join(f'{x}x{y}' for x, y in grids)}"
-        findings.append(Finding("grid", "error", "", None, None, (), detail))
-    return Review(card.name, split, len(lengths), sum(lengths), tuple(condense(findings, len(lengths))))
-
-
-def _unreadable(name: str, error: UserError) -> Finding:
-    return Finding("unreadable", "error", name, None, None, (), " ".join(str(error).split()))
-
-
 def as_json(reviews: Sequence[Review]) -> list[Mapping[str, object]]:
-    """One entry per dataset and split, findings in it."""
+    """Return one entry per dataset and split, with its findings."""
     return [encode(review) for review in reviews]
 
 
 def as_text(reviews: Sequence[Review]) -> str:
-    """A table of all findings, a line per dataset and split without any, and the counts."""
+    """Return a table of all findings, the dataset and splits without any, and the counts."""
     found = [(review.dataset, review.split, finding) for review in reviews for finding in review.findings]
     lines = [findings_table(found, None)] if found else []
     clean = [f"{review.dataset}, {review.split}" for review in reviews if not review.findings]
