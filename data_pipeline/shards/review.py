@@ -254,9 +254,8 @@ def _stored_frames(manifest: Manifest, content: mmap.mmap, number: int) -> Itera
             stored = np.frombuffer(content, f"<f{size}", num_values, offset + first * manifest.frame_bytes)
             frames = stored.reshape(-1, *manifest.frame_shape)
             if manifest.encoding:
-                pairs = [manifest.encoding[name] for name in manifest.state_channels]
-                offsets, scales = (np.array(one, np.float32)[:, None, None] for one in zip(*pairs, strict=True))
-                frames = from_float16(frames, offsets, scales)
+                encoding = [manifest.encoding[name] for name in manifest.state_channels]
+                frames = from_float16(frames, *np.array(encoding, np.float32).T.reshape(2, -1, 1, 1))
             yield frames
 
 

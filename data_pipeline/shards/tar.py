@@ -60,9 +60,7 @@ class Encoder:
 
     def __init__(self, channels: Sequence[str], stats: Stats) -> None:
         self.encoding = encoding_of(channels, stats)
-        offsets, scales = zip(*self.encoding.values(), strict=True)
-        self._offset = np.array(offsets, np.float32)[:, None, None]
-        self._scale = np.array(scales, np.float32)[:, None, None]
+        self._offset, self._scale = np.array([*self.encoding.values()], np.float32).T.reshape(2, -1, 1, 1)
         self.worst = np.zeros(len(self.encoding))
 
     def encode(self, frames: np.ndarray, where: str) -> np.ndarray:
