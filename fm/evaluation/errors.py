@@ -1,18 +1,17 @@
-"""What one evaluation stores: the errors of each (trajectory, step, channel), from which every score is made.
+"""The stored errors of one evaluation: one for each trajectory, step and channel. Every score is made from them.
 
-Of each predictor it keeps the mean squared error, and of the target the variance:
+Of each predictor the mean squared error is stored, and of the target the variance:
 
     VRMSE = sqrt(mean over x, y of (prediction - truth)^2 / (variance of the truth over x, y + eps))
 
-with the unbiased variance, as The Well defines it. Beside the model stand two predictors that know no physics.
-`persistence` repeats the last frame it saw: the input of a one-step window, the initial frame held through a rollout.
-`mean_field` is the target frame's own spatial mean, so its VRMSE is 1 by definition, but for eps and the n-1 in the
-variance: a model above 1 does worse than any single number.
+with the unbiased variance, as The Well defines it. The model is compared with two predictors without any physics.
+`persistence` repeats a frame: the input of a one-step window, or the initial frame of a rollout. `mean_field` is the
+target frame's own spatial mean. Its VRMSE is 1 by definition, except for eps and the n-1 in the variance, so a model
+above 1 is worse than the best constant.
 
 Array legend: R trajectories, S steps, C state channels.
 """
 
-import dataclasses
 import json
 import re
 import zipfile
@@ -30,11 +29,11 @@ from fm.evaluation.protocol import Protocol
 FORMAT = 2  # 2: the grid of each dataset
 ERRORS_FILE = "errors.npz"
 PREDICTORS = ("model", "persistence", "mean_field")
+ERROR_NAMES = ("variance", *PREDICTORS)  # the fields of Errors, in their order
 TASKS = ("one_step", "rollout")
-PICTURES = ("overview", "growth", "spectra")  # of all datasets; one of a dataset has its name
-DAMAGED = (  # as numpy, zipfile and what reads their arrays say it
-    *(AttributeError, EOFError, LookupError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error),
-)
+PICTURES = ("overview", "growth", "spectra")  # of all datasets; a picture of one dataset has its name
+# Raised by numpy, zipfile, and the functions that unpack their arrays, when a file is damaged.
+DAMAGED = (AttributeError, EOFError, LookupError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
@@ -42,8 +41,8 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 class Errors:
     """Errors of one task (one-step or rollout) on one dataset, float64, squared physical units, each (R, S, C).
 
-    Step index t is, one-step, the window that predicts frame t + 1 from frame t; in a rollout, prediction number t + 1.
-    All are NaN at a step that was not measured: beyond the end of a trajectory, or a window left out of a subset.
+    Step index t is the window that predicts frame t + 1 from frame t, or prediction number t + 1 of a rollout. All are
+    NaN at a step that was not measured: beyond the end of a trajectory, or a window that is not in the subset.
     """
 
     variance: np.ndarray  # of the target over x, y, unbiased; always finite where measured
@@ -53,7 +52,7 @@ class Errors:
 
     @classmethod
     def empty(cls, num_trajectories: int, num_steps: int, num_channels: int) -> "Errors":
-        """All NaN, to be filled in: arrays (R, S, C)."""
+        """Return arrays (R, S, C) of NaN, to be filled in."""
         return cls(*(np.full((num_trajectories, num_steps, num_channels), np.nan) for _ in range(4)))
 
     @property
@@ -67,16 +66,16 @@ class Errors:
         return self.present.sum(axis=1)
 
     def until(self, num_steps: int | None) -> "Errors":
-        """The first so many steps; all where None."""
-        return Errors(*(getattr(self, part.name)[:, :num_steps] for part in dataclasses.fields(Errors)))
+        """Return the first `num_steps` steps, or all for None."""
+        return Errors(*(getattr(self, name)[:, :num_steps] for name in ERROR_NAMES))
 
     def vrmse(self, predictor: str, eps: float) -> np.ndarray:
-        """VRMSE (R, S, C) of a predictor: +inf where a prediction was not finite, NaN where there is no such step."""
+        """Return VRMSE (R, S, C) of a predictor: +inf if a prediction was not finite, NaN if there is no such step."""
         error = np.sqrt(getattr(self, predictor) / (self.variance + eps))
         return np.where(self.present[..., None] & ~np.isfinite(error), np.inf, error)
 
     def first_failures(self) -> np.ndarray:
-        """(R,) int64: the 1-based step at which the model first was not finite, 0 where it always was."""
+        """Return the first 1-based step at which the model was not finite, (R,) int64; 0 if it always was."""
         failed = self.present & ~np.isfinite(self.model).all(axis=-1)
         return np.where(failed.any(axis=1), failed.argmax(axis=1) + 1, 0) if failed.size else np.zeros_like(self.steps)
 
@@ -93,21 +92,21 @@ class DatasetErrors:
     grid: tuple[int, int]  # (H, W)
 
     def rollout_vrmse(self, trajectory: int, channel: str, steps: Sequence[int], eps: float) -> np.ndarray:
-        """VRMSE (n,) of the model at n 1-based steps of one rollout, of one channel."""
+        """Return the model's VRMSE (n,) of one channel at n 1-based steps of one rollout."""
         row = self.trajectories.tolist().index(trajectory)
         return self.rollout.vrmse("model", eps)[row, np.array(steps) - 1, self.channels.index(channel)]
 
 
 @dataclass(frozen=True)
 class ErrorFile:
-    """What one evaluation measured, with the protocol it ran under and, as plain JSON, whose errors they are."""
+    """The errors of one evaluation, its protocol and, as plain JSON, whose errors they are."""
 
     protocol: Protocol
     datasets: dict[str, DatasetErrors]
     origin: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write a plain .npz, without pickled objects; complete or not at all. UserError when the disk is full."""
+        """Write an .npz without pickled objects, whole or not at all; UserError when the disk is full."""
         head = {"format": FORMAT, "protocol": self.protocol.to_json(), "datasets": sorted(self.datasets)}
         head["origin"] = self.origin
         arrays: dict[str, Any] = {"head": np.array(json.dumps(head))}  # windows keep their order
@@ -117,14 +116,14 @@ class ErrorFile:
             arrays[f"{name}/grid"] = np.array(errors.grid, np.int64)
             arrays[f"{name}/trajectories"] = np.asarray(errors.trajectories, np.int64)
             for task in TASKS:
-                for part in dataclasses.fields(Errors):
-                    arrays[f"{name}/{task}/{part.name}"] = getattr(getattr(errors, task), part.name)
+                for part in ERROR_NAMES:
+                    arrays[f"{name}/{task}/{part}"] = getattr(getattr(errors, task), part)
         with atomic_file(path) as file:
             np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> "ErrorFile":
-        """Read `save`'s file. UserError where it is missing, damaged, or of another format."""
+        """Read a file of `save`; UserError if it is missing, damaged, or of another format."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
@@ -146,7 +145,7 @@ class ErrorFile:
 
 
 def find_errors(place: Path) -> Path:
-    """The error file of a run, of a report's folder, or the file itself. UserError naming where it was looked for."""
+    """Return the error file of a run, of a report's folder, or the file itself; UserError if there is none."""
     if place.is_file():
         return place
     candidates = [place / ERRORS_FILE, place / "report" / ERRORS_FILE]
@@ -160,7 +159,7 @@ def find_errors(place: Path) -> Path:
 
 
 def check_names(dataset: str, channels: Sequence[str]) -> None:
-    """ValueError unless files can be called after a dataset, and its channels are named likewise."""
+    """ValueError if a dataset or a channel has a name that a file cannot have."""
     for name in (dataset, *channels):
         if not _NAME.fullmatch(name):
             raise ValueError(f"expected a name of letters, digits, _, - and . (not first), got {name!r}")
@@ -169,15 +168,12 @@ def check_names(dataset: str, channels: Sequence[str]) -> None:
 
 
 def _unpack(arrays: Mapping[str, np.ndarray], name: str) -> DatasetErrors:
-    tasks = {
-        task: Errors(**{part.name: arrays[f"{name}/{task}/{part.name}"] for part in dataclasses.fields(Errors)})
-        for task in TASKS
-    }
+    tasks = {task: Errors(*(arrays[f"{name}/{task}/{part}"] for part in ERROR_NAMES)) for task in TASKS}
     channels = tuple(str(channel) for channel in arrays[f"{name}/channels"])
     check_names(name, channels)
     ids = arrays[f"{name}/trajectories"]
     for task, errors in tasks.items():
-        shapes = {getattr(errors, part.name).shape for part in dataclasses.fields(Errors)}
+        shapes = {getattr(errors, part).shape for part in ERROR_NAMES}
         if len(shapes) != 1 or errors.variance.ndim != 3 or errors.variance.shape[2] != len(channels):
             raise ValueError(f"{name}/{task}: arrays of {sorted(shapes)} for {len(channels)} channels")
     if ids.shape != tasks["rollout"].variance.shape[:1]:

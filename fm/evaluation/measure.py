@@ -18,14 +18,13 @@ from data_pipeline.registry import Domain
 from data_pipeline.shards.format import Manifest
 from data_pipeline.windows.reader import ShardReader
 from fm.distributed import precision
-from fm.evaluation.errors import Errors
+from fm.evaluation.errors import ERROR_NAMES, Errors
 from fm.evaluation.protocol import Protocol
 from fm.evaluation.samples import Sample, evenly_spaced
 from fm.model.loss import squared_error_and_variance
 from fm.model.surrogate import Surrogate
 
 SHOWN_STEPS = 24  # of the longest rollout, for the pictures of a report
-ERROR_NAMES = tuple(field.name for field in fields(Errors))
 
 # Called once for each batch of rollouts and step: trajectory ids, 1-based step, prediction and truth (B, C, H, W).
 Watcher: TypeAlias = Callable[[Sequence[int], int, Tensor, Tensor], None]
