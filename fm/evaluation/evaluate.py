@@ -185,7 +185,7 @@ def evaluate_model(
 
     It measures the protocol's one-step windows of the split and one rollout of each trajectory, except the parts that
     an interrupted evaluation of the same model, data and protocol has finished. With an `accelerator`, all its
-    processes call this function and share the work. `origin` (plain JSON) says whose scores they are and is stored with
+    processes call this function and share the work. `origin` (plain JSON), whose scores they are, is stored with
     them; `domains`, by dataset, are the axes of pictures. The model stays on `device`; its training mode is restored.
     UserError if model, data and protocol do not fit together, or the disk is full.
     """
@@ -230,7 +230,7 @@ def _check(model: Surrogate, readers: Mapping[str, ShardReader], protocol: Proto
             )
         if name not in model.specs:
             raise UserError(
-                f"evaluate: expected datasets that the model knows ({', '.join(model.specs)}), got {name}: "
+                f"evaluate: expected datasets that the model was trained on ({', '.join(model.specs)}), got {name}: "
                 "leave that one out"
             )
         spec = model.specs[name]

@@ -1,8 +1,8 @@
-"""A named protocol: what a score means. Start frame, context, windows, eps, averages, split; printed with every number.
+"""Named protocols: start frame, context, windows, eps, averages and split of a score.
 
-Published rollout scores differ in each of these, mostly in silence, so that numbers of one name cannot be compared.
-Here a protocol is a value, stored with the errors it was measured under and with the scores made from them. It has one
-of the names in PROTOCOLS, or stands in a file of the user's own:
+Published rollout scores differ in each of these, mostly without a word, so numbers of one name cannot be compared. Here
+a protocol is stored with the errors that were measured under it and with the scores made from them, and it is printed
+above every table. It is one of PROTOCOLS, or a file of the user's own:
 
     name: early
     version: 1
@@ -41,7 +41,7 @@ class Window:
             raise ValueError(f"window: expected 1 <= first <= last (<= parts where given), got {self}")
 
     def steps(self, horizon: int) -> tuple[int, int] | None:
-        """The window as (first, last) step numbers, or None where a rollout of `horizon` steps does not cover it."""
+        """Return the window as (first, last) step numbers, None if a rollout of `horizon` steps does not cover it."""
         first, last = self.first, self.last
         if self.parts:
             first, last = (first - 1) * horizon // self.parts + 1, last * horizon // self.parts
@@ -50,7 +50,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a score is made."""
+    """All that defines a score."""
 
     name: str
     version: int  # raised whenever the same name would give another number
@@ -86,14 +86,16 @@ class Protocol:
             )
 
     def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "windows": {k: dataclasses.asdict(w) for k, w in self.windows.items()}}
+        """Return all fields, as stored with errors and scores."""
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Protocol":
+        """Return the inverse of `to_json`; LookupError, TypeError or ValueError for other data."""
         return cls(**{**data, "windows": {name: Window(**window) for name, window in data["windows"].items()}})
 
     def describe(self) -> str:
-        """One line that pins the numbers down, for the head of a table."""
+        """Return all that defines the numbers in one line, for the head of a table."""
         average = {
             "per_step": f"{self.trajectories} over trajectories at each step, then {self.steps} over steps",
             "per_trajectory": f"{self.steps} over the steps of each trajectory, then {self.trajectories}",
@@ -133,7 +135,7 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def get_protocol(name: str) -> Protocol:
-    """The protocol of that name; UserError listing the valid ones."""
+    """Return the protocol of that name; UserError, with the valid names, if there is none."""
     if name not in PROTOCOLS:
         raise UserError(
             f"protocol: expected one of {', '.join(PROTOCOLS)}; got {name!r}. One of your own is a file that ends in "
@@ -202,10 +204,10 @@ _OPTIONAL: dict[str, Callable[[Node], Any]] = {
 
 
 def check_same_rollouts(measured: Protocol, wanted: Protocol, longest: int | None = None) -> None:
-    """UserError unless errors measured under one protocol can be read under another: same frames, reaching as far.
+    """UserError unless errors measured under one protocol can be scored under another: same frames, as many steps.
 
-    `longest`: steps of the longest rollout that was measured. Where it fell short of the measured protocol's limit, all
-    rollouts went to the end of their trajectories, so the limit limits nothing.
+    `longest`: steps of the longest rollout that was measured. If it is below the measured protocol's limit, all
+    rollouts went to the end of their trajectories, so the limit had no effect.
     """
     for name in ("split", "start", "context", "one_step_windows"):
         if getattr(measured, name) != getattr(wanted, name):

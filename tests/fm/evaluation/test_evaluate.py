@@ -347,7 +347,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     refused("expected context 1", model, {"shear_flow": reader}, context=4)
     refused("expected at least one dataset", model, {})
     other = make_model({"active_matter": readers["active_matter"]})
-    refused("model knows .active_matter., got shear_flow", other, {"shear_flow": reader})
+    refused("model was trained on .active_matter., got shear_flow", other, {"shear_flow": reader})
     refused("trained on the state channels concentration", model, {"active_matter": reader})
 
 
