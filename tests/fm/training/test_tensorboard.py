@@ -1,4 +1,4 @@
-"""TensorBoard's files as its own reader sees them: pictures, which tags there are, and how large a long run gets."""
+"""TensorBoard's files as its own reader sees them: pictures, tags, size, the HParams page; and other trackers."""
 
 import dataclasses
 import io
@@ -7,22 +7,28 @@ import re
 import time
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from handmade import make_spec
 from PIL import Image
 from samples import ramp_sample
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from whole_runs import DATASETS, ROOT, small
+from tensorboard.plugins.hparams import api_pb2, metadata
+from whole_runs import DATASETS, ROOT, fm, small
 
+from data_pipeline.files import UserError
+from data_pipeline.registry import load_registry
 from data_pipeline.windows.schedule import Schedule, Source
-from fm.config import Recipe
+from fm.config import Recipe, dump_recipe, recipe_to_dict
+from fm.datasets import build_model, open_split
 from fm.evaluation.samples import Sample
 from fm.model.spec import ModelConfig
 from fm.model.wavelit import WaveLiTFM
 from fm.training.record import RunRecord, StepResult, draws_pictures, is_chosen
-from fm.training.tensorboard import Dashboard, rollout_pictures
+from fm.training.tensorboard import Dashboard, check_trackers, flat_settings, rollout_pictures
 from fm.training.trainer import train
 
 EIGHT = [
@@ -209,3 +215,98 @@ def test_a_million_steps_stay_below_200_mb(tmp_path: Path) -> None:
     )
     assert recipes[0].tracking.pictures == 40
     assert scalars + pictures < 195e6  # and 200 validations of 70 scalars
+
+
+SHORT: dict[str, dict[str, Any]] = {"train": {"steps": 6}, "validation": {"every": 3, "windows": 1, "rollouts": 0}}
+
+
+def hparams_of(directory: Path) -> tuple[Any, Any, int | None]:
+    """The columns, the session's settings, and its state, as the page gets them."""
+    board = EventAccumulator(str(directory / "tensorboard")).Reload()
+    content = board.PluginTagToContent(metadata.PLUGIN_NAME)
+    experiment = metadata.parse_experiment_plugin_data(content[metadata.EXPERIMENT_TAG])
+    start = metadata.parse_session_start_info_plugin_data(content[metadata.SESSION_START_INFO_TAG])
+    end = content.get(metadata.SESSION_END_INFO_TAG)
+    return experiment, start, None if end is None else metadata.parse_session_end_info_plugin_data(end).status
+
+
+def test_a_continued_run_is_one_session_that_ends_well(tiny_shards: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    assert train(small(tiny_shards, directory, run={"stop_at": 3}, **SHORT)) == 0
+    assert hparams_of(directory)[2] is None  # to be continued
+    assert train(small(tiny_shards, directory, **{**SHORT, "train": {"steps": 6, "clip": 0.5}})) == 0
+    experiment, start, state = hparams_of(directory)
+    assert state == api_pb2.STATUS_SUCCESS
+    assert start.hparams["train.clip"].number_value == 0.5  # what the run went on with
+    assert start.hparams["train.steps"].number_value == 6
+    assert start.hparams["sampling.scheme"].string_value == "sqrt"
+    assert start.hparams["model.width"].number_value == 16
+    assert start.hparams["model.cpe"].WhichOneof("kind") == "bool_value"
+    assert start.hparams["data.datasets"].string_value == "2 datasets"
+    assert "finetune.objective" in {column.name for column in experiment.hparam_infos}
+    assert "finetune.objective" not in start.hparams
+    scores = [column.name.tag for column in experiment.metric_infos]
+    assert scores[0] == "valid_over_persistence/geometric_mean"
+    board = EventAccumulator(str(directory / "tensorboard")).Reload()
+    assert set(scores) <= set(board.Tags()["scalars"])
+    assert len(list((directory / "tensorboard").glob("*.hparams"))) == 1
+
+
+def test_a_failed_run_is_marked_until_it_is_continued(tiny_shards: Path, tmp_path: Path) -> None:
+    recipe = small(tiny_shards, tmp_path / "run", **SHORT)
+    registry = load_registry(None)
+    model = build_model(recipe, open_split(recipe, registry, "train"), registry)
+    schedule = Schedule([Source(name, 100, 16, (100,)) for name in DATASETS], 4, seed=0)
+    with pytest.raises(RuntimeError, match="a cable"), RunRecord(recipe, schedule, model, 0, "one process"):
+        raise RuntimeError("a cable")
+    assert hparams_of(tmp_path / "run")[2] == api_pb2.STATUS_FAILURE
+    assert train(recipe) == 0
+    assert hparams_of(tmp_path / "run")[2] == api_pb2.STATUS_SUCCESS
+
+
+def test_settings_are_flat_and_plain(tmp_path: Path) -> None:
+    recipe = small(tmp_path, tmp_path, finetune={"pretrained": "runs/x", "objective": "bptt"})
+    settings = flat_settings(recipe_to_dict(recipe), DATASETS[:1])
+    assert settings["finetune.objective"] == "bptt"
+    assert settings["data.datasets"] == DATASETS[0]
+    assert "train.betas" not in settings  # two numbers
+    assert "train.micro_batch" not in settings  # null
+    assert all(isinstance(value, str | int | float | bool) for value in settings.values())
+
+
+TRACKED = {"tracking": {"log_with": ["tensorboard"]}}
+
+
+def curves(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    board = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
+def test_every_scalar_goes_to_the_other_tracker_once(tiny_shards: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    assert train(small(tiny_shards, directory, run={"stop_at": 4}, **SHORT, **TRACKED)) == 0
+    time.sleep(1.1)  # TensorBoard orders event files by the second in which they were begun
+    assert train(small(tiny_shards, directory, **SHORT, **TRACKED)) == 0
+    own, other = curves(directory / "tensorboard"), curves(directory / "trackers" / "wavelit-fm")
+    assert len(own) > 20
+    assert own == other
+    (settings, _) = sorted((directory / "trackers").rglob("hparams.yml"))
+    assert "train.learning_rate: 0.003" in settings.read_text()
+
+
+def test_a_tracker_that_is_not_there_is_refused_before_the_first_step(tiny_shards: Path, tmp_path: Path) -> None:
+    recipe = small(tiny_shards, tmp_path / "run", tracking={"log_with": ["wandbee"]})
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    done = fm("train", str(tmp_path / "recipe.yaml"))
+    assert done.returncode == 2
+    assert "tracking.log_with: expected trackers among aim, " in done.stderr
+    assert "got 'wandbee'; available here: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_known_tracker_whose_package_is_missing_is_named() -> None:
+    missing = sorted(set(LOGGER_TYPE_TO_CLASS) - {str(name) for name in get_available_trackers()})
+    assert missing
+    with pytest.raises(UserError, match=f"the package of {missing[0]} is not installed, got '{missing[0]}'; available"):
+        check_trackers(["tensorboard", missing[0]])
