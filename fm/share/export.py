@@ -1,19 +1,37 @@
-"""The folder of an exported model, written whole or not at all.
+"""Export a model as a folder that others can use: weights, dataset cards, scores, pictures, programs and a model card.
 
-A run's averaged weights, and all that is known of them, as an exported model.
+    model.safetensors, model.json   the averaged weights, and the model's configuration
+    README.md                       the model card (model_card.py)
+    artefact.json                   the facts of the model, and size and SHA-256 of every file
+    recipe.yaml                     the recipe of its run, resolved
+    cards/                          the cards of its datasets, a registry folder of their own
+    scores.json, pictures/          of an evaluation of these weights, if there is one
+    programs/<dataset>.pt2          single steps for torch alone, if requested
+    LICENSE                         if the license is MIT
+
+`export_run` exports a run; fm/share/extend.py writes extended models by the same `write_export`.
 """
 
+import copy
+import io
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files as resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from data_pipeline.files import UserError, sha256, sync
+import torch
+import yaml
+from torch import Tensor, nn
+
+from data_pipeline.files import UserError, atomic_path, sha256
+from data_pipeline.registry import Card, Channel, Registry, load_folders
+from fm.checkpoint import read_state
 from fm.config import dump_recipe
 from fm.evaluation.evaluate import TrainedModel
+from fm.evaluation.scores import Scores
 from fm.model.files import (
     CARD_FILE,
     CARDS,
@@ -21,84 +39,15 @@ from fm.model.files import (
     EXPORT_FILE,
     MODEL_FILE,
     RECIPE_FILE,
+    SCORES_FILE,
     WEIGHTS_FILE,
     is_exported,
 )
-from fm.share.model_card import MIT, Cards, Facts, find_cards, model_card, report_files, step_program
+from fm.model.surrogate import Surrogate
+from fm.share.model_card import ExportedModel, model_card
 
-LICENCE = "MIT"  # that which comes with its text
-
-
-def write_export(
-    folder: Path, facts: Facts, weights: bytes, more: Mapping[str, bytes] | None = None, address: str | None = None
-) -> None:
-    """Write an exported model to `folder`, in place of an earlier one.
-
-    `weights` is the safetensors file, byte for byte, so that its digest stays; `more` are scores, pictures and programs
-    by path; `address` is where the model will be found, for the words of its card. UserError where `folder` holds
-    something else or cannot be written; then it is left as it was.
-    """
-    files = {
-        MODEL_FILE: (json.dumps(facts.model.description(), indent=1) + "\n").encode(),
-        WEIGHTS_FILE: weights,
-        RECIPE_FILE: dump_recipe(facts.recipe).encode(),
-        **{f"{CARDS}/{name}": data for name, data in facts.cards.files().items()},
-        **(more or {}),
-    }
-    if facts.licence == LICENCE:
-        files["LICENSE"] = MIT.format(name=facts.name).encode()
-    files[CARD_FILE] = model_card(facts, files, address or folder.name).encode()
-    listing = {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in sorted(files.items())}
-    content = json.dumps({**facts.to_json(), "files": listing}, indent=1, ensure_ascii=False, allow_nan=False)
-    files[EXPORT_FILE] = f"{content}\n".encode()
-    _write_whole(folder, files)
-
-
-def check_folder(folder: Path) -> None:
-    """UserError where `folder` holds something that is no export, and so must not be replaced."""
-    if folder.exists() and not is_exported(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(
-            f"{folder}: expected a folder that is not there yet, or an earlier export, found something else"
-        )
-
-
-def _write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write the files beside `folder` and rename, in place of an earlier export. UserError if that fails."""
-    check_folder(folder)
-    temporary: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".writing_{folder.name}_", dir=folder.parent))
-        (temporary / "whole").mkdir()
-        for name, data in files.items():
-            file = temporary / "whole" / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-        _replace(folder, temporary / "whole", temporary / "before")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); nothing was kept") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace(folder: Path, whole: Path, before: Path) -> None:
-    """Rename `whole` to `folder`, and what is there to `before`; back again where that fails."""
-    if folder.exists():
-        folder.rename(before)
-    try:
-        whole.rename(folder)
-    except OSError:
-        if before.exists():
-            before.rename(folder)
-        raise
-    sync(folder.parent)
-
-
-_SPDX = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
+LICENSE = "MIT"  # the default, and the license whose text is included
+SPDX = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 
 
 def export_run(
@@ -106,48 +55,196 @@ def export_run(
     folder: Path,
     report: Path | None = None,
     programs: Sequence[str] = (),
-    licence: str = LICENCE,
+    license: str = LICENSE,
     address: str | None = None,
 ) -> Path:
-    """Write an exported model of a run's newest checkpoint to `folder`, and return that.
+    """Export a run's newest checkpoint to `folder`, and return `folder`.
 
-    `report` is one that `fm evaluate` made, by default the run's; `programs` are datasets whose step is exported as a
-    program; `address` is where the model will be found, for the words of its card. UserError where there is no
-    checkpoint, a card is missing or has changed, `report` is of other weights, or `folder` holds something else.
+    `report` is the folder of an evaluation, by default the run's. `programs` are datasets whose step is exported as a
+    program. `address` is where the model will be found, for its model card. Raises UserError if there is no checkpoint,
+    a card is missing or has changed, `report` is of other weights, or `folder` holds something else.
     """
-    if _SPDX.fullmatch(licence) is None:
-        raise UserError(f"--licence: expected an SPDX identifier, such as MIT or CC-BY-4.0, got {licence!r}")
-    check_folder(folder)
+    if SPDX.fullmatch(license) is None:
+        raise UserError(f"--licence: expected an SPDX identifier, such as MIT or CC-BY-4.0, got {license!r}")
+    _check_replaceable(folder)
     trained = TrainedModel.open(run)
     if is_exported(trained.checkpoint):
         raise UserError(f"{run}: is an exported model already; copy it, or push it: model.push_to_hub(...)")
-    facts = Facts(
-        trained.model, trained.recipe, _cards(trained), trained.step, trained.shards, licence, trained.lineage
-    )
-    more = _scores(report, trained)
-    more |= {f"programs/{name}.pt2": step_program(trained.model, name) for name in dict.fromkeys(programs)}
-    write_export(folder, facts, (trained.checkpoint / EMA_FILE).read_bytes(), more, address)
-    return folder
-
-
-def _cards(trained: TrainedModel) -> Cards:
-    """The cards of the run's datasets; those that its registry lacks come from the exported model it was made from."""
     names = list(trained.model.specs)
     sources = [(names, trained.card_folders())]
     pretrained = trained.lineage.get("pretrained")
-    if pretrained is not None and is_exported(Path(pretrained)):
+    if pretrained is not None and is_exported(Path(pretrained)):  # cards that the run's registry may lack
         sources.append((names, [Path(pretrained) / CARDS]))
     cards = find_cards(sources)
     cards.check_unchanged(names, trained.checkpoint)
-    return cards
-
-
-def _scores(report: Path | None, trained: TrainedModel) -> dict[str, bytes]:
-    """Those of a given report, or of the run's if it has a fitting one; what is missing is said."""
+    files = cards.files()
     try:
-        return report_files(report or trained.report, trained)
+        files |= report_files(report or trained.report, trained)
     except UserError as error:
         if report is not None:
             raise
         print(f"exported without scores and pictures: {error}")
-        return {}
+    files |= {f"programs/{name}.pt2": step_program(trained.model, name) for name in dict.fromkeys(programs)}
+    exported = ExportedModel(
+        trained.model, trained.recipe, cards.registry, trained.step, trained.shards, license, trained.lineage
+    )
+    write_export(folder, exported, (trained.checkpoint / EMA_FILE).read_bytes(), files, address)
+    return folder
+
+
+def write_export(
+    folder: Path, exported: ExportedModel, weights: bytes, more: Mapping[str, bytes], address: str | None = None
+) -> None:
+    """Write an exported model to `folder`, whole or not at all, in place of an earlier one.
+
+    `weights` is the safetensors file; its bytes, and so its digest, are kept. `more` are cards, scores, pictures and
+    programs by path. `address` is where the model will be found, for its model card. Raises UserError, and leaves
+    `folder` as it was, if that holds something else or cannot be written.
+    """
+    files = {
+        MODEL_FILE: (json.dumps(exported.model.description(), indent=1) + "\n").encode(),
+        WEIGHTS_FILE: weights,
+        RECIPE_FILE: dump_recipe(exported.recipe).encode(),
+        **more,
+    }
+    if exported.license == LICENSE:
+        text = resources("fm.share").joinpath("mit_license.txt").read_text("utf-8")
+        files["LICENSE"] = text.format(name=exported.name).encode()
+    files[CARD_FILE] = model_card(exported, files, address or folder.name).encode()
+    listing = {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in sorted(files.items())}
+    content = json.dumps({**exported.to_json(), "files": listing}, indent=1, ensure_ascii=False, allow_nan=False)
+    files[EXPORT_FILE] = f"{content}\n".encode()
+    _check_replaceable(folder)
+    try:
+        with atomic_path(folder) as temporary:
+            for name, data in files.items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                (temporary / name).write_bytes(data)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); nothing was kept") from error
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise UserError if `folder` holds something that is no exported model, and must not be replaced."""
+    if folder.exists() and not is_exported(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(
+            f"{folder}: expected a folder that is not there yet, or an earlier export, found something else"
+        )
+
+
+@dataclass(frozen=True)
+class Cards:
+    """The cards of some datasets, as a registry of their own."""
+
+    registry: Registry  # of these datasets and the channels they name, and of no others
+    origins: Mapping[str, Traversable]  # dataset -> the file of its card
+
+    def files(self) -> dict[str, bytes]:
+        """Return cards/channels.yaml and cards/datasets/<name>.yaml by path; a card keeps every byte."""
+        channels = {}
+        for channel in self.registry.channel_cards.values():
+            twin = {"duplicate_of": channel.duplicate_of} if channel.duplicate_of else {}
+            channels[channel.name] = {"description": channel.description, "unit": channel.unit, **twin}
+        text = yaml.safe_dump(channels, sort_keys=False, allow_unicode=True, width=120)
+        cards = {f"{CARDS}/datasets/{name}.yaml": file.read_bytes() for name, file in self.origins.items()}
+        return {f"{CARDS}/channels.yaml": text.encode(), **cards}
+
+    def check_unchanged(self, datasets: Iterable[str], checkpoint: Path) -> None:
+        """Raise UserError if a card has other channels or boundaries than at the training of `checkpoint`.
+
+        An exported model has the cards of its training beside it, so there is nothing to check.
+        """
+        if is_exported(checkpoint):
+            return
+        then, now = read_state(checkpoint)["registry"]["cards"], self.registry.snapshot()["cards"]
+        for name in datasets:
+            if now[name] != then.get(name):
+                raise UserError(
+                    f"{self.origins[name]}: fields or boundary are not those that the model was trained with; put the "
+                    f"card of then back (fields then: {then.get(name)})"
+                )
+
+
+def find_cards(sources: Sequence[tuple[Iterable[str], Sequence[Traversable]]]) -> Cards:
+    """Find the cards of datasets in several registries.
+
+    Each source is the names of datasets, and the folders of the registry that may have their cards. The first source
+    that names a dataset and has its card decides the card and the meaning of its channels. Raises UserError if no
+    source has a card.
+    """
+    cards: dict[str, Card] = {}
+    channels: dict[str, Channel] = {}
+    origins: dict[str, Traversable] = {}
+    for names, folders in sources:
+        registry = load_folders(folders)
+        found = sorted(set(names) & registry.cards.keys() - cards.keys())
+        for name in found:
+            cards[name] = registry.cards[name]
+            origins[name] = next(file for folder in folders if (file := folder / "datasets" / f"{name}.yaml").is_file())
+        # The channels of the cards, and those that they are duplicates of, in the registry's order.
+        named: set[str] = set()
+        more = {channel for name in found for field in cards[name].fields for channel in field.channels}
+        while more:
+            named |= more
+            more = {twin for name in more if (twin := registry.channel_cards[name].duplicate_of) is not None} - named
+        for name, channel in registry.channel_cards.items():
+            if name in named:
+                channels.setdefault(name, channel)
+    for name in {name for names, _ in sources for name in names} - cards.keys():
+        registry.card(name)  # raises the error for a missing card
+    return Cards(Registry(channels, dict(sorted(cards.items()))), dict(sorted(origins.items())))
+
+
+def report_files(report: Path, trained: TrainedModel) -> dict[str, bytes]:
+    """Return scores.json and pictures/<name>.png of a report by path.
+
+    Raises UserError if there are none, or they are of other weights.
+    """
+    again = f"make one: fm evaluate {trained.checkpoint} --out {report}"
+    try:
+        data = (report / SCORES_FILE).read_bytes()
+    except OSError as error:
+        raise UserError(f"{report}: no report there ({error.strerror}); {again}") from error
+    origin = Scores.from_json(data, str(report / SCORES_FILE)).origin
+    if (origin.get("step"), origin.get("weights")) != (trained.step, trained.weights):
+        raise UserError(
+            f"{report}: a report of other weights, of step {origin.get('step')}, not {trained.step}; {again}"
+        )
+    pictures = sorted((report / "pictures").glob("*.png"))
+    return {SCORES_FILE: data, **{f"pictures/{file.name}": file.read_bytes() for file in pictures}}
+
+
+class DatasetStep(nn.Module):
+    """The step of one dataset in physical units: state (B, C, H, W) and constants (B, K, H, W) to the next state."""
+
+    def __init__(self, model: Surrogate, dataset: str) -> None:
+        super().__init__()
+        self.model, self.dataset = model, dataset
+
+    def forward(self, state: Tensor, constants: Tensor) -> Tensor:
+        """Return the next state (B, C, H, W)."""
+        model, dataset = self.model, self.dataset
+        normalized = model.normalize(state, dataset), model.normalize_constants(constants, dataset)
+        return model.denormalize(model(*normalized, dataset), dataset)
+
+
+def step_program(model: Surrogate, dataset: str) -> bytes:
+    """Return the step of a dataset as a .pt2 file (torch.export), for any batch size and the trained grid.
+
+    It runs with torch alone, without this package. Raises UserError for a dataset that the model was not trained on, or
+    whose grid is not known.
+    """
+    if dataset not in model.specs:
+        raise UserError(f"--program: expected a dataset of the model, {', '.join(model.specs)}; got {dataset!r}")
+    spec = model.specs[dataset]
+    if spec.grid is None:
+        raise UserError(f"--program {dataset}: the model does not know the grid of its training data; train it again")
+    state = spec.moment("mean", spec.state_channels).float().expand(2, -1, *spec.grid).contiguous()
+    constants = torch.zeros(2, len(spec.constant_channels), *spec.grid)
+    batch = torch.export.Dim("batch", min=1)
+    with torch.no_grad():
+        step = DatasetStep(copy.deepcopy(model), dataset).eval().requires_grad_(False)
+        program = torch.export.export(step, (state, constants), dynamic_shapes=({0: batch}, {0: batch}))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    return file.getvalue()

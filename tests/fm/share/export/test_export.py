@@ -17,8 +17,7 @@ from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.cli import main
 from fm.evaluation.evaluate import TrainedModel
 from fm.model.files import verify_exported
-from fm.share.export import export_run
-from fm.share.model_card import find_cards
+from fm.share.export import export_run, find_cards
 from fm.training.trainer import train
 
 
@@ -136,7 +135,7 @@ def test_without_a_report_of_these_weights_there_are_no_scores(run: Path, tmp_pa
 def test_an_earlier_export_is_replaced_and_nothing_else(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    export_run(run, tmp_path / "model", licence="CC-BY-4.0")
+    export_run(run, tmp_path / "model", license="CC-BY-4.0")
     assert not (tmp_path / "model/LICENSE").exists()
     export_run(run, tmp_path / "model")
     assert (tmp_path / "model/LICENSE").exists()
@@ -154,7 +153,7 @@ def test_a_folder_that_cannot_be_written_is_left_as_it_was(run: Path, tmp_path: 
     with pytest.raises(UserError, match="cannot be written"):
         export_run(run, tmp_path / "file" / "model")
     with pytest.raises(UserError, match="expected an SPDX identifier"):
-        export_run(run, tmp_path / "model", licence="my own!")
+        export_run(run, tmp_path / "model", license="my own!")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
@@ -182,11 +181,11 @@ def test_cards_of_ones_own_come_along(tmp_path: Path) -> None:
     for name, data in files.items():
         (bundle / name).parent.mkdir(parents=True, exist_ok=True)
         (bundle / name).write_bytes(data)
-    alone = load_folders([bundle])
+    alone = load_folders([bundle / "cards"])
     assert alone.cards == {name: registry.cards[name] for name in ("rods", "shear_flow")}
     assert alone == cards.registry
     assert set(alone.channels) == {"heat", "D_xy", "D_yx", "tracer", "pressure", "velocity_x", "velocity_y"}
-    assert files["datasets/rods.yaml"] == (mine / "datasets/rods.yaml").read_bytes()
+    assert files["cards/datasets/rods.yaml"] == (mine / "datasets/rods.yaml").read_bytes()
     with pytest.raises(UserError, match="dataset 'rods': no card of this name"):
         find_cards([(["rods"], [packaged_folder()])])
 

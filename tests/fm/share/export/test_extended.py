@@ -82,7 +82,7 @@ def test_its_card_says_what_was_added_and_not_trained(run: Path, extended: Path)
 
 
 def test_another_extension_keeps_licence_and_lineage(run: Path, tiny_shards: Path, tmp_path: Path) -> None:
-    export_run(run, tmp_path / "one", licence="CC-BY-4.0")
+    export_run(run, tmp_path / "one", license="CC-BY-4.0")
     extend(str(tmp_path / "one"), [NEW], str(tiny_shards), tmp_path / "two", "zero")
     extend(str(tmp_path / "two"), ["active_matter"], str(tiny_shards), tmp_path / "three", "zero")
     content = verify_exported(tmp_path / "three")

@@ -14,7 +14,7 @@ from handmade import make_spec, stir
 from data_pipeline.files import UserError
 from fm.model.spec import ModelConfig
 from fm.model.wavelit import WaveLiTFM
-from fm.share.model_card import step_program
+from fm.share.export import step_program
 
 SCRIPT = """
 import importlib.util, sys
