@@ -69,6 +69,12 @@ def format_number(value: float | None) -> str:
     return f"{value:.4f}" if value < 100 else f"{value:.3g}"
 
 
+def digits(value: float, count: int = 3) -> str:
+    """Return a number of at least 0 with `count` significant digits and no exponent."""
+    rounded = float(f"{value:.{count}g}")
+    return f"{rounded:,.0f}" if rounded >= 10 ** (count - 1) else f"{rounded:#.{count}g}"
+
+
 def cell_text(cell: Cell, percent: bool = False) -> str:
     """Return a cell as text: text and integers as they are, numbers rounded, a mark in brackets after its number."""
     if isinstance(cell, Marked):

@@ -6,13 +6,14 @@ argparse: options with several values, such as `--datasets NAME NAME`, are not p
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import UserError
+from data_pipeline.files import UserError, write_whole
 
 Run = Callable[[argparse.Namespace], int | None]  # returns the exit code, None for 0
 Argument = tuple[tuple[str, ...], dict[str, Any]]  # names and parameters for ArgumentParser.add_argument
@@ -80,6 +81,11 @@ def _check_above_zero(option: str, value: float | None, quantity: str = "a numbe
         raise UserError(f"{option}: expected {quantity} above 0, got {value}")
 
 
+def _write_results(content: dict[str, Any], file: Path | None) -> None:
+    if file is not None:
+        write_whole(file, (json.dumps(content, indent=1) + "\n").encode())
+
+
 OVERRIDES = arg("overrides", nargs="*", help="section.key=value")
 MODEL_HELP = "run directory, checkpoint, exported model, or hf://organization/name"
 JSON_FILE = arg("--json", type=Path, metavar="FILE", help="also write every number to this file")
@@ -102,7 +108,10 @@ LAUNCH_CONFIG = arg(
 )
 def plan(options: argparse.Namespace) -> None:
     """Estimate the work, time and memory of a run before it is launched."""
-    from fm.lab.plan_tables import plan_run
+    from fm.config import load_recipe
+    from fm.lab.hardware import AssumedSpeed, find_gpu
+    from fm.lab.plan import estimated_plan, measured_plan
+    from fm.lab.plan_tables import plan_text
 
     if not 0 < options.utilisation <= 1:
         raise UserError(f"--utilisation: expected a share in (0, 1], got {options.utilisation}")
@@ -111,9 +120,15 @@ def plan(options: argparse.Namespace) -> None:
         raise UserError(f"--processes: expected a number of at least 1, got {options.processes}")
     _check_above_zero("--network", options.network, "GB/s")
     overrides = [*options.overrides, *([f"data.shards={options.shards}"] if options.shards else [])]
-    speed = options.probe_seconds if options.gpu is None else (options.gpu, options.utilisation)
-    with_shards = options.shards is not None
-    plan_run(options.recipe, overrides, speed, options.processes, with_shards, options.json, options.network)
+    shared = {"processes": options.processes, "require_shards": options.shards is not None}
+    recipe = load_recipe(options.recipe, overrides)
+    if options.gpu is None:
+        found = measured_plan(recipe, options.probe_seconds, **shared)
+    else:
+        speed = AssumedSpeed(find_gpu(options.gpu), options.utilisation, recipe.train.precision != "float32")
+        found = estimated_plan(recipe, speed, options.network, **shared)
+    print(plan_text(found), end="")
+    _write_results(found.to_json(), options.json)
 
 
 @command(
@@ -134,13 +149,15 @@ def plan(options: argparse.Namespace) -> None:
 )
 def benchmark(options: argparse.Namespace) -> None:
     """Measure how fast this machine trains on each dataset, and what limits the speed."""
-    from fm.lab.benchmark import Request, benchmark, floors
-    from fm.lab.benchmark_tables import check_targets, write
+    from fm.lab.benchmark import BenchmarkOptions, benchmark, floors
+    from fm.lab.benchmark_tables import benchmark_text
 
     _check_above_zero("--seconds", options.seconds)
     _check_above_zero("--step-ms", options.step_ms)
-    check_targets(options.json, options.markdown, options.profile)
-    request = Request(
+    for option, file in (("--json", options.json), ("--markdown", options.markdown)):
+        if file is not None and not file.parent.is_dir():
+            raise UserError(f"{option}: no folder {file.parent}; make it first")
+    chosen = BenchmarkOptions(
         recipe=options.recipe,
         overrides=tuple(options.overrides),
         device=options.device,
@@ -152,7 +169,12 @@ def benchmark(options: argparse.Namespace) -> None:
         shards=options.data,
         step_seconds=options.step_ms / 1e3,
     )
-    write(floors(options.gpu, request) if options.gpu else benchmark(request), options.json, options.markdown)
+    found = floors(options.gpu, chosen) if options.gpu else benchmark(chosen)
+    text = benchmark_text(found)
+    print(text, end="")
+    _write_results(found.to_json(), options.json)
+    if options.markdown is not None:
+        write_whole(options.markdown, text.encode())
 
 
 @command(arg("recipe", help="a recipe, such as recipes/quickstart.yaml"), OVERRIDES)

@@ -1,17 +1,14 @@
-"""A benchmark as people read it: what it ran on, a line for each variant, a table for each, sentences.
+"""The text of a benchmark: the machine, a line for each variant, a table for each variant, the least times, notes."""
 
-A benchmark on the console and in files.
-"""
-
-import json
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from textwrap import fill
 
-from data_pipeline.files import UserError, atomic_file
-from data_pipeline.tables import DASH, markdown
-from fm.lab.benchmark import KINDS, MIXTURE, Benchmark, Row, feed_text
-from fm.lab.plan_tables import PAPER_BATCH, PAPER_HOURS, PAPER_STEPS, WIDTH, digits
+from data_pipeline.tables import DASH, digits, markdown
+from fm.lab.benchmark import MIXTURE, Benchmark, Row
+from fm.lab.data_wait import data_wait_text
+from fm.lab.hardware import PARTS
+from fm.lab.plan_tables import WIDTH
+from fm.lab.workload import PAPER_BATCH, PAPER_HOURS, PAPER_STEPS
 
 HEAD = ("dataset", "fwd", "bwd", "opt", "data", "step", "±%", "ktok/s", "{}FLOP/s", "%", "GB/s", "%", "GB", "floor")
 UNITS = {"T": 1e12, "G": 1e9}
@@ -31,41 +28,25 @@ FLOOR = (
 
 
 def benchmark_text(found: Benchmark) -> str:
-    """The whole benchmark as Markdown that ends in a newline, at most 120 columns wide."""
-    variants = list(dict.fromkeys(row.variant for row in found.rows))
-    measured = [row for row in found.rows if row.seconds is not None]
-    first = [row for row in found.rows if row.variant == variants[0]]  # of which the floor is shown
-    parts = [
-        _about(found),
-        _summary([row for row in found.rows if row.dataset == MIXTURE]) if first else "",
-        *(_variant(found, variant) for variant in variants if any(row.variant == variant for row in measured)),
-        _wrapped(MEANING) if measured else "",
-        _floor(first, found.ceilings.bandwidth) if first else "",
-        feed_text(found.feeding, found.pace) if found.feeding else "",
-        "\n".join(f"- profile: {file}" for file in found.profiles),
-        "\n".join(_wrapped(f"- warning: {warning}", "  ") for warning in found.warnings()),
-    ]
+    """Return the benchmark as Markdown of at most 120 columns, which ends in a newline."""
+    variants: dict[str, list[Row]] = {}
+    for row in found.rows:
+        variants.setdefault(row.variant, []).append(row)
+    measured = {name: rows for name, rows in variants.items() if any(row.step_ms is not None for row in rows)}
+    parts = [_about(found)]
+    if variants:
+        parts.append(_summary([row for row in found.rows if row.dataset == MIXTURE]))
+    parts += [f"{name}\n\n{_variant_table(rows)}" for name, rows in measured.items()]
+    if measured:
+        parts.append(fill(MEANING, WIDTH))
+    if variants:
+        name, rows = next(iter(variants.items()))
+        parts.append(f"The floor of {name}\n\n{floor_table(rows, found.ceilings.bandwidth)}\n\n{fill(FLOOR, WIDTH)}")
+    if found.feeding:
+        parts.append(data_wait_text(found.feeding, found.pace))
+    parts.append("\n".join(f"- profile: {file}" for file in found.profiles))
+    parts.append(_list([f"warning: {warning}" for warning in found.warnings()]))
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def floor_table(rows: Sequence[Row], bandwidth: float) -> str:
-    """What each dataset's floor is made of, for rows of one variant; bandwidth in bytes/s."""
-    unit = _unit([row.work.flops for row in rows])
-    parts = [*KINDS, "opt", "floor", "traffic %", "unfused"]
-    return markdown(["dataset", "grid", f"{unit}FLOP", *parts], [_floor_cells(row, unit, bandwidth) for row in rows])
-
-
-def _floor(rows: Sequence[Row], bandwidth: float) -> str:
-    return f"The floor of {rows[0].variant}\n\n{floor_table(rows, bandwidth)}\n\n{_wrapped(FLOOR)}"
-
-
-def _floor_cells(row: Row, unit: str, bandwidth: float) -> list[str]:
-    least = row.work.floor
-    parts = [digits(1e3 * getattr(least, name)) for name in (*KINDS, "optimizer", "seconds")]
-    grid = f"{row.grid[0]} x {row.grid[1]}" if row.grid else ""
-    unfused = 1e3 * row.work.moved_bytes / bandwidth
-    traffic = f"{100 * least.traffic / least.seconds:.0f}"
-    return [row.dataset, grid, digits(row.work.flops / UNITS[unit]), *parts, traffic, digits(unfused)]
 
 
 def _about(found: Benchmark) -> str:
@@ -73,105 +54,80 @@ def _about(found: Benchmark) -> str:
     unit = _unit(rates.values())
     products = ", ".join(f"{digits(rate / UNITS[unit])} {unit}FLOP/s {name}" for name, rate in rates.items())
     lines = [
-        f"{found.recipe}, {found.size} grids, {found.parameters:,} parameters",
-        f"on {machine['device']}, torch {machine['torch']}, load {machine['load']:.1f}" if "torch" in machine else "",
-        f"ceilings, {found.ceilings.of}: {products}, {digits(found.ceilings.bandwidth / 1e9)} GB/s",
+        f"- {found.recipe}, {found.size} grids, {found.parameters:,} parameters",
+        f"- ceilings, {found.ceilings.of}: {products}, {digits(found.ceilings.bandwidth / 1e9)} GB/s",
     ]
-    return "\n".join(f"- {line}" for line in lines if line)
+    if "torch" in machine:
+        lines.insert(1, f"- on {machine['device']}, torch {machine['torch']}, load {machine['load']:.1f}")
+    return "\n".join(lines)
 
 
-def _summary(rows: Sequence[Row]) -> str:
-    """The mixture under each variant, and why some were not measured."""
+def _summary(mixtures: Sequence[Row]) -> str:
+    """Return a table of each variant's mixture beside the paper's run, and why some were not measured."""
     head = ["mixture", "windows", "step ms", "±%", "windows/s", "floor ms", "h for 1M steps"]
-    pace = 3600e3 * PAPER_HOURS / PAPER_STEPS
-    paper = [f"{PAPER_BATCH}", digits(pace), DASH, digits(1e3 * PAPER_BATCH / pace), DASH, f"{PAPER_HOURS}"]
-    table = markdown(head, [*map(_mixture_cells, rows), ["the paper, full grids, B200", *paper]])
-    reasons = [_wrapped(f"- {row.variant}: {row.reason}", "  ") for row in rows if row.reason]
-    return "\n".join([table, *(["", *reasons] if reasons else [])])
+    rows = []
+    for row in mixtures:
+        times = [DASH, DASH, DASH]
+        if row.step_ms is not None:
+            times = [digits(row.step_ms), f"{row.noise_percent:.0f}", digits(1e3 * row.windows / row.step_ms)]
+        hours = _digits_or_dash(row.hours_per_million_steps)
+        rows.append([row.variant, f"{row.windows:g}", *times, digits(row.floor_ms), hours])
+    pace = 3600e3 * PAPER_HOURS / PAPER_STEPS  # milliseconds of a step
+    paper = [str(PAPER_BATCH), digits(pace), DASH, digits(1e3 * PAPER_BATCH / pace), DASH, str(PAPER_HOURS)]
+    table = markdown(head, [*rows, ["the paper, full grids, B200", *paper]])
+    reasons = _list([f"{row.variant}: {row.reason}" for row in mixtures if row.reason])
+    return f"{table}\n\n{reasons}" if reasons else table
 
 
-def _mixture_cells(row: Row) -> list[str]:
-    name, least = [row.variant, f"{row.work.windows:g}"], digits(1e3 * row.work.floor.seconds)
-    if row.seconds is None:
-        return [*name, DASH, DASH, DASH, least, DASH]
-    step = row.seconds.whole
-    noise, speed = f"{100 * row.spread:.0f}", digits(row.work.windows / step)
-    return [*name, digits(1e3 * step), noise, speed, least, _cell(row.hours())]
+def _variant_table(rows: Sequence[Row]) -> str:
+    unit = _unit([1e12 * (row.tflops_per_s or 0.0) for row in rows])
+    body = []
+    for row in rows:
+        cells = [DASH] * (len(HEAD) - 2)
+        if row.step_ms is not None:
+            phases = (row.forward_ms, row.backward_ms, row.optimizer_ms, row.data_ms, row.step_ms)
+            cells = [
+                *map(_short, phases),
+                f"{row.noise_percent:.0f}",
+                digits((row.tokens_per_s or 0.0) / 1e3),
+                _short((row.tflops_per_s or 0.0) * 1e12 / UNITS[unit]),
+                f"{100 * (row.share_of_flops_ceiling or 0.0):.0f}",
+                _short(row.gb_per_s),
+                f"{100 * (row.share_of_bandwidth_ceiling or 0.0):.0f}",
+                _digits_or_dash(row.peak_memory_gb),
+            ]
+        body.append([row.dataset, *cells, _short(row.floor_ms)])
+    return markdown([name.format(unit) for name in HEAD], body)
 
 
-def _variant(found: Benchmark, variant: str) -> str:
-    rows = [row for row in found.rows if row.variant == variant]
-    unit = _unit([row.flops_per_s() or 0.0 for row in rows])
-    head = [name.format(unit) for name in HEAD]
-    return f"{variant}\n\n{markdown(head, [_cells(found, row, unit) for row in rows])}"
+def floor_table(rows: Sequence[Row], bandwidth: float) -> str:
+    """Return the parts of each dataset's least time, for rows of one variant; bandwidth in bytes/s."""
+    unit = _unit([row.flops for row in rows])
+    body = []
+    for row in rows:
+        grid = f"{row.grid[0]} x {row.grid[1]}" if row.grid else ""
+        parts = [digits(milliseconds) for milliseconds in (*(row.floor_parts_ms[part] for part in PARTS), row.floor_ms)]
+        traffic = f"{100 * row.floor_parts_ms['traffic'] / row.floor_ms:.0f}"
+        unfused = digits(1e3 * row.moved_bytes / bandwidth)
+        body.append([row.dataset, grid, digits(row.flops / UNITS[unit]), *parts, traffic, unfused])
+    return markdown(["dataset", "grid", f"{unit}FLOP", *PARTS[:-1], "opt", "floor", "traffic %", "unfused"], body)
 
 
-def _cells(found: Benchmark, row: Row, unit: str) -> list[str]:
-    if row.seconds is None:
-        return [row.dataset, *[DASH] * (len(HEAD) - 2), digits(1e3 * row.work.floor.seconds)]
-    seconds, rates = row.seconds, found.ceilings
-    phases = (seconds.forward, seconds.backward, seconds.optimizer, seconds.data, seconds.whole)
-    flops, moved = row.flops_per_s() or 0.0, row.bytes_per_s() or 0.0
-    return [
-        row.dataset,
-        *map(_milliseconds, phases),
-        f"{100 * row.spread:.0f}",
-        _cell((row.tokens_per_s() or 0.0) / 1e3),
-        _short(flops / UNITS[unit]),
-        f"{100 * flops / rates.flops[row.dtype]:.0f}",
-        _short(moved / 1e9),
-        f"{100 * moved / rates.bandwidth:.0f}",
-        _cell(row.memory / 1e9 if row.memory else None),
-        _milliseconds(row.work.floor.seconds),
-    ]
+def _unit(flops: Collection[float]) -> str:
+    """Return the prefix of FLOP that suits the largest."""
+    return "T" if max(flops) >= UNITS["T"] else "G"
 
 
-def _unit(values: Collection[float]) -> str:
-    """The prefix of FLOP that suits the largest."""
-    return "T" if max(values) >= UNITS["T"] else "G"
-
-
-def _milliseconds(seconds: float) -> str:
-    return _short(1e3 * seconds)
-
-
-def _short(value: float) -> str:
-    """Three digits, but not more than two decimals."""
+def _short(value: float | None) -> str:
+    """Return a number with three digits, but at most two decimals."""
+    if value is None:
+        return DASH
     return digits(value) if value >= 1 else f"{value:.2f}"
 
 
-def _cell(value: float | None) -> str:
+def _digits_or_dash(value: float | None) -> str:
     return DASH if value is None else digits(value)
 
 
-def _wrapped(text: str, indent: str = "") -> str:
-    return fill(text, WIDTH, subsequent_indent=indent)
-
-
-def check_targets(json_file: Path | None, markdown_file: Path | None, profiles: Path | None) -> None:
-    """Make the folder of profiles. UserError, before minutes are spent, where that of a file is missing."""
-    for option, file in (("--json", json_file), ("--markdown", markdown_file)):
-        if file is not None and not file.parent.is_dir():
-            raise UserError(f"{option}: no folder {file.parent}; make it first")
-    try:
-        if profiles is not None:
-            profiles.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--profile: cannot make the folder {profiles}: {error.strerror}") from error
-
-
-def write(found: Benchmark, json_file: Path | None, markdown_file: Path | None) -> None:
-    """Print the tables, and write them and every number where that is asked for."""
-    text = benchmark_text(found)
-    print(text, end="")
-    for option, file, content in (
-        ("--json", json_file, json.dumps(found.to_json(), indent=1) + "\n"),
-        ("--markdown", markdown_file, text),
-    ):
-        if file is None:
-            continue
-        try:
-            with atomic_file(file, durable=False) as out:
-                out.write(content.encode())
-        except OSError as error:
-            raise UserError(f"{option}: cannot write {file}: {error.strerror}") from error
+def _list(lines: Sequence[str]) -> str:
+    return "\n".join(fill(f"- {line}", WIDTH, subsequent_indent="  ") for line in lines)

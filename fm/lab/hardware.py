@@ -1,37 +1,52 @@
-"""GPUs by name, and what a step would take on one at a stated share of its peak: a ceiling, no measurement.
+"""The speed of hardware: data sheets of GPUs, rates measured on this machine, and what follows from them.
 
-How long processes take to average their gradients, and what of it the backward pass hides: a model, no measurement.
+Three models use these figures. None of them is a measurement.
 
-GPUs of one node add up in a ring over its links; then each takes its part of the sum to the other nodes over its own
-network card, in a ring's time but for the hops, which are a tree's (NCCL's double binary tree); then back. For b bytes,
-n GPUs in a node and m nodes:
+- `AssumedSpeed`, for `fm plan`: the time of a step on a GPU that reaches an assumed share of its peak.
+- `roofline`, for `fm benchmark`: the least time of a step at given ceilings.
+- `Interconnect`: the time to average gradients over processes, and the part that the backward pass hides.
+
+GPUs of one node sum their gradients in a ring over its links. Then each GPU sums its part with the other nodes over its
+own network card, in a ring's time but with the hops of a tree (NCCL's double binary tree). Then the sums go back. For b
+bytes, n GPUs in a node and m nodes:
 
     2 (n - 1) / n x b / link + 2 (n - 1) hops  +  2 (m - 1) / m x b / n / network + 2 log2(m) hops
 
 DistributedDataParallel sends gradients in buckets, each as soon as it is full, one after the other.
 """
 
-from collections.abc import Sequence
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, log2
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from data_pipeline.files import UserError
 from data_pipeline.schema import nearest
+from data_pipeline.workers import available_cores
+from fm.distributed import precision
+from fm.lab.workload import FLOAT_BYTES, Product
+from fm.model.attention import linear
 
-LAUNCH_SECONDS = 5e-6  # from one kernel to the next where the processor that starts them sets the pace; an assumption
-STATE_TOUCHES = 13  # reads and writes of float32 numbers per parameter: clip 3, AdamW 7, averaged weights 3
+LAUNCH_SECONDS = 5e-6  # from one kernel to the next if the host limits the speed; an assumption
+STATE_TOUCHES = 13  # float32 numbers read and written per parameter: clip 3, AdamW 7, averaged weights 3
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peaks as the vendor states them, dense (without sparsity)."""
+    """Peaks that the vendor states, dense (without sparsity)."""
 
     name: str
     bf16_tflops: float  # tensor cores, float32 accumulation
     float32_tflops: float
     bandwidth: float  # GB/s of its memory
     memory: float  # GB
-    link: float  # GB/s each way to the other GPUs of its node: NVLink, or where there is none PCIe 4.0
+    link: float  # GB/s each way to the other GPUs of its node: NVLink, or PCIe 4.0 if it has no NVLink
 
 
 GPUS = {
@@ -48,15 +63,15 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of this name, in upper or lower case. UserError, with the nearest, where the table has none."""
+    """Return the GPU of this name, in upper or lower case. UserError, with the nearest name, for an unknown GPU."""
     if name.lower() not in GPUS:
         raise UserError(f"--gpu: no GPU {name!r} in the table. {nearest(name.lower(), tuple(GPUS))}")
     return GPUS[name.lower()]
 
 
 @dataclass(frozen=True)
-class Ceiling:
-    """A GPU, and the share of its peaks that is assumed to be reached."""
+class AssumedSpeed:
+    """A GPU, and the share of its peak that matrix products are assumed to reach."""
 
     gpu: Gpu
     utilisation: float
@@ -64,19 +79,19 @@ class Ceiling:
 
     @property
     def flops(self) -> float:
-        """FLOP/s assumed for matrix products."""
+        """Return the FLOP/s that matrix products are assumed to reach."""
         return self.utilisation * 1e12 * (self.gpu.bf16_tflops if self.bf16 else self.gpu.float32_tflops)
 
     def seconds(self, flops: float, moved_bytes: float, operations: float) -> float:
-        """Time of kernels one after another: products at the assumed rate, the others at the memory's bandwidth.
+        """Return the time of kernels one after another, but at least the time to launch them.
 
-        But never less than it takes to launch them.
+        Products run at the assumed rate, and all other operations at the memory's bandwidth.
         """
         return max(flops / self.flops + moved_bytes / (1e9 * self.gpu.bandwidth), operations * LAUNCH_SECONDS)
 
 
 NODE = 8  # GPUs
-HOP_SECONDS = 5e-6  # from one GPU to the next, whatever is sent; an assumption
+HOP_SECONDS = 5e-6  # from one GPU to the next, for any number of bytes; an assumption
 INFINIBAND = 50.0  # GB/s of a GPU: a card of 400 Gb/s for each
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes that DistributedDataParallel fills before it sends
 
@@ -89,7 +104,7 @@ class Interconnect:
     network: float = INFINIBAND
 
     def all_reduce(self, size: float, processes: int) -> float:
-        """Seconds until all have the sum of `size` bytes. Nodes are taken to be as full as they can be."""
+        """Return the seconds until all processes have the sum of `size` bytes. Nodes are as full as possible."""
         local = min(processes, NODE)
         nodes = ceil(processes / local)
         within = 2 * (local - 1) * (size / local / (1e9 * self.link) + HOP_SECONDS)
@@ -97,9 +112,9 @@ class Interconnect:
         return within + between
 
     def after_backward(self, buckets: Sequence[float], backward: float, processes: int) -> float:
-        """Seconds that the exchange of `buckets`, in bytes, goes on after a backward pass of so many seconds.
+        """Return the seconds that the exchange of `buckets`, in bytes, goes on after the backward pass.
 
-        The backward pass fills the buckets one after the other, at a constant rate.
+        The backward pass takes `backward` seconds and fills the buckets one after the other, at a constant rate.
         """
         filled, sent, whole = 0.0, 0.0, sum(buckets)
         for size in buckets:
@@ -109,7 +124,118 @@ class Interconnect:
 
 
 def buckets(size: float) -> list[float]:
-    """Bytes of each bucket of `size` bytes of gradients, in the order in which they are sent."""
+    """Return the bytes of each bucket of `size` bytes of gradients, in the order in which they are sent."""
     first = min(size, FIRST_BUCKET)
     full, rest = divmod(size - first, BUCKET)
     return [part for part in (first, *[BUCKET] * int(full), rest) if part]
+
+
+CEILING_SECONDS = 0.3  # of each measurement, about
+LEAST_CALLS = 5  # of each measurement
+SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices
+COPIED = {"cpu": 1 << 27, "cuda": 1 << 30}  # bytes, far more than caches hold
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates that no step exceeds."""
+
+    flops: Mapping[str, float]  # FLOP/s of a large matrix product: float32, bfloat16, and on some GPUs tf32
+    bandwidth: float  # bytes read and written per second
+    of: str  # the hardware, and how the rates were found
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """Return the FLOP/s of products of this dtype."""
+        return self.flops["bfloat16" if dtype in (torch.bfloat16, torch.float16) else "float32"]
+
+    def seconds(self, flops: float, moved: float, dtype: torch.dtype) -> float:
+        """Return the least time of a product: arithmetic and memory traffic at the same time."""
+        return max(flops / self.rate(dtype), moved / self.bandwidth)
+
+
+def data_sheet(gpu: Gpu) -> Ceilings:
+    """Return the ceilings that the vendor states."""
+    rates = {"float32": 1e12 * gpu.float32_tflops, "bfloat16": 1e12 * gpu.bf16_tflops}
+    return Ceilings(rates, 1e9 * gpu.bandwidth, f"{gpu.name}, data sheet")
+
+
+def measure_ceilings(device: torch.device) -> Ceilings:
+    """Return the best rates of about a second of large matrix products of random numbers, and of large copies."""
+    side, size = SIDE[device.type], COPIED[device.type]
+
+    def product_rate(dtype: torch.dtype) -> float:
+        left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        return 2 * side**3 / _best_seconds(lambda: linear(left, right), device)
+
+    rates = {"float32": product_rate(torch.float32), "bfloat16": product_rate(torch.bfloat16)}
+    if device.type == "cuda":
+        with precision(torch.bfloat16):
+            rates["tf32"] = product_rate(torch.float32)
+    source = torch.randn(size // FLOAT_BYTES, device=device)
+    target = torch.empty_like(source)
+    return Ceilings(rates, 2 * size / _best_seconds(lambda: target.copy_(source), device), "measured in this run")
+
+
+def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of the fastest of many calls."""
+
+    def call() -> float:
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    call()  # the first call touches new memory
+    times: list[float] = []
+    while len(times) < LEAST_CALLS or sum(times) < CEILING_SECONDS:
+        times.append(call())
+    return min(times)
+
+
+PARTS = ("linear", "attention", "depthwise", "optimizer")  # of a step: kinds of products, then the optimizer
+
+
+def roofline(products: Sequence[Product], parameters: int, ceilings: Ceilings) -> dict[str, float]:
+    """Return the least seconds of each of a step's PARTS, and how many of all of them are memory `traffic`.
+
+    Each matrix product and convolution of both passes takes the longer of its arithmetic, at the ceiling of its dtype,
+    and of reading its operands and writing its results once. All other operations of the passes are free, as if fused
+    with their neighbors. Clipping, AdamW and averaged weights take what they read and write.
+    """
+    seconds = dict.fromkeys((*PARTS, "traffic"), 0.0)
+    for product in products:
+        least = ceilings.seconds(product.flops, product.bytes, product.dtype)
+        seconds[product.kind] += least
+        seconds["traffic"] += least if least > product.flops / ceilings.rate(product.dtype) else 0.0
+    seconds["optimizer"] = STATE_TOUCHES * FLOAT_BYTES * parameters / ceilings.bandwidth
+    seconds["traffic"] += seconds["optimizer"]
+    return seconds
+
+
+def device_name(device: str) -> str:
+    """Return the name of the GPU, or the CPU's number of threads."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Return this machine's device, cores, load and versions, as JSON."""
+    found = {
+        "device": device_name(device),
+        "cpu": _cpu_name(),
+        "cores": available_cores(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device == "cuda":
+        found |= {"cuda": torch.version.cuda, "memory_gb": torch.cuda.get_device_properties(0).total_memory / 1e9}
+    return found
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

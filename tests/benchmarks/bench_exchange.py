@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fm.config import load_recipe
-from fm.lab.plan import read_workload
+from fm.lab.workload import read_workload
 from fm.training.objective import Unroll
 
 PROCESSES = 2

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from data_pipeline.registry import Card, load_registry
 from fm.config import Recipe, load_recipe
 from fm.distributed import ZERO_BUCKET
-from fm.lab.plan import kept_bytes
+from fm.lab.workload import kept_bytes
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.wavelit import WaveLiTFM
 from fm.training.objective import Unroll

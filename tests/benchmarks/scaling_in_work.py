@@ -34,7 +34,7 @@ from data_pipeline.registry import PATCH
 from fm.config import Recipe, load_recipe
 from fm.datasets import new_model
 from fm.distributed import make_accelerator
-from fm.lab.plan import read_workload
+from fm.lab.workload import read_workload
 from fm.model.spec import ModelConfig
 from fm.training.state import TrainingState
 from fm.training.step import DryRun, resized

@@ -27,15 +27,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from simulate_ranks import SCHEME, Setting, shares
 
 from data_pipeline.windows.schedule import Schedule, Source
 from fm.config import load_recipe
-from fm.lab.hardware import INFINIBAND, STATE_TOUCHES, Ceiling, Interconnect, buckets, find_gpu
-from fm.lab.plan import FLOAT_BYTES, Footprint, Planner, read_workload
-from fm.training.flops import BACKWARD
+from fm.lab.hardware import INFINIBAND, STATE_TOUCHES, AssumedSpeed, Interconnect, buckets, find_gpu
+from fm.lab.workload import FLOAT_BYTES, Footprint, footprint, read_workload
+from fm.training.flops import BACKWARD, forward_flops
+from fm.training.objective import Unroll
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "fm_pretrain.yaml"
 MICRO_BATCH = 4  # windows at once, the paper's batch
@@ -52,15 +54,15 @@ class Costs:
 
     flops: dict[str, float]  # dataset -> of a training step's window
     traffic: dict[str, Footprint]  # of COUNTED windows
-    ceiling: Ceiling
+    speed: AssumedSpeed
     links: Interconnect
     state: float  # bytes that an optimizer step touches
     gradients: float  # bytes
-    factor: float = 1.0  # of measured compute over the ceiling's
+    factor: float = 1.0  # of measured compute over the estimate
 
     def piece(self, dataset: str, windows: int) -> float:
         moved = windows / COUNTED * self.traffic[dataset].moved_bytes + self.state
-        seconds = self.ceiling.seconds(windows * self.flops[dataset], moved, self.traffic[dataset].operations)
+        seconds = self.speed.seconds(windows * self.flops[dataset], moved, self.traffic[dataset].operations)
         return self.factor * seconds
 
     def pieces(self, dataset: str, windows: int) -> float:
@@ -148,24 +150,25 @@ def main() -> None:
 def read_costs(options: argparse.Namespace) -> tuple[Costs, list[Source]]:
     """Counted of the recipe's model on the published grids."""
     workload = read_workload(load_recipe(RECIPE, ["data.shards=nowhere"]))
-    planner = Planner(workload, 1, bf16=True)
-    traffic = planner.count(traffic=True)
+    model, datasets = workload.fake_model(), workload.datasets.values()
+    objective = Unroll(model, workload.recipe.loss, autocast=torch.bfloat16)
+    traffic = {one.name: footprint(objective, one.name, one.grid, COUNTED) for one in datasets}
     if options.graphs:
         traffic = {name: replace(one, operations=0) for name, one in traffic.items()}
-    ceiling = Ceiling(find_gpu(options.gpu), options.utilisation, bf16=True)
+    speed = AssumedSpeed(find_gpu(options.gpu), options.utilisation, bf16=True)
     costs = Costs(
-        flops={name: (1.0 + BACKWARD) * flops for name, flops in planner.forward.items()},
+        flops={one.name: (1.0 + BACKWARD) * forward_flops(model, one.name, one.grid) for one in datasets},
         traffic=traffic,
-        ceiling=ceiling,
-        links=Interconnect(ceiling.gpu.link, options.network),
-        state=float(STATE_TOUCHES * FLOAT_BYTES * planner.parameters),
-        gradients=float((4 if options.gradients == "float32" else 2) * planner.parameters),
+        speed=speed,
+        links=Interconnect(speed.gpu.link, options.network),
+        state=float(STATE_TOUCHES * FLOAT_BYTES * model.num_parameters()),
+        gradients=float((4 if options.gradients == "float32" else 2) * model.num_parameters()),
     )
-    return costs, [work.source for work in workload.datasets.values()]
+    return costs, [one.source for one in datasets]
 
 
 def print_assumptions(options: argparse.Namespace, costs: Costs, alone: Outcome) -> None:
-    gpu = costs.ceiling.gpu
+    gpu = costs.speed.gpu
     how = "measured" if options.step_ms else f"reckoned at {options.utilisation:.0%} of {gpu.bf16_tflops:g} TFLOP/s"
     kernels = "" if options.graphs else ", at least 5 us a kernel"
     print(f"one {gpu.name} alone: {1e3 * alone.step:.1f} ms a step of {MICRO_BATCH} windows, {how}{kernels}")

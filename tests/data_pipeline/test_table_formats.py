@@ -7,7 +7,7 @@ import json
 import pytest
 
 from data_pipeline.files import UserError
-from data_pipeline.tables import Document, Marked, Table, format_number, markdown, plain, render
+from data_pipeline.tables import Document, Marked, Table, digits, format_number, markdown, plain, render
 
 THIRD = 1 / 3
 TABLE = Table(
@@ -38,6 +38,12 @@ def test_markdown_columns_line_up() -> None:
 )
 def test_numbers(value: float | None, text: str) -> None:
     assert format_number(value) == text
+
+
+def test_digits() -> None:
+    texts = ["0.00", "0.0123", "4.10", "100", "1,230,000"]
+    assert [digits(value) for value in (0, 0.01234, 4.1, 99.96, 1234567)] == texts
+    assert [digits(value, 2) for value in (0.5, 9.96, 96, 148)] == ["0.50", "10", "96", "150"]
 
 
 def test_markdown_is_for_people() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fm.training.exercise import StepSeconds
 from whole_runs import DATASETS, small
 
 from data_pipeline.files import UserError
@@ -19,17 +18,17 @@ from fm.config import Recipe, dump_recipe, load_recipe, recipe_to_dict
 from fm.lab.benchmark import (
     MIXTURE,
     VARIANTS,
-    Request,
+    BenchmarkOptions,
     Variant,
     benchmark,
     chosen_variants,
     floors,
     medians,
-    sized_workload,
     spread,
 )
 from fm.lab.benchmark_tables import benchmark_text
-from fm.lab.plan_tables import PAPER_HOURS
+from fm.lab.workload import PAPER_HOURS, sized_workload
+from fm.training.step import StepSeconds
 
 ROW_KEYS = {
     *("dataset", "variant", "dtype", "grid", "windows", "tokens", "flops", "moved_bytes", "steps", "reason"),
@@ -43,18 +42,18 @@ REPORT_KEYS = {
 }
 
 
-def request(folder: Path, **choices: object) -> Request:
-    """Of a tiny model on the mini grids of two datasets."""
+def options(folder: Path, **choices: object) -> BenchmarkOptions:
+    """Return the options to measure a tiny model on the mini grids of two datasets."""
     file = folder / "small.yaml"
     file.write_text(dump_recipe(small(folder / "none", folder / "run")))
-    return Request(**{"recipe": file, "device": "cpu", "seconds": 0.5, **choices})  # type: ignore[arg-type]
+    return BenchmarkOptions(**{"recipe": file, "device": "cpu", "seconds": 0.5, **choices})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, Path]:
     """All of the command, once: its JSON, its Markdown, and the folder of its profiles."""
     folder = tmp_path_factory.mktemp("benchmark")
-    recipe = request(folder).recipe
+    recipe = options(folder).recipe
     files = ["--json", str(folder / "out.json"), "--markdown", str(folder / "out.md")]
     choices = ["--device", "cpu", "--seconds", "20", "--variants", "float32", "batch8", "--profile", str(folder / "p")]
     assert main(["benchmark", "--recipe", str(recipe), "train.clip=0.5", *choices, *files]) == 0
@@ -127,40 +126,40 @@ def test_profiles_are_traces_and_tables(whole: tuple[dict, str, Path]) -> None:
 
 def test_what_has_no_time_says_so(tmp_path: Path) -> None:
     """The first variant is measured all the same, and so are those that are asked for by name."""
-    found = benchmark(request(tmp_path, seconds=1e-3))
+    found = benchmark(options(tmp_path, seconds=1e-3))
     for row in found.rows:
-        assert (row.seconds is not None) == (row.variant == "float32")
-        assert row.reason == ("" if row.variant == "float32" else "no time for it within the seconds given")
-    named = benchmark(request(tmp_path, seconds=1e-3, variants=("bf16", "batch16")))
-    assert all(row.seconds is not None for row in named.rows)
+        assert (row.step_ms is not None) == (row.variant == "float32")
+        assert row.reason == (None if row.variant == "float32" else "no time for it within the seconds given")
+    named = benchmark(options(tmp_path, seconds=1e-3, variants=("bf16", "batch16")))
+    assert all(row.step_ms is not None for row in named.rows)
     assert "no time for it" in benchmark_text(found)
-    unmeasured = found.rows[-1].to_json(found.ceilings)
+    unmeasured = found.to_json()["rows"][-1]
     assert unmeasured["step_ms"] is None
     assert unmeasured["hours_per_million_steps"] is None
 
 
 def test_a_mixture_lacks_what_a_dataset_lacks(tmp_path: Path) -> None:
-    found = floors("h200", request(tmp_path, datasets=tuple(DATASETS[:1])))
+    found = floors("h200", options(tmp_path, datasets=tuple(DATASETS[:1])))
     assert [row.dataset for row in found.rows] == [DATASETS[0], MIXTURE]
-    assert found.rows[-1].work == found.rows[0].work
+    assert found.rows[-1] == replace(found.rows[0], dataset=MIXTURE, grid=None)
     assert found.rows[-1].reason == "counted, not measured"
 
 
 def test_floors_run_nothing_and_grow_with_the_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = request(tmp_path)
-    full, mini = floors("h200", wanted), floors("H200", Request(recipe=wanted.recipe, size="mini"))
+    wanted = options(tmp_path)
+    full, mini = floors("h200", wanted), floors("H200", BenchmarkOptions(recipe=wanted.recipe, size="mini"))
     for large, little in zip(full.rows, mini.rows, strict=True):
-        assert large.work.floor.seconds > 2 * little.work.floor.seconds
+        assert large.floor_ms > 2 * little.floor_ms
         assert large.dtype == "bfloat16"
-    float32 = floors("h200", Request(recipe=wanted.recipe, overrides=("train.precision=float32",)))
-    assert float32.rows[0].work.floor.linear > full.rows[0].work.floor.linear
-    assert float32.rows[0].work.floor.attention == full.rows[0].work.floor.attention
+    float32 = floors("h200", BenchmarkOptions(recipe=wanted.recipe, overrides=("train.precision=float32",)))
+    assert float32.rows[0].floor_parts_ms["linear"] > full.rows[0].floor_parts_ms["linear"]
+    assert float32.rows[0].floor_parts_ms["attention"] == full.rows[0].floor_parts_ms["attention"]
     assert main(["benchmark", "--recipe", str(wanted.recipe), "--gpu", "b200"]) == 0
     assert "ceilings, b200, data sheet: 75.0 TFLOP/s float32, 2,250 TFLOP/s bfloat16" in capsys.readouterr().out
 
 
 def test_real_shards_feed_a_consumer(tiny_shards: Path, tmp_path: Path) -> None:
-    wanted = request(tmp_path, variants=("none",), shards=str(tiny_shards), step_seconds=0.002, feed_seconds=0.1)
+    wanted = options(tmp_path, variants=("none",), shards=str(tiny_shards), step_seconds=0.002, feed_seconds=0.1)
     found = benchmark(wanted)
     assert found.rows == ()
     assert [fed.workers for fed in found.feeding] == [0, 1, 2, 4]
@@ -190,7 +189,7 @@ def test_mini_grids_are_the_mini_wells_and_full_ones_the_cards(recipe: Recipe) -
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    return load_recipe(request(tmp_path).recipe or Path(), ["data.datasets=null"])
+    return load_recipe(options(tmp_path).recipe or Path(), ["data.datasets=null"])
 
 
 def test_mini_windows_are_those_of_its_shards(recipe: Recipe) -> None:
@@ -200,7 +199,7 @@ def test_mini_windows_are_those_of_its_shards(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_variants_are_overrides_that_recipes_know(variant: Variant, tmp_path: Path) -> None:
-    file = request(tmp_path).recipe
+    file = options(tmp_path).recipe
     assert file is not None
     found = recipe_to_dict(load_recipe(file, variant.overrides))["train"]
     assert {f"train.{key}={value}" for key, value in found.items()} >= set(variant.overrides)
@@ -237,7 +236,7 @@ def test_medians_and_spread() -> None:
     ],
 )
 def test_mistakes(choices: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = request(tmp_path).recipe
+    file = options(tmp_path).recipe
     assert main(["benchmark", "--recipe", str(file), "--device", "cpu", "--seconds", "0.1", *choices]) == 2
     assert re.search(message, capsys.readouterr().err)
 
@@ -246,7 +245,7 @@ def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(UserError, match="--device cuda: torch finds no GPU here"):
-        benchmark(request(tmp_path, device="cuda"))
+        benchmark(options(tmp_path, device="cuda"))
 
 
 def test_a_card_of_ones_own_has_no_mini_grid(recipe: Recipe, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from scaling_on_gpus import MICRO_BATCH, Costs, simulate
 from simulate_ranks import Setting, shares
 
 from data_pipeline.windows.schedule import Schedule, Source
-from fm.lab.hardware import GPUS, Ceiling, Interconnect
-from fm.lab.plan import Footprint
+from fm.lab.hardware import GPUS, AssumedSpeed, Interconnect
+from fm.lab.workload import Footprint
 
 SOURCES = [Source(name, 10_000, tokens, (10_000,)) for name, tokens in (("small", 100), ("large", 300))]
 LINKS = Interconnect(450, 50)
@@ -23,9 +23,9 @@ NOTHING = Footprint(kept_bytes=0, moved_bytes=0, operations=0, products=())
 
 def costs(**seconds: float) -> Costs:
     """A GPU on which a window of each dataset takes so many seconds."""
-    ceiling = Ceiling(GPUS["h100"], 1.0, bf16=True)
+    speed = AssumedSpeed(GPUS["h100"], 1.0, bf16=True)
     flops = {name: value * 989e12 for name, value in seconds.items()}
-    return Costs(flops, dict.fromkeys(seconds, NOTHING), ceiling, LINKS, state=0.0, gradients=1000.0)
+    return Costs(flops, dict.fromkeys(seconds, NOTHING), speed, LINKS, state=0.0, gradients=1000.0)
 
 
 def test_a_power_law_is_found_with_its_error() -> None:

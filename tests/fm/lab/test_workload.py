@@ -1,13 +1,12 @@
-"""The floor of a step, against arithmetic by hand; what is counted, in which dtype."""
+"""What a step computes, moves and keeps, against arithmetic by hand and against what torch really does."""
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 
 from fm.config import LossSettings
-from fm.lab.benchmark import KINDS, Ceilings, data_sheet, floor, measure_ceilings
-from fm.lab.hardware import GPUS
-from fm.lab.plan import Product, footprint
+from fm.lab.workload import Product, footprint, kept_bytes
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.wavelit import WaveLiTFM
 from fm.training.objective import Unroll
@@ -17,31 +16,20 @@ SPEC = DatasetSpec("shear_flow", ("tracer",), (), (("PERIODIC", "PERIODIC"),) * 
 WIDTH, DEPTH, HEADS, GRID, WINDOWS = 16, 2, 2, (32, 64), 3
 CONFIG = ModelConfig(width=WIDTH, depth=DEPTH, heads=HEADS, wavelet="haar", pyramid_levels=0, mlp_ratio=4.0)
 TOKENS = WINDOWS * GRID[0] * GRID[1] // 4
-ROUND = Ceilings({"float32": 1e9, "bfloat16": 4e9}, 1e8, "round numbers")
+
+
+def fake_objective(autocast: torch.dtype | None = None) -> Unroll:
+    with FakeTensorMode():
+        model = WaveLiTFM(CONFIG, [SPEC])
+    return Unroll(model, LossSettings(), autocast=autocast)
 
 
 def counted(autocast: torch.dtype | None) -> list[Product]:
-    with FakeTensorMode():
-        model = WaveLiTFM(CONFIG, [SPEC])
-    return list(footprint(Unroll(model, LossSettings(), autocast=autocast), "shear_flow", GRID, WINDOWS).products)
+    return list(footprint(fake_objective(autocast), "shear_flow", GRID, WINDOWS).products)
 
 
 def flops(products: list[Product], kind: str) -> int:
     return sum(product.flops for product in products if product.kind == kind)
-
-
-def test_a_product_takes_the_longer_of_arithmetic_and_traffic() -> None:
-    products = [
-        Product("linear", torch.bfloat16, 8_000_000_000, 100),  # 2 s of arithmetic
-        Product("attention", torch.float32, 1_000_000_000, 300_000_000),  # 1 s of arithmetic, 3 s of traffic
-        Product("depthwise", torch.float32, 100, 50_000_000),  # 0.5 s of traffic
-    ]
-    found = floor(products, parameters=1_000_000, ceilings=ROUND)
-    optimizer = 13 * 4 * 1e6 / 1e8
-    assert (found.linear, found.attention, found.depthwise) == (2.0, 3.0, 0.5)
-    assert found.optimizer == pytest.approx(optimizer)
-    assert found.seconds == pytest.approx(5.5 + optimizer)
-    assert found.traffic == pytest.approx(3.5 + optimizer)
 
 
 def test_linear_layers_by_hand() -> None:
@@ -83,19 +71,50 @@ def test_bytes_of_a_product_are_its_tensors_once() -> None:
 
 def test_under_bf16_attention_stays_float32() -> None:
     products = counted(torch.bfloat16)
-    dtypes = {kind: {one.dtype for one in products if one.kind == kind} for kind in KINDS}
+    dtypes = {
+        kind: {one.dtype for one in products if one.kind == kind} for kind in ("linear", "attention", "depthwise")
+    }
     assert dtypes == {"linear": {torch.bfloat16}, "depthwise": {torch.bfloat16}, "attention": {torch.float32}}
     assert {one.dtype for one in counted(None)} == {torch.float32}
     for kind in dtypes:
         assert flops(products, kind) == flops(counted(None), kind)
 
 
-def test_data_sheets_and_measured_ceilings() -> None:
-    h200 = data_sheet(GPUS["h200"])
-    assert h200.rate(torch.bfloat16) == 989e12
-    assert h200.rate(torch.float32) == 67e12
-    assert h200.seconds(989e12, 9600e9, torch.bfloat16) == 2.0
-    found = measure_ceilings(torch.device("cpu"))
-    assert found.rate(torch.float32) > 1e8
-    assert found.flops["bfloat16"] > 1e8
-    assert found.bandwidth > 1e8
+@pytest.mark.parametrize(("windows", "calls"), [(1, 1), (2, 1), (2, 3)])
+def test_kept_bytes_are_what_autograd_saves(windows: int, calls: int) -> None:
+    objective = Unroll(WaveLiTFM(CONFIG, [SPEC]), LossSettings())
+    own = {
+        tensor.untyped_storage().data_ptr() for tensor in (*objective.model.parameters(), *objective.model.buffers())
+    }
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        fields = torch.randn(windows, calls + 1, 1, *GRID)
+        objective(fields, torch.zeros(windows, 0, *GRID), torch.ones(windows, calls, dtype=torch.bool), "shear_flow")
+    really = sum(storage.nbytes() for storage in saved.values())
+    counted = kept_bytes(fake_objective(), "shear_flow", GRID, windows, calls)
+    assert counted == pytest.approx(really, rel=0.01)
+
+
+def test_model_steps_keep_alike_and_bf16_less() -> None:
+    one, four = (kept_bytes(fake_objective(), "shear_flow", GRID, 2, calls) for calls in (1, 4))
+    assert four / one == pytest.approx(4, rel=0.1)
+    halved = kept_bytes(fake_objective(torch.bfloat16), "shear_flow", GRID, 2)
+    assert 0.5 * one < halved < 0.9 * one
+
+
+def test_a_footprint_moves_more_than_it_keeps_and_leaves_no_gradient() -> None:
+    objective = fake_objective()
+    found = footprint(objective, "shear_flow", GRID)
+    assert found.kept_bytes == kept_bytes(objective, "shear_flow", GRID)
+    assert found.moved_bytes > found.kept_bytes
+    assert all(parameter.grad is None for parameter in objective.model.parameters())
+    larger = footprint(objective, "shear_flow", (64, 128))
+    assert larger.moved_bytes / found.moved_bytes == pytest.approx(4, rel=0.1)
+    assert larger.operations == pytest.approx(found.operations, rel=0.01)

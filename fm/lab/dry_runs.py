@@ -1,0 +1,269 @@
+"""Seconds of training steps on this machine, measured by dry runs in turns.
+
+A dry run is the trainer's own step (fm/training/step.py) on random data of a dataset's grid. Datasets take turns, as
+they do in training. The first rounds do not count: compilers, allocators and CUDA graphs make them slow.
+
+`measure_steps`, for `fm plan`, replaces a step that would take too long or too much memory by a smaller one: of one
+window, then of half the sides, and so on. The time of the whole step follows from the times of two smaller steps, on a
+line in FLOPs, because a part of a step does not grow with the grid.
+
+`measure_variants`, for `fm benchmark`, measures several recipes. On a CPU they take turns too, so that other load on
+the machine affects all of them. On a GPU they come one after another, because each would take memory from the others.
+"""
+
+import gc
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from data_pipeline.files import UserError
+from data_pipeline.registry import PATCH
+from fm.config import Recipe
+from fm.distributed import make_accelerator
+from fm.lab.workload import Workload, WorkloadDataset
+from fm.model.surrogate import MIN_GRID
+from fm.training.flops import forward_passes
+from fm.training.state import TrainingState
+from fm.training.step import DryRun, StepSeconds, resized
+
+ROUNDS = 3  # that count, at least
+MOST_ROUNDS = 12  # that count, of `measure_steps`
+SMALLEST = 32  # longer side of the smallest grid
+MEMORY_SHARE = 0.7  # of the machine's memory, that the activations of a dry run may take
+WARM_UP = {"cpu": 1, "cuda": 3}  # rounds of `measure_variants` that do not count
+TURN = {"cpu": 1, "cuda": 4}  # dry runs of a dataset at a time; a GPU takes them without a pause between them
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one process's part of a step that draws only one dataset."""
+
+    seconds: float
+    extrapolated: bool = False  # from smaller steps
+    exchange: float = 0.0  # of the seconds: what the exchange of gradients adds
+
+
+@dataclass(frozen=True)
+class _SizedStep:
+    """A dataset's step, or a smaller step in its place."""
+
+    dataset: WorkloadDataset
+    recipe: Recipe
+    grid: tuple[int, int]
+
+    @property
+    def work(self) -> float:
+        """Return tokens x forward passes, which FLOPs are proportional to."""
+        passes = forward_passes(self.recipe.window_length(self.dataset.name) - 1, self.recipe.finetune)
+        return self.recipe.train.global_batch * passes * self.grid[0] * self.grid[1] / PATCH
+
+
+def measure_steps(
+    workload: Workload, processes: int, token_bytes: Mapping[str, float], memory: float, seconds: float
+) -> dict[str, StepTime]:
+    """Return the time of each dataset's step with the windows of one of `processes` processes.
+
+    `token_bytes` are the bytes of activations per token, by dataset; `memory` are the bytes of this machine. This takes
+    about `seconds`, and longer on a slow machine.
+    """
+    started = time.perf_counter()
+    bench = _SizedSteps(workload, processes, token_bytes, memory)
+    most_work = bench.affordable_work(seconds / len(workload.datasets) / (1 + ROUNDS))
+    sizes = {name: bench.sizes(dataset) for name, dataset in workload.datasets.items()}
+    # The smallest size is the other end of the line, so it is not chosen.
+    steps = {
+        name: next((step for step in some[:-1] if step.work <= most_work and bench.fits(step)), some[-2])
+        for name, some in sizes.items()
+    }
+    smaller = [name for name, step in steps.items() if step.work < sizes[name][0].work]
+    smallest = {name: median(bench.take(sizes[name][-1]) for _ in range(ROUNDS)) for name in smaller}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    with tqdm(total=1 + MOST_ROUNDS, desc="dry run", unit="round", leave=False) as bar:
+        for number in range(1 + MOST_ROUNDS):
+            left = started + seconds - time.perf_counter()
+            if number > ROUNDS and left < sum(taken[-1] for taken in times.values()):
+                break
+            for name, step in steps.items():
+                times[name].append(bench.take(step))
+            bar.update()
+    found = {name: StepTime(median(taken[1:])) for name, taken in times.items()}
+    for name in smaller:
+        whole, step, least = sizes[name][0], steps[name], sizes[name][-1]
+        slope = max(found[name].seconds - smallest[name], 0.0) / (step.work - least.work)
+        found[name] = StepTime(found[name].seconds + slope * (whole.work - step.work), extrapolated=True)
+    return found
+
+
+class _SizedSteps:
+    """One model that takes steps of all sizes."""
+
+    def __init__(self, workload: Workload, processes: int, token_bytes: Mapping[str, float], memory: float) -> None:
+        self._recipe, self._datasets = workload.recipe, workload.datasets
+        self._accelerator = make_accelerator(self._recipe.train.clip)
+        self._state = TrainingState(self._recipe, workload.model(), self._accelerator, None)
+        self._token_bytes, self._memory = token_bytes, memory
+        self._windows = max(1, self._recipe.train.batch // processes)  # of a draw
+
+    def affordable_work(self, limit: float) -> float:
+        """Return the work of a step that takes about `limit` seconds, by steps of the dataset with the fewest tokens.
+
+        Steps grow until one takes half the limit.
+        """
+        dataset = min(self._datasets.values(), key=lambda dataset: dataset.source.tokens)
+        rate = 0.0
+        for step in reversed(self.sizes(dataset)):
+            if rate and not self.fits(step):
+                break
+            seconds = min(self.take(step), self.take(step))  # the first of its kind is slow
+            rate = step.work / seconds
+            if seconds > limit / 2:
+                break
+        return limit * rate
+
+    def sizes(self, dataset: WorkloadDataset) -> list[_SizedStep]:
+        """Return the step itself, the step of one window, then steps on smaller and smaller grids."""
+        one_window, grid = resized(self._recipe, windows=1), dataset.grid
+        whole = resized(self._recipe, self._windows, self._recipe.train.draws)
+        steps = [_SizedStep(dataset, whole, grid), _SizedStep(dataset, one_window, grid)]
+        while max(grid) > SMALLEST:
+            grid = max(MIN_GRID, grid[0] // 4 * 2), max(MIN_GRID, grid[1] // 4 * 2)
+            steps.append(_SizedStep(dataset, one_window, grid))
+        return steps
+
+    def fits(self, step: _SizedStep) -> bool:
+        """Return whether the step's activations fit in this machine's memory."""
+        train = step.recipe.train
+        tokens = min(train.batch, train.micro_batch or train.batch) * step.grid[0] * step.grid[1] / PATCH
+        return tokens * self._token_bytes[step.dataset.name] < MEMORY_SHARE * self._memory
+
+    def take(self, step: _SizedStep) -> float:
+        """Take a step, which moves the weights at random, and return its seconds."""
+        dry_run = DryRun(step.recipe, step.dataset.spec, step.grid, self._accelerator)
+        return dry_run.step(self._state).read().whole
+
+
+@dataclass
+class Measurement:
+    """The counted dry runs of one dataset under one variant."""
+
+    times: list[StepSeconds] = field(default_factory=list)
+    memory: float | None = None  # peak bytes of the GPU
+    reason: str | None = None  # why nothing was measured
+
+
+def measure_variants(
+    recipes: Mapping[str, Recipe], workload: Workload, accelerator: Accelerator, seconds: float, every: bool = False
+) -> dict[str, dict[str, Measurement]]:
+    """Measure variants, each a recipe, for about `seconds` in all; return the measurements of their datasets.
+
+    Of variants that take turns the first one is measured, and the others while there is time, or all with `every`.
+    """
+    found = {name: {dataset: Measurement() for dataset in workload.datasets} for name in recipes}
+    on_gpu = accelerator.device.type == "cuda"
+    groups = [{name: recipe} for name, recipe in recipes.items()] if on_gpu else [recipes]
+    share = seconds / max(1, len(groups))
+    with tqdm(total=round(seconds), desc="benchmark", unit="s", leave=False) as bar:
+        for group in groups:
+            _take_turns(_warm_up(group, found, workload, accelerator, share, every, bar), share, bar)
+            gc.collect()
+            if on_gpu:
+                torch.cuda.empty_cache()
+    return found
+
+
+def _warm_up(
+    recipes: Mapping[str, Recipe],
+    found: Mapping[str, Mapping[str, Measurement]],
+    workload: Workload,
+    accelerator: Accelerator,
+    seconds: float,
+    every: bool,
+    bar: tqdm,
+) -> list["_Variant"]:
+    """Return the variants that work here and for which there is time, ready to be measured. The others get a reason."""
+    variants: list[_Variant] = []
+    end, round_seconds = time.perf_counter() + seconds, 0.0
+    for name, recipe in recipes.items():
+        bar.set_postfix_str(name)
+        wanted, reason = every or not variants, "no time for it within the seconds given"
+        try:
+            variant = _Variant(recipe, found[name], workload, accelerator)
+            if wanted or end - time.perf_counter() > ROUNDS * round_seconds:
+                own = variant.warm_up()
+                if wanted or end - time.perf_counter() >= ROUNDS * (round_seconds + own):
+                    variants.append(variant)
+                    round_seconds += own
+                    continue
+        except UserError as error:  # this device, model or recipe does not allow it
+            reason = str(error).partition("\n")[0]
+        for measurement in found[name].values():
+            measurement.reason = reason
+    return variants
+
+
+class _Variant:
+    """A variant's own model, optimizer and averages, and a dry run of every dataset."""
+
+    def __init__(
+        self, recipe: Recipe, found: Mapping[str, Measurement], workload: Workload, accelerator: Accelerator
+    ) -> None:
+        self.device = accelerator.device
+        self.state = TrainingState(recipe, workload.model(), accelerator, None)
+        self.steps = [
+            (found[name], DryRun(recipe, dataset.spec, dataset.grid, accelerator))
+            for name, dataset in workload.datasets.items()
+        ]
+
+    def warm_up(self) -> float:
+        """Take the rounds that do not count, and return the seconds of the last one.
+
+        A step that fails leaves its reason.
+        """
+        started = time.perf_counter()
+        for _ in range(WARM_UP[self.device.type]):
+            started = time.perf_counter()
+            for measurement, dry_run in self.steps:
+                if measurement.reason is None:
+                    self._try(measurement, dry_run)
+        return time.perf_counter() - started
+
+    def _try(self, measurement: Measurement, dry_run: DryRun) -> None:
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            dry_run.step(self.state).read()
+        except RuntimeError as error:  # out of memory, or no compiler
+            first_line = str(error).strip().partition("\n")[0][:100]
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            measurement.reason = "out of memory" if out_of_memory else f"{type(error).__name__}: {first_line}"
+            self.state.parallel.zero_grad()
+            return
+        if on_gpu:
+            measurement.memory = float(torch.cuda.max_memory_allocated(self.device))
+
+    def take_round(self) -> None:
+        """Take a turn of each dataset."""
+        for measurement, dry_run in self.steps:
+            if measurement.reason is None:
+                timers = [dry_run.step(self.state) for _ in range(TURN[self.device.type])]
+                measurement.times.extend(timer.read() for timer in timers)
+
+
+def _take_turns(variants: Sequence[_Variant], seconds: float, bar: tqdm) -> None:
+    """Take rounds of all variants for `seconds`: at least ROUNDS, but only one if ROUNDS take twice as long."""
+    if not variants:
+        return
+    begin, number, shown, left = time.perf_counter(), 0, bar.n, seconds
+    last = 0.0  # seconds of the last round
+    while left > (last if number >= ROUNDS else -seconds):
+        for variant in variants:
+            variant.take_round()
+        left, before = begin + seconds - time.perf_counter(), left
+        number, last = number + 1, before - left
+        bar.update(min(shown + int(seconds - left), bar.total) - bar.n)

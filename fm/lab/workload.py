@@ -1,0 +1,292 @@
+"""The workload of a recipe: its datasets, its model, and what one training step computes, moves and keeps.
+
+`fm plan` and `fm benchmark` start from a workload. The sizes of datasets come from the manifests of the shards. A
+dataset without shards has the published grid and trajectories of its card, so a run on The Well can be planned without
+The Well. The mini-Well's simulations give small grids.
+
+A step is counted by running the model on torch's fake tensors (fm/training/flops.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from data_pipeline.files import UserError
+from data_pipeline.miniwell.task import EIGHT, SYSTEMS, load_system
+from data_pipeline.registry import Card, Registry, load_registry
+from data_pipeline.remote import is_url
+from data_pipeline.schema import nearest
+from data_pipeline.shards.format import MANIFEST_NAME
+from data_pipeline.windows.loader import open_readers, sources
+from data_pipeline.windows.reader import ShardReader
+from data_pipeline.windows.schedule import Schedule, Source
+from fm.checkpoint import find_checkpoint, load_pretrained
+from fm.config import Recipe
+from fm.datasets import check_names, check_unrolls, dataset_specs, new_model, open_split
+from fm.model.baselines import BaselineConfig
+from fm.model.spec import DatasetSpec, ModelConfig
+from fm.model.surrogate import Surrogate
+from fm.training.flops import fake_mode, zero_fields
+from fm.training.mixing import Mixing
+from fm.training.objective import Unroll
+
+FLOAT_BYTES = 4
+# WaveLiT paper, section 4: the joint model was trained for PAPER_HOURS on one B200, in JAX.
+PAPER_HOURS, PAPER_STEPS, PAPER_BATCH, PAPER_PARAMETERS, PAPER_DATASETS = 41.0, 1_000_000, 4, 10.0e6, 8
+
+Size = Literal["full", "mini"]
+
+
+@dataclass(frozen=True)
+class WorkloadDataset:
+    """The sizes of one dataset."""
+
+    spec: DatasetSpec
+    source: Source
+    grid: tuple[int, int]  # (H, W)
+    window_bytes: int  # read for one window, with its constant fields
+    frames: int  # of the longest trajectory
+    published: bool  # the sizes are the card's, not those of shards
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A recipe, its datasets sorted by name, and the configuration of its model."""
+
+    recipe: Recipe
+    datasets: dict[str, WorkloadDataset]
+    config: ModelConfig | BaselineConfig
+    notes: tuple[str, ...]  # what was assumed
+
+    def schedule(self) -> Schedule:
+        """Return the schedule that the run would follow."""
+        return Mixing(self.recipe, [dataset.source for dataset in self.datasets.values()]).schedule
+
+    def model(self) -> Surrogate:
+        """Return a new model."""
+        return new_model(self.config, [dataset.spec for dataset in self.datasets.values()], self.recipe.run.seed)
+
+    def fake_model(self) -> Surrogate:
+        """Return a new model of fake tensors, which have shapes and no memory."""
+        with FakeTensorMode():
+            return self.model()
+
+
+def read_workload(recipe: Recipe, require_shards: bool = False) -> Workload:
+    """Return the workload of a recipe, with the published sizes of datasets that have no shards.
+
+    Raises UserError for a dataset that has neither shards nor published sizes, or no shards if `require_shards`.
+    """
+    registry = load_registry(recipe.data.registry)
+    check_names(recipe.data.datasets, registry)
+    readers = _open_shards(recipe, registry, require_shards)
+    check_unrolls(recipe, readers)
+    datasets = {}
+    lengths = {name: recipe.window_length(name) for name in readers}
+    for spec, source in zip(dataset_specs(readers, registry), sources(readers, lengths), strict=True):
+        manifest = readers[spec.name].manifest
+        window_bytes = lengths[spec.name] * manifest.frame_bytes + manifest.constants_bytes
+        frames = max(trajectory.frames for trajectory in manifest.trajectories)
+        datasets[spec.name] = WorkloadDataset(spec, source, manifest.grid, window_bytes, frames, published=False)
+    missing = [name for name in recipe.data.datasets or () if name not in datasets]
+    datasets |= {name: _published_dataset(recipe, registry.card(name)) for name in missing}
+    config, notes = _model_config(recipe)
+    if missing:
+        which = "no shards" if len(missing) == len(datasets) else f"no shards of {', '.join(missing)}"
+        notes = [f"{which} in {recipe.data.shards}: grids and windows as published, from the cards", *notes]
+    return Workload(recipe, dict(sorted(datasets.items())), config, tuple(notes))
+
+
+def sized_workload(recipe: Recipe, size: Size, names: Sequence[str] | None = None) -> Workload:
+    """Return the recipe's workload with the cards' grids and windows (full), or the mini-Well's (mini).
+
+    `names` are some of the recipe's datasets, or of the eight if the recipe lists none. Raises UserError for an unknown
+    dataset and for a dataset without this size.
+    """
+    registry = load_registry(recipe.data.registry)
+    known = recipe.data.datasets or list(EIGHT)
+    for name in names or ():
+        if name not in known:
+            raise UserError(f"--datasets: {name!r} is none of the recipe's datasets. {nearest(name, known)}")
+    cards = [registry.card(name) for name in sorted({*(names or known)})]
+    if size == "mini":
+        cards = [_mini_card(card) for card in cards]
+    config, notes = _model_config(recipe)
+    return Workload(recipe, {card.name: _published_dataset(recipe, card) for card in cards}, config, tuple(notes))
+
+
+def _open_shards(recipe: Recipe, registry: Registry, required: bool) -> dict[str, ShardReader]:
+    """Open the training shards that exist."""
+    data = recipe.data
+    if required or data.datasets is None or is_url(data.shards):
+        return open_split(recipe, registry, "train")
+    found = [name for name in data.datasets if (Path(data.shards) / name / "train" / MANIFEST_NAME).exists()]
+    return open_readers(data.shards, found, "train") if found else {}
+
+
+def _published_dataset(recipe: Recipe, card: Card) -> WorkloadDataset:
+    """Return a dataset with the sizes of its card. UserError if the card gives no training trajectories."""
+    length = recipe.window_length(card.name)
+    windows = sum(trajectories * max(0, frames - length + 1) for trajectories, frames in card.train)
+    if not windows:
+        raise UserError(
+            f"{card.name}: no shards in {recipe.data.shards}, and its card states no published training split with "
+            f"windows of {length} frames; make shards with `data-pipeline shard`, or write `train` into the card"
+        )
+    names = card.state_channels + card.constant_channels
+    # Sizes do not depend on the statistics.
+    stats = {key: dict.fromkeys(names, 1.0) for key in ("mean", "std", "mean_delta", "std_delta")}
+    spec = DatasetSpec(card.name, card.state_channels, card.constant_channels, card.boundary, stats)
+    arrays = length * len(card.state_channels) + len(card.constant_channels)
+    window_bytes = FLOAT_BYTES * card.grid[0] * card.grid[1] * arrays
+    source = Source(card.name, windows, card.tokens, (windows,))
+    return WorkloadDataset(spec, source, card.grid, window_bytes, card.num_frames[-1], published=True)
+
+
+def _mini_card(card: Card) -> Card:
+    """Return the card with the grid and the trajectories of the mini-Well's simulation."""
+    if card.name not in SYSTEMS:
+        raise UserError(f"--grid mini: the mini-Well has no {card.name}; take --grid full, or other --datasets")
+    preset = load_system(card.name).presets["mini"]
+    trajectories = sum(parameters.num_trajectories["train"] for parameters in preset.parameter_sets)
+    return replace(card, grid=preset.grid, train=((trajectories, preset.num_frames),))
+
+
+def _model_config(recipe: Recipe) -> tuple[ModelConfig | BaselineConfig, list[str]]:
+    """Return the model's configuration, and a note if it was assumed because the pretrained model does not exist."""
+    config = recipe.baseline or recipe.model
+    if recipe.finetune is None:
+        return config or ModelConfig(), []
+    try:
+        find_checkpoint(recipe.finetune.pretrained)
+    except UserError:
+        taken = "the recipe's" if config else "the defaults; model.KEY=value gives others"
+        return config or ModelConfig(), [f"no model in {recipe.finetune.pretrained} yet: sizes are {taken}"]
+    return load_pretrained(recipe.finetune.pretrained).config, []
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product or convolution, or both products that its backward pass computes.
+
+    `kind` is linear (all channels with all), attention (batches of products) or depthwise (each channel with itself).
+    """
+
+    kind: str
+    dtype: torch.dtype  # in which it is computed
+    flops: int  # two per multiply-add
+    bytes: int  # of operands and results, each counted once
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a forward and backward pass of some windows computes, moves and keeps, without the weights themselves."""
+
+    kept_bytes: int  # held for the backward pass
+    moved_bytes: int  # read and written by operations that are no matrix products, none of them fused
+    operations: int  # number of kernels, about
+    products: tuple[Product, ...]  # includes depthwise convolutions, which count among the moved bytes too
+
+
+def footprint(objective: Unroll, dataset: str, grid: tuple[int, int], windows: int = 1, calls: int = 1) -> Footprint:
+    """Return the footprint of `calls` model calls; the objective holds a model of fake tensors.
+
+    The gradients of the parameters stay unset.
+    """
+    parameters = list(objective.model.parameters())
+    kept = _KeptStorages(objective.model)
+    with fake_mode(objective.model), kept.hooks, _OperationCounter() as counter:
+        loss = _fake_loss(objective, dataset, grid, windows, calls)
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+    return Footprint(kept.bytes, counter.bytes, counter.operations, tuple(counter.products))
+
+
+def kept_bytes(objective: Unroll, dataset: str, grid: tuple[int, int], windows: int = 1, calls: int = 1) -> int:
+    """Return the bytes that the forward pass keeps for the backward pass, without the parameters.
+
+    The objective may hold a model of fake or of real tensors; nothing is computed. This takes half as long as
+    `footprint`.
+    """
+    kept = _KeptStorages(objective.model)
+    with fake_mode(objective.model), kept.hooks:
+        _fake_loss(objective, dataset, grid, windows, calls)
+    return kept.bytes
+
+
+def _fake_loss(objective: Unroll, dataset: str, grid: tuple[int, int], windows: int, calls: int) -> Tensor:
+    fields, constants = zero_fields(objective.model, dataset, grid, windows, frames=calls + 1)
+    forced = torch.ones(windows, calls, dtype=torch.bool)
+    loss: Tensor = objective(fields, constants, forced, dataset)["loss"]
+    return loss
+
+
+class _KeptStorages:
+    """Collects the storages that autograd keeps, each once, within the context `hooks`."""
+
+    def __init__(self, model: Surrogate) -> None:
+        self._own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self._storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+        self.hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages.values())
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._own:
+            self._storages[storage._cdata] = storage
+        return tensor
+
+
+class _OperationCounter(TorchDispatchMode):
+    """Counts operations, lists matrix products and convolutions, and sums the bytes that the other operations move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.operations = 0
+        self.products: list[Product] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.namespace == "aten" and not function.is_view:
+            self.operations += 1
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+            # An expanded tensor is read from its smaller storage.
+            moved = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+            product = _product(function._schema.name.removeprefix("aten::"), args, result, moved)
+            if product is not None:
+                self.products.append(product)
+            if product is None or product.kind == "depthwise":  # limited by the memory's speed, not by arithmetic
+                self.bytes += moved
+        return result
+
+
+def _product(name: str, args: Any, result: Any, moved: int) -> Product | None:
+    """Return the operation as a Product, or None if it is no matrix product or convolution."""
+    if name == "convolution":
+        kind = "linear" if args[8] == 1 else "depthwise"
+        return Product(kind, args[0].dtype, 2 * result.numel() * args[1][0].numel(), moved)
+    if name == "convolution_backward":  # args: gradient of the result, input, weight, ..., groups, wanted gradients
+        kind = "linear" if args[9] == 1 else "depthwise"
+        once = 2 * args[0].numel() * args[2][0].numel()
+        return Product(kind, args[1].dtype, once * sum(args[10][:2]), moved)
+    if name in ("mm", "bmm"):
+        left = args[0]
+    elif name in ("addmm", "baddbmm"):
+        left = args[1]
+    else:
+        return None
+    return Product("attention" if left.dim() == 3 else "linear", left.dtype, 2 * result.numel() * left.shape[-1], moved)
