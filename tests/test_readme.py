@@ -1,7 +1,6 @@
-"""The README files say what is there: every file of the packages, and no path, command or link that does not exist."""
+"""The documents name no path, command or link that does not exist."""
 
 import re
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,18 +15,25 @@ FILES = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/README.md"), *ROOT.glob("recipes
 DOCUMENTS = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 
 
-def test_every_file_has_its_line() -> None:
-    named_together = ("miniwell", "commands")  # modules of one kind, a system or a command each
-    files = [file for package in ("data_pipeline", "fm") for file in (ROOT / package).rglob("*.py")]
-    files = [file for file in files if file.parent.name not in named_together]
-    missing = [file.name for file in files if file.name != "__init__.py" and f"{file.name}`" not in TEXT]
-    assert not missing
+def tree_paths() -> list[Path]:
+    """Return the paths in the README's file tree. Each line is a name, indented by its depth, and a comment."""
+    block = re.search(r"^## Files\n+```text\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    paths: list[Path] = []
+    folders: list[str] = []
+    for line in block[1].splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name, comment = line.split(maxsplit=1)
+        assert comment
+        folders = [*folders[:depth], name]
+        paths.append(ROOT.joinpath(*folders))
+    return paths
 
 
-def test_every_package_is_installed() -> None:
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    files = [file for package in ("data_pipeline", "fm") for file in (ROOT / package).rglob("__init__.py")]
-    assert set(listed) == {".".join(file.parent.relative_to(ROOT).parts) for file in files}
+def test_paths_in_the_tree_exist() -> None:
+    paths = tree_paths()
+    assert paths
+    assert not [str(path.relative_to(ROOT)) for path in paths if not path.exists()]
 
 
 def test_paths_in_commands_exist() -> None:

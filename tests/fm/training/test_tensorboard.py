@@ -125,8 +125,9 @@ def watched(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def documented() -> dict[str, list[str]]:
-    """The tags of README's table -> the tags that each stands for in `watched`, <channel> excepted."""
-    table = (ROOT / "README.md").read_text().partition("| tag | what |")[2].partition("\n\n")[0]
+    """The tags of the dashboard tutorial's table -> the tags that each stands for in `watched`, <channel> excepted."""
+    tutorial = (ROOT / "recipes" / "tutorials" / "read_the_dashboard.md").read_text()
+    table = tutorial.partition("| tag | what |")[2].partition("\n\n")[0]
     written = [
         tag for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for tag in row.strip("`").split("`, `")
     ]
@@ -144,7 +145,7 @@ def documented() -> dict[str, list[str]]:
     return found
 
 
-def test_the_tags_are_those_of_the_readme(watched: Path) -> None:
+def test_the_tags_are_those_of_the_tutorial(watched: Path) -> None:
     tags = board_of(watched / "tensorboard").Tags()
     texts = {tag.removesuffix("/text_summary") for tag in tags["tensors"] if tag.endswith("/text_summary")}
     there = {*tags["scalars"], *tags["images"], *texts}
