@@ -25,8 +25,8 @@ from fm.evaluation.errors import DatasetErrors, Errors
 from fm.evaluation.protocol import Protocol
 from fm.evaluation.samples import Sample
 
-# Colors that color-blind readers can tell apart (Okabe and Ito 2008): the model or the first of several curves, the
-# second or an error, the third.
+# Curves take these three colors in turn: color-blind readers can tell them apart (Okabe and Ito 2008). In plots of one
+# model the model is blue, its error or persistence orange.
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 INK = "#222222"  # text and reference lines
 TRUTH = "#404040"

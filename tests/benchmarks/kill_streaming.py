@@ -16,14 +16,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from faulty_server import FaultyServer
-
 from data_pipeline.registry import load_registry
 from data_pipeline.windows.loader import open_readers, scheduled_batches, sources
 from data_pipeline.windows.schedule import Division, Schedule
 from data_pipeline.windows.streaming import StreamSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+from faulty_server import FaultyServer
 
 
 def read(url: str, options: argparse.Namespace) -> str:

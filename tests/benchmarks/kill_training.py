@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from whole_runs import accelerate, last_weights, log, small, start
 
 from fm.checkpoint import list_checkpoints
 from fm.config import Recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+from whole_runs import accelerate, last_weights, log, small, start
 
 PATIENCE = 60.0  # seconds that all have to end in after the death of one rank
 SECTIONS: dict[str, dict[str, Any]] = {
