@@ -1,34 +1,46 @@
-"""What a person writes down about data: canonical channels, and cards, one YAML file per dataset.
+"""The registry: canonical channels, and a card for each dataset.
 
-A canonical channel is one physical quantity under one name for all datasets (paper section 3.5). A card maps the fields
-of the dataset's HDF5 files to canonical channels and states what is known about the data.
+A canonical channel is one physical quantity under one name for all datasets (paper section 3.5). A card describes one
+dataset: it maps the fields of the HDF5 files to canonical channels and holds what is known about the data. `Card` is
+also the format of the YAML file: `datasets/<name>.yaml` has the same keys, `channels.yaml` has the channels.
 
-Which datasets there are: the cards that come with the package, and those in folders of the user's own.
-
-A user's folder holds `channels.yaml` (canonical channels that the package does not have) and `datasets/<name>.yaml`
-(cards), either or both. Several folders add up; nothing that is already there can be redefined.
+The package brings the cards of the eight datasets. A user's folder adds channels, cards or both. Several folders add
+up; nothing that is already there can be redefined.
 """
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from data_pipeline import schema
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
 from data_pipeline.files import UserError
-from data_pipeline.schema import Node
+from data_pipeline.schema import (
+    Count,
+    Key,
+    Line,
+    Mismatch,
+    Name,
+    Positive,
+    Real,
+    Stored,
+    Strict,
+    at_least,
+    checked_list,
+    choice,
+    nearest,
+    read_yaml,
+    validate,
+)
 
 BOUNDARY_TYPES = ("WALL", "OPEN", "PERIODIC")
-CHANNELS_PER_ORDER = (1, 2, 4)  # scalar; x, y; xx, xy, yx, yy
 PATCH = 2 * 2  # grid points per token: one level of the wavelet transform halves each axis
 CONSERVED = {"mean": None, "mean_square": None, "divergence": 2}  # kind -> how many channels it is of; None: any
-
-Boundary = tuple[tuple[str, str], tuple[str, str]]  # ((x lower, x upper), (y lower, y upper))
-Domain = tuple[tuple[float, float], tuple[float, float]]  # (lower, upper end) of x, of y, in physical units
-Range = tuple[float | None, float | None]  # lowest and highest value, both included; None: no limit
 
 
 @dataclass(frozen=True)
@@ -52,66 +64,157 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Conserved:
+class _FieldsByOrder(Strict):
+    """Fields as a card lists them: field -> canonical channels, by tensor order."""
+
+    t0: dict[Name, tuple[str]] = field(default_factory=dict)
+    t1: dict[Name, tuple[str, str]] = field(default_factory=dict)
+    t2: dict[Name, tuple[str, str, str, str]] = field(default_factory=dict)
+
+    def with_role(self, role: str) -> tuple[Field, ...]:
+        groups: tuple[Mapping[str, tuple[str, ...]], ...] = (self.t0, self.t1, self.t2)
+        found = [Field(name, t, role, channels) for t, group in enumerate(groups) for name, channels in group.items()]
+        if not found:
+            hint = "Write t0, t1 or t2, each a mapping from field to its list of channels."
+            raise Mismatch("at least one field", hint)
+        return tuple(found)
+
+
+Side = Annotated[str, choice(BOUNDARY_TYPES, "a boundary type")]
+Ends = Annotated[
+    tuple[Side, Side],
+    checked_list(lambda ends: ends.count("PERIODIC") != 1, "PERIODIC at both ends or at neither"),
+]
+Interval = Annotated[
+    tuple[Real, Real],
+    checked_list(lambda ends: ends[0] < ends[1], "the lower end first, [lower, upper]"),
+]
+
+
+@dataclass(frozen=True)
+class _Sides(Strict):
+    x: Ends
+    y: Ends
+
+
+@dataclass(frozen=True)
+class _Extent(Strict):
+    x: Interval
+    y: Interval
+
+
+@dataclass(frozen=True)
+class _Trajectories(Strict):
+    trajectories: Count
+    frames: Annotated[int, at_least(2)]
+
+
+def _check_range(ends: tuple[float | None, float | None]) -> tuple[float | None, float | None]:
+    lowest, highest = ends
+    if lowest is None and highest is None:
+        raise Mismatch("at least one limit, [lowest or null, highest or null]")
+    if lowest is not None and highest is not None and lowest > highest:
+        raise Mismatch("the lowest value first")
+    return ends
+
+
+# Types as the code uses them. Where the file has another form, Stored names it and converts.
+Fields = tuple[Field, ...]
+Boundary = tuple[tuple[Side, Side], tuple[Side, Side]]  # ((x lower, x upper), (y lower, y upper))
+Domain = tuple[Interval, Interval]  # (lower, upper end) of x, of y, in physical units
+Range = Annotated[tuple[Real | None, Real | None], AfterValidator(_check_range)]  # both included; None: no limit
+
+
+@dataclass(frozen=True)
+class Conserved(Strict):
     """A quantity that the equations keep as it was.
 
     `mean`: the mean over the grid of each channel; `mean_square`: that of the sum of the channels' squares;
     `divergence`: of the velocity (x, y), which is 0.
     """
 
-    kind: str
+    kind: Annotated[str, choice(CONSERVED, "a kind of conserved quantity")]
     channels: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if not self.channels or len(set(self.channels)) < len(self.channels):
+            raise Mismatch("at least one channel, each once", at=("channels",))
+        if CONSERVED[self.kind] not in (None, len(self.channels)):
+            raise Mismatch("the two channels of a velocity, x then y", at=("channels",))
+
+
+class PublishedTable(BaseModel):
+    """VRMSE figures of others for one dataset, with the table they stand in and the protocol they follow.
+
+    Every other key is a window: a mapping from model to VRMSE.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[Key, dict[Key, Positive]]
+
+    table: Line
+    protocol: Name
+    context: Count = 1  # frames that the models saw
+
+    @property
+    def vrmse(self) -> Mapping[str, Mapping[str, float]]:
+        """VRMSE by window, then by model."""
+        return self.__pydantic_extra__
+
 
 @dataclass(frozen=True)
-class PublishedTable:
-    """VRMSE figures of others for one dataset, with the table they stand in and the protocol they follow."""
-
-    table: str
-    protocol: str
-    vrmse: Mapping[str, Mapping[str, float]]  # window -> model -> VRMSE
-    context: int = 1  # frames that the models saw
-
-
-@dataclass(frozen=True)
-class Card:
+class Card(Strict):
     """What is known about one dataset."""
 
-    name: str  # official name
-    abbreviation: str  # the name where the card gives none
-    description: str
-    equations: str
-    fields: tuple[Field, ...]  # state then constant, each in the Well's order: t0, t1, t2
-    scalars: tuple[str, ...]  # constant scalars of a file
-    boundary: Boundary
-    grid: tuple[int, int]  # published points along x and y
-    dt: float | None  # time between frames; None: differs from file to file
-    train: tuple[tuple[int, int], ...]  # published training split: (trajectories, frames of each); () if not known
-    source: str  # where the data come from; "" where the card does not say
-    citation: str
-    license: str
-    quirks: tuple[str, ...]
-    ranges: Mapping[str, Range]  # channel -> the values that good data lie within; not every channel has one
-    published: tuple[PublishedTable, ...]
-    domain: Domain | None = None  # what the published grid covers; None where the card does not say
-    test_trajectories: int | None = None  # of the published test split; None if not known
+    name: Name  # official name
+    description: Line
+    state: Annotated[
+        Fields, Stored(_FieldsByOrder, lambda one: one.with_role("state"))
+    ]  # in the Well's order: t0, t1, t2
+    boundary: Annotated[Boundary, Stored(_Sides, lambda sides: (sides.x, sides.y))]
+    grid: tuple[Annotated[int, at_least(2)], Annotated[int, at_least(2)]]  # published points along x and y
+    dt: Positive | None  # time between frames; None: differs from file to file
+    constant: Annotated[Fields, Stored(_FieldsByOrder, lambda one: one.with_role("constant"))] = ()
+    scalars: Annotated[  # constant scalars of a file
+        tuple[Name, ...],
+        checked_list(lambda names: len(set(names)) == len(names), "names of scalars, each once"),
+    ] = ()
+    abbreviation: Name = ""  # the name where the card gives none
+    equations: Line = ""
+    domain: Annotated[Domain, Stored(_Extent, lambda extent: (extent.x, extent.y))] | None = (
+        None  # of the published grid
+    )
+    train: Annotated[  # published training split: (trajectories, frames of each); () if not known
+        tuple[tuple[int, int], ...],
+        Stored(tuple[_Trajectories, ...], lambda groups: tuple((one.trajectories, one.frames) for one in groups)),
+        checked_list(len, "at least one group of trajectories", "Write - {trajectories: 90, frames: 101}."),
+    ] = ()
+    test_trajectories: Count | None = None  # of the published test split; None if not known
+    ranges: dict[str, Range] = field(default_factory=dict)  # channel -> the values that good data lie within
     conserved: tuple[Conserved, ...] = ()
+    quirks: tuple[Line, ...] = ()
+    published: tuple[PublishedTable, ...] = ()
+    source: Line = ""  # where the data come from
+    citation: Line = ""
+    license: Line = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "abbreviation", self.abbreviation or self.name)
 
     @property
-    def state_fields(self) -> tuple[Field, ...]:
-        return tuple(field for field in self.fields if field.role == "state")
-
-    @property
-    def constant_fields(self) -> tuple[Field, ...]:
-        return tuple(field for field in self.fields if field.role == "constant")
+    def fields(self) -> Fields:
+        """State fields, then constant fields."""
+        return self.state + self.constant
 
     @property
     def state_channels(self) -> tuple[str, ...]:
-        return tuple(channel for field in self.state_fields for channel in field.channels)
+        """Channels of the state fields, in the fields' order."""
+        return tuple(channel for field in self.state for channel in field.channels)
 
     @property
     def constant_channels(self) -> tuple[str, ...]:
-        return tuple(channel for field in self.constant_fields for channel in field.channels)
+        """Channels of the constant fields, in the fields' order."""
+        return tuple(channel for field in self.constant for channel in field.channels)
 
     @property
     def tokens(self) -> int:
@@ -129,17 +232,17 @@ class Card:
         return sum(trajectories * (frames - 1) for trajectories, frames in self.train)
 
     def published_scores(self, protocol: str, window: str) -> dict[str, float]:
-        """VRMSE by model of all published tables that follow `protocol` and report `window`; empty if none does."""
+        """Return VRMSE by model of the published tables that follow `protocol` and report `window`."""
         tables = [table for table in self.published if table.protocol == protocol]
         return {model: score for table in tables for model, score in table.vrmse.get(window, {}).items()}
 
     def check_fields(self, state: Mapping[str, int], constants: Mapping[str, int], where: str) -> None:
-        """Compares the fields of a file (name -> tensor order) with the card's; `where` names file and dataset.
+        """Compare the fields of a file (name -> tensor order) with the card's; `where` names file and dataset.
 
-        Raises UserError with both lists if a field is missing, unknown, of another order or of another role.
+        UserError with both lists if a field is missing, unknown, of another order or of another role.
         """
-        for role, found in (("state", state), ("constant", constants)):
-            named = {field.name: field.order for field in self.fields if field.role == role}
+        for role, fields, found in (("state", self.state, state), ("constant", self.constant, constants)):
+            named = {field.name: field.order for field in fields}
             if found != named:
                 raise UserError(
                     f"{where}: its {role} fields are not those of the card {self.name!r}.\n"
@@ -150,162 +253,59 @@ class Card:
                 )
 
 
-REQUIRED = ("name", "description", "state", "boundary", "grid", "dt")
-PROSE = ("equations", "source", "citation", "license")
-OPTIONAL = (
-    *("abbreviation", "constant", "scalars", "domain", "train", "test_trajectories", "ranges", "conserved", "quirks"),
-    *("published", *PROSE),
-)
+def read_channels(file: Traversable, known: Mapping[str, Channel]) -> dict[str, Channel]:
+    """Return the channels of one channels.yaml by name.
 
-
-def read_channels(root: Node, known: Mapping[str, Channel]) -> dict[str, Channel]:
-    """The channels of one channels.yaml, by name; `duplicate_of` names one of `known` or one further up in the file."""
+    `duplicate_of` names one of `known` or one further up in the file. UserError names file, key path and value.
+    """
     channels: dict[str, Channel] = {}
-    for key, node in root.entries().items():
-        Node(key, root.file, node.path).name()
-        entry = node.record(required=("description", "unit"), optional=("duplicate_of",))
-        above = [*known, *channels]
-        twin = entry["duplicate_of"].choice(above, "a channel listed above") if "duplicate_of" in entry else None
-        channels[key] = Channel(key, entry["description"].text(), entry["unit"].text(), twin)
+
+    def check(entries: Mapping[str, _ChannelEntry]) -> None:
+        for name, entry in entries.items():
+            above = [*known, *channels]
+            if entry.duplicate_of is not None and entry.duplicate_of not in above:
+                raise Mismatch("a channel listed above", nearest(entry.duplicate_of, above), (name, "duplicate_of"))
+            channels[name] = Channel(name, entry.description, entry.unit, entry.duplicate_of)
+
+    validate(dict[Name, _ChannelEntry], read_yaml(file), str(file), check)
     return channels
 
 
-def read_card(root: Node, name: str, channels: Mapping[str, Channel]) -> Card:
-    """The card of the dataset `name`, checked. Raises UserError naming file, key path and value."""
-    node = root.record(REQUIRED, OPTIONAL)
-    if node["name"].name() != name:
-        node["name"].fail(f"the name of the file, {name!r}", "Rename one of them.")
-    state = _fields(node["state"], "state", channels)
-    constant = _fields(node["constant"], "constant", channels) if "constant" in node else []
-    _check_unique(root, state + constant)
-    prose = {key: node[key].text() if key in node else "" for key in PROSE}
-    return Card(
-        name=name,
-        abbreviation=node["abbreviation"].name() if "abbreviation" in node else name,
-        description=node["description"].text(),
-        fields=(*state, *constant),
-        scalars=_scalars(node["scalars"]) if "scalars" in node else (),
-        boundary=_boundary(node["boundary"]),
-        grid=_grid(node["grid"]),
-        dt=None if node["dt"].value is None else node["dt"].number(),
-        train=_train(node["train"]) if "train" in node else (),
-        ranges=_ranges(node["ranges"], (*state, *constant)) if "ranges" in node else {},
-        quirks=tuple(item.text() for item in node["quirks"].elements()) if "quirks" in node else (),
-        published=tuple(_published(item) for item in node["published"].elements()) if "published" in node else (),
-        domain=_domain(node["domain"]) if "domain" in node else None,
-        test_trajectories=node["test_trajectories"].count() if "test_trajectories" in node else None,
-        conserved=_conserved(node["conserved"], state) if "conserved" in node else (),
-        **prose,
-    )
+@dataclass(frozen=True)
+class _ChannelEntry(Strict):
+    description: Line
+    unit: Line
+    duplicate_of: str | None = None
 
 
-def _fields(node: Node, role: str, channels: Mapping[str, Channel]) -> list[Field]:
-    groups = node.record((), ("t0", "t1", "t2"))
-    found = []
-    for order, size in enumerate(CHANNELS_PER_ORDER):
-        for name, entry in groups[f"t{order}"].entries().items() if f"t{order}" in groups else ():
-            Node(name, node.file, entry.path).name()
-            items = entry.elements(size)
-            names = tuple(item.choice(channels, "a canonical channel (channels.yaml)") for item in items)
-            found.append(Field(name, order, role, names))
-    if not found:
-        node.fail("at least one field", "Write t0, t1 or t2, each a mapping from field to its list of channels.")
-    return found
+def read_card(file: Traversable, name: str, channels: Mapping[str, Channel]) -> Card:
+    """Return the card of the dataset `name`, checked. UserError names file, key path and value."""
+    return validate(Card, read_yaml(file), str(file), partial(_check_card, name=name, channels=channels))
 
 
-def _check_unique(root: Node, fields: Sequence[Field]) -> None:
-    seen: dict[str, str] = {}
-    for field in fields:
-        path = f"{field.role}.t{field.order}.{field.name}"
-        for what, name in [("field", field.name), *(("channel", channel) for channel in field.channels)]:
-            first = seen.setdefault(f"{what} {name}", path)
-            if first != path or field.channels.count(name) > 1:
-                raise UserError(f"{root.file}: {path}: {what} {name!r} is already used by {first}. Use each once.")
-
-
-def _scalars(node: Node) -> tuple[str, ...]:
-    names = tuple(item.name() for item in node.elements())
-    if len(set(names)) < len(names):
-        node.fail("names of scalars, each once")
-    return names
-
-
-def _boundary(node: Node) -> Boundary:
-    axes = node.record(("x", "y"))
-    pairs = []
-    for axis in ("x", "y"):
-        lower, upper = (side.choice(BOUNDARY_TYPES, "a boundary type") for side in axes[axis].elements(2))
-        if (lower == "PERIODIC") != (upper == "PERIODIC"):
-            axes[axis].fail("PERIODIC at both ends or at neither")
-        pairs.append((lower, upper))
-    return pairs[0], pairs[1]
-
-
-def _grid(node: Node) -> tuple[int, int]:
-    x, y = (size.count(2) for size in node.elements(2))
-    return x, y
-
-
-def _domain(node: Node) -> Domain:
-    axes = node.record(("x", "y"))
-    ends = []
-    for axis in ("x", "y"):
-        lower, upper = (end.real() for end in axes[axis].elements(2))
-        if lower >= upper:
-            axes[axis].fail("the lower end first, [lower, upper]")
-        ends.append((lower, upper))
-    return ends[0], ends[1]
-
-
-def _conserved(node: Node, state: Sequence[Field]) -> tuple[Conserved, ...]:
-    own = [channel for field in state for channel in field.channels]
-    found = []
-    for item in node.elements():
-        entry = item.record(("kind", "channels"))
-        kind = entry["kind"].choice(CONSERVED, "a kind of conserved quantity")
-        names = tuple(one.choice(own, "a state channel of this card") for one in entry["channels"].elements())
-        if not names or len(set(names)) < len(names):
-            entry["channels"].fail("at least one channel, each once")
-        if CONSERVED[kind] not in (None, len(names)):
-            entry["channels"].fail("the two channels of a velocity, x then y")
-        found.append(Conserved(kind, names))
-    return tuple(found)
-
-
-def _ranges(node: Node, fields: Sequence[Field]) -> dict[str, Range]:
-    own = [channel for field in fields for channel in field.channels]
-    ranges: dict[str, Range] = {}
-    for key, entry in node.entries().items():
-        Node(key, node.file, entry.path).choice(own, "a channel of this card")
-        ends = entry.elements(2)
-        lowest, highest = (None if end.value is None else end.real() for end in ends)
-        if lowest is None and highest is None:
-            entry.fail("at least one limit, [lowest or null, highest or null]")
-        if lowest is not None and highest is not None and lowest > highest:
-            entry.fail("the lowest value first")
-        ranges[key] = lowest, highest
-    return ranges
-
-
-def _train(node: Node) -> tuple[tuple[int, int], ...]:
-    groups = []
-    for item in node.elements():
-        group = item.record(("trajectories", "frames"))
-        groups.append((group["trajectories"].count(), group["frames"].count(2)))
-    if not groups:
-        node.fail("at least one group of trajectories", "Write - {trajectories: 90, frames: 101}.")
-    return tuple(groups)
-
-
-def _published(node: Node) -> PublishedTable:
-    entries = node.entries()
-    windows = [key for key in entries if key not in ("table", "protocol", "context")]
-    node.record(("table", "protocol"), ("context", *windows))
-    vrmse = {
-        window: {model: score.number() for model, score in entries[window].entries().items()} for window in windows
-    }
-    context = entries["context"].count() if "context" in entries else 1
-    return PublishedTable(entries["table"].text(), entries["protocol"].name(), vrmse, context)
+def _check_card(card: Card, name: str, channels: Mapping[str, Channel]) -> None:
+    if card.name != name:
+        raise Mismatch(f"the name of the file, {name!r}", "Rename one of them.", ("name",))
+    first: dict[str, str] = {}  # field or channel -> the field it is used by
+    for one in card.fields:
+        place = (one.role, f"t{one.order}", one.name)
+        for index, channel in enumerate(one.channels):
+            if channel not in channels:
+                raise Mismatch("a canonical channel (channels.yaml)", nearest(channel, channels), (*place, index))
+        path = ".".join(place)
+        for what in (f"field {one.name!r}", *(f"channel {channel!r}" for channel in one.channels)):
+            if what in first:
+                raise ValueError(f"{path}: {what} is already used by {first[what]}. Use each once.")
+            first[what] = path
+    for channel in card.ranges:
+        own = card.state_channels + card.constant_channels
+        if channel not in own:
+            raise Mismatch("a channel of this card", nearest(channel, own), ("ranges", channel))
+    for number, conserved in enumerate(card.conserved):
+        for index, channel in enumerate(conserved.channels):
+            if channel not in card.state_channels:
+                hint = nearest(channel, card.state_channels)
+                raise Mismatch("a state channel of this card", hint, ("conserved", number, "channels", index))
 
 
 def _listing(fields: Mapping[str, int]) -> str:
@@ -326,8 +326,6 @@ def _shown(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
-__all__ = ["BOUNDARY_TYPES", "Boundary", "Card", "Channel", "Field", "Registry", "load_registry", "user_folders"]
-
 VARIABLE = "WAVELIT_REGISTRY"
 
 
@@ -345,7 +343,7 @@ class Registry:
     def card(self, name: str) -> Card:
         if name not in self.cards:
             raise UserError(
-                f"dataset {name!r}: no card of this name. {schema.nearest(name, self.cards)} Cards of your own "
+                f"dataset {name!r}: no card of this name. {nearest(name, self.cards)} Cards of your own "
                 f"are found through --registry, data.registry or {VARIABLE}; `data-pipeline register` drafts one."
             )
         return self.cards[name]
@@ -408,7 +406,7 @@ def load_folders(folders: Sequence[Traversable]) -> Registry:
     taken: dict[str, Traversable] = {}  # name or abbreviation -> the card's file
     for folder in folders:
         for file in _card_files(folder):
-            card = read_card(schema.load(file), file.name.removesuffix(".yaml"), channels)
+            card = read_card(file, file.name.removesuffix(".yaml"), channels)
             for key, name in (("name", card.name), ("abbreviation", card.abbreviation)):
                 if taken.setdefault(name, file) is not file:
                     raise UserError(f"{file}: {key}: {name!r} is taken by {taken[name]}. Choose another.")
@@ -418,7 +416,7 @@ def load_folders(folders: Sequence[Traversable]) -> Registry:
 
 def _add_channels(file: Traversable, channels: dict[str, Channel], origin: dict[str, str]) -> None:
     """Adds the file's channels; the same channel may stand in several folders, so that folders can be combined."""
-    for name, channel in read_channels(schema.load(file), channels).items():
+    for name, channel in read_channels(file, channels).items():
         first = channels.setdefault(name, channel)
         if first != channel:
             raise UserError(

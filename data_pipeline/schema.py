@@ -1,12 +1,12 @@
-"""Dataclasses <-> JSON, strictly: what is read has the annotated types and no key more or less, or it is refused.
+"""JSON and YAML files, read strictly: a message names the file, the place in it, what was expected and what came.
 
-Small YAML files written by people: read as plain data, every complaint with file, key path, value and a way out.
+A file is first read as plain values: mappings, lists, texts, numbers. Then pydantic makes a dataclass of them, with
+exactly the annotated types (`validate`). A key that is missing or unknown is refused.
 
-Only mappings, lists and scalars are read. Tags, anchors and duplicate keys are refused: a card needs none of them, and
-they are how a hostile file runs code, grows without bound or says two things at once.
+YAML tags, anchors and duplicate keys are refused. No card needs them, and a hostile file uses them to run code, to grow
+without bound, or to hold two values for one key.
 """
 
-import dataclasses
 import difflib
 import functools
 import json
@@ -14,49 +14,53 @@ import os
 import re
 import reprlib
 import stat
-import sys
 import types
 import typing
-from collections.abc import Collection, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import yaml
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic_core import CoreSchema, core_schema, to_jsonable_python
 
 from data_pipeline.files import UserError, sha256
 
 MAX_JSON_BYTES = 2**28  # a manifest of a million windows has 9 MB
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises UserError with `message` unless the condition holds."""
-    if not condition:
-        raise UserError(message)
+MAX_YAML_BYTES = 64 * 1024
+MAX_TEXT = 2000  # characters of one value in YAML
+MAX_DEPTH = 32  # of YAML
+MAX_COUNT = 2**40  # above every count, frame and grid size, and products of a few stay inside float range
+MAX_NUMBER = 1e30
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")  # a name becomes a folder and a key, hence the narrow alphabet
 
 
 def canonical(content: object) -> bytes:
-    """JSON with one possible spelling, for digests and for files that must be the same byte for byte."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    """Return JSON in one possible spelling, for digests and for files that must be equal byte for byte.
+
+    Dataclasses become mappings and tuples become lists.
+    """
+    plain = to_jsonable_python(content)
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
 def digest(content: object) -> str:
-    """SHA-256 of the canonical JSON, 64 hex digits."""
+    """Return the SHA-256 of the canonical JSON, 64 hex digits."""
     return sha256(canonical(content))
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises UserError when the file cannot be read, is a link, or holds something else."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file. UserError when it cannot be read, is a link, or holds something else."""
     try:
-        content = _read_plain(path)
+        content = _read_plain_file(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     return parse_json(content, str(path))
 
 
 def parse_json(content: bytes, where: str) -> dict[str, Any]:
-    """A JSON object from its text. Raises UserError, naming `where` it comes from, when it is something else."""
+    """Return the JSON object in a text that comes from `where`. UserError when it is something else."""
     try:
         value = json.loads(content, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -66,8 +70,8 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _read_plain(path: Path) -> bytes:
-    """The content of a plain file. A link could lead anywhere; a pipe or a device has no end."""
+def _read_plain_file(path: Path) -> bytes:
+    """Return the content of a plain file. A link could lead anywhere; a pipe or a device has no end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
         found = os.fstat(descriptor)
@@ -80,193 +84,25 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number")
 
 
-def encode(value: Any) -> Any:
-    """A dataclass as JSON values, the inverse of `decode`."""
-    if dataclasses.is_dataclass(value):
-        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, tuple):
-        return [encode(item) for item in value]
-    return value
-
-
-def decode(kind: Any, value: Any, where: str) -> Any:
-    """JSON values as the annotated type `kind`: dataclass, tuple, dict, `X | None`, int, float, str or bool.
-
-    Raises UserError naming the place when a type differs, a key is missing, or a key is unknown.
-    """
-    if kind is float:
-        if type(value) in (int, float) and abs(value) <= sys.float_info.max:
-            return float(value)
-        raise UserError(f"{where}: expected a finite number, got {_brief(value)}")
-    if kind in (int, str, bool):
-        if type(value) is kind:
-            return value
-        raise UserError(f"{where}: expected {kind.__name__}, got {_brief(value)}")
-    origin, arguments = _parts(kind)
-    if origin is tuple:
-        return _decode_tuple(arguments, value, where)
-    if origin is types.UnionType:
-        return None if value is None else decode(arguments[0], value, where)
-    if origin is dict:
-        require(isinstance(value, dict), f"{where}: expected a mapping, got {_brief(value)}")
-        return {key: decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    return _decode_dataclass(kind, value, where)
-
-
-def _decode_tuple(members: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise UserError(f"{where}: expected a list, got {_brief(value)}")
-    if members == (int, Ellipsis) and set(map(type, value)) <= {int}:  # byte offsets: most of a manifest
-        return tuple(value)
-    kinds = (members[0],) * len(value) if members[-1] is Ellipsis else members
-    if len(value) != len(kinds):
-        raise UserError(f"{where}: expected {len(kinds)} entries, got {len(value)}")
-    return tuple(
-        decode(kind, item, f"{where}[{index}]") for index, (kind, item) in enumerate(zip(kinds, value, strict=True))
-    )
-
-
-def _decode_dataclass(kind: type, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected a mapping, got {_brief(value)}")
-    hints = _hints(kind)
-    if hints.keys() != value.keys():
-        missing, unknown = sorted(hints.keys() - value.keys()), sorted(value.keys() - hints.keys())
-        raise UserError(f"{where}: missing keys {missing}, unknown keys {_brief(unknown)}")
-    return kind(**{name: decode(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
-
-
-@functools.cache
-def _parts(kind: Any) -> tuple[Any, tuple[Any, ...]]:
-    return typing.get_origin(kind), typing.get_args(kind)
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def _brief(value: object) -> str:
-    """A value for a message; a damaged file may hold a very long one."""
-    text = repr(value) if not isinstance(value, dict | list) or len(value) < 8 else f"a {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-MAX_FILE_BYTES = 64 * 1024
-MAX_TEXT = 2000  # characters of one value
-MAX_COUNT = 2**40  # no count, frame or grid size in a card comes near; keeps products of a few inside float range
-MAX_NUMBER = 1e30
-MAX_DEPTH = 32
-NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
-
-
-def nearest(name: object, valid: Collection[str]) -> str:
-    """A sentence with the valid name closest to `name`, or the valid names where none is close."""
-    close = difflib.get_close_matches(str(name)[:80], valid, n=1)
-    if close:
-        return f"Did you mean {close[0]!r}?"
-    return f"Valid: {', '.join(sorted(valid)) or 'none'}."
-
-
-@dataclass(frozen=True)
-class Node:
-    """A value of a YAML file with its place in it; the methods return checked values or raise UserError."""
-
-    value: Any
-    file: str
-    path: str = ""
-
-    def fail(self, expected: str, hint: str = "") -> NoReturn:
-        where = f"{self.file}: {self.path}" if self.path else self.file
-        raise UserError(f"{where}: expected {expected}, got {reprlib.repr(self.value)}. {hint}".rstrip())
-
-    def child(self, key: object, value: Any) -> "Node":
-        step = f"[{key}]" if isinstance(key, int) else f".{key}" if self.path else str(key)
-        return Node(value, self.file, self.path + step)
-
-    def record(self, required: Collection[str], optional: Collection[str] = ()) -> dict[str, "Node"]:
-        """The mapping's entries; every required key there, and no key that is neither required nor optional."""
-        entries = self.entries()
-        valid = [*required, *optional]
-        for key, node in entries.items():
-            if key not in valid:
-                raise UserError(f"{node.file}: {node.path}: unknown key {key!r}. {nearest(key, valid)}")
-        missing = [key for key in required if key not in entries]
-        if missing:
-            self.fail(f"the keys {', '.join(required)}", f"Missing: {', '.join(missing)}.")
-        return entries
-
-    def entries(self) -> dict[str, "Node"]:
-        """The entries of a mapping whose keys are one-line texts, in the file's order."""
-        if not isinstance(self.value, dict):
-            self.fail("a mapping (key: value)")
-        for key in self.value:
-            Node(key, self.file, self.path).text(limit=64, what="a text as key")
-        return {key: self.child(key, value) for key, value in self.value.items()}
-
-    def elements(self, length: int | None = None) -> list["Node"]:
-        if not isinstance(self.value, list) or (length is not None and len(self.value) != length):
-            self.fail("a list" if length is None else f"a list of {length}")
-        return [self.child(index, value) for index, value in enumerate(self.value)]
-
-    def text(self, limit: int = MAX_TEXT, what: str = "one line of text") -> str:
-        if not isinstance(self.value, str) or not self.value or len(self.value) > limit or not self.value.isprintable():
-            self.fail(what, f"At most {limit} printable characters.")
-        return self.value
-
-    def name(self) -> str:
-        """A name of a dataset, field or channel; names become folders and keys, hence the narrow alphabet."""
-        if not isinstance(self.value, str) or not NAME.fullmatch(self.value):
-            self.fail("a name", "Up to 64 letters, digits and underscores, a letter first.")
-        return self.value
-
-    def choice(self, valid: Collection[str], what: str) -> str:
-        if not isinstance(self.value, str) or self.value not in valid:
-            self.fail(what, nearest(self.value, valid))
-        return self.value
-
-    def count(self, minimum: int = 1) -> int:
-        if type(self.value) is not int or not minimum <= self.value <= MAX_COUNT:
-            self.fail(f"a whole number of at least {minimum}")
-        return self.value
-
-    def number(self) -> float:
-        """A positive finite number."""
-        if self._is_number() and self.value > 0:
-            return float(self.value)
-        self.fail("a number above 0", self._number_hint())
-
-    def real(self) -> float:
-        """A finite number of either sign."""
-        if self._is_number():
-            return float(self.value)
-        self.fail("a number", self._number_hint())
-
-    def _is_number(self) -> bool:
-        # Both bounds also refuse nan, and integers too large for a float.
-        return type(self.value) in (int, float) and -MAX_NUMBER <= self.value <= MAX_NUMBER
-
-    def _number_hint(self) -> str:
-        return "YAML reads 1e-3 as text; write 1.0e-3." if isinstance(self.value, str) else ""
-
-
-def load(file: Traversable) -> Node:
-    """The content of one file; UserError if it cannot be read or is not plain YAML."""
+def read_yaml(file: Traversable, max_bytes: int = MAX_YAML_BYTES) -> Any:
+    """Return the plain values in a file. UserError if it cannot be read or is not plain YAML."""
     try:
         if not file.is_file():
             raise UserError(f"{file}: expected a YAML file, found none.")
         with file.open("rb") as stream:
-            raw = stream.read(MAX_FILE_BYTES + 1)
+            raw = stream.read(max_bytes + 1)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}.") from error
-    if len(raw) > MAX_FILE_BYTES:
-        raise UserError(f"{file}: expected at most {MAX_FILE_BYTES} bytes, got more; a card is a page of text.")
+    if len(raw) > max_bytes:
+        raise UserError(f"{file}: expected at most {max_bytes} bytes, got more.")
     try:
-        # PyYAML's constructors raise ValueError and ArithmeticError for scalars that look right and are not, such as
-        # the date 2020-99-99 or an integer of ten thousand digits; nesting by the thousand ends in RecursionError.
+        # PyYAML raises ValueError and ArithmeticError for scalars that look right and are not, such as the date
+        # 2020-99-99 or an integer of ten thousand digits. Nesting by the thousand ends in RecursionError.
         text = raw.decode("utf-8")
         _check_events(text)
-        return Node(yaml.load(text, _PlainLoader), str(file))
+        value = yaml.load(text, _PlainLoader)
+        _json_bytes(value)  # an escape may have made a character that is none
+        return value
     except (yaml.YAMLError, ValueError, ArithmeticError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{file}: expected plain YAML in UTF-8, got something else: {reason}") from error
@@ -277,7 +113,7 @@ _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _check_events(text: str) -> None:
-    """Refuses aliases, explicit tags, endless values and deep nesting, before anything is made of them."""
+    """Refuse aliases, explicit tags, endless values and deep nesting, before anything is made of them."""
     depth = 0
     for event in yaml.parse(text, Loader=_SafeLoader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
@@ -292,11 +128,13 @@ def _check_events(text: str) -> None:
 
 
 class _PlainLoader(_SafeLoader):
-    """SafeLoader that also refuses duplicate keys."""
+    """SafeLoader that also refuses duplicate keys, and keys that are no texts (JSON has only these)."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.tag != "tag:yaml.org,2002:str":
+                raise _refusal(f"expected a text as key, got {key.value[:64]}; put it in quotes", key.start_mark)
             if key.value in seen:
                 raise _refusal(f"key {key.value!r} twice", key.start_mark)
             seen.add(key.value)
@@ -305,3 +143,204 @@ class _PlainLoader(_SafeLoader):
 
 def _refusal(message: str, mark: Any) -> yaml.YAMLError:
     return yaml.constructor.ConstructorError(None, None, message, mark)
+
+
+class Strict:
+    """Base of dataclasses that `validate` makes: no unknown keys, and no number that is not finite."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Mismatch(ValueError):
+    """Raised by checks inside `validate`: what was expected at the value, or below it at the keys `at`.
+
+    `validate` adds the file, the place and what came.
+    """
+
+    def __init__(self, expected: str, hint: str = "", at: tuple[str | int, ...] = ()) -> None:
+        super().__init__(f"expected {expected}")
+        self.expected, self.hint, self.at = expected, hint, at
+
+
+def checked(test: Callable[[Any], object], expected: str, hint: str | Callable[[Any], str] = "") -> BeforeValidator:
+    """Return the note for an Annotated text or number that must pass `test` as it lies in the file."""
+    return BeforeValidator(_check(test, expected, hint))
+
+
+def checked_list(test: Callable[[Any], object], expected: str, hint: str = "") -> AfterValidator:
+    """Return the note for an Annotated tuple that must pass `test`, once its elements are checked."""
+    return AfterValidator(_check(test, expected, hint))
+
+
+def _check(test: Callable[[Any], object], expected: str, hint: str | Callable[[Any], str]) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if not test(value):
+            raise Mismatch(expected, hint if isinstance(hint, str) else hint(value))
+        return value
+
+    return check
+
+
+def choice(valid: Collection[str], what: str) -> BeforeValidator:
+    """Return the note for an Annotated text that is one of `valid`; `what` names their kind in messages."""
+    return checked(lambda value: isinstance(value, str) and value in valid, what, lambda value: nearest(value, valid))
+
+
+def at_least(minimum: int) -> BeforeValidator:
+    """Return the note for an Annotated whole number."""
+    expected = f"a whole number of at least {minimum}"
+    return checked(lambda value: type(value) is int and minimum <= value <= MAX_COUNT, expected)
+
+
+def _is_line(value: Any, limit: int) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= limit and value.isprintable()
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and NAME.fullmatch(value) is not None
+
+
+def _is_number(value: Any) -> bool:
+    # Both bounds also refuse nan, and integers too large for a float.
+    return type(value) in (int, float) and -MAX_NUMBER <= value <= MAX_NUMBER
+
+
+def _number_hint(value: Any) -> str:
+    return "YAML reads 1e-3 as text; write 1.0e-3." if isinstance(value, str) else ""
+
+
+_TEXT_HINT = f"At most {MAX_TEXT} printable characters."
+Line = Annotated[str, checked(lambda value: _is_line(value, MAX_TEXT), "one line of text", _TEXT_HINT)]
+Key = Annotated[str, checked(lambda value: _is_line(value, 64), "a text as key", "At most 64 printable characters.")]
+Name = Annotated[str, checked(_is_name, "a name", "Up to 64 letters, digits and underscores, a letter first.")]
+Count = Annotated[int, at_least(1)]
+Real = Annotated[float, checked(_is_number, "a number", _number_hint)]
+Positive = Annotated[float, checked(lambda value: _is_number(value) and value > 0, "a number above 0", _number_hint)]
+
+
+class Stored:
+    """Note for an Annotated type: the file holds a value of type `kind`, which `convert` turns into the annotated."""
+
+    def __init__(self, kind: Any, convert: Callable[[Any], Any]) -> None:
+        self.kind, self.convert = kind, convert
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.convert, handler.generate_schema(self.kind))
+
+
+def validate(kind: Any, value: Any, where: str, check: Callable[[Any], object] = lambda made: None) -> Any:
+    """Return plain values as type `kind`: a dataclass, tuple, dict, `X | None`, int, float, str or bool.
+
+    `check` gets what was made and may raise Mismatch or ValueError. UserError, naming the place in the file `where`,
+    when a type differs, a key is missing or unknown, or a check fails.
+    """
+    try:
+        # JSON's strict mode takes no text for a number, but a list for a tuple and a mapping for a dataclass.
+        made = _adapter(kind).validate_json(_json_bytes(value), strict=True)
+        check(made)
+        return made
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        # A misspelt key is also a missing one. The misspelt one has the better hint.
+        first = next((one for one in errors if one["type"] == "unexpected_keyword_argument"), errors[0])
+        message = _explain(kind, first)
+    except ValueError as failure:
+        message = _mismatch(failure, (), value)
+    raise UserError(f"{where}: {message}".rstrip())
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter:
+    # A dataclass brings its own settings.
+    return TypeAdapter(kind, config=None if hasattr(kind, "__pydantic_config__") else Strict.__pydantic_config__)
+
+
+def _json_bytes(value: Any) -> bytes:
+    # A date that YAML read becomes text again; pydantic then refuses it with the right place.
+    return json.dumps(value, ensure_ascii=False, default=str).encode()
+
+
+def _explain(kind: Any, error: Mapping[str, Any]) -> str:
+    """Return a message in our words for one of pydantic's errors."""
+    place, what, value = error["loc"], error["type"], error["input"]
+    if place and place[-1] == "[key]":
+        place = place[:-1]
+    if what == "unexpected_keyword_argument":
+        names = typing.get_type_hints(_kind_at(kind, place[:-1]))
+        return f"{_path(place)}unknown key {place[-1]!r}. {nearest(place[-1], names)}"
+    if what == "missing" and isinstance(place[-1], str):
+        return f"{_path(place[:-1])}missing key {place[-1]!r}"
+    if what == "missing":  # of a list
+        place = place[:-1]
+    if what == "value_error":
+        return _mismatch(error["ctx"]["error"], place, value)
+    return f"{_path(place)}expected {_expected(kind, place, error)}, got {_brief(value)}"
+
+
+def _mismatch(failure: ValueError, place: tuple[str | int, ...], value: Any) -> str:
+    if not isinstance(failure, Mismatch):
+        return f"{_path(place)}{failure}"
+    for key in failure.at:
+        value = value[key]
+    return f"{_path(place + failure.at)}expected {failure.expected}, got {_brief(value)}. {failure.hint}"
+
+
+def _expected(kind: Any, place: tuple[str | int, ...], error: Mapping[str, Any]) -> str:
+    what = error["type"]
+    if what in ("dict_type", "dataclass_type", "model_type"):
+        return "a mapping (key: value)"
+    if what in ("tuple_type", "too_long", "missing"):
+        members = typing.get_args(_kind_at(kind, place))
+        return "a list" if Ellipsis in members else f"a list of {len(members)}"
+    return error["msg"].removeprefix("Input should be ")
+
+
+def _kind_at(kind: Any, place: tuple[str | int, ...]) -> Any:
+    """Return the type of the value at `place` in the file."""
+    kind = _bare(kind)
+    for key in place:
+        members = typing.get_args(kind)
+        if typing.get_origin(kind) is tuple:
+            kind = members[0] if Ellipsis in members else members[int(key)]
+        else:
+            kind = members[1] if members else typing.get_type_hints(kind, include_extras=True)[str(key)]
+        kind = _bare(kind)
+    return kind
+
+
+def _bare(kind: Any) -> Any:
+    """Return the type without notes and without `| None`."""
+    while True:
+        origin, members = typing.get_origin(kind), typing.get_args(kind)
+        if origin is Annotated:
+            kind = next((note.kind for note in members[1:] if isinstance(note, Stored)), members[0])
+        elif origin in (types.UnionType, typing.Union):
+            kind = members[0]
+        else:
+            return kind
+
+
+def _path(place: tuple[str | int, ...]) -> str:
+    """Return `state.t1.velocity[1]: `, or nothing for the whole file."""
+    text = ""
+    for step in place:
+        if isinstance(step, int):
+            text += f"[{step}]"
+        else:
+            name = step if step.isprintable() else ascii(step)
+            text += f".{name[:64]}" if text else name[:64]
+    return f"{text}: " if text else ""
+
+
+def _brief(value: object) -> str:
+    """Return a value for a message; a damaged file may hold a very long one."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def nearest(name: object, valid: Collection[str]) -> str:
+    """Return a sentence with the valid name closest to `name`, or with all valid names where none is close."""
+    close = difflib.get_close_matches(str(name)[:80], valid, n=1)
+    if close:
+        return f"Did you mean {close[0]!r}?"
+    return f"Valid: {', '.join(sorted(valid)) or 'none'}."

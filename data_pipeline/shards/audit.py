@@ -16,6 +16,7 @@ from itertools import combinations, groupby
 import numpy as np
 
 from data_pipeline.registry import Card, Channel
+from data_pipeline.schema import Strict
 from data_pipeline.shards.format import KINDS, SKIPPABLE, Finding, Range, frame_ranges
 from data_pipeline.well.stats import Stats
 
@@ -31,7 +32,7 @@ Interval = tuple[float | None, float | None]  # lowest, highest good value
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Strict):
     """What some trajectories hold, for the findings about a whole split.
 
     Channels: state, then constant; the moments are those of the state channels, over the subsample.

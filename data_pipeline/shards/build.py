@@ -19,7 +19,7 @@ from data_pipeline import __version__
 from data_pipeline.files import TEMPORARY_SUFFIX, UserError, only_process, write_whole
 from data_pipeline.registry import Card, Channel, Registry, load_registry
 from data_pipeline.remote import is_url
-from data_pipeline.schema import canonical, decode, load_json
+from data_pipeline.schema import canonical, read_json, validate
 from data_pipeline.shards.audit import condense, merge, split_findings
 from data_pipeline.shards.convert import PARTIAL, ShardRecord, ShardTask, saved_record, write_shard
 from data_pipeline.shards.format import MANIFEST_NAME, SKIPPABLE, Finding, Manifest, usable_segments
@@ -153,8 +153,8 @@ class _StatsTask:
         """Return the statistics that an earlier run computed from the same files."""
         if not self.path.exists():
             return None
-        content = load_json(self.path)
-        return decode(Stats, content.get("stats"), str(self.path)) if content.get("key") == self.key else None
+        content = read_json(self.path)
+        return validate(Stats, content.get("stats"), str(self.path)) if content.get("key") == self.key else None
 
 
 def _dataset_stats(

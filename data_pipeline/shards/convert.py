@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_pipeline.files import UserError, atomic_file, atomic_path
-from data_pipeline.schema import canonical, decode, encode, load_json
+from data_pipeline.schema import Strict, canonical, read_json, validate
 from data_pipeline.shards.audit import Summary, TrajectoryAudit, merge
 from data_pipeline.shards.format import Finding, Shard, Trajectory
 from data_pipeline.shards.plan import SplitPlan
@@ -43,7 +43,7 @@ class ShardTask:
 
 
 @dataclass(frozen=True)
-class ShardRecord:
+class ShardRecord(Strict):
     """What is known of one finished shard, until its manifest is written."""
 
     plan: str  # digest
@@ -57,7 +57,7 @@ class ShardRecord:
 def saved_record(plan: SplitPlan, shard: int) -> ShardRecord | None:
     """Return the record of a shard that an earlier run finished under the same plan, if the shard is still whole."""
     try:
-        record: ShardRecord = decode(ShardRecord, load_json(_record_path(plan, shard)), "record")
+        record: ShardRecord = validate(ShardRecord, read_json(_record_path(plan, shard)), "record")
         check_shard(plan.folder / record.shard.name, record.shard.bytes)
     except UserError:  # not there, or cut off: the shard is written again
         return None
@@ -89,7 +89,7 @@ def write_shard(task: ShardTask, on_bytes: OnBytes) -> ShardRecord:
         rounding=() if encoder is None else tuple(map(float, encoder.worst)),
     )
     with atomic_file(_record_path(plan, task.shard), durable=False) as file:
-        file.write(canonical(encode(record)))
+        file.write(canonical(record))
     return record
 
 
@@ -212,9 +212,9 @@ class _Copy:
             "time": times,
             "dt": planned.dt,
             "scalars": planned.scalars,
-            "boundary": encode(plan.boundary),
-            "state_channels": encode(plan.card.state_channels),
-            "constant_channels": encode(plan.card.constant_channels),
+            "boundary": plan.boundary,
+            "state_channels": plan.card.state_channels,
+            "constant_channels": plan.card.constant_channels,
             "source_file": plan.sources[planned.source].name,
             "source_trajectory": planned.source_index,
         }

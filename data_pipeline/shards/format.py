@@ -18,9 +18,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from data_pipeline.files import UserError, atomic_file
-from data_pipeline.registry import BOUNDARY_TYPES, Boundary
-from data_pipeline.schema import canonical, decode, digest, encode, load_json, parse_json, require
+from data_pipeline.registry import Boundary
+from data_pipeline.schema import Strict, canonical, digest, parse_json, read_json, validate
 from data_pipeline.well.stats import DELTA_STATISTICS, VALUE_STATISTICS
 
 KINDS = {  # in the order of reports
@@ -44,7 +46,7 @@ Range = tuple[int, int]  # frames [first, stop)
 
 
 @dataclass(frozen=True)
-class Finding:
+class Finding(Strict):
     """One fact; `frames` are ranges [first, stop) of the trajectory, none when it concerns the whole."""
 
     kind: str  # a key of KINDS
@@ -120,7 +122,7 @@ ITEM_BYTES = {"float32": 4, "float16": 2}  # types of stored state fields
 
 
 @dataclass(frozen=True)
-class SourceFile:
+class SourceFile(Strict):
     """An HDF5 file that trajectories came from; `fingerprint` is a hash of its size and of blocks spread over it."""
 
     name: str
@@ -129,7 +131,7 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class Trajectory(Strict):
     """One trajectory and where its frames lie: chunk j starts at byte offsets[j] of its shard."""
 
     source: int  # index into Manifest.sources
@@ -151,7 +153,7 @@ def trajectory_key(dataset: str, split: str, file: str, index: int) -> tuple[str
 
 
 @dataclass(frozen=True)
-class Shard:
+class Shard(Strict):
     """One tar file, by its plain name in the manifest's folder."""
 
     name: str
@@ -160,10 +162,10 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Strict):
     """All that a reader needs to know of one dataset and split.
 
-    Raises UserError, with the place in the manifest, when its parts contradict each other.
+    Raises ValueError, with the place in the manifest, when its parts contradict each other.
     """
 
     dataset: str
@@ -237,7 +239,7 @@ class Manifest:
         return digest(self._to_json())
 
     def _to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, "version": FORMAT_VERSION} | encode(self)
+        return {"format": FORMAT, "version": FORMAT_VERSION} | to_jsonable_python(self)
 
     def save(self, path: Path) -> None:
         """Writes the manifest, whole or not at all. Raises UserError when the disk is full."""
@@ -247,7 +249,7 @@ class Manifest:
     @classmethod
     def load(cls, path: Path) -> "Manifest":
         """Reads and checks a manifest. Raises UserError if it is missing, damaged, altered or of another format."""
-        return cls._from_json(load_json(path), str(path))
+        return cls._from_json(read_json(path), str(path))
 
     @classmethod
     def parse(cls, content: bytes, where: str) -> "Manifest":
@@ -263,10 +265,7 @@ class Manifest:
                 "make the shards again with `data-pipeline shard`"
             )
         stated = content.pop("digest", None)
-        try:
-            manifest = decode(cls, content, "manifest")
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+        manifest: Manifest = validate(cls, content, where)
         if manifest.digest != stated:
             raise UserError(
                 f"{where}: damaged or altered: its digest is {manifest.digest}, it says {stated}; "
@@ -275,34 +274,37 @@ class Manifest:
         return manifest
 
 
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
 def _check_header(manifest: Manifest) -> None:
     channels = manifest.state_channels + manifest.constant_channels
-    require(len(manifest.state_channels) > 0, "state_channels is empty")
-    require(len(set(channels)) == len(channels), f"a channel is listed twice: {', '.join(channels)}")
-    require(min(manifest.grid) >= 1, f"grid: expected positive sizes, got {manifest.grid}")
-    kinds = {kind for sides in manifest.boundary for kind in sides}
-    require(kinds <= set(BOUNDARY_TYPES), f"boundary: expected {', '.join(BOUNDARY_TYPES)}, got {sorted(kinds)}")
-    require(manifest.frames_per_chunk >= 1, "frames_per_chunk: expected at least 1")
+    _require(len(manifest.state_channels) > 0, "state_channels is empty")
+    _require(len(set(channels)) == len(channels), f"a channel is listed twice: {', '.join(channels)}")
+    _require(min(manifest.grid) >= 1, f"grid: expected positive sizes, got {manifest.grid}")
+    _require(manifest.frames_per_chunk >= 1, "frames_per_chunk: expected at least 1")
     for shard in manifest.shards:
         plain = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", shard.name)
-        require(plain is not None, f"shards: expected a plain file name in the manifest's folder, got {shard.name!r}")
-        require(re.fullmatch(r"[0-9a-f]{64}", shard.sha256) is not None, f"shards: {shard.name}: no SHA-256")
+        _require(plain is not None, f"shards: expected a plain file name in the manifest's folder, got {shard.name!r}")
+        _require(re.fullmatch(r"[0-9a-f]{64}", shard.sha256) is not None, f"shards: {shard.name}: no SHA-256")
     names = {shard.name for shard in manifest.shards}
-    require(len(names) == len(manifest.shards), "shards: a name is listed twice")
+    _require(len(names) == len(manifest.shards), "shards: a name is listed twice")
 
 
 def _check_encoding(manifest: Manifest) -> None:
-    require(manifest.dtype in ITEM_BYTES, f"dtype: expected {' or '.join(ITEM_BYTES)}, got {manifest.dtype!r}")
+    _require(manifest.dtype in ITEM_BYTES, f"dtype: expected {' or '.join(ITEM_BYTES)}, got {manifest.dtype!r}")
     encoded = manifest.state_channels if manifest.dtype == "float16" else ()
-    require(set(manifest.encoding) == set(encoded), f"encoding: expected {', '.join(encoded) or 'none'}")
-    require(all(scale > 0 for _, scale in manifest.encoding.values()), "encoding: expected scales above 0")
+    _require(set(manifest.encoding) == set(encoded), f"encoding: expected {', '.join(encoded) or 'none'}")
+    _require(all(scale > 0 for _, scale in manifest.encoding.values()), "encoding: expected scales above 0")
 
 
 def _check_findings(manifest: Manifest) -> None:
-    require(set(manifest.skip) <= set(SKIPPABLE), f"skip: expected {', '.join(SKIPPABLE)}, got {manifest.skip}")
+    _require(set(manifest.skip) <= set(SKIPPABLE), f"skip: expected {', '.join(SKIPPABLE)}, got {manifest.skip}")
     for index, finding in enumerate(manifest.findings):
         known = finding.kind in KINDS and finding.severity in SEVERITIES
-        require(known, f"findings[{index}]: no kind {finding.kind!r} of severity {finding.severity!r}")
+        _require(known, f"findings[{index}]: no kind {finding.kind!r} of severity {finding.severity!r}")
 
 
 def _check_stats(manifest: Manifest) -> None:
@@ -311,18 +313,18 @@ def _check_stats(manifest: Manifest) -> None:
         if statistic in VALUE_STATISTICS:
             channels += manifest.constant_channels
         got = manifest.stats.get(statistic, {})
-        require(set(got) == set(channels), f"stats.{statistic}: expected {', '.join(channels)}, got {', '.join(got)}")
+        _require(set(got) == set(channels), f"stats.{statistic}: expected {', '.join(channels)}, got {', '.join(got)}")
 
 
 def _check_trajectories(manifest: Manifest) -> None:
-    require(len(manifest.trajectories) > 0 and len(manifest.shards) > 0, "no trajectories")
+    _require(len(manifest.trajectories) > 0 and len(manifest.shards) > 0, "no trajectories")
     previous = 0
     for index, trajectory in enumerate(manifest.trajectories):
         where = f"trajectories[{index}]"
-        require(trajectory.frames >= 1, f"{where}: frames: expected at least 1, got {trajectory.frames}")
+        _require(trajectory.frames >= 1, f"{where}: frames: expected at least 1, got {trajectory.frames}")
         _check_segments(trajectory, where)
-        require(0 <= trajectory.source < len(manifest.sources), f"{where}: source: no such file")
-        require(previous <= trajectory.shard < len(manifest.shards), f"{where}: shard: out of order or no such shard")
+        _require(0 <= trajectory.source < len(manifest.sources), f"{where}: source: no such file")
+        _require(previous <= trajectory.shard < len(manifest.shards), f"{where}: shard: out of order or no such shard")
         _check_offsets(manifest, trajectory, where)
         previous = trajectory.shard
 
@@ -331,27 +333,27 @@ def _check_segments(trajectory: Trajectory, where: str) -> None:
     last = 0
     for first, stop in trajectory.segments:
         inside = last <= first < stop <= trajectory.frames
-        require(inside, f"{where}: segments: [{first}, {stop}) is out of order or not in {trajectory.frames} frames")
+        _require(inside, f"{where}: segments: [{first}, {stop}) is out of order or not in {trajectory.frames} frames")
         last = stop
 
 
 def _check_offsets(manifest: Manifest, trajectory: Trajectory, where: str) -> None:
     size, per_chunk = manifest.shards[trajectory.shard].bytes, manifest.frames_per_chunk
     # Offsets may be many: compare counts before looking at each.
-    require(len(trajectory.offsets) == -(-trajectory.frames // per_chunk), f"{where}: offsets: not one per chunk")
+    _require(len(trajectory.offsets) == -(-trajectory.frames // per_chunk), f"{where}: offsets: not one per chunk")
     hexes = re.fullmatch(r"(?:[0-9a-f]{8})*", trajectory.crc32) is not None
-    require(hexes and len(trajectory.crc32) == 8 * trajectory.frames, f"{where}: crc32: not eight digits per frame")
+    _require(hexes and len(trajectory.crc32) == 8 * trajectory.frames, f"{where}: crc32: not eight digits per frame")
     frame_bytes = manifest.frame_bytes
     for chunk, offset in enumerate(trajectory.offsets):
         frames = min(per_chunk, trajectory.frames - chunk * per_chunk)
         if not 0 <= offset <= size - frames * frame_bytes:
-            raise UserError(
+            raise ValueError(
                 f"{where}: offsets[{chunk}]: {frames} frames at byte {offset} do not fit into a shard of {size} bytes"
             )
     at, bytes_needed = trajectory.constants_offset, manifest.constants_bytes
     if bytes_needed == 0:
-        require(at is None and trajectory.constants_crc32 == "", f"{where}: constants: there are none")
+        _require(at is None and trajectory.constants_crc32 == "", f"{where}: constants: there are none")
         return
-    require(at is not None and 0 <= at <= size - bytes_needed, f"{where}: constants_offset: not in the shard")
+    _require(at is not None and 0 <= at <= size - bytes_needed, f"{where}: constants_offset: not in the shard")
     hexes = re.fullmatch(r"[0-9a-f]{8}", trajectory.constants_crc32) is not None
-    require(hexes, f"{where}: constants_crc32: not eight digits")
+    _require(hexes, f"{where}: constants_crc32: not eight digits")

@@ -9,7 +9,7 @@ from pathlib import Path
 from data_pipeline.files import UserError, sha256
 from data_pipeline.hashing import nested_choice
 from data_pipeline.registry import Boundary, Card, Registry
-from data_pipeline.schema import digest, encode
+from data_pipeline.schema import digest
 from data_pipeline.shards.format import FORMAT_VERSION, ITEM_BYTES, SourceFile, trajectory_key
 from data_pipeline.well.hdf5 import SPLITS, WellFile, dataset_folders, split_files
 from data_pipeline.well.layout import (
@@ -80,7 +80,7 @@ class SplitPlan:
         content = (self.sources, self.grid, self.boundary, self.trajectories, self.shards)
         channels = (self.card.state_channels, self.card.constant_channels)
         names = (FORMAT_VERSION, self.card.name, self.split, self.frames_per_chunk, self.dtype, self.stats_key)
-        return digest([encode(content), encode(channels), encode(names)])
+        return digest([content, channels, names])
 
     def source_bytes(self, shard: int) -> int:
         """Return the bytes of the float32 fields that are read for one shard."""
@@ -240,4 +240,4 @@ def _stats_key(folder: Folder, train: Sequence[File], card: Card) -> str:
             f"{card.name}: expected {folder}/stats.yaml, or train files to compute the statistics from, got neither; "
             "download stats.yaml or the train split"
         )
-    return f"train files {digest([encode(_fingerprint(file)) for file in train])}"
+    return f"train files {digest([_fingerprint(file) for file in train])}"

@@ -9,11 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from pydantic_core import to_jsonable_python
 
 from data_pipeline.files import UserError
 from data_pipeline.registry import Card, Registry
 from data_pipeline.remote import is_url
-from data_pipeline.schema import encode
 from data_pipeline.shards.audit import Interval, Summary, TrajectoryAudit, condense, merge, split_findings
 from data_pipeline.shards.build import FROM_FILE
 from data_pipeline.shards.format import ITEM_BYTES, MANIFEST_NAME, SEVERITIES, Finding, Manifest
@@ -316,7 +316,7 @@ def count_severities(findings: Sequence[Finding]) -> str:
 
 def as_json(reviews: Sequence[Review]) -> list[Mapping[str, object]]:
     """Return one entry per dataset and split, with its findings."""
-    return [encode(review) for review in reviews]
+    return [to_jsonable_python(review) for review in reviews]
 
 
 def as_text(reviews: Sequence[Review]) -> str:

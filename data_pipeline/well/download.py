@@ -20,21 +20,19 @@ from typing import TypeVar
 from urllib.parse import unquote
 
 import h5py
-import yaml
 from tqdm import tqdm
 
-from data_pipeline import schema
 from data_pipeline.files import UserError, is_disk_full, only_process, sync
 from data_pipeline.registry import Card, Registry
 from data_pipeline.remote import Missing, RemoteFile, RemoteFolder, Retries, check_name
-from data_pipeline.schema import Node
+from data_pipeline.schema import Line, Mismatch, Name, Strict, nearest, read_yaml, validate
 from data_pipeline.well.hdf5 import SPLITS, WellFile
 from data_pipeline.well.layout import plain_dataset, plain_group, texts
-from data_pipeline.well.stats import read_stats
+from data_pipeline.well.stats import parse_stats, read_stats
 from data_pipeline.workers import Threads
 
 PARTIAL_SUFFIX = ".part"
-_MAX_YAML_BYTES = 4 * 2**20  # of the_well's registry (180 kB) or a stats.yaml (some kB)
+_MAX_REGISTRY_BYTES = 4 * 2**20  # the_well's has 180 kB
 
 UrlRegistry = dict[str, dict[str, list[str]]]  # dataset -> "stats" or a split -> URLs
 
@@ -70,7 +68,7 @@ class Wanted:
 def chosen_splits(splits: Sequence[str] | None) -> list[str]:
     for split in splits or ():
         if split not in SPLITS:
-            raise UserError(f"split {split!r}: no such split. {schema.nearest(split, SPLITS)}")
+            raise UserError(f"split {split!r}: no such split. {nearest(split, SPLITS)}")
     return [split for split in SPLITS if splits is None or split in splits]
 
 
@@ -80,33 +78,31 @@ def url_registry(path: Path | None) -> UrlRegistry:
     It is data of another package, so nothing in it is trusted: not a name as a folder, not an address as a file.
     """
     file: Traversable = files("the_well") / "utils" / "registry.yaml" if path is None else path
-    root = Node(load_yaml(file), str(file))
-    registry: UrlRegistry = {}
-    for name, node in root.entries().items():
-        Node(name, root.file).name()
-        entries = node.record(("stats",), SPLITS)
-        registry[name] = {"stats": [entries["stats"].text()]}
+    listed: dict[str, _Addresses] = validate(
+        dict[Name, _Addresses], read_yaml(file, _MAX_REGISTRY_BYTES), str(file), _check_different_names
+    )
+    return {
+        name: {"stats": [one.stats]} | {split: list(getattr(one, split)) for split in SPLITS}
+        for name, one in listed.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Addresses(Strict):
+    """Addresses of a dataset's files in the_well's registry.yaml."""
+
+    stats: Line
+    train: tuple[Line, ...] = ()
+    valid: tuple[Line, ...] = ()
+    test: tuple[Line, ...] = ()
+
+
+def _check_different_names(listed: dict[str, _Addresses]) -> None:
+    for name, one in listed.items():
         for split in SPLITS:
-            addresses = [item.text() for item in entries[split].elements()] if split in entries else []
-            registry[name][split] = addresses
-            bases = [_file_name(address) for address in addresses]
+            bases = [_file_name(address) for address in getattr(one, split)]
             if len(set(bases)) < len(bases):
-                entries[split].fail("addresses of files with different names")
-    return registry
-
-
-def load_yaml(file: Traversable) -> object:
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(_MAX_YAML_BYTES + 1)
-        if len(content) > _MAX_YAML_BYTES:
-            raise UserError(f"{file}: expected at most {_MAX_YAML_BYTES} bytes, got more")
-        return yaml.load(content, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, ValueError, ArithmeticError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{file}: expected plain YAML, got something else: {reason}") from error
+                raise Mismatch("addresses of files with different names", at=(name, split))
 
 
 def _file_name(address: str) -> str:
@@ -126,7 +122,7 @@ def from_urls(
 ) -> Iterator[Wanted]:
     """The files of a dataset by their addresses."""
     if dataset not in known:
-        raise UserError(f"dataset {dataset!r}: the_well names no addresses for it. {schema.nearest(dataset, known)}")
+        raise UserError(f"dataset {dataset!r}: the_well names no addresses for it. {nearest(dataset, known)}")
     folder = out / "datasets" / dataset
     yield Wanted(dataset, RemoteFile(known[dataset]["stats"][0], retries), folder / "stats.yaml")
     for split in splits:
@@ -143,7 +139,7 @@ def from_folder(
     first_only: bool,
 ) -> Iterator[Wanted]:
     """The files of a dataset below a base URL: those the server lists; those the_well names if it lists none."""
-    Node(dataset, "--datasets").name()
+    validate(Name, dataset, "--datasets")
     source, folder = base / dataset, out / "datasets" / dataset
     listed = _listed(source, known.get(dataset), splits or SPLITS)
     yield Wanted(dataset, source.file("stats.yaml"), folder / "stats.yaml")
@@ -187,7 +183,7 @@ def damage(path: Path, size: int | None) -> str | None:
         return f"it holds {found} bytes where the server has {size}"
     if path.name.removesuffix(PARTIAL_SUFFIX).endswith(".yaml"):
         try:
-            content = load_yaml(path)
+            content = parse_stats(path)
         except UserError as error:
             return str(error)
         return None if isinstance(content, dict) and content else "it is no YAML mapping"

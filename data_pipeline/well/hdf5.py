@@ -165,7 +165,7 @@ class WellFile:
                 time_varying = self._dataset(f"t{order}_fields", name).attrs["time_varying"]
                 found["state" if time_varying else "constant"][name] = order
         self.card.check_fields(found["state"], found["constant"], self._where)
-        return self._order_fields(self.card.state_fields), self._order_fields(self.card.constant_fields)
+        return self._order_fields(self.card.state), self._order_fields(self.card.constant)
 
     def _order_fields(self, fields: tuple[Field, ...]) -> list[_Stored]:
         stored: list[_Stored] = []

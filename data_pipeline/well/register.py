@@ -21,7 +21,6 @@ import h5py
 import numpy as np
 import yaml
 
-from data_pipeline import schema
 from data_pipeline.files import UserError, atomic_file
 from data_pipeline.registry import (
     VARIABLE,
@@ -158,25 +157,10 @@ def read_header(path: Path) -> tuple[tuple[Field, ...], tuple[str, ...]]:
 
 def _provisional_card(name: str, fields: tuple[Field, ...]) -> Card:
     """A card that lets WellFile read fields that no card describes yet."""
-    open_axis = ("OPEN", "OPEN")
-    return Card(
-        name=name,
-        abbreviation=name,
-        description="",
-        equations="",
-        fields=fields,
-        scalars=(),
-        boundary=(open_axis, open_axis),
-        grid=(2, 2),
-        dt=None,
-        train=(),
-        source="",
-        citation="",
-        license="",
-        quirks=(),
-        ranges={},
-        published=(),
-    )
+    state = tuple(field for field in fields if field.role == "state")
+    constant = tuple(field for field in fields if field.role == "constant")
+    ends = ("OPEN", "OPEN")
+    return Card(name, "", state, boundary=(ends, ends), grid=(2, 2), dt=None, constant=constant)
 
 
 def _check_axes(file: h5py.File, path: Path) -> None:
@@ -357,7 +341,7 @@ def _find_files(source: Path, name: str | None) -> _Files:
             f"{f'a folder of the datasets {inside}; give one of them' if inside else 'none of them'}"
         )
     chosen = name or folder or (source.stem if source.is_file() else source.resolve().name)
-    if not schema.NAME.fullmatch(chosen):
+    if not NAME.fullmatch(chosen):
         raise UserError(
             f"{source}: the name {chosen[:80]!a}: expected up to 64 letters, digits and underscores, a letter first; "
             "give one with --name"
@@ -457,7 +441,7 @@ def _channels_text(name: str, found: Survey, fresh: Sequence[Channel], registry:
 
 
 def _card_text(files: _Files, found: Survey, decisions: Sequence[str]) -> str:
-    scalars = [name for name in found.scalars if schema.NAME.fullmatch(name)]
+    scalars = [name for name in found.scalars if NAME.fullmatch(name)]
     boundary = ", ".join(f"{axis}: [{', '.join(ends)}]" for axis, ends in zip("xy", found.boundary, strict=True))
     lines = [
         f"# {files.name}, drafted by `data-pipeline register`. It can be used as it is; a person decides:",
@@ -525,10 +509,10 @@ def _check(drafts: Mapping[Path, str], name: str, registry: Registry) -> None:
         card, *extra = copies.values()
         for copy in extra:
             try:
-                channels |= read_channels(schema.load(copy), channels)
+                channels |= read_channels(copy, channels)
             except UserError as error:
                 raise UserError(
                     f"{list(drafts)[1]}: the proposed channels cannot be added at its end ({error}). Write the file in "
                     "block style, one `name: {description: ..., unit: ...}` a line."
                 ) from error
-        read_card(schema.load(card), name, channels)
+        read_card(card, name, channels)

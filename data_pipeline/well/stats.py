@@ -110,14 +110,10 @@ def read_stats(path: File, card: Card) -> Stats:
 
     Raises UserError when it is no YAML, lacks a statistic or a field, or holds something else than finite numbers.
     """
-    text = read_small(path)
-    try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{path}: not a YAML file ({error}); remove it to have the statistics computed") from error
+    content = parse_stats(path)
     stats: Stats = {}
     for statistic in VALUE_STATISTICS + DELTA_STATISTICS:
-        fields = card.fields if statistic in VALUE_STATISTICS else card.state_fields
+        fields = card.fields if statistic in VALUE_STATISTICS else card.state
         stats[statistic] = {}
         for field in fields:
             try:
@@ -129,6 +125,19 @@ def read_stats(path: File, card: Card) -> Stats:
                 raise UserError(_lacks(path, statistic, field.name, f"{len(field.channels)} finite numbers"))
             stats[statistic] |= dict(zip(field.channels, map(float, values), strict=True))
     return stats
+
+
+def parse_stats(path: File) -> Any:
+    """Return the plain values in a stats.yaml. UserError when it is no YAML.
+
+    Aliases are allowed, for PyYAML writes them.
+    """
+    text = read_small(path)
+    try:
+        return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, RecursionError, ValueError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: not a YAML file ({reason}); remove it to have the statistics computed") from error
 
 
 def _leaves(value: object, depth: int = 0) -> Iterator[Any]:

@@ -59,7 +59,7 @@ class WellWriter:
 
     def write(self, index: int, frame: np.ndarray) -> None:
         """Frame number `index` of all trajectories: (n, C, X, Y), channels in the card's state order."""
-        for field in self._card.state_fields:
+        for field in self._card.state:
             self._fields[field.name][:, index] = _components(frame, self._card.state_channels, field)
 
     def describe(self, attributes: Mapping[str, float | str | list[int]]) -> None:

@@ -11,30 +11,31 @@ above every table. It is one of PROTOCOLS, or a file of the user's own:
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from data_pipeline import schema
 from data_pipeline.files import UserError
-from data_pipeline.schema import Node
+from data_pipeline.schema import Count, Key, Mismatch, Name, Real, Strict, at_least, choice
 
 STATISTICS = ("mean", "median")
 ORDERS = ("per_step", "per_trajectory")
+Statistic = Annotated[str, choice(STATISTICS, "a statistic")]
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Strict):
     """Steps of a rollout, 1-indexed and inclusive; step 1 is the first prediction.
 
     With `parts` = 0, `first` and `last` are step numbers. Otherwise they number equal parts of the dataset's horizon:
     (1, 1, parts 3) is its first third.
     """
 
-    first: int
-    last: int
-    parts: int = 0
+    first: Count
+    last: Count
+    parts: Count = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.first <= self.last or self.parts < 0 or (self.parts and self.last > self.parts):
@@ -49,22 +50,23 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Protocol:
+class Protocol(Strict):
     """All that defines a score."""
 
-    name: str
-    version: int  # raised whenever the same name would give another number
-    windows: Mapping[str, Window]  # rollout windows by name
-    start: int = 0  # first frame a rollout sees, 0-based; one-step windows always cover the whole trajectory
-    context: int = 1  # frames the model sees
-    max_steps: int | None = None  # rollouts stop after this many steps; None: at the end of the trajectory
-    one_step_windows: int | None = None  # of each dataset, evenly spaced over the split; None: all, the full score
-    eps: float = 1e-7  # added to the target variance, in squared physical units
-    channels: str = "mean"  # statistic over the channels of a frame
-    steps: str = "mean"  # statistic over the steps of a window
-    trajectories: str = "median"  # statistic over trajectories, or over one-step windows (of an even count: midpoint)
-    order: str = "per_step"  # per_step: over trajectories at each step, then over steps; per_trajectory: steps first
-    split: str = "test"
+    name: Name
+    version: Count  # raised whenever the same name would give another number
+    windows: Mapping[Key, Window]  # rollout windows by name
+    start: Annotated[int, at_least(0)] = 0  # first frame a rollout sees, 0-based; one-step windows cover all frames
+    context: Count = 1  # frames the model sees
+    max_steps: Count | None = None  # rollouts stop after this many steps; None: at the end of the trajectory
+    one_step_windows: Count | None = None  # of each dataset, evenly spaced over the split; None: all, the full score
+    eps: Real = 1e-7  # added to the target variance, in squared physical units
+    channels: Statistic = "mean"  # statistic over the channels of a frame
+    steps: Statistic = "mean"  # statistic over the steps of a window
+    trajectories: Statistic = "median"  # over trajectories, or over one-step windows (of an even count: midpoint)
+    # per_step: over trajectories at each step, then over steps; per_trajectory: steps first
+    order: Annotated[str, choice(ORDERS, "an order of averages")] = "per_step"
+    split: Name = "test"
 
     def __post_init__(self) -> None:
         for name in ("channels", "steps", "trajectories"):
@@ -151,56 +153,24 @@ def load_protocol(name_or_path: str | Path) -> Protocol:
     """
     if not str(name_or_path).endswith((".yaml", ".yml")):
         return get_protocol(str(name_or_path))
-    root = schema.load(Path(name_or_path))
-    entries = root.record(_REQUIRED, _OPTIONAL)
-    if entries["name"].value in PROTOCOLS:
-        entries["name"].fail(f"a name of its own, not one of {', '.join(PROTOCOLS)}", "Choose another.")
-    try:
-        return Protocol(**{key: (_REQUIRED | _OPTIONAL)[key](node) for key, node in entries.items()})
-    except ValueError as error:
-        raise UserError(f"{root.file}: {error}") from error
+    file = Path(name_or_path)
+    content = schema.read_yaml(file)
+    windows: Any = content.get("windows") if isinstance(content, dict) else None
+    for name, window in windows.items() if isinstance(windows, dict) else ():
+        if isinstance(window, list):  # the short form of steps
+            if len(window) != 2:
+                raise UserError(f"{file}: windows.{name}: expected a list of 2, got {window}")
+            windows[name] = dict(zip(("first", "last"), window, strict=True))
+    return schema.validate(Protocol, content, str(file), _check_names)
 
 
-def _window(node: Node) -> Window:
-    if isinstance(node.value, list):
-        parts = dict(zip(("first", "last"), node.elements(2), strict=True))
-    else:
-        parts = node.record(("first", "last"), ("parts",))
-    try:
-        return Window(**{key: part.count() for key, part in parts.items()})
-    except ValueError as error:
-        raise UserError(f"{node.file}: {node.path}: {error}") from error
-
-
-def _windows(node: Node) -> dict[str, Window]:
-    entries = node.entries()
-    for name, entry in entries.items():
+def _check_names(protocol: Protocol) -> None:
+    if protocol.name in PROTOCOLS:
+        raise Mismatch(f"a name of its own, not one of {', '.join(PROTOCOLS)}", "Choose another.", ("name",))
+    for name in protocol.windows:
         if name.replace("_", " ") == "one step":
-            entry.fail(f"another name for a window than {name!r}", "That is what the one-step scores are called.")
-    return {name: _window(entry) for name, entry in entries.items()}
-
-
-def _statistic(node: Node) -> str:
-    return node.choice(STATISTICS, "a statistic")
-
-
-def _count_or_null(node: Node) -> int | None:
-    return None if node.value is None else node.count()
-
-
-_REQUIRED: dict[str, Callable[[Node], Any]] = {"name": Node.name, "version": Node.count, "windows": _windows}
-_OPTIONAL: dict[str, Callable[[Node], Any]] = {
-    "start": lambda node: node.count(0),
-    "context": Node.count,
-    "max_steps": _count_or_null,
-    "one_step_windows": _count_or_null,
-    "eps": Node.real,
-    "channels": _statistic,
-    "steps": _statistic,
-    "trajectories": _statistic,
-    "order": lambda node: node.choice(ORDERS, "an order of averages"),
-    "split": Node.name,
-}
+            hint = "That is what the one-step scores are called."
+            raise Mismatch(f"another name for a window than {name!r}", hint, ("windows", name))
 
 
 def check_same_rollouts(measured: Protocol, wanted: Protocol, longest: int | None = None) -> None:

@@ -26,19 +26,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from data_pipeline import schema
 from data_pipeline.files import UserError, atomic_file
 from data_pipeline.remote import is_url
-from data_pipeline.schema import Node
+from data_pipeline.schema import Count, Key, Line, Mismatch, Positive, Strict, at_least, nearest, read_yaml, validate
 from data_pipeline.shards.format import MANIFEST_NAME, Manifest
 from fm.checkpoint import find_checkpoint, newest_checkpoint, read_state, weights_digest
 from fm.config import Recipe, changed_settings, load_recipe, recipe_to_dict, resolve
 from fm.evaluation.protocol import load_protocol
 from fm.evaluation.scores import Scores
-
-_OPTIONAL = ("paper", "note", "base", "overrides", "seeds", "seconds", "protocol", "windows", "published")
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class Sweep:
         """The variant of that name; UserError with the nearest one."""
         names = [variant.name for variant in self.variants]
         if name not in names:
-            raise UserError(f"{self.file}: no variant {name!r}. {schema.nearest(name, names)}")
+            raise UserError(f"{self.file}: no variant {name!r}. {nearest(name, names)}")
         return self.variants[names.index(name)]
 
 
@@ -104,33 +101,80 @@ class Trial:
         return _trial(self.variant, self.seed, self.directory, (*self.overrides, *more))
 
 
+@dataclass(frozen=True)
+class _SweepFile(Strict):
+    """The keys of a sweep file; see Sweep."""
+
+    title: Line
+    variants: dict[Key, dict[Key, Any]]
+    paper: Line | None = None
+    note: Line | None = None
+    base: Line | None = None
+    overrides: dict[Key, Any] | None = None
+    seeds: tuple[Annotated[int, at_least(0)], ...] | None = None
+    seconds: Positive | None = None
+    protocol: Line | None = None
+    windows: Count | None = None
+    published: dict[Key, Positive] | None = None
+
+
 def load_sweep(name: str | Path) -> Sweep:
     """Read a sweep file, given with or without its .yaml. UserError names the key that is wrong."""
     path = Path(name)
     file = path if path.is_file() else path.with_name(f"{path.name}.yaml")
-    given = schema.load(file).record(("title", "variants"), _OPTIONAL)
-    given = {key: node for key, node in given.items() if node.value is not None}
-    overrides = _settings(given["overrides"].entries()) if "overrides" in given else {}
-    sweep = Sweep(file, given["title"].text(), _variants(given, file.parent), overrides)
-    values: dict[str, Any] = {key: given[key].text() for key in ("paper", "note") if key in given}
-    if "protocol" in given:
-        values["protocol"] = given["protocol"].text()
+    given = validate(_SweepFile, read_yaml(file), str(file), _check_file)
+    variants = tuple(_variant(given, name, settings, file.parent) for name, settings in given.variants.items())
+    names = ("paper", "note", "seeds", "seconds", "protocol", "windows", "published")
+    values = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    if given.protocol is not None:
         try:
-            load_protocol(values["protocol"])
+            load_protocol(given.protocol)
         except UserError as error:
             raise UserError(f"{file}: {error}") from error
-    if "seeds" in given:
-        values["seeds"] = _seeds(given["seeds"])
-    if "seconds" in given:
-        values["seconds"] = given["seconds"].number()
-        if "train.steps" in overrides:
-            given["seconds"].fail("no seconds beside train.steps", "Give one of them: a probe chooses the steps.")
-    if "windows" in given:
-        values["windows"] = given["windows"].count()
-    if "published" in given:
-        names = [variant.name for variant in sweep.variants]
-        values["published"] = {key: node.number() for key, node in given["published"].record((), names).items()}
-    return replace(sweep, **values)
+    return Sweep(file, given.title, variants, given.overrides or {}, **values)
+
+
+def _variant(given: _SweepFile, name: str, settings: Mapping[str, Any], folder: Path) -> Variant:
+    own = {key: value for key, value in settings.items() if key not in ("base", "only_evaluate")}
+    return Variant(name, folder / settings.get("base", given.base), own, "only_evaluate" in settings)
+
+
+def _check_file(given: _SweepFile) -> None:
+    slugs: set[str] = set()
+    for name, settings in given.variants.items():
+        place = ("variants", name)
+        base = settings.get("base", given.base)
+        if base is None:
+            hint = "Name a recipe in the variant, or for all in the file."
+            raise Mismatch("a base, since the file has none", hint, place)
+        if not isinstance(base, str):
+            raise Mismatch("one line of text", at=(*place, "base"))
+        if settings.get("only_evaluate", True) is not True:
+            raise Mismatch("true, or no such key", at=(*place, "only_evaluate"))
+        _check_settings(settings, place)
+        slug = Variant(name, Path(), {}).slug
+        if not slug or slug in slugs:
+            what = "a variant whose name differs from the others in letters or digits"
+            raise Mismatch(what, "They name its folder.", place)
+        slugs.add(slug)
+    if not slugs:
+        raise Mismatch("at least one variant", at=("variants",))
+    _check_settings(given.overrides or {}, ("overrides",))
+    if given.seeds is not None and (not given.seeds or len(set(given.seeds)) < len(given.seeds)):
+        raise Mismatch("one or more different seeds", at=("seeds",))
+    if given.seconds is not None and "train.steps" in (given.overrides or {}):
+        hint = "Give one of them: a probe chooses the steps."
+        raise Mismatch("no seconds beside train.steps", hint, ("seconds",))
+    for name in given.published or {}:
+        if name not in given.variants:
+            raise Mismatch("the name of a variant", nearest(name, given.variants), ("published", name))
+
+
+def _check_settings(settings: Mapping[str, Any], place: tuple[str, ...]) -> None:
+    for key in settings:
+        if _section(key) == "run":
+            hint = "A sweep names, places and seeds its own runs (seeds, --out)."
+            raise Mismatch("no key of run", hint, (*place, key))
 
 
 def plan(sweep: Sweep, out: Path, overrides: Sequence[str] = ()) -> list[Trial]:
@@ -167,39 +211,6 @@ def _trial(variant: Variant, seed: int, directory: Path, overrides: tuple[str, .
             f"{variant.base}"
         )
     return Trial(variant, seed, directory, overrides, recipe)
-
-
-def _variants(given: Mapping[str, Node], folder: Path) -> tuple[Variant, ...]:
-    variants: dict[str, Variant] = {}
-    for name, node in given["variants"].entries().items():
-        own = node.entries()
-        base = own.pop("base", given.get("base"))
-        if base is None:
-            node.fail("a base, since the file has none", "Name a recipe in the variant, or for all in the file.")
-        only_evaluate = own.pop("only_evaluate", None)
-        if only_evaluate is not None and only_evaluate.value is not True:
-            only_evaluate.fail("true, or no such key")
-        variant = Variant(name, folder / base.text(), _settings(own), only_evaluate is not None)
-        if not variant.slug or variant.slug in variants:
-            node.fail("a variant whose name differs from the others in letters or digits", "They name its folder.")
-        variants[variant.slug] = variant
-    if not variants:
-        given["variants"].fail("at least one variant")
-    return tuple(variants.values())
-
-
-def _settings(entries: Mapping[str, Node]) -> dict[str, Any]:
-    for key, node in entries.items():
-        if _section(key) == "run":
-            node.fail("no key of run", "A sweep names, places and seeds its own runs (seeds, --out).")
-    return {key: node.value for key, node in entries.items()}
-
-
-def _seeds(node: Node) -> tuple[int, ...]:
-    seeds = tuple(element.count(minimum=0) for element in node.elements())
-    if not seeds or len(set(seeds)) < len(seeds):
-        node.fail("one or more different seeds")
-    return seeds
 
 
 def _check_override(override: str, sweep: Sweep) -> None:

@@ -44,7 +44,7 @@ def write_well(well: Path, frames: int) -> Path:
         file.create_group("scalars").attrs["field_names"] = []
         file.create_group("boundary_conditions")
         for order in range(3):
-            fields = [field for field in CARD.state_fields if field.order == order]
+            fields = [field for field in CARD.state if field.order == order]
             group = file.create_group(f"t{order}_fields")
             group.attrs["field_names"] = np.array([field.name for field in fields], dtype=h5py.string_dtype())
             for field in fields:
@@ -54,8 +54,7 @@ def write_well(well: Path, frames: int) -> Path:
                     data[0, time_index] = rng.random(shape[2:], dtype=np.float32)
                 data.attrs.update({"sample_varying": True, "time_varying": True, "dim_varying": [True, True]})
     stats = {
-        name: {field.name: [value] * len(field.channels) for field in CARD.state_fields}
-        for name, value in MOMENTS.items()
+        name: {field.name: [value] * len(field.channels) for field in CARD.state} for name, value in MOMENTS.items()
     }
     (well / CARD.name / "stats.yaml").write_text(yaml.safe_dump(stats))
     return path
@@ -66,7 +65,7 @@ def copy(source: Path, target: Path) -> int:
     total = 0
     buffer = np.empty(READ_BYTES // 4, np.float32)
     with h5py.File(source) as file, target.open("wb") as output:
-        for field in CARD.state_fields:
+        for field in CARD.state:
             data = file[f"t{field.order}_fields/{field.name}"]
             step = max(1, READ_BYTES // (data[0, 0].nbytes))
             for first in range(0, data.shape[1], step):

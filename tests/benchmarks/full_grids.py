@@ -42,14 +42,12 @@ def waves(rng: np.random.Generator, shape: tuple[int, ...], grid: tuple[int, int
 def write_dataset(well: Path, card: Card, split: str, trajectories: int, frames: int) -> Path:
     """One file; its name is the dataset's."""
     rng = np.random.default_rng([len(card.name), *card.name.encode(), *split.encode()])
-    fields = {
-        field.name: waves(rng, (trajectories, frames) + (2,) * field.order, card.grid) for field in card.state_fields
-    }
-    constants = {field.name: waves(rng, (trajectories, 1), card.grid)[:, 0] for field in card.constant_fields}
+    fields = {field.name: waves(rng, (trajectories, frames) + (2,) * field.order, card.grid) for field in card.state}
+    constants = {field.name: waves(rng, (trajectories, 1), card.grid)[:, 0] for field in card.constant}
     x, y = (np.linspace(0, 1, size) for size in card.grid)
     masks = edges(card.boundary, card.grid)
     simulation = Simulation(np.arange(frames) * (card.dt or 1.0), x, y, fields, masks, constants)
-    orders = {field.name: field.order for field in card.state_fields}
+    orders = {field.name: field.order for field in card.state}
     system = System(card.name, orders, {}, lambda *_: simulation, cost=0)
     parameters = ParameterSet("", dict.fromkeys(card.scalars, 1.0), {split: trajectories})
     path = well / card.name / "data" / split / f"{card.name}.hdf5"

@@ -43,7 +43,7 @@ def test_check_fields_accepts_any_order_and_prints_both_lists(tmp_path: Path) ->
 MISTAKES = [
     # text replaced, its replacement, place and reason in the message
     ("scalars:", "scalers:", r"unknown key 'scalers'. Did you mean 'scalars'\?"),
-    ("grid: [32, 16]\n", "", r"expected the keys name, .*Missing: grid"),
+    ("grid: [32, 16]\n", "", r"burgers\.yaml: missing key 'grid'"),
     ("t2: {S", "t3: {S", r"state.t3: unknown key 't3'. Valid: t0, t1, t2"),
     ("frames: 11", "frame: 11", r"train\[0\].frame: unknown key 'frame'. Did you mean 'frames'"),
     ("name: burgers", "name: burger", r"name: expected the name of the file, 'burgers', got 'burger'"),
@@ -111,13 +111,13 @@ MISTAKES = [
     ("dt: 0.5", "dt: -1", r"dt: expected a number above 0, got -1"),
     ("dt: 0.5", "dt: 2020-99-99", r"expected plain YAML"),
     ("frames: 3", "frames: 1", r"train\[1\].frames: expected a whole number of at least 2, got 1"),
-    ("protocol: wavelit", "protokol: wavelit", r"published\[0\]: expected the keys table, protocol.*Missing: protocol"),
+    ("protocol: wavelit", "protokol: wavelit", r"published\[0\]: missing key 'protocol'"),
     (
         "protocol: wavelit",
         "protocol: wavelit\n    context: 0",
         r"published\[0\].context: expected a whole number of at l",
     ),
-    ('"1:20"', "1:20", r"published\[0\]: expected a text as key, got 80"),
+    ('"1:20"', "1:20", r"expected a text as key, got 1:20; put it in quotes .*line 29"),
     ("U-net: 0.5", "U-net: good", r"published\[0\].one_step.U-net: expected a number above 0, got 'good'"),
     ("dt: 0.5", "dt: 0.5\ndt: 0.25", r"key 'dt' twice"),
     ("{temperature: [temperature]}", "{a: [temperature], a: [temperature]}", r"key 'a' twice"),
@@ -146,7 +146,7 @@ def test_a_mistake_in_a_card_is_named(tmp_path: Path, old: str, new: str, messag
         (b"a: \x00", "expected plain YAML"),
         (b"[" * 50_000, "expected plain YAML"),
         (b"a: " * 1000, "expected plain YAML"),
-        (b"{1: 2}", "expected a text as key, got 1"),
+        (b"{1: 2}", "expected a text as key, got 1; put it in quotes"),
         (b"? {a: b}\n: c", "expected plain YAML"),
         (b"? [a, b]\n: c", "expected plain YAML"),
         (b"#" * 70_000, "expected at most 65536 bytes"),
@@ -166,7 +166,7 @@ def test_mistakes_in_channels_are_named(tmp_path: Path) -> None:
     assert "duplicate_of: expected a channel listed above, got 'S_xz'. Did you mean 'S_xy'?" in complaint(
         write(tmp_path, channels=CHANNELS.replace("duplicate_of: S_xy", "duplicate_of: S_xz"))
     )
-    assert "Missing: unit" in complaint(write(tmp_path, channels="p: {description: pressure}"))
+    assert "p: missing key 'unit'" in complaint(write(tmp_path, channels="p: {description: pressure}"))
     assert "expected a name, got 'p q'" in complaint(write(tmp_path, channels="p q: {description: a, unit: b}"))
 
 

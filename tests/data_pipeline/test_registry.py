@@ -47,7 +47,7 @@ def test_state_channels_are_in_the_order_of_the_wells_reader(packaged: Registry)
         "ASM": "pressure velocity_x velocity_y",
         "HS": "pressure_re pressure_im",
     }
-    constants = {card.abbreviation: card.constant_channels for card in packaged.cards.values() if card.constant_fields}
+    constants = {card.abbreviation: card.constant_channels for card in packaged.cards.values() if card.constant}
     assert constants == {"ASM": ("density", "speed_of_sound"), "HS": ("mask",)}
 
 

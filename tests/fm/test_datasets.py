@@ -63,7 +63,7 @@ def test_shards_of_another_card_are_refused_with_both_lists(tiny_shards: Path) -
     readers = open_readers(tiny_shards, [NAME], "train")
     packaged = load_registry()
     fields = (Field("B", 0, "state", ("B",)), Field("A", 0, "state", ("A",)))
-    swapped = replace(packaged, cards={NAME: replace(packaged.card(NAME), fields=fields)})
+    swapped = replace(packaged, cards={NAME: replace(packaged.card(NAME), state=fields)})
     with pytest.raises(
         UserError, match=rf"{NAME}/train: the shards hold the state channels A, B, but .* channels B, A"
     ):

@@ -84,7 +84,7 @@ def write_stats(folder: Path, card: Card, figures: Mapping[str, Sequence[float]]
     content = {}
     for statistic, values in figures.items():
         by_channel = dict(zip(card.state_channels + card.constant_channels, map(float, values), strict=False))
-        fields = card.state_fields if statistic.endswith("_delta") else card.fields
+        fields = card.state if statistic.endswith("_delta") else card.fields
         content[statistic] = {field.name: [by_channel[channel] for channel in field.channels] for field in fields}
     (folder / "stats.yaml").write_text(yaml.safe_dump(content))
 

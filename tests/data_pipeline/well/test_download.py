@@ -333,7 +333,7 @@ def test_the_wells_registry_is_as_expected() -> None:
     [
         ("[1, 2]", r"expected a mapping \(key: value\)"),
         ("{../x: {stats: s}}", "expected a name, got '../x'"),
-        ("{x: {train: []}}", "Missing: stats"),
+        ("{x: {train: []}}", "x: missing key 'stats'"),
         ("{x: {stats: s, tests: []}}", "unknown key 'tests'. Did you mean 'test'"),
         ("{x: {stats: s, test: https://h/a.hdf5}}", r"x\.test: expected a list"),
         ("{x: {stats: s, test: ['https://h/..']}}", r"expected a plain file name, got '\.\.'"),

@@ -89,7 +89,7 @@ def test_a_name_is_a_named_protocol() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("version: 2\n", "", r"expected the keys name, version, windows.* Missing: version\."),
+        ("version: 2\n", "", r"early\.yaml: missing key 'version'"),
         ("start: 1", "starts: 1", r"unknown key 'starts'\. Did you mean 'start'\?"),
         ("name: early", "name: wavelit", r"name: expected a name of its own, not one of wavelit, .* Choose another"),
         ("version: 2", "version: 0", r"version: expected a whole number of at least 1, got 0"),

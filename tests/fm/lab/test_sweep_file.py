@@ -79,7 +79,10 @@ def test_a_variant_may_have_a_recipe_of_its_own_and_one_may_not_be_trained(tmp_p
         ("title: T\nbase: Q\nvariants: {a: {}}\nseeds: [1, 1]\n", "seeds: expected one or more different seeds"),
         ("title: T\nbase: Q\nvariants: {a: {run.seed: 1}}\n", "expected no key of run"),
         ("title: T\nbase: Q\nvariants: {a b: {}, a_b: {}}\n", "differs from the others in letters or digits"),
-        ("title: T\nbase: Q\nvariants: {a: {}}\npublished: {b: 1}\n", "published.b: unknown key 'b'"),
+        (
+            "title: T\nbase: Q\nvariants: {a: {}}\npublished: {b: 1}\n",
+            "published.b: expected the name of a variant, got 1",
+        ),
         (
             "title: T\nbase: Q\nvariants: {a: {}}\nprotocol: third\n",
             "protocol: expected one of wavelit, appendix_g, well, thirds; got 'third'",
