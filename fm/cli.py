@@ -256,14 +256,14 @@ def rollout(options: argparse.Namespace) -> None:
     The input is one frame of a Well HDF5, netCDF (.nc) or zarr file. The output, in the format of its suffix, holds
     that frame and the predicted ones. `fm evaluate PRED --truth FILE` scores a Well file.
     """
-    from fm.share.rollout import Request, predict_file
+    from fm.share.rollout import RolloutRequest, predict_file
 
     words, trajectories = options.trajectory or ["all"], None
     if words != ["all"]:
         if not all(word.isdecimal() for word in words):
             raise UserError(f"--trajectory: expected numbers from 0 on, or all; got {' '.join(words)}")
         trajectories = tuple(map(int, words))
-    request = Request(
+    request = RolloutRequest(
         options.input, options.out, options.steps, options.dataset, trajectories, options.start, options.force
     )
     print(predict_file(options.model, request, options.registry))

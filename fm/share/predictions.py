@@ -1,11 +1,10 @@
-"""The scores of a prediction's file beside the truth's: frames are matched by their physical time.
+"""Score a file of predictions against the file with the truth; frames are matched by their physical time.
 
-Errors, reports and tables are those of an evaluation (fm/evaluation/measure.py, fm/scores), so `fm score` and
-`fm compare` take them. One-step scores need a prediction from every frame, which a rollout is not: there are none.
+Errors, reports and tables have the formats of an evaluation (fm/evaluation), so `fm score` and `fm compare` read them.
+There are no one-step scores: they need a prediction from every frame, and a rollout starts from one.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from data_pipeline.files import UserError, sha256_file
-from data_pipeline.registry import Card, load_registry
+from data_pipeline.registry import load_registry
 from data_pipeline.well.hdf5 import SPLITS, WellFile, read_attributes, stored_card
 from data_pipeline.well.layout import texts
 from fm.evaluation.errors import DatasetErrors, ErrorFile, Errors
@@ -32,22 +31,23 @@ SAME_STATE = 1e-3  # relative rms difference of initial states
 
 @dataclass(frozen=True)
 class Pair:
-    """A rollout and the true trajectory, both open."""
+    """A rollout and the true trajectory that it predicts."""
 
-    row: int  # of the prediction's file
-    trajectory: int  # of the truth's
-    frames: np.ndarray  # (1 + steps,) int64: the truth's frame of each predicted one, the initial one first
+    row: int  # of the rollout in the prediction's file
+    trajectory: int  # number of the true trajectory
+    frames: np.ndarray  # (1 + steps,) int64: for each predicted frame the true one's number, the initial frame first
 
     @property
     def steps(self) -> int:
+        """Length of the rollout."""
         return len(self.frames) - 1
 
 
 def evaluate_prediction(prediction: Path, truth: Path, protocol: str | None = None, out: Path | None = None) -> Path:
     """Score a Well file of rollouts against the one with the truth; print the table, write a report, return its folder.
 
-    `protocol` is a name or a file, `out` by default `<prediction>_report` beside the prediction. UserError where the
-    files are missing, damaged or do not fit together, and where the rollouts start from another frame than the
+    `protocol` is a name or a file; `out` is by default `<prediction>_report` beside the prediction. Raises UserError if
+    the files are missing, damaged or do not fit together, or if the rollouts start from another frame than the
     protocol's.
     """
     chosen = load_protocol(protocol or DEFAULT_PROTOCOL)
@@ -55,25 +55,40 @@ def evaluate_prediction(prediction: Path, truth: Path, protocol: str | None = No
         raise UserError(f"protocol {chosen.name}: expected context 1, one initial frame; got {chosen.context}")
     attributes = read_attributes(prediction)
     card = stored_card(prediction, load_registry(), None, attributes)
-    with ExitStack() as opened:
-        predicted, true = (opened.enter_context(WellFile(file, card)) for file in (prediction, truth))
+    with WellFile(prediction, card) as predicted, WellFile(truth, card) as true:
         if predicted.grid != true.grid:
             raise UserError(f"{prediction} has a grid of {predicted.grid}, {truth} of {true.grid}: expected the same")
         pairs = _match(predicted, true, attributes)
-        chosen = _fitted(chosen, predicted, true, pairs)
+        chosen = _adapt_protocol(chosen, predicted, true, pairs)
         pairs = [replace(pair, frames=pair.frames[: 1 + (chosen.max_steps or pair.steps)]) for pair in pairs]
-        errors = _errors(predicted, true, pairs, card, _digest(truth, pairs))
-        measured = ErrorFile(chosen, {card.name: errors}, _origin(prediction, truth, attributes))
-        samples = [_sample(predicted, true, max(pairs, key=lambda pair: pair.steps), measured)]
+        trajectories = [pair.trajectory for pair in pairs]
+        digest = sha256_file(truth, repr(trajectories).encode())  # of what was to be predicted
+        origin = {"prediction": str(prediction), "truth": str(truth)}
+        for name in ("model", "weights"):
+            if (value := attributes.get(f"prediction_{name}")) is not None:
+                origin[name] = texts(value)[0]
+        num_channels, longest = len(card.state_channels), max(pairs, key=lambda pair: pair.steps)
+        errors = DatasetErrors(
+            card.state_channels,
+            np.array(trajectories, np.int64),
+            Errors.empty(len(pairs), 0, num_channels),
+            collect_errors(
+                [_measure(predicted, true, pair) for pair in pairs], trajectories, longest.steps, num_channels
+            ),
+            digest,
+            true.grid,
+        )
+        measured = ErrorFile(chosen, {card.name: errors}, origin)
+        sample = _sample(predicted, true, longest, measured)
     scores = score(measured)
     out = out or prediction.with_name(f"{prediction.stem}_report")
-    write_report(out, measured, scores, samples)
+    write_report(out, measured, scores, [sample])
     print(f"{prediction} beside {truth}:\n\n{score_table(scores)}\nreport: {out}")
     return out
 
 
 def _match(predicted: WellFile, true: WellFile, attributes: Mapping[str, Any]) -> list[Pair]:
-    """The trajectory and frames of the truth that each rollout is of."""
+    """Find the true trajectory and frames of each rollout."""
     ids = np.atleast_1d(attributes.get("prediction_trajectories", np.arange(predicted.num_trajectories))).tolist()
     if len(ids) != predicted.num_trajectories or not all(0 <= one < true.num_trajectories for one in ids):
         raise UserError(
@@ -84,7 +99,7 @@ def _match(predicted: WellFile, true: WellFile, attributes: Mapping[str, Any]) -
 
 
 def _match_times(predicted: WellFile, row: int, true: WellFile, trajectory: int) -> np.ndarray:
-    """Frames of the truth at the times of a rollout, (1 + steps,), as far as the truth goes."""
+    """Return the true frames at the times of a rollout, (1 + steps,), up to the end of the truth."""
     times, known = predicted.times(row), true.times(trajectory)
     dt = predicted.dt(row)
     times = times[times <= known[-1] + SAME_TIME * dt]
@@ -99,10 +114,10 @@ def _match_times(predicted: WellFile, row: int, true: WellFile, trajectory: int)
     return frames
 
 
-def _fitted(protocol: Protocol, predicted: WellFile, true: WellFile, pairs: Sequence[Pair]) -> Protocol:
-    """The protocol for these files: their split, and no steps or windows beyond the rollouts' end.
+def _adapt_protocol(protocol: Protocol, predicted: WellFile, true: WellFile, pairs: Sequence[Pair]) -> Protocol:
+    """Return the protocol with the files' split, and without steps and windows beyond the rollouts' end.
 
-    UserError where the rollouts start elsewhere or cover none of its windows.
+    Raises UserError if the rollouts start from another frame or cover none of its windows.
     """
     for pair in pairs:
         if pair.frames[0] != protocol.start:
@@ -118,8 +133,8 @@ def _fitted(protocol: Protocol, predicted: WellFile, true: WellFile, pairs: Sequ
     steps = min(pair.steps for pair in pairs)
     if steps >= wanted:
         return replace(protocol, split=split)
-    # The rollouts are shorter than they could be. The limit is kept with the errors, so that they are not taken for
-    # longer ones: a third of five steps is not a third of fifty.
+    # The rollouts are shorter than the truth. The limit is stored with the errors, so that they are not compared with
+    # those of longer rollouts: a third of five steps is not a third of fifty.
     windows = {name: window for name, window in protocol.windows.items() if window.parts or window.last <= steps}
     if not windows:
         raise UserError(
@@ -129,18 +144,11 @@ def _fitted(protocol: Protocol, predicted: WellFile, true: WellFile, pairs: Sequ
     return replace(protocol, split=split, windows=windows, max_steps=steps)
 
 
-def _errors(predicted: WellFile, true: WellFile, pairs: Sequence[Pair], card: Card, digest: str) -> DatasetErrors:
-    """Errors of all rollouts, one frame in memory at a time."""
-    channels = card.state_channels
-    parts = [_measure(predicted, true, pair) for pair in pairs]
-    ids = [pair.trajectory for pair in pairs]
-    rollout = collect_errors(parts, ids, max(pair.steps for pair in pairs), len(channels))
-    one_step = Errors.empty(len(pairs), 0, len(channels))
-    return DatasetErrors(channels, np.array(ids, np.int64), one_step, rollout, digest, true.grid)
-
-
 def _measure(predicted: WellFile, true: WellFile, pair: Pair) -> FrameErrors:
-    """The errors of one rollout. UserError where the truth is not finite, or another state than it started from."""
+    """Measure one rollout, one frame in memory at a time.
+
+    Raises UserError if the truth is not finite, or differs from the rollout's initial state.
+    """
     held = true.read(pair.trajectory, int(pair.frames[0]), int(pair.frames[0]) + 1)
     initial = predicted.read(pair.row, 0, 1)
     true.check_finite(held, pair.trajectory, int(pair.frames[0]))
@@ -159,20 +167,8 @@ def _measure(predicted: WellFile, true: WellFile, pair: Pair) -> FrameErrors:
     return FrameErrors(np.full(pair.steps, pair.trajectory), np.arange(pair.steps), np.concatenate(values))
 
 
-def _digest(truth: Path, pairs: Sequence[Pair]) -> str:
-    """What was predicted: the file of the truth, and which of its trajectories."""
-    return sha256_file(truth, repr([pair.trajectory for pair in pairs]).encode())
-
-
-def _origin(prediction: Path, truth: Path, attributes: Mapping[str, Any]) -> dict[str, Any]:
-    told = {name: attributes.get(f"prediction_{name}") for name in ("model", "weights")}
-    return {"prediction": str(prediction), "truth": str(truth)} | {
-        name: texts(value)[0] for name, value in told.items() if value is not None
-    }
-
-
 def _sample(predicted: WellFile, true: WellFile, pair: Pair, measured: ErrorFile) -> Sample:
-    """What pictures show: one channel of one rollout at some of its steps."""
+    """Return what the pictures show: one channel of one rollout at some of its steps."""
     steps = tuple(index + 1 for index in evenly_spaced(pair.steps, SHOWN_STEPS))
     frames = [int(pair.frames[step]) for step in steps]
     first = true.read(pair.trajectory, frames[0], frames[0] + 1)[0]

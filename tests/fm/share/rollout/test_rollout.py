@@ -23,7 +23,7 @@ from data_pipeline.registry import VARIABLE, load_registry
 from data_pipeline.well.hdf5 import WellFile, split_files
 from fm.cli import main
 from fm.model.wavelit import WaveLiTFM
-from fm.share.rollout import Request, predict_file
+from fm.share.rollout import RolloutRequest, predict_file
 
 MAZE = "acoustic_scattering_maze"
 CARDS = load_registry().cards
@@ -41,7 +41,7 @@ def test_the_file_holds_the_given_frame_and_what_the_model_says(
     folder: str, model: WaveLiTFM, tiny_well: Path, tmp_path: Path, dataset: str
 ) -> None:
     source = split_files(tiny_well / dataset, "train")[0]
-    out = predict_file(folder, Request(source, tmp_path / "new" / "p.hdf5", steps=4, start=2), progress=False)
+    out = predict_file(folder, RolloutRequest(source, tmp_path / "new" / "p.hdf5", steps=4, start=2), progress=False)
     with WellFile(source, CARDS[dataset]) as given, WellFile(out, CARDS[dataset]) as predicted:
         count = given.num_trajectories
         assert (predicted.num_trajectories, predicted.num_frames, predicted.grid) == (count, 5, given.grid)
@@ -84,9 +84,9 @@ def test_the_command_says_whose_prediction_it_is(
 
 
 def test_a_prediction_goes_on_from_a_prediction(folder: str, maze: Path, tmp_path: Path) -> None:
-    whole = predict_file(folder, Request(maze, tmp_path / "whole.hdf5", steps=5), progress=False)
-    first = predict_file(folder, Request(maze, tmp_path / "first.hdf5", steps=3), progress=False)
-    rest = predict_file(folder, Request(first, tmp_path / "rest.hdf5", steps=2, start=3), progress=False)
+    whole = predict_file(folder, RolloutRequest(maze, tmp_path / "whole.hdf5", steps=5), progress=False)
+    first = predict_file(folder, RolloutRequest(maze, tmp_path / "first.hdf5", steps=3), progress=False)
+    rest = predict_file(folder, RolloutRequest(first, tmp_path / "rest.hdf5", steps=2, start=3), progress=False)
     with WellFile(whole, CARDS[MAZE]) as one, WellFile(rest, CARDS[MAZE]) as other:
         np.testing.assert_allclose(other.read(0, 0, 3), one.read(0, 3, 6), rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(other.times(0), one.times(0)[3:], rtol=1e-6)
@@ -100,7 +100,7 @@ def test_a_rollout_that_diverges_is_kept_and_told(
         for name, parameter in wild.named_parameters():
             parameter.mul_(1e12 if name.startswith("heads.") else 1)
     exported(wild, tmp_path / "wild", tiny_shards)
-    out = predict_file(str(tmp_path / "wild"), Request(maze, tmp_path / "p.hdf5", steps=6), progress=False)
+    out = predict_file(str(tmp_path / "wild"), RolloutRequest(maze, tmp_path / "p.hdf5", steps=6), progress=False)
     said = capsys.readouterr().err
     with h5py.File(out) as file:
         first = file.attrs["prediction_first_nonfinite_step"].tolist()
@@ -122,7 +122,7 @@ def test_what_is_unlike_the_training_data_is_told(
         state, constants = np.repeat(file.read(0, 0, 3), 2, axis=2), np.repeat(file.constants(0), 2, axis=1)
     state[:, CARDS[MAZE].state_channels.index("pressure")] *= 1e6
     source = write_file(tmp_path / "s.hdf5", CARDS[MAZE], state[None], constants[None])  # frames 1 apart
-    predict_file(folder, Request(source, tmp_path / "p.hdf5", steps=1, dataset=MAZE), progress=False)
+    predict_file(folder, RolloutRequest(source, tmp_path / "p.hdf5", steps=1, dataset=MAZE), progress=False)
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 3
     assert all(line.startswith(f"warning: {source}: dataset {MAZE}: ") for line in told)
@@ -149,7 +149,7 @@ def test_what_cannot_be_predicted_is_refused(
         np.full((1, 2, 2, 18, 18), np.nan),
         np.ones((1, 1, 18, 18)),
     )
-    good = Request(maze, tmp_path / "p.hdf5", steps=2)
+    good = RolloutRequest(maze, tmp_path / "p.hdf5", steps=2)
     cases = [
         (replace(good, steps=0), "--steps: expected at least 1 step"),
         (replace(good, start=9), "--start: expected a frame from 0 to 8"),
@@ -214,8 +214,8 @@ def test_an_exported_model_brings_its_own_cards(
     folder: str, maze: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path / "gone"))  # is not asked for
-    assert predict_file(folder, Request(maze, tmp_path / "p.hdf5", steps=1), progress=False).is_file()
-    other = Request(maze, tmp_path / "q.hdf5", steps=1, dataset="shear_flow")
+    assert predict_file(folder, RolloutRequest(maze, tmp_path / "p.hdf5", steps=1), progress=False).is_file()
+    other = RolloutRequest(maze, tmp_path / "q.hdf5", steps=1, dataset="shear_flow")
     with pytest.raises(UserError, match="dataset 'shear_flow': no card of this name"):
         predict_file(folder, other, progress=False)
     (tmp_path / "cards").mkdir()

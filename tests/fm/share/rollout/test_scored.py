@@ -17,7 +17,7 @@ from fm.evaluation.errors import ErrorFile
 from fm.evaluation.scores import Scores, score
 from fm.evaluation.tables import compare_document, load_runs
 from fm.share.predictions import evaluate_prediction
-from fm.share.rollout import Request, predict_file
+from fm.share.rollout import RolloutRequest, predict_file
 
 MAZE = "acoustic_scattering_maze"
 
@@ -29,7 +29,7 @@ def test_the_same_numbers_as_the_runs_evaluation(run: Path, tiny_well: Path, tmp
     found = []
     for truth in split_files(tiny_well / dataset, "test"):
         out = tmp_path / dataset / "data" / "test" / truth.name
-        predicted = predict_file(str(run), Request(truth, out, steps=8), progress=False)
+        predicted = predict_file(str(run), RolloutRequest(truth, out, steps=8), progress=False)
         found.append(evaluate_prediction(predicted, truth, out=tmp_path / truth.stem))
     parts = [ErrorFile.load(report / "errors.npz").datasets[dataset] for report in found]
     vrmse = np.concatenate([part.rollout.vrmse("model", 1e-7) for part in parts])
@@ -58,7 +58,7 @@ def test_the_same_numbers_as_the_runs_evaluation(run: Path, tiny_well: Path, tmp
 def predicted(folder: str, maze: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight steps of trajectory 1 of the maze. Read only."""
     out = tmp_path_factory.mktemp("scored") / "maze.hdf5"
-    return predict_file(folder, Request(maze, out, steps=8, trajectories=(1,)), progress=False)
+    return predict_file(folder, RolloutRequest(maze, out, steps=8, trajectories=(1,)), progress=False)
 
 
 def test_the_report_says_what_was_scored_and_that_one_step_was_not(
@@ -88,7 +88,9 @@ def test_the_report_says_what_was_scored_and_that_one_step_was_not(
 def test_a_rollout_that_ends_early_is_not_taken_for_a_whole_one(
     folder: str, predicted: Path, maze: Path, tmp_path: Path
 ) -> None:
-    short = predict_file(folder, Request(maze, tmp_path / "short.hdf5", steps=3, trajectories=(1,)), progress=False)
+    short = predict_file(
+        folder, RolloutRequest(maze, tmp_path / "short.hdf5", steps=3, trajectories=(1,)), progress=False
+    )
     report = evaluate_prediction(short, maze)
     measured = ErrorFile.load(report / "errors.npz")
     assert measured.protocol.max_steps == 3
@@ -105,7 +107,7 @@ def test_a_rollout_that_ends_early_is_not_taken_for_a_whole_one(
 
 
 def test_a_rollout_beyond_the_truth_is_scored_as_far_as_it_goes(folder: str, maze: Path, tmp_path: Path) -> None:
-    long = predict_file(folder, Request(maze, tmp_path / "long.hdf5", steps=12), progress=False)
+    long = predict_file(folder, RolloutRequest(maze, tmp_path / "long.hdf5", steps=12), progress=False)
     measured = ErrorFile.load(evaluate_prediction(long, maze) / "errors.npz")
     assert measured.protocol.max_steps is None
     assert measured.datasets[MAZE].rollout.steps.tolist() == [8, 8]
@@ -126,7 +128,7 @@ def test_a_diverged_rollout_counts_as_infinitely_wrong(predicted: Path, maze: Pa
 def test_files_that_do_not_fit_together_are_refused(
     folder: str, predicted: Path, maze: Path, tiny_well: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    late = predict_file(folder, Request(maze, tmp_path / "late.hdf5", steps=2, start=3), progress=False)
+    late = predict_file(folder, RolloutRequest(maze, tmp_path / "late.hdf5", steps=2, start=3), progress=False)
     with pytest.raises(
         UserError, match=r"start from frame 3 of .*; protocol thirds starts from frame 0: roll out with"
     ):

@@ -13,7 +13,8 @@ from data_pipeline.files import UserError
 from data_pipeline.registry import load_registry
 from data_pipeline.well.hdf5 import WellFile, split_files
 from fm.model.wavelit import WaveLiTFM
-from fm.share.rollout import Request, predict_file, read_xarray
+from fm.share.rollout import RolloutRequest, predict_file
+from fm.share.rollout_files import read_xarray
 
 REGISTRY = load_registry()
 NAME = "viscoelastic_instability"
@@ -31,7 +32,7 @@ def predicted(folder: str, tiny_well: Path, tmp_path_factory: pytest.TempPathFac
     """The Well file that was predicted from, and the prediction as a Well file."""
     source = split_files(tiny_well / NAME, "train")[0]
     out = tmp_path_factory.mktemp("predicted") / "p.hdf5"
-    return source, predict_file(folder, Request(source, out, steps=3), progress=False)
+    return source, predict_file(folder, RolloutRequest(source, out, steps=3), progress=False)
 
 
 @pytest.mark.parametrize("suffix", [".nc", ".zarr"])
@@ -39,7 +40,7 @@ def test_both_formats_hold_what_the_well_file_holds(
     folder: str, predicted: tuple[Path, Path], tmp_path: Path, suffix: str
 ) -> None:
     source, reference = predicted
-    out = predict_file(folder, Request(source, tmp_path / f"p{suffix}", steps=3), progress=False)
+    out = predict_file(folder, RolloutRequest(source, tmp_path / f"p{suffix}", steps=3), progress=False)
     found = open_whole(out)
     assert found["velocity_x"].dims == ("trajectory", "time", "x", "y")
     assert found["velocity_x"].attrs == {"units": "dimensionless", "long_name": "velocity along x"}
@@ -53,7 +54,7 @@ def test_both_formats_hold_what_the_well_file_holds(
             for index, name in enumerate(CARD.state_channels):
                 np.testing.assert_array_equal(found[name].values[one], frames[:, index])
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
-    forced = Request(source, out, steps=1, force=True)
+    forced = RolloutRequest(source, out, steps=1, force=True)
     assert open_whole(predict_file(folder, forced, progress=False)).sizes["time"] == 2
 
 
@@ -72,7 +73,7 @@ def test_a_file_with_the_wells_names_and_other_axes_gives_the_same(
     given = xarray.Dataset(variables, {"time": times}, {"dataset_name": NAME, **scalars})
     path = tmp_path / f"given{suffix}"
     given.to_netcdf(path, engine="h5netcdf") if suffix == ".nc" else given.to_zarr(path)
-    out = predict_file(folder, Request(path, tmp_path / "p.hdf5", steps=3), progress=False)
+    out = predict_file(folder, RolloutRequest(path, tmp_path / "p.hdf5", steps=3), progress=False)
     with WellFile(reference, CARD) as expected, WellFile(out, CARD) as found:
         assert found.num_trajectories == len(states)
         for one in range(len(states)):
@@ -81,7 +82,7 @@ def test_a_file_with_the_wells_names_and_other_axes_gives_the_same(
         assert found.boundary == CARD.boundary
     single = xarray.Dataset({name: (["x", "y"], states[1, 4, i]) for i, name in enumerate(CARD.state_channels)})
     single.to_netcdf(tmp_path / "single.nc", engine="h5netcdf")
-    request = Request(tmp_path / "single.nc", tmp_path / "q.nc", steps=1, dataset=NAME)
+    request = RolloutRequest(tmp_path / "single.nc", tmp_path / "q.nc", steps=1, dataset=NAME)
     later = open_whole(predict_file(folder, request, progress=False))
     assert later["C_xx"].shape == (1, 2, *states.shape[-2:])
     refused = {
@@ -91,12 +92,14 @@ def test_a_file_with_the_wells_names_and_other_axes_gives_the_same(
     }
     for message, dataset in refused.items():
         dataset.to_netcdf(tmp_path / "bad.nc", engine="h5netcdf")
-        bad = Request(tmp_path / "bad.nc", tmp_path / "r.nc", steps=1, dataset=NAME, start=int("--start" in message))
+        bad = RolloutRequest(
+            tmp_path / "bad.nc", tmp_path / "r.nc", steps=1, dataset=NAME, start=int("--start" in message)
+        )
         with pytest.raises(UserError, match=message):
             predict_file(folder, bad, progress=False)
     (tmp_path / "text.nc").write_text("no netCDF")
     with pytest.raises(UserError, match="cannot be read as nc by xarray"):
-        predict_file(folder, Request(tmp_path / "text.nc", tmp_path / "r.nc", steps=1), progress=False)
+        predict_file(folder, RolloutRequest(tmp_path / "text.nc", tmp_path / "r.nc", steps=1), progress=False)
 
 
 def test_variables_may_have_the_wells_names(tmp_path: Path) -> None:
@@ -125,7 +128,7 @@ def test_variables_may_have_the_wells_names(tmp_path: Path) -> None:
 def test_in_python_a_dataset_is_enough(folder: str, predicted: tuple[Path, Path], tmp_path: Path) -> None:
     """The lines of fm/share/rollout.py."""
     source, _ = predicted
-    path = predict_file(folder, Request(source, tmp_path / "p.nc", steps=3), progress=False)
+    path = predict_file(folder, RolloutRequest(source, tmp_path / "p.nc", steps=3), progress=False)
     model = WaveLiTFM.from_pretrained(folder)
     state = xarray.open_dataset(path).isel(time=0)
     model.predict(state, NAME, steps=3).to_netcdf(tmp_path / "predicted.nc", engine="h5netcdf")

@@ -1,0 +1,279 @@
+"""The files of a rollout: initial states from Well HDF5, netCDF or zarr files, and predictions into them.
+
+In netCDF and zarr, variables are named by canonical channel, or as the Well names the components of its fields
+(`velocity_x`, `D_xx`). Their dimensions are `x` and `y`, optionally `time`, and optionally one more, which counts
+trajectories. A prediction has the dimensions trajectory, time, x, y and one variable for each channel, so it can be
+the input of another rollout.
+
+Array legend: n trajectories, T frames, C state channels, X Y grid; channels are in the card's order.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+
+from data_pipeline.files import UserError
+from data_pipeline.registry import Card, Registry
+from data_pipeline.well.hdf5 import Setting, WellFile, read_attributes, read_setting, stored_card
+from data_pipeline.well.layout import edges
+from data_pipeline.well.register import COMPONENTS
+from data_pipeline.well.write import WellWriter
+
+WELL_SUFFIXES = (".hdf5", ".h5")
+ENGINES = {".nc": "h5netcdf", ".zarr": "zarr"}  # suffix -> engine of xarray
+DIMENSIONS = ("trajectory", "time", "x", "y")
+
+
+@dataclass(frozen=True)
+class InitialStates:
+    """One frame of each of n trajectories."""
+
+    setting: Setting
+    trajectories: tuple[int, ...]  # their numbers in the file
+    state: np.ndarray  # (n, C, X, Y) float32
+    times: np.ndarray  # (n,) physical
+    dts: np.ndarray | None  # (n,) time between the file's frames; None if it has one frame
+
+    def time_axis(self, steps: int, step: float | None) -> np.ndarray:
+        """Return the times (n, 1 + steps) of a rollout; frames are `step` apart (1 if None) if the file has one."""
+        dts = np.full(len(self.times), 1.0 if step is None else step) if self.dts is None else self.dts
+        return self.times[:, None] + np.arange(1 + steps) * dts[:, None]
+
+
+def read_initial(
+    path: Path, registry: Registry, dataset: str | None, trajectories: Sequence[int] | None, start: int
+) -> InitialStates:
+    """Read frame `start` of these trajectories, None for all, from a file; its suffix gives the format.
+
+    Raises UserError if the file is missing, damaged or another dataset's, or has no such trajectory or frame.
+    """
+    read = read_xarray if path.suffix in ENGINES else read_well
+    return read(path, registry, dataset, trajectories, start)
+
+
+def read_well(
+    path: Path, registry: Registry, dataset: str | None, trajectories: Sequence[int] | None, start: int
+) -> InitialStates:
+    """Read from a Well file, as `read_initial`."""
+    card = stored_card(path, registry, dataset, read_attributes(path))
+    with WellFile(path, card) as file:
+        chosen = _choose(path, file.num_trajectories, trajectories)
+        _check_start(path, file.num_frames, start)
+        dts = np.array([file.dt(one) for one in chosen]) if file.num_frames > 1 else None
+        _check_dts(path, dts)
+        return InitialStates(
+            setting=read_setting(file, chosen),
+            trajectories=chosen,
+            state=np.concatenate([file.read(one, start, start + 1) for one in chosen]),
+            times=np.array([file.times(one)[start] for one in chosen]),
+            dts=dts,
+        )
+
+
+def read_xarray(
+    path: Path, registry: Registry, dataset: str | None, trajectories: Sequence[int] | None, start: int
+) -> InitialStates:
+    """Read from a netCDF or zarr file, as `read_initial`."""
+    xarray = import_xarray()
+    if not path.exists():
+        raise UserError(f"{path}: expected fields to start from, found no such file")
+    try:
+        given = xarray.open_dataset(path, engine=ENGINES[path.suffix], decode_times=False)
+    except Exception as error:  # the backends raise errors of many types for bytes of another kind
+        raise UserError(f"{path}: cannot be read as {path.suffix[1:]} by xarray ({error})") from error
+    with given:
+        card = stored_card(path, registry, dataset, given.attrs)
+        fields = _by_channel(path, given, card)
+        dims = dict.fromkeys(dim for name in card.state_channels for dim in fields[name].dims)
+        others = [dim for dim in dims if dim not in DIMENSIONS[1:]]
+        if not {"x", "y"} <= dims.keys() or len(others) > 1:
+            raise UserError(
+                f"{path}: expected the dimensions x, y, maybe time and one that counts trajectories, got "
+                f"{', '.join(dims)}"
+            )
+        num_frames = fields.sizes.get("time", 1)
+        _check_start(path, num_frames, start)
+        times = np.asarray(fields["time"].values if "time" in fields.coords else range(num_frames))
+        times = np.atleast_1d(times).astype(np.float64)
+        frame = fields.isel(time=start) if "time" in fields.dims else fields
+        counter = others[0] if others else "trajectory"
+        chosen = _choose(path, frame.sizes[counter] if others else 1, trajectories)
+        frame = frame.isel({counter: list(chosen)}) if others else frame.expand_dims(counter)
+        dts = np.full(len(chosen), (times[-1] - times[0]) / (len(times) - 1)) if len(times) > 1 else None
+        _check_dts(path, dts)
+        state, constants = (_stack(frame, names, counter) for names in (card.state_channels, card.constant_channels))
+        x, y = (np.asarray(frame[axis].values, np.float64) for axis in "xy")
+        scalars = {name: np.full(len(chosen), float(given.attrs[name])) for name in card.scalars if name in given.attrs}
+        setting = Setting(card, x, y, constants, scalars, edges(card.boundary, (len(x), len(y))))
+        return InitialStates(setting, chosen, state, np.full(len(chosen), times[start if len(times) > 1 else 0]), dts)
+
+
+def import_xarray() -> ModuleType:
+    """Import xarray and the backends of the formats. Raises UserError if the optional packages are missing."""
+    try:
+        import h5netcdf  # noqa: F401
+        import xarray
+        import zarr  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"{error}: netCDF and zarr need optional packages; install them with `launch/setup xarray`"
+        ) from error
+    return xarray
+
+
+def _choose(path: Path, count: int, trajectories: Sequence[int] | None) -> tuple[int, ...]:
+    """Return the chosen of `count` trajectories. Raises UserError for one that is missing, or is chosen twice."""
+    chosen = tuple(range(count)) if trajectories is None else tuple(trajectories)
+    if not all(0 <= one < count for one in chosen) or len(set(chosen)) < len(chosen) or not chosen:
+        raise UserError(
+            f"--trajectory: expected numbers from 0 to {count - 1}, the trajectories of {path}, each once, or all; got "
+            f"{' '.join(map(str, chosen)) or 'none'}"
+        )
+    return chosen
+
+
+def _check_start(path: Path, count: int, start: int) -> None:
+    if not 0 <= start < count:
+        raise UserError(f"--start: expected a frame from 0 to {count - 1}, those of {path}; got {start}")
+
+
+def _check_dts(path: Path, dts: np.ndarray | None) -> None:
+    if dts is not None and not (np.isfinite(dts) & (dts > 0)).all():
+        raise UserError(f"{path}: expected times that increase from frame to frame, got steps of {dts.tolist()}")
+
+
+def _by_channel(path: Path, given: Any, card: Card) -> Any:
+    """Return the Dataset with its variables named by channel. Raises UserError unless they are the card's."""
+    channels = (*card.state_channels, *card.constant_channels)
+    named = {
+        f"{field.name}{suffix}": channel
+        for field in card.fields
+        for suffix, channel in zip(COMPONENTS[field.order], field.channels, strict=True)
+    }
+    found = [named.get(name, name) if name not in channels else name for name in given.data_vars]
+    if sorted(found) != sorted(channels):
+        expected = [one if one == other else f"{one} (or {other})" for other, one in named.items()]
+        raise UserError(
+            f"{path}: expected the variables of {card.name}: {', '.join(expected)}; got {', '.join(given.data_vars)}"
+        )
+    return given.rename({old: new for old, new in zip(given.data_vars, found, strict=True) if old != new})
+
+
+def _stack(frame: Any, names: Sequence[str], counter: str) -> np.ndarray:
+    """Stack variables to float32 (n, channels, X, Y). A variable without `counter` is the same for all trajectories."""
+    dims = (counter, "x", "y")
+    sizes = [frame.sizes[dim] for dim in dims]
+    stacked = np.empty((sizes[0], len(names), *sizes[1:]), np.float32)
+    for index, name in enumerate(names):
+        stacked[:, index] = frame[name].transpose(*(dim for dim in dims if dim in frame[name].dims)).values
+    return stacked
+
+
+class FrameWriter(Protocol):
+    """A file that is written frame by frame; WellWriter is one, too."""
+
+    def write(self, index: int, frame: np.ndarray) -> None:
+        """Write frame number `index` of all trajectories (n, C, X, Y); frames come in order."""
+
+    def describe(self, attributes: Mapping[str, Any]) -> None:
+        """Write attributes of the file."""
+
+
+def open_writer(
+    suffix: str, path: Path, initial: InitialStates, times: np.ndarray, registry: Registry
+) -> AbstractContextManager[FrameWriter]:
+    """Open a file for n trajectories of T frames in the format of `suffix`; times (n, T).
+
+    netCDF and zarr have one time axis: all rows of `times` must be equal.
+    """
+    if suffix in WELL_SUFFIXES:
+        return WellWriter(path, initial.setting, times)
+    setting = initial.setting
+    coordinates = {"trajectory": np.array(initial.trajectories), "time": times[0], "x": setting.x, "y": setting.y}
+    channels = (*setting.card.state_channels, *setting.card.constant_channels)
+    cards = {name: registry.channel_cards[name] for name in channels}
+    units = {name: {"units": card.unit, "long_name": card.description} for name, card in cards.items()}
+    if suffix == ".nc":
+        return closing(NetcdfWriter(path, setting, coordinates, units))
+    return nullcontext(ZarrWriter(path, setting, coordinates, units))
+
+
+class NetcdfWriter:
+    """A netCDF file, written frame by frame."""
+
+    def __init__(
+        self,
+        path: Path,
+        setting: Setting,
+        coordinates: Mapping[str, np.ndarray],
+        units: Mapping[str, Mapping[str, str]],
+    ) -> None:
+        import h5netcdf
+
+        self._channels = setting.card.state_channels
+        self._file = h5netcdf.File(path, "w")
+        self._file.dimensions = {name: len(points) for name, points in coordinates.items()}
+        for name, points in coordinates.items():
+            self._file.create_variable(name, (name,), data=points)
+        for index, name in enumerate(setting.card.constant_channels):
+            self._file.create_variable(name, ("trajectory", "x", "y"), data=setting.constants[:, index])
+        for name in self._channels:
+            self._file.create_variable(name, DIMENSIONS, np.float32)
+        for name, attributes in units.items():
+            self._file.variables[name].attrs.update(attributes)
+
+    def write(self, index: int, frame: np.ndarray) -> None:
+        """Write frame number `index` of all trajectories (n, C, X, Y)."""
+        for channel, name in enumerate(self._channels):
+            self._file.variables[name][:, index] = frame[:, channel]
+
+    def describe(self, attributes: Mapping[str, Any]) -> None:
+        """Write attributes of the file."""
+        self._file.attrs.update(attributes)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class ZarrWriter:
+    """A zarr folder, written frame by frame; each frame is a chunk."""
+
+    def __init__(
+        self,
+        path: Path,
+        setting: Setting,
+        coordinates: Mapping[str, np.ndarray],
+        units: Mapping[str, Mapping[str, str]],
+    ) -> None:
+        self._path, self._setting, self._coordinates, self._units = path, setting, coordinates, units
+
+    def write(self, index: int, frame: np.ndarray) -> None:
+        """Write frame number `index` of all trajectories (n, C, X, Y), after the one before."""
+        card = self._setting.card
+        variables: dict[str, Any] = {
+            name: (DIMENSIONS, frame[:, None, channel], self._units[name])
+            for channel, name in enumerate(card.state_channels)
+        }
+        options: dict[str, Any] = {"append_dim": "time"}
+        if index == 0:
+            options = {"encoding": {name: {"chunks": (1, 1, *frame.shape[2:])} for name in card.state_channels}}
+            for channel, name in enumerate(card.constant_channels):
+                constant = self._setting.constants[:, channel]
+                variables[name] = (("trajectory", "x", "y"), constant, self._units[name])
+        coordinates = {**self._coordinates, "time": self._coordinates["time"][index : index + 1]}
+        import_xarray().Dataset(variables, coordinates).to_zarr(self._path, consolidated=False, **options)
+
+    def describe(self, attributes: Mapping[str, Any]) -> None:
+        """Write attributes of the file, and the list of all arrays."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # zarr format 3 does not specify the list of all arrays; xarray reads it
+            import_xarray().Dataset(attrs=attributes).to_zarr(self._path, mode="a", consolidated=True)
