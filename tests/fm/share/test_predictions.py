@@ -23,13 +23,15 @@ MAZE = "acoustic_scattering_maze"
 
 
 @pytest.mark.parametrize("dataset", [MAZE, "helmholtz_staircase", "viscoelastic_instability"])
-def test_the_same_numbers_as_the_runs_evaluation(run: Path, tiny_well: Path, tmp_path: Path, dataset: str) -> None:
+def test_the_same_numbers_as_the_runs_evaluation(
+    predicting_run: Path, tiny_well: Path, tmp_path: Path, dataset: str
+) -> None:
     """To the rounding of float32: other trajectories may have been in the batch. In the shards the files follow."""
-    expected = ErrorFile.load(run / "report" / "errors.npz").datasets[dataset]
+    expected = ErrorFile.load(predicting_run / "report" / "errors.npz").datasets[dataset]
     found = []
     for truth in split_files(tiny_well / dataset, "test"):
         out = tmp_path / dataset / "data" / "test" / truth.name
-        predicted = predict_file(str(run), RolloutRequest(truth, out, steps=8), progress=False)
+        predicted = predict_file(str(predicting_run), RolloutRequest(truth, out, steps=8), progress=False)
         found.append(evaluate_prediction(predicted, truth, out=tmp_path / truth.stem))
     parts = [ErrorFile.load(report / "errors.npz").datasets[dataset] for report in found]
     vrmse = np.concatenate([part.rollout.vrmse("model", 1e-7) for part in parts])

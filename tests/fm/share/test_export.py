@@ -1,12 +1,17 @@
-"""`fm export`: what it writes, that others can use it, what it refuses."""
+"""`fm export`: what it writes, that others can use it, what it refuses; and steps as programs for torch alone."""
 
 import json
 import re
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from handmade import make_spec, stir
 from huggingface_hub import ModelCard
 from whole_runs import DATASETS, fm, small
 
@@ -17,7 +22,9 @@ from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.cli import main
 from fm.evaluation.evaluate import TrainedModel
 from fm.model.files import verify_exported
-from fm.share.export import export_run, find_cards
+from fm.model.spec import ModelConfig
+from fm.model.wavelit import WaveLiTFM
+from fm.share.export import export_run, find_cards, step_program
 from fm.training.trainer import train
 
 
@@ -25,9 +32,9 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_the_folder_holds_the_averaged_weights_and_lists_every_file(run: Path, artefact: Path) -> None:
-    content = verify_exported(artefact)
-    files = tree(artefact)
+def test_the_folder_holds_the_averaged_weights_and_lists_every_file(run: Path, exported_model: Path) -> None:
+    content = verify_exported(exported_model)
+    files = tree(exported_model)
     assert set(content["files"]) == set(files) - {"artefact.json"}
     assert {"LICENSE", "README.md", "recipe.yaml", "scores.json", "pictures/growth.png"} <= set(files)
     assert files["model.safetensors"] == (find_checkpoint(run) / "ema.safetensors").read_bytes()
@@ -41,47 +48,47 @@ def test_the_folder_holds_the_averaged_weights_and_lists_every_file(run: Path, a
     assert maze["grid"] == list(reader.manifest.grid)
     assert content["channels"]["mask"]["unit"] == "none"
     assert "buoyancy" not in content["channels"]
-    model = load_pretrained(artefact)
+    model = load_pretrained(exported_model)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in trained.model.state_dict().items())
 
 
-def test_the_cards_are_a_registry_by_themselves(artefact: Path) -> None:
-    own, packaged = load_folders([artefact / "cards"]), load_registry()
+def test_the_cards_are_a_registry_by_themselves(exported_model: Path) -> None:
+    own, packaged = load_folders([exported_model / "cards"]), load_registry()
     assert sorted(own.cards) == DATASETS
     for name in DATASETS:
         assert own.cards[name] == packaged.cards[name]
     assert own.channel_cards == {name: packaged.channel_cards[name] for name in own.channels}
-    assert TrainedModel.open(artefact).registry() == own
+    assert TrainedModel.open(exported_model).registry() == own
 
 
-def test_an_export_scores_as_its_run_and_is_not_changed(run: Path, artefact: Path, tmp_path: Path) -> None:
-    before = tree(artefact)
-    done = fm("evaluate", str(artefact), "--out", str(tmp_path / "report"))
+def test_an_export_scores_as_its_run_and_is_not_changed(run: Path, exported_model: Path, tmp_path: Path) -> None:
+    before = tree(exported_model)
+    done = fm("evaluate", str(exported_model), "--out", str(tmp_path / "report"))
     assert done.returncode == 0, done.stderr
     ours, theirs = (
         json.loads((folder / "scores.json").read_text()) for folder in (tmp_path / "report", run / "report")
     )
     assert ours["datasets"] == theirs["datasets"]
     assert ours["origin"]["weights"] == theirs["origin"]["weights"]
-    assert tree(artefact) == before
-    assert TrainedModel.open(artefact).report == Path("small_report")
+    assert tree(exported_model) == before
+    assert TrainedModel.open(exported_model).report == Path("small_report")
 
 
-def test_an_export_is_finetuned_as_its_run(run: Path, artefact: Path, tiny_shards: Path, tmp_path: Path) -> None:
+def test_an_export_is_finetuned_as_its_run(run: Path, exported_model: Path, tiny_shards: Path, tmp_path: Path) -> None:
     finished = []
-    for name, pretrained in (("of_run", run), ("of_export", artefact)):
+    for name, pretrained in (("of_run", run), ("of_export", exported_model)):
         finetune = {"pretrained": str(pretrained), "unroll_steps": 2}
         recipe = small(tiny_shards, tmp_path / name, finetune=finetune, train={"steps": 2})
         assert train(recipe) == 0
         finished.append(load_pretrained(tmp_path / name).state_dict())
     assert all(torch.equal(finished[0][key], finished[1][key]) for key in finished[0])
     again = export_run(tmp_path / "of_export", tmp_path / "second")
-    assert verify_exported(again)["lineage"] == {"pretrained": str(artefact)}
-    assert f"Finetuned from `{artefact}`" in (again / "README.md").read_text()
+    assert verify_exported(again)["lineage"] == {"pretrained": str(exported_model)}
+    assert f"Finetuned from `{exported_model}`" in (again / "README.md").read_text()
 
 
-def test_the_model_card_is_valid_and_complete(artefact: Path) -> None:
-    card = ModelCard.load(artefact / "README.md")
+def test_the_model_card_is_valid_and_complete(exported_model: Path) -> None:
+    card = ModelCard.load(exported_model / "README.md")
     assert card.data.license == "mit"
     assert card.data.library_name == "wavelit-fm"
     assert "pde" in card.data.tags
@@ -89,25 +96,25 @@ def test_the_model_card_is_valid_and_complete(artefact: Path) -> None:
     text = card.text
     for part in ("## Use", "## Scores", "persistence", "## Limits", "Not The Well's own files", "CC-BY-4.0", "Agocs"):
         assert part in text
-    scores = json.loads((artefact / "scores.json").read_text())
+    scores = json.loads((exported_model / "scores.json").read_text())
     assert f"{scores['datasets']['helmholtz_staircase']['one_step']['median']:.4f}" in text
     assert "protocol thirds v1" in text
     linked = re.findall(r"\]\((pictures/[^)]+)\)", text)
     assert linked
-    assert all((artefact / picture).is_file() for picture in linked)
+    assert all((exported_model / picture).is_file() for picture in linked)
     widths = [{line.count("|") for line in block.splitlines()} for block in re.findall(r"(?:^\|.*\n)+", text, re.M)]
     assert all(len(counts) == 1 for counts in widths)
 
 
-def test_the_usage_of_the_card_runs(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = re.search(r"```python\n(.*?)```", (artefact / "README.md").read_text(), re.S)
+def test_the_usage_of_the_card_runs(exported_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = re.search(r"```python\n(.*?)```", (exported_model / "README.md").read_text(), re.S)
     assert code is not None
-    reader = open_readers(TrainedModel.open(artefact).recipe.data.shards, ["helmholtz_staircase"], "test")
+    reader = open_readers(TrainedModel.open(exported_model).recipe.data.shards, ["helmholtz_staircase"], "test")
     [reader] = reader.values()
     frame, constants = reader.trajectory_frames(0, 0, 1)[0], reader.constants(0)
     names = (*reader.manifest.state_channels, *reader.manifest.constant_channels)
     given = dict(zip(names, [*frame, *constants], strict=True))
-    monkeypatch.chdir(artefact.parent)
+    monkeypatch.chdir(exported_model.parent)
     exec(code[1], given)
     assert given["series"]["pressure_re"].shape == (10, *reader.manifest.grid)
 
@@ -157,9 +164,9 @@ def test_a_folder_that_cannot_be_written_is_left_as_it_was(run: Path, tmp_path: 
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
-def test_an_export_is_not_exported_again(artefact: Path, tmp_path: Path) -> None:
+def test_an_export_is_not_exported_again(exported_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is an exported model already"):
-        export_run(artefact, tmp_path / "again")
+        export_run(exported_model, tmp_path / "again")
 
 
 def test_a_card_that_says_something_else_now_is_refused(of_other_cards: Path, tmp_path: Path) -> None:
@@ -205,3 +212,59 @@ def test_the_first_source_that_has_a_card_says_what_its_channels_mean(tmp_path: 
         "rods": "of the first",
     }
     assert cards.registry.channel_cards["heat"].unit == "joule"
+
+
+SCRIPT = """
+import importlib.util, sys
+import numpy, torch
+assert importlib.util.find_spec("fm") is None
+step = torch.export.load(sys.argv[1]).module()
+given = numpy.load(sys.argv[2])
+numpy.savez(sys.argv[3], **{
+    str(size): step(torch.from_numpy(given["state"][:size]), torch.from_numpy(given["constants"][:size])).numpy()
+    for size in (1, 2, 5)
+})
+"""
+# one axis wraps, one does not
+ENDS = (("PERIODIC", "PERIODIC"), ("WALL", "OPEN"))
+MAZE = replace(make_spec("acoustic_scattering_maze"), grid=(18, 22), boundary=ENDS)
+SHEAR = make_spec("shear_flow")
+
+
+@pytest.fixture(scope="module")
+def model() -> WaveLiTFM:
+    return stir(WaveLiTFM(ModelConfig(16, 1, 4), [MAZE, SHEAR])).eval()
+
+
+def test_the_program_gives_the_models_steps_where_the_package_is_not(model: WaveLiTFM, tmp_path: Path) -> None:
+    (tmp_path / "step.pt2").write_bytes(step_program(model, MAZE.name))
+    generator = torch.Generator().manual_seed(3)
+    state = model.denormalize(torch.randn(5, 3, 18, 22, generator=generator), MAZE.name)
+    constants = torch.randn(5, 2, 18, 22, generator=generator) + MAZE.moment("mean", MAZE.constant_channels).float()
+    np.savez(tmp_path / "given.npz", state=state.numpy(), constants=constants.numpy())
+    files = [str(tmp_path / name) for name in ("step.pt2", "given.npz", "out.npz")]
+    subprocess.run([sys.executable, "-I", "-c", _without_editable_installs(SCRIPT), *files], check=True, cwd=tmp_path)
+    expected = next(model.iterate(state, constants, MAZE.name, 1))
+    moved = (expected - state).abs().amax()
+    scale = expected.abs().amax(dim=(0, 2, 3), keepdim=True)
+    with np.load(tmp_path / "out.npz") as out:
+        for size in (1, 2, 5):
+            error = (torch.from_numpy(out[str(size)]) - expected[:size]).abs() / scale
+            assert float(error.amax()) < 1e-6
+    assert float(moved) > 1e-3
+
+
+def _without_editable_installs(script: str) -> str:
+    """`-I` leaves site-packages in place, and there a link to this source tree may be."""
+    root = json.dumps(str(Path(__file__).parents[3]))
+    cut = f"import sys; sys.path[:] = [p for p in sys.path if p != {root}]\n"
+    return f"{cut}sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n{script}"
+
+
+def test_what_cannot_be_a_program_is_refused(model: WaveLiTFM) -> None:
+    with pytest.raises(
+        UserError, match="expected a dataset of the model, acoustic_scattering_maze, shear_flow; got 'x'"
+    ):
+        step_program(model, "x")
+    with pytest.raises(UserError, match="does not know the grid"):
+        step_program(model, SHEAR.name)

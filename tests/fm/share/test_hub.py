@@ -37,21 +37,23 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_a_pushed_model_is_loaded_elsewhere_with_all_its_files(hub: HubServer, artefact: Path, tmp_path: Path) -> None:
+def test_a_pushed_model_is_loaded_elsewhere_with_all_its_files(
+    hub: HubServer, exported_model: Path, tmp_path: Path
+) -> None:
     push = 'import sys; from fm import WaveLiTFM; print(WaveLiTFM.from_pretrained(sys.argv[1]).push_to_hub("me/model"))'
-    pushed = python(push, artefact, environment=hub.environment(tmp_path / "sender"))
+    pushed = python(push, exported_model, environment=hub.environment(tmp_path / "sender"))
     assert pushed.returncode == 0, pushed.stderr
     assert f"{hub.url}/me/model/commit/" in pushed.stdout
-    assert hub.repositories["me/model"][-1] == tree(artefact)
+    assert hub.repositories["me/model"][-1] == tree(exported_model)
     receiver = hub.environment(tmp_path / "receiver")
     loaded = python(LOAD, "hf://me/model@main", tmp_path / "copy", environment=receiver)
     assert loaded.returncode == 0, loaded.stderr
-    assert tree(tmp_path / "copy") == tree(artefact)
+    assert tree(tmp_path / "copy") == tree(exported_model)
 
     hub.stop()
     again = python(LOAD_ANY_KIND, "hf://me/model", tmp_path / "again", environment=receiver)
     assert again.returncode == 0, again.stderr
-    assert tree(tmp_path / "again") == tree(artefact)
+    assert tree(tmp_path / "again") == tree(exported_model)
     empty = python(LOAD, "hf://me/model", tmp_path / "no", environment=hub.environment(tmp_path / "third"))
     assert "ConnectionError: hf://me/model: http://127.0.0.1" in empty.stderr
     assert "cannot be reached, and this model was not fetched before" in empty.stderr
@@ -74,11 +76,11 @@ def test_export_pushes_and_evaluate_takes_the_address(hub: HubServer, run: Path,
     assert ours["datasets"] == theirs["datasets"]
 
 
-def test_what_the_hub_refuses_is_told(hub: HubServer, artefact: Path, run: Path, tmp_path: Path) -> None:
+def test_what_the_hub_refuses_is_told(hub: HubServer, exported_model: Path, run: Path, tmp_path: Path) -> None:
     environment = hub.environment(tmp_path / "cache")
     unknown = python(LOAD, "hf://me/nothing", tmp_path / "copy", environment=environment)
     assert "FileNotFoundError: hf://me/nothing: no such repository or revision" in unknown.stderr
-    hub.repositories["me/model"] = [tree(artefact)]
+    hub.repositories["me/model"] = [tree(exported_model)]
     revision = python(LOAD, "hf://me/model@v9", tmp_path / "copy", environment=environment)
     assert "FileNotFoundError: hf://me/model@v9: no such repository or revision" in revision.stderr
     stranger = {**environment, "HF_TOKEN": "hf_stranger"}
@@ -89,8 +91,8 @@ def test_what_the_hub_refuses_is_told(hub: HubServer, artefact: Path, run: Path,
     assert (tmp_path / "model/artefact.json").is_file()
 
 
-def test_a_damaged_download_is_refused(hub: HubServer, artefact: Path, tmp_path: Path) -> None:
-    files = tree(artefact)
+def test_a_damaged_download_is_refused(hub: HubServer, exported_model: Path, tmp_path: Path) -> None:
+    files = tree(exported_model)
     files["model.safetensors"] = files["model.safetensors"][:-1] + b"\0"
     hub.repositories["me/model"] = [files]
     damaged = python(LOAD, "hf://me/model", tmp_path / "copy", environment=hub.environment(tmp_path / "cache"))
@@ -99,7 +101,7 @@ def test_a_damaged_download_is_refused(hub: HubServer, artefact: Path, tmp_path:
 
 
 def test_a_changed_model_does_not_keep_the_scores_of_the_one_before(
-    hub: HubServer, artefact: Path, tmp_path: Path
+    hub: HubServer, exported_model: Path, tmp_path: Path
 ) -> None:
     push = """
 import sys, torch
@@ -109,7 +111,7 @@ with torch.no_grad():
     next(model.parameters()).add_(1)
 model.push_to_hub("me/model")
 """
-    hub.repositories["me/model"] = [tree(artefact)]
+    hub.repositories["me/model"] = [tree(exported_model)]
     environment = hub.environment(tmp_path / "cache")
     pushed = python(push, "hf://me/model", environment=environment)
     assert pushed.returncode == 0, pushed.stderr

@@ -133,7 +133,7 @@ def test_what_is_unlike_the_training_data_is_told(
 
 
 def test_what_cannot_be_predicted_is_refused(
-    run: Path, model: WaveLiTFM, maze: Path, tiny_well: Path, tmp_path: Path
+    predicting_run: Path, model: WaveLiTFM, maze: Path, tiny_well: Path, tmp_path: Path
 ) -> None:
     other = split_files(tiny_well / "shear_flow", "test")[0]
     text = tmp_path / "text.hdf5"
@@ -172,7 +172,7 @@ def test_what_cannot_be_predicted_is_refused(
     ]
     for request, message in cases:
         with pytest.raises(UserError, match=message):
-            predict_file(str(run), request, progress=False)
+            predict_file(str(predicting_run), request, progress=False)
     assert text.read_text() == "no HDF5"
     assert not (tmp_path / "p.hdf5").exists()
     with pytest.raises(UserError, match="no checkpoint found"):
