@@ -40,7 +40,7 @@ from data_pipeline.shards.build import build_shards
 from data_pipeline.well.hdf5 import WellFile, dataset_folders, split_files
 from data_pipeline.well.layout import edge
 from data_pipeline.well.register import register
-from data_pipeline.windows.loader import AHEAD, open_readers, scheduled_batches, sources
+from data_pipeline.windows.loader import PREFETCH_FACTOR, open_readers, scheduled_batches, sources
 from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Division, Schedule
 from data_pipeline.windows.streaming import StreamSettings
@@ -215,7 +215,7 @@ def _methods(data: _Data, url: str, stack: ExitStack) -> dict[str, _Method]:
         methods[f"loader_{workers}"] = _Method(
             f"the loader of training, data.workers={workers}",
             lambda batches=batches: next(batches).fields,  # type: ignore[misc]
-            AHEAD * workers + 1,
+            PREFETCH_FACTOR * workers + 1,
         )
     if data.files:
         methods["h5py"] = _Method("HDF5 files kept open, not collated", _h5py(data, stack))

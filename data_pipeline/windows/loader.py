@@ -1,7 +1,8 @@
 """From shards and a schedule to the batches of one rank, read ahead by threads.
 
-Reading a window is a copy of memory, during which Python lets other threads run. So threads do what DataLoader's
-processes are for, without sending batches between processes, through shared memory that a container may lack.
+Reading a window is a copy of memory, during which Python lets other threads run. So threads do the work of a
+DataLoader's processes, and no batch has to cross from one process to another through shared memory, which a container
+may lack.
 """
 
 from collections import deque
@@ -17,110 +18,89 @@ from data_pipeline.remote import RemoteFolder, is_url
 from data_pipeline.shards.format import MANIFEST_NAME
 from data_pipeline.windows.reader import Batch, ShardReader
 from data_pipeline.windows.schedule import Division, Draw, Source
-from data_pipeline.windows.streaming import StreamSettings, open_sources
+from data_pipeline.windows.streaming import StreamSettings, open_remote_shards
 from data_pipeline.workers import Threads
 
-AHEAD = 2  # batches that each thread is ahead
+PREFETCH_FACTOR = 2  # batches that each thread reads ahead
+
+Lengths = int | Mapping[str, int]  # frames of a window, for all datasets or by name
 
 
 def scheduled_batches(
     readers: Mapping[str, ShardReader],
     division: Division,
-    length: int | Mapping[str, int],
+    length: Lengths,
     start: int,
     stop: int,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """One process's batches of steps start, start + 1, ... stop - 1: a batch for each of its pieces, in their order.
+    """Return one process's batches of steps start, ..., stop - 1: one for each of its micro-batches, in their order.
 
-    Windows have `length` frames, which may differ by dataset. `workers` threads read ahead; with 0 a batch is read when
-    it is asked for. Batches and their order are the same.
-    Raises UserError, naming the draw and its windows, for a damaged shard or a server that stays away.
+    `workers` threads read ahead; with 0, a batch is read when it is asked for. The batches are the same. Raises
+    UserError, naming the draw and its windows, for a damaged shard or a server that does not answer.
     """
     if workers < 0:
         raise ValueError(f"workers: expected 0 or more, got {workers}")
-    windows = _Windows(readers, division, length, start, stop, pin_memory)
-    return _read_ahead(windows, windows.num_threads(workers))
+    lengths = {name: _length(name, length) for name in readers}
+    return _read_ahead(readers, _micro_batches(division, start, stop), lengths, workers, pin_memory)
 
 
-def _read_ahead(windows: "_Windows", num_threads: int) -> Iterator[Batch]:
-    threads = Threads(num_threads) if num_threads else None
-    coming: deque[Future[Batch]] = deque()
-    try:
-        for draw, places in windows:
-            if threads is None:
-                yield windows.read(draw, places)
-                continue
-            coming.append(threads.submit(windows.read, draw, places))
-            if len(coming) > AHEAD * num_threads:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
-    finally:
-        for future in coming:
-            future.cancel()
-        windows.forget()
+def _micro_batches(division: Division, start: int, stop: int) -> Iterator[tuple[Draw, np.ndarray]]:
+    """Yield the draw of each micro-batch, and the places of its windows in the draw."""
+    schedule, draw = division.schedule.copy(), None  # a copy, since it is read ahead of the training
+    for step in range(start, stop):
+        for micro_batch in division.micro_batches(step):
+            if draw is None or draw.index != micro_batch.draw:
+                draw = schedule.draw(micro_batch.draw)
+            yield draw, micro_batch.places
 
 
-class _Windows:
-    """This process's pieces in their order, each with its draw; iterated by one thread, `read` by any."""
-
-    def __init__(
-        self,
-        readers: Mapping[str, ShardReader],
-        division: Division,
-        length: int | Mapping[str, int],
-        start: int,
-        stop: int,
-        pin_memory: bool,
-    ) -> None:
-        self._readers, self._pin_memory = dict(readers), pin_memory
-        self._lengths = {name: length_of(name, length) for name in readers}
-        self._draws_ahead = max((reader.source.draws_ahead for reader in readers.values()), default=0)
-        self._pieces = self._drawn(division, start, stop)
-
-    @staticmethod
-    def _drawn(division: Division, start: int, stop: int) -> Iterator[tuple[Draw, np.ndarray]]:
-        # Tables of its own: what looks ahead into the next pass of a dataset would undo those of this one.
-        schedule, draw = division.schedule.copy(), None
-        for piece in (piece for step in range(start, stop) for piece in division.micro_batches(step)):
-            if draw is None or draw.index != piece.draw:
-                draw = schedule.draw(piece.draw)
-            yield draw, piece.places
-
-    def num_threads(self, workers: int) -> int:
-        """Threads that may read. Shards behind a URL are fetched by threads of their own and taken up in order."""
-        return min(workers, 1) if self._draws_ahead else workers
-
-    def __iter__(self) -> Iterator[tuple[Draw, np.ndarray]]:
-        """Each piece, once readers of shards behind a URL know which windows come next."""
-        waiting = deque(islice(self._pieces, 1 + self._draws_ahead))
-        known = 0  # how many of those waiting the readers know
-        while waiting:
-            while self._draws_ahead and known < len(waiting) and self._announce(*waiting[known]):
-                known += 1
-            yield waiting.popleft()
-            known = max(known - 1, 0)
-            waiting.extend(islice(self._pieces, 1))
-
-    def forget(self) -> None:
-        """No further piece will be read."""
-        for reader in self._readers.values():
-            reader.source.forget()
-
-    def read(self, draw: Draw, places: np.ndarray) -> Batch:
-        """A piece's batch. Raises UserError, naming draw and windows, for a damaged shard or a server that is away."""
-        windows, length = draw.windows[places], self._lengths[draw.dataset]
+def _read_ahead(
+    readers: Mapping[str, ShardReader],
+    micro_batches: Iterator[tuple[Draw, np.ndarray]],
+    lengths: Mapping[str, int],
+    workers: int,
+    pin_memory: bool,
+) -> Iterator[Batch]:
+    def read(draw: Draw, places: np.ndarray) -> Batch:
+        windows, length = draw.windows[places], lengths[draw.dataset]
         try:
-            batch = self._readers[draw.dataset].batch(windows, length, draw=draw.index)
+            batch = readers[draw.dataset].batch(windows, length, draw=draw.index)
         except UserError as error:
             wanted = f"windows {', '.join(map(str, windows.tolist()))} of {length} frames of {draw.dataset}"
             raise UserError(f"{error}\nThis was met by draw {draw.index}: {wanted}") from error
-        return batch.pin_memory() if self._pin_memory else batch
+        return batch.pin_memory() if pin_memory else batch
 
-    def _announce(self, draw: Draw, places: np.ndarray) -> bool:
-        return self._readers[draw.dataset].announce(draw.windows[places], self._lengths[draw.dataset])
+    def prefetch(draw: Draw, places: np.ndarray) -> bool:
+        return readers[draw.dataset].prefetch(draw.windows[places], lengths[draw.dataset])
+
+    ahead = max((reader.shards.draws_ahead for reader in readers.values()), default=0)
+    workers = min(workers, 1) if ahead else workers  # shards behind a URL have threads of their own
+    threads = Threads(workers) if workers else None
+    reading: deque[Future[Batch]] = deque()
+    coming = deque(islice(micro_batches, 1 + ahead))
+    prefetched = 0  # of `coming`
+    try:
+        while coming:
+            while ahead and prefetched < len(coming) and prefetch(*coming[prefetched]):
+                prefetched += 1
+            draw, places = coming.popleft()
+            prefetched = max(prefetched - 1, 0)
+            coming.extend(islice(micro_batches, 1))
+            if threads is None:
+                yield read(draw, places)
+            else:
+                reading.append(threads.submit(read, draw, places))
+                if len(reading) > PREFETCH_FACTOR * workers:
+                    yield reading.popleft().result()
+        while reading:
+            yield reading.popleft().result()
+    finally:
+        for future in reading:
+            future.cancel()
+        for reader in readers.values():
+            reader.shards.cancel_prefetch()
 
 
 def open_readers(
@@ -131,37 +111,27 @@ def open_readers(
     stream: StreamSettings | None = None,
     known: Sequence[str] = (),
 ) -> dict[str, ShardReader]:
-    """A reader for each dataset, by name; None means all that have shards of this split.
+    """Return a reader for each dataset, by name; None means all that have shards of this split.
 
-    `shards` is a folder or a URL; behind a URL, which may not list what is there, None tries the `known` names, and
-    `stream` says how to read. Raises UserError that names what was looked for, and the commands that make shards, if
-    one is missing.
+    `shards` is a folder or a URL. A server need not list its folders, so None there tries the `known` names; `stream`
+    sets how to read from it. Raises UserError if shards are missing, with the commands that make them.
     """
-    if is_url(shards):
-        return _open_remote(str(shards), datasets, split, verify, stream or StreamSettings(), known)
-    shards = Path(shards)
-    if datasets is None:
-        found = sorted(path.parts[-3] for path in shards.glob(f"*/{split}/{MANIFEST_NAME}"))
-        missing = [] if found else ["<dataset>"]
+    stream = stream or StreamSettings()
+    root = RemoteFolder(str(shards), stream.retries) if is_url(shards) else Path(shards)
+    if isinstance(root, RemoteFolder):
+        wanted = sorted(set(known if datasets is None else datasets))
+        found = [name for name in wanted if (root / name / split).file(MANIFEST_NAME).exists()]
     else:
-        found = sorted(set(datasets))
-        missing = [name for name in found if not (shards / name / split / MANIFEST_NAME).exists()]
-    if missing:
-        raise UserError(_no_shards(shards, missing, split))
-    return {name: ShardReader(shards, name, split, verify) for name in found}
-
-
-def _open_remote(
-    url: str, datasets: Sequence[str] | None, split: str, verify: bool, stream: StreamSettings, known: Sequence[str]
-) -> dict[str, ShardReader]:
-    root = RemoteFolder(url, stream.retries)
-    wanted = sorted(set(known if datasets is None else datasets))
-    found = [name for name in wanted if (root / name / split).file(MANIFEST_NAME).exists()]
+        present = [path.parts[-3] for path in root.glob(f"*/{split}/{MANIFEST_NAME}")]
+        wanted = sorted(set(present if datasets is None else datasets))
+        found = [name for name in wanted if name in present]
     missing = [name for name in wanted if name not in found]
-    if not found or (datasets is not None and missing):
+    if (datasets is None and not found) or (datasets is not None and missing):
         raise UserError(_no_shards(root, missing or ["<dataset>"], split))
-    sources = open_sources(root, found, split, stream)
-    return {name: ShardReader(source, name, split, verify) for name, source in sources.items()}
+    if isinstance(root, RemoteFolder):
+        remote = open_remote_shards(root, found, split, stream)
+        return {name: ShardReader(remote[name], name, split, verify) for name in found}
+    return {name: ShardReader(root, name, split, verify) for name in found}
 
 
 def _no_shards(shards: Path | RemoteFolder, missing: Sequence[str], split: str) -> str:
@@ -179,16 +149,15 @@ def _no_shards(shards: Path | RemoteFolder, missing: Sequence[str], split: str) 
     )
 
 
-def sources(readers: Mapping[str, ShardReader], length: int | Mapping[str, int]) -> list[Source]:
-    """What the schedule needs to know of each dataset, for windows of `length` frames, by name."""
+def sources(readers: Mapping[str, ShardReader], length: Lengths) -> list[Source]:
+    """Return the sizes of each dataset for the schedule, by name, for windows of `length` frames."""
     found = []
     for name, reader in sorted(readers.items()):
-        index = reader.index(length_of(name, length))
+        index = reader.index(_length(name, length))
         height, width = reader.manifest.grid
         found.append(Source(name, len(index), height * width // 4, index.shard_windows))
     return found
 
 
-def length_of(dataset: str, length: int | Mapping[str, int]) -> int:
-    """Frames of the windows of a dataset."""
+def _length(dataset: str, length: Lengths) -> int:
     return length if isinstance(length, int) else length[dataset]

@@ -1,126 +1,252 @@
-"""What the two ways to read shards behind a URL have in common: threads, what was announced, the manifest, sizes.
+"""Shards behind a URL, fetched ahead of the schedule.
 
-The frames of windows as byte ranges of shards behind a URL: for `shuffle: global`, and for a few windows of many.
+The loader calls `prefetch` with the windows of the draws to come. The threads of a `Fetcher` fetch their bytes while
+earlier batches are used. There are two ways, and one of them serves all datasets of a run:
 
-The frames of a draw are fetched ahead, neighbours in one request. Every frame is compared with the manifest's checksum
-when it arrives, and again when it is read back from the cache on disk.
+    shuffle: global    RangeShards    the frames of windows as byte ranges, neighbors in one request
+    shuffle: blocks    WholeShards    whole shards through the cache on disk, mapped into memory like local ones
 
-Whole shards behind a URL, for `shuffle: blocks`: through the cache on disk, then mapped as local ones are.
-
-Shards behind a URL, read ahead of the schedule: the byte ranges of windows (ranges.py), or whole shards (blocks.py).
-
-The loader announces the windows of the draws to come; threads fetch what they need while earlier batches are used.
-Which windows come when is the schedule's business alone: how, and how fast, bytes arrive changes no batch.
+Frames are compared with the manifest's checksums when they arrive and when they are read back from the cache, whole
+shards with their SHA-256. How, and how fast, bytes arrive changes no batch.
 """
 
 import mmap
 import os
 import threading
 import zlib
+from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from data_pipeline.files import UserError
 from data_pipeline.remote import RemoteFile, RemoteFolder, Retries
 from data_pipeline.shards.format import MANIFEST_NAME, Manifest
 from data_pipeline.windows.cache import BlobCache
-from data_pipeline.windows.reader import ByteSource, Traffic
+from data_pipeline.windows.reader import Shards, Traffic, Windows
 from data_pipeline.workers import Threads
 
 MANIFEST_LIMIT_BYTES = 64 * 2**20
 THREADS = 8  # requests in flight, per process; of whole shards half as many
+GAP_BYTES = 256 * 1024  # two ranges closer than this are one request: less than what a round trip costs
+REQUEST_BYTES = 16 * 2**20  # a request that grew to this takes no further range
+HELD_BYTES = 256 * 2**20  # of the ranges of prefetched draws, per process
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How shards behind a URL are read."""
+
+    shuffle: str = "global"  # the schedule's; global: ranges, blocks: whole shards
+    shards_per_block: int = 4  # the schedule's, for blocks
+    cache: Path | None = None  # folder; None: default_cache()
+    cache_bytes: int = 40 * 10**9  # limit; 0: none, for global only
+    draws_ahead: int = 64  # draws whose windows are prefetched
+    retries: Retries = field(default_factory=Retries)
+
+
+def default_cache() -> Path:
+    """Return $XDG_CACHE_HOME/wavelit, where the variable's default is ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wavelit"
+
+
+def open_remote_shards(
+    root: RemoteFolder, datasets: Sequence[str], split: str, settings: StreamSettings
+) -> "Mapping[str, RemoteShards]":
+    """Return the shards of some datasets under `root`, by name; they share threads, memory and the cache.
+
+    Raises UserError if a manifest is missing or damaged, or if the cache cannot hold a block of shards of each dataset.
+    """
+    cache, ahead = BlobCache(settings.cache or default_cache(), settings.cache_bytes), settings.draws_ahead
+    folders = {name: root / name / split for name in datasets}
+    if settings.shuffle == "global":
+        fetcher, some = Fetcher(THREADS, HELD_BYTES), cache if settings.cache_bytes else None
+        return {name: RangeShards(folder, fetcher, some, ahead) for name, folder in folders.items()}
+    fetcher = Fetcher(THREADS // 2, cache.limit_bytes)
+    opened = {name: WholeShards(folder, fetcher, cache, ahead) for name, folder in folders.items()}
+    needed = {}  # bytes of the largest block of each dataset
+    for name, shards in opened.items():
+        largest = sorted((shard.bytes for shard in shards.manifest.shards), reverse=True)
+        needed[name] = sum(largest[: settings.shards_per_block])
+    total = sum(needed.values())
+    if total > cache.limit_bytes:
+        each = ", ".join(f"{name} {num_bytes / 1e9:.3g}" for name, num_bytes in needed.items())
+        raise UserError(
+            f"{cache.folder}: the cache may hold {cache.limit_bytes / 1e9:.3g} GB, but one block of "
+            f"{settings.shards_per_block} shards of each dataset has {total / 1e9:.3g} GB ({each}): raise "
+            "data.cache_gb (twice that has room for the next blocks), lower sampling.shards_per_block, or leave "
+            "datasets out"
+        )
+    return opened
 
 
 def load_manifest(file: RemoteFile) -> Manifest:
-    """The manifest behind a URL. Raises UserError if there is none, or one that `Manifest.parse` refuses."""
+    """Return the manifest behind a URL. Raises UserError if there is none, or one that `Manifest.parse` refuses."""
     size = file.size()
     if size is None:
         content = file.read(MANIFEST_LIMIT_BYTES)
     elif size > MANIFEST_LIMIT_BYTES:
         raise UserError(f"{file}: expected a manifest of at most {MANIFEST_LIMIT_BYTES} bytes, the server has {size}")
     else:
-        content = file.read_range(0, size)  # rather than `read`: a body that ends early is noticed
+        content = file.read_range(0, size)  # unlike `read`, this notices a body that ends early
     return Manifest.parse(content, str(file))
 
 
+@dataclass(frozen=True)
+class ByteRange:
+    """Bytes [start, stop) of a shard with a checksum: a frame, constant fields of a trajectory, or a whole shard."""
+
+    shards: "RemoteShards"
+    shard: int
+    start: int
+    stop: int
+    crc32: str = field(default="", compare=False)
+
+
+@dataclass(eq=False)
+class Request:
+    """Ranges of one shard that are fetched together."""
+
+    ranges: list[ByteRange]
+    start: int
+    stop: int
+    cached: bool = False  # the cache had it when the request was made
+    users: int = 0  # windows held or prefetched that need it
+    content: "Future[memoryview]" = field(default_factory=Future)
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """Return bytes [start, stop) of the shard, when they have arrived."""
+        return self.content.result()[start - self.start : stop - self.start]
+
+
 class Fetcher:
-    """The threads that fetch for some sources, and what was announced. It belongs to one process, with all that it
-    holds: on the other side of a fork it starts empty."""
+    """Threads that fetch ranges for several datasets. What they fetched is kept while a draw needs it.
 
-    num_threads = THREADS
+    A fetcher belongs to one process. A forked process starts with an empty one: its copies of the parent's locks would
+    never be released, and threads do not survive a fork.
+    """
 
-    def __init__(self, cache: BlobCache | None) -> None:
-        self.cache = cache
-        self._begin()
+    def __init__(self, num_threads: int, limit_bytes: int) -> None:
+        self._num_threads, self._limit_bytes = num_threads, limit_bytes
+        self._reset()
 
-    def _begin(self) -> None:
-        self._process = os.getpid()
-        self.lock = threading.Lock()
+    def _reset(self) -> None:
+        self._process, self._lock = os.getpid(), threading.Lock()
         self._threads: Threads | None = None
-        self._announced: OrderedDict[object, Any] = OrderedDict()  # in the order of the schedule
+        self.held: dict[ByteRange, Request] = {}
+        self.held_bytes = 0
+        self._prefetched: OrderedDict[object, list[Request]] = OrderedDict()  # in the order of the schedule
 
-    def own(self) -> None:
-        """To be called before anything else: a fork's child has copies of locks that no thread of its will release."""
+    @property
+    def lock(self) -> threading.Lock:
+        """The lock for all that is held. Every method takes it first, which resets the fetcher in a forked process."""
         if self._process != os.getpid():
-            self._begin()
+            self._reset()
+        return self._lock
 
-    def forget(self) -> None:
-        """Drops what was announced: no one will ask for it."""
-        self.own()
+    def prefetch(self, shards: "RemoteShards", windows: Windows) -> bool:
+        """Start to fetch windows that will be held later. Return False if there is no room for them yet."""
+        needed = shards.needed(windows, constants=True)
         with self.lock:
-            while self._announced:
-                self._drop(self._announced.popitem(last=False)[1])
+            if (shards, windows) not in self._prefetched:
+                num_bytes = sum(one.stop - one.start for one in needed if one not in self.held)
+                if self._prefetched and self.held_bytes + num_bytes > self._limit_bytes:
+                    return False
+                self._prefetched[shards, windows] = self._request(shards, needed)
+        return True
+
+    @contextmanager
+    def hold(self, shards: "RemoteShards", windows: Windows, constants: bool) -> Iterator[None]:
+        """Wait for the bytes of windows and keep them within the block. Draws prefetched before these are dropped."""
+        needed = shards.needed(windows, constants)
+        with self.lock:
+            requests = None
+            while requests is None and (shards, windows) in self._prefetched:
+                key, prefetched = self._prefetched.popitem(last=False)
+                if key == (shards, windows):
+                    requests = prefetched
+                else:
+                    self._release(prefetched)
+            if requests is None:
+                requests = self._request(shards, needed)
+        try:
+            for request in requests:
+                request.content.result()
+            yield
+        finally:
+            with self.lock:
+                self._release(requests)
+
+    def cancel_prefetch(self) -> None:
+        """Drop all that was prefetched and not held yet. Downloads that have begun go on."""
+        with self.lock:
+            while self._prefetched:
+                self._release(self._prefetched.popitem()[1])
+
+    def _request(self, shards: "RemoteShards", needed: set[ByteRange]) -> list[Request]:
+        """Return the request of each range, with one more user; submit requests for ranges that have none."""
+        missing = set()
+        for one in needed:
+            held = self.held.get(one)
+            if held is None or (held.content.done() and held.content.exception() is not None):
+                missing.add(one)
+        for request in shards.requests(missing) if missing else ():
+            self._threads = self._threads or Threads(self._num_threads)
+            self.held |= dict.fromkeys(request.ranges, request)
+            self.held_bytes += request.stop - request.start
+            request.content = self._threads.submit(shards.load, request)
+        requests = [self.held[one] for one in needed]
+        for request in requests:
+            request.users += 1
+        return requests
+
+    def _release(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            request.users -= 1
+            if request.users == 0:
+                for one in request.ranges:
+                    if self.held.get(one) is request:
+                        del self.held[one]
+                self.held_bytes -= request.stop - request.start
+                request.content.cancel()
 
     def count(self, traffic: Traffic, requests: int = 0, fetched: int = 0, used: int = 0) -> None:
-        self.own()
+        """Add to the traffic of a dataset."""
         with self.lock:
             traffic.requests += requests
-            traffic.bytes_used += used
             traffic.bytes_fetched += fetched
-
-    def _submit(self, function: Callable[..., Any], *arguments: object) -> "Future[Any]":
-        if self._threads is None:
-            self._threads = Threads(self.num_threads)
-        return self._threads.submit(function, *arguments)
-
-    def _reach(self, key: object) -> Any:
-        """What was announced under the key, None if nothing was. What came before it is dropped: its turn is over."""
-        while key in self._announced:
-            first, value = self._announced.popitem(last=False)
-            if first == key:
-                return value
-            self._drop(value)
-        return None
-
-    def _drop(self, announced: Any) -> None:
-        """What was announced is not needed any more."""
+            traffic.bytes_used += used
 
 
-class RemoteShards(ByteSource):
-    """What the two sources behind a URL have in common."""
+class RemoteShards(Shards):
+    """The shards of one dataset and split behind a URL."""
 
-    def __init__(self, folder: RemoteFolder, fetcher: Fetcher, draws_ahead: int) -> None:
+    def __init__(self, folder: RemoteFolder, fetcher: Fetcher, cache: BlobCache | None, draws_ahead: int) -> None:
         self.folder: RemoteFolder = folder
         self.manifest = load_manifest(folder.file(MANIFEST_NAME))
-        self.traffic = Traffic()
-        self.draws_ahead = draws_ahead
-        self._fetcher = fetcher
+        self.traffic, self.draws_ahead = Traffic(), draws_ahead
+        self._fetcher, self._cache = fetcher, cache
         self._sizes_checked: set[int] = set()
 
-    def forget(self) -> None:
-        self._fetcher.forget()
+    def prefetch(self, windows: Windows) -> bool:
+        """Start to fetch windows that will be held soon. Return False if there is no room for them yet."""
+        return self._fetcher.prefetch(self, windows)
 
-    def _count_used(self, windows: int, length: int, constants: bool) -> None:
-        stored = length * self.manifest.frame_bytes + constants * self.manifest.constants_bytes
-        self._fetcher.count(self.traffic, used=windows * stored)
+    def cancel_prefetch(self) -> None:
+        """Drop what was prefetched and not held yet, of all datasets of the fetcher."""
+        self._fetcher.cancel_prefetch()
+
+    def hold(self, windows: Windows, constants: bool) -> AbstractContextManager[None]:
+        """Make the windows' frames, and with `constants` their constant fields, readable within the block."""
+        stored = windows.length * self.manifest.frame_bytes + constants * self.manifest.constants_bytes
+        self._fetcher.count(self.traffic, used=len(windows.trajectories) * stored)
+        return self._fetcher.hold(self, windows, constants)
 
     def file(self, shard: int) -> RemoteFile:
-        """A shard's file; UserError if it has not the size that the manifest states."""
+        """Return a shard's file. UserError if its size is not the one in the manifest."""
         record = self.manifest.shards[shard]
         file = self.folder.file(record.name)
         if shard not in self._sizes_checked:
@@ -134,359 +260,128 @@ class RemoteShards(ByteSource):
             self._sizes_checked.add(shard)
         return file
 
+    @abstractmethod
+    def needed(self, windows: Windows, constants: bool) -> set[ByteRange]:
+        """Return the ranges that `read` needs for these windows."""
 
-GAP_BYTES = 256 * 1024  # two ranges closer than this are one request: less than what a round trip costs
-REQUEST_BYTES = 16 * 2**20  # a request that grew to this takes no further range
-HELD_BYTES = 256 * 2**20  # of announced draws, per process
+    @abstractmethod
+    def requests(self, ranges: set[ByteRange]) -> list[Request]:
+        """Return the requests for some ranges. The fetcher's lock is held."""
 
-
-class ByteRange(NamedTuple):
-    """Bytes [start, stop) of a shard that have a checksum: a frame, or the constant fields of a trajectory."""
-
-    shard: int
-    start: int
-    stop: int
-    crc32: str
+    @abstractmethod
+    def load(self, request: Request) -> memoryview:
+        """Return the bytes of a request, from the cache or the server; runs in a thread."""
 
 
-@dataclass(eq=False)
-class Request:
-    """Pieces of one shard that are fetched together; `users` counts the windows held or announced that need them."""
+class RangeShards(RemoteShards):
+    """Frames as byte ranges, for `shuffle: global` and for reading a few windows."""
 
-    source: "Ranges"
-    pieces: list[ByteRange]
-    start: int
-    stop: int
-    cached: bool = False
-    users: int = 0
-    content: "Future[memoryview]" = field(default_factory=Future)
+    def needed(self, windows: Windows, constants: bool) -> set[ByteRange]:
+        """Return the range of each frame, and of the constant fields."""
+        manifest, needed = self.manifest, set()
+        for trajectory, first in zip(windows.trajectories, windows.firsts, strict=True):
+            record = manifest.trajectories[trajectory]
+            for frame in range(first, first + windows.length):
+                chunk, within = divmod(frame, manifest.frames_per_chunk)
+                start = record.offsets[chunk] + within * manifest.frame_bytes
+                crc32 = record.crc32[8 * frame : 8 * frame + 8]
+                needed.add(ByteRange(self, record.shard, start, start + manifest.frame_bytes, crc32))
+            if constants and record.constants_offset is not None:
+                start, stop = record.constants_offset, record.constants_offset + manifest.constants_bytes
+                needed.add(ByteRange(self, record.shard, start, stop, record.constants_crc32))
+        return needed
 
-
-def coalesce(source: "Ranges", pieces: Iterable[ByteRange]) -> list[Request]:
-    """Few requests for many pieces: neighbours of one shard with at most GAP_BYTES between them go together."""
-    requests: list[Request] = []
-    for piece in sorted(pieces):
-        last = requests[-1] if requests else None
-        if (
-            last is not None
-            and last.pieces[0].shard == piece.shard
-            and piece.start - last.stop <= GAP_BYTES
-            and piece.stop - last.start <= REQUEST_BYTES
-        ):
-            last.pieces.append(piece)
-            last.stop = max(last.stop, piece.stop)
-        else:
-            requests.append(Request(source, [piece], piece.start, piece.stop))
-    return requests
-
-
-class RangeFetcher(Fetcher):
-    """Fetches ranges for several sources, within one bound on the bytes held."""
-
-    def _begin(self) -> None:
-        super()._begin()
-        self._held: dict[tuple[Ranges, int, int, int], Request] = {}
-        self._held_bytes = 0
-
-    def announce(self, source: "Ranges", key: object, pieces: Sequence[ByteRange]) -> bool:
-        self.own()
-        with self.lock:
-            if key in self._announced:
-                return True
-            size = sum(one.stop - one.start for one in pieces if (source, *one[:3]) not in self._held)
-            if self._announced and self._held_bytes + size > HELD_BYTES:
-                return False
-            self._announced[key] = self._take(source, pieces)
-        return True
-
-    @contextmanager
-    def hold(self, source: "Ranges", key: object, pieces: Sequence[ByteRange]) -> Iterator[None]:
-        self.own()
-        with self.lock:
-            requests = self._reach(key)
-            if requests is None:
-                requests = self._take(source, pieces)
-        try:
-            for request in requests:
-                request.content.result()
-            yield
-        finally:
-            with self.lock:
-                self._release(requests)
-
-    def read(self, source: "Ranges", shard: int, start: int, stop: int) -> memoryview:
-        """Bytes of one piece, or of a row of frames."""
-        size, parts = source.manifest.frame_bytes, []
-        if (source, shard, start, stop) in self._held:
-            size = stop - start
-        for first in range(start, stop, size):
-            request = self._held[source, shard, first, first + size]
-            parts.append((request, request.content.result()[first - request.start : first + size - request.start]))
-        request = parts[0][0]
-        if all(other is request for other, _ in parts):
-            return request.content.result()[start - request.start : stop - request.start]
-        return memoryview(b"".join(part for _, part in parts))
-
-    def _take(self, source: "Ranges", pieces: Sequence[ByteRange]) -> list[Request]:
-        """The request of each piece, one more user each; what is not held yet is submitted."""
-        missing = [one for one in pieces if self._failed(self._held.get((source, *one[:3])))]
-        there = [one for one in missing if self.cache is not None and self.cache.has(source.blob(one))]
-        found = [Request(source, [one], one.start, one.stop, cached=True) for one in there]
-        for request in found + coalesce(source, set(missing) - set(there)):
-            for one in request.pieces:
-                self._held[source, *one[:3]] = request
-            self._held_bytes += request.stop - request.start
-            request.content = self._submit(self._load, request)
-        requests = [self._held[source, *one[:3]] for one in pieces]
-        for request in requests:
-            request.users += 1
+    def requests(self, ranges: set[ByteRange]) -> list[Request]:
+        """Return a request for each range in the cache, and few for the others: close neighbors go together."""
+        requests: list[Request] = []
+        last: Request | None = None
+        for one in sorted(ranges, key=lambda one: (one.shard, one.start, one.stop)):
+            if self._cache is not None and self._cache.has(self._blob(one)):
+                requests.append(Request([one], one.start, one.stop, cached=True))
+            elif (
+                last is not None
+                and last.ranges[0].shard == one.shard
+                and one.start - last.stop <= GAP_BYTES
+                and one.stop - last.start <= REQUEST_BYTES
+            ):
+                last.ranges.append(one)
+                last.stop = max(last.stop, one.stop)
+            else:
+                last = Request([one], one.start, one.stop)
+                requests.append(last)
         return requests
 
-    @staticmethod
-    def _failed(request: Request | None) -> bool:
-        """Whether there is nothing to wait for: no request, or one that ended in an error."""
-        return request is None or (request.content.done() and request.content.exception() is not None)
-
-    def _drop(self, announced: Sequence[Request]) -> None:
-        self._release(announced)
-
-    def _release(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            request.users -= 1
-            if request.users == 0:
-                for one in request.pieces:
-                    if self._held.get((request.source, *one[:3])) is request:
-                        del self._held[request.source, *one[:3]]
-                self._held_bytes -= request.stop - request.start
-                request.content.cancel()
-
-    def _load(self, request: Request) -> memoryview:
-        """The bytes of a request, from the cache or the server; runs in a thread."""
-        source, shard = request.source, request.pieces[0].shard
-        if request.cached and self.cache is not None:
-            (piece,) = request.pieces
-            stored = self.cache.read(source.blob(piece), piece.stop - piece.start)
-            if stored is not None and f"{zlib.crc32(stored):08x}" == piece.crc32:
+    def load(self, request: Request) -> memoryview:
+        """Return the bytes of a request, after their checksums were compared."""
+        cache, first = self._cache, request.ranges[0]
+        if request.cached and cache is not None:
+            stored = cache.read(self._blob(first), first.stop - first.start)
+            if stored is not None and f"{zlib.crc32(stored):08x}" == first.crc32:
                 return memoryview(stored)
-            self.cache.remove(source.blob(piece))  # torn or damaged: the server has it
-        file = source.file(shard)
+            cache.remove(self._blob(first))  # torn or damaged: the server has it
+        file = self.file(first.shard)
         content = memoryview(file.read_range(request.start, request.stop))
-        self.count(source.traffic, requests=1, fetched=len(content))
-        for piece in request.pieces:
-            part = content[piece.start - request.start : piece.stop - request.start]
-            if f"{zlib.crc32(part):08x}" != piece.crc32:
+        self._fetcher.count(self.traffic, requests=1, fetched=len(content))
+        for one in request.ranges:
+            part = content[one.start - request.start : one.stop - request.start]
+            if f"{zlib.crc32(part):08x}" != one.crc32:
                 raise UserError(
-                    f"{file}: damaged: bytes {piece.start} to {piece.stop} have not the manifest's checksum; compare "
+                    f"{file}: damaged: bytes {one.start} to {one.stop} have not the manifest's checksum; compare "
                     "the shard with the original (`data-pipeline verify` on that folder) and upload it again"
                 )
-            if self.cache is not None:
-                self.cache.put(source.blob(piece), part)
+            if cache is not None:
+                cache.put(self._blob(one), part)
         return content
 
-
-class Ranges(RemoteShards):
-    """Frames as byte ranges, for `shuffle: global`, and for whoever reads a few windows."""
-
-    _fetcher: RangeFetcher
-
-    def announce(self, trajectories: Sequence[int], firsts: Sequence[int], length: int) -> bool:
-        key = (self, length, *trajectories, *firsts)
-        return self._fetcher.announce(self, key, self._pieces(trajectories, firsts, length, constants=True))
-
-    def hold(
-        self, trajectories: Sequence[int], firsts: Sequence[int], length: int, constants: bool
-    ) -> AbstractContextManager[None]:
-        key = (self, length, *trajectories, *firsts) if constants else None
-        self._count_used(len(trajectories), length, constants)
-        return self._fetcher.hold(self, key, self._pieces(trajectories, firsts, length, constants))
-
     def read(self, shard: int, start: int, stop: int) -> memoryview:
-        return self._fetcher.read(self, shard, start, stop)
+        """Return the bytes of constant fields, or of a row of frames, that are held."""
+        held, size = self._fetcher.held, stop - start
+        if ByteRange(self, shard, start, stop) not in held:
+            size = self.manifest.frame_bytes
+        requests = {first: held[ByteRange(self, shard, first, first + size)] for first in range(start, stop, size)}
+        if len(set(requests.values())) == 1:
+            return requests[start].read(start, stop)
+        return memoryview(b"".join(request.read(first, first + size) for first, request in requests.items()))
 
-    def blob(self, piece: ByteRange) -> str:
-        """Name in the cache: content of the shard, and where in it."""
-        return f"{self.manifest.shards[piece.shard].sha256}-{piece.start}-{piece.stop}"
-
-    def _pieces(
-        self, trajectories: Sequence[int], firsts: Sequence[int], length: int, constants: bool
-    ) -> list[ByteRange]:
-        manifest, pieces = self.manifest, set()
-        size = manifest.frame_bytes
-        for trajectory, first in zip(trajectories, firsts, strict=True):
-            record = manifest.trajectories[trajectory]
-            for frame in range(first, first + length):
-                chunk, within = divmod(frame, manifest.frames_per_chunk)
-                start = record.offsets[chunk] + within * size
-                pieces.add(ByteRange(record.shard, start, start + size, record.crc32[8 * frame : 8 * frame + 8]))
-            if constants and record.constants_offset is not None:
-                start = record.constants_offset
-                pieces.add(ByteRange(record.shard, start, start + manifest.constants_bytes, record.constants_crc32))
-        return list(pieces)
-
-
-class ShardFetcher(Fetcher):
-    """Fetches whole shards into the cache and maps them, at most about `num_maps` at a time."""
-
-    cache: BlobCache
-    num_threads = THREADS // 2
-
-    def __init__(self, cache: BlobCache, num_maps: int) -> None:
-        self.num_maps = num_maps
-        super().__init__(cache)
-
-    def _begin(self) -> None:
-        super()._begin()
-        self._reading = threading.Lock()
-        self.maps: OrderedDict[tuple[str, int], memoryview] = OrderedDict()  # (SHA-256, bytes); last used last
-        self._coming: dict[tuple[str, int], Future[None]] = {}
-
-    def announce(self, source: "WholeShards", key: object, shards: set[int]) -> bool:
-        """Starts to fetch the shards, unless the cache has no room for all that was announced."""
-        self.own()
-        with self.lock:
-            if key in self._announced:
-                return True
-            blobs = {source.blobs[shard] for shard in shards}
-            wanted = blobs.union(*self._announced.values())
-            if self._announced and sum(num_bytes for _, num_bytes in wanted) > self.cache.limit_bytes:
-                return False
-            self._announced[key] = blobs
-            lacking = [one for one in shards if source.blobs[one] not in self.maps.keys() | self._coming.keys()]
-            if lacking:
-                self._touch_maps()
-            for shard in lacking:
-                self._coming[source.blobs[shard]] = self._submit(self._fetch, source, shard)
-        return True
-
-    @contextmanager
-    def hold(self, source: "WholeShards", key: object, shards: set[int]) -> Iterator[None]:
-        """Maps the shards. One thread at a time: the next might drop what this one reads."""
-        self.own()
-        with self._reading:
-            with self.lock:
-                self._reach(key)
-            for shard in shards:
-                self._map(source, shard)
-            with self.lock:
-                while len(self.maps) > max(self.num_maps, len(shards)):
-                    self.maps.popitem(last=False)
-            yield
-
-    def forget(self) -> None:
-        super().forget()
-        with self.lock:
-            self._coming = {blob: future for blob, future in self._coming.items() if not future.cancel()}
-
-    def _map(self, source: "WholeShards", shard: int) -> None:
-        blob = source.blobs[shard]
-        with self.lock:
-            if blob in self.maps:
-                self.maps.move_to_end(blob)
-                return
-            coming = self._coming.pop(blob, None)
-            if coming is None:
-                self._touch_maps()
-        if coming is not None:
-            coming.result()
-        descriptor = self._open(source, shard)
-        try:
-            content = mmap.mmap(descriptor, blob[1], access=mmap.ACCESS_READ)
-        finally:
-            os.close(descriptor)
-        with self.lock:
-            self.maps[blob] = memoryview(content)
-
-    def _touch_maps(self) -> None:
-        """What is mapped was used until now: something older makes room for what comes. Within the lock."""
-        for name, _ in self.maps:
-            self.cache.touch(name)
-
-    def _fetch(self, source: "WholeShards", shard: int) -> None:
-        os.close(self._open(source, shard))
-
-    def _open(self, source: "WholeShards", shard: int) -> int:
-        def fill(path: Path) -> None:
-            file = source.file(shard)
-            self.count(source.traffic, requests=1)
-            file.fetch(path, num_bytes, lambda count: self.count(source.traffic, fetched=count))
-
-        name, num_bytes = source.blobs[shard]
-        origin = str(source.folder.file(source.manifest.shards[shard].name))
-        return self.cache.fetch(name, num_bytes, fill, origin)
+    def _blob(self, one: ByteRange) -> str:
+        """Return the name in the cache: the content of the shard, and the place in it."""
+        return f"{self.manifest.shards[one.shard].sha256}-{one.start}-{one.stop}"
 
 
 class WholeShards(RemoteShards):
     """Whole shards through the cache on disk, for `shuffle: blocks`."""
 
-    _fetcher: ShardFetcher
+    _cache: BlobCache
 
-    def __init__(self, folder: RemoteFolder, fetcher: ShardFetcher, draws_ahead: int) -> None:
-        super().__init__(folder, fetcher, draws_ahead)
-        self.blobs = [(shard.sha256, shard.bytes) for shard in self.manifest.shards]
+    def _whole(self, shard: int) -> ByteRange:
+        return ByteRange(self, shard, 0, self.manifest.shards[shard].bytes)
 
-    def announce(self, trajectories: Sequence[int], firsts: Sequence[int], length: int) -> bool:
-        key = (self, length, *trajectories, *firsts)
-        return self._fetcher.announce(self, key, self._shards(trajectories))
+    def needed(self, windows: Windows, constants: bool) -> set[ByteRange]:
+        """Return the shards of the trajectories."""
+        return {self._whole(self.manifest.trajectories[one].shard) for one in windows.trajectories}
 
-    def hold(
-        self, trajectories: Sequence[int], firsts: Sequence[int], length: int, constants: bool
-    ) -> AbstractContextManager[None]:
-        self._count_used(len(trajectories), length, constants)
-        return self._fetcher.hold(self, (self, length, *trajectories, *firsts), self._shards(trajectories))
+    def requests(self, ranges: set[ByteRange]) -> list[Request]:
+        """Return a request for each shard."""
+        for one in self._fetcher.held:  # they are in use: the cache shall remove older shards to make room
+            self._cache.touch(one.shards.manifest.shards[one.shard].sha256)
+        return [Request([one], one.start, one.stop) for one in ranges]
+
+    def load(self, request: Request) -> memoryview:
+        """Return the memory map of a shard in the cache, where it is fetched if it is missing."""
+        shard = request.ranges[0].shard
+        record = self.manifest.shards[shard]
+
+        def fill(path: Path) -> None:
+            file = self.file(shard)
+            self._fetcher.count(self.traffic, requests=1)
+            file.fetch(path, record.bytes, lambda count: self._fetcher.count(self.traffic, fetched=count))
+
+        descriptor = self._cache.fetch(record.sha256, record.bytes, fill, str(self.folder.file(record.name)))
+        try:
+            return memoryview(mmap.mmap(descriptor, record.bytes, access=mmap.ACCESS_READ))
+        finally:
+            os.close(descriptor)
 
     def read(self, shard: int, start: int, stop: int) -> memoryview:
-        return self._fetcher.maps[self.blobs[shard]][start:stop]
-
-    def _shards(self, trajectories: Sequence[int]) -> set[int]:
-        return {self.manifest.trajectories[trajectory].shard for trajectory in trajectories}
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """How shards behind a URL are read."""
-
-    shuffle: str = "global"  # the schedule's; global: ranges, blocks: whole shards
-    shards_per_block: int = 4  # the schedule's, for blocks
-    cache: Path | None = None  # folder; None: default_cache()
-    cache_bytes: int = 40 * 10**9  # limit; 0: none, for global only
-    draws_ahead: int = 64  # draws whose windows are fetched before they are asked for
-    retries: Retries = field(default_factory=Retries)
-
-
-def default_cache() -> Path:
-    """$XDG_CACHE_HOME/wavelit, where the variable's default is ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wavelit"
-
-
-def open_sources(
-    root: RemoteFolder, datasets: Sequence[str], split: str, settings: StreamSettings
-) -> Mapping[str, RemoteShards]:
-    """The sources of some datasets under `root`, by name; they share threads, memory and the cache.
-
-    Raises UserError if a manifest is missing or damaged, or if the cache cannot hold a block of shards of each dataset.
-    """
-    cache = BlobCache(settings.cache or default_cache(), settings.cache_bytes)
-    folders = {name: root / name / split for name in datasets}
-    if settings.shuffle == "global":
-        ranges = RangeFetcher(cache if settings.cache_bytes else None)
-        return {name: Ranges(folder, ranges, settings.draws_ahead) for name, folder in folders.items()}
-    shards = ShardFetcher(cache, num_maps=2 * settings.shards_per_block * len(folders))
-    sources = {name: WholeShards(folder, shards, settings.draws_ahead) for name, folder in folders.items()}
-    _check_room(sources, cache, settings.shards_per_block)
-    return sources
-
-
-def _check_room(sources: Mapping[str, RemoteShards], cache: BlobCache, shards_per_block: int) -> None:
-    """Raises UserError unless the cache can hold the largest block of each dataset at once."""
-    needed = {}
-    for name, source in sources.items():
-        largest = sorted((shard.bytes for shard in source.manifest.shards), reverse=True)
-        needed[name] = sum(largest[:shards_per_block])
-    total = sum(needed.values())
-    if total > cache.limit_bytes:
-        each = ", ".join(f"{name} {num_bytes / 1e9:.3g}" for name, num_bytes in needed.items())
-        raise UserError(
-            f"{cache.folder}: the cache may hold {cache.limit_bytes / 1e9:.3g} GB, but one block of {shards_per_block} "
-            f"shards of each dataset has {total / 1e9:.3g} GB ({each}): raise data.cache_gb (twice that has room for "
-            "the next blocks), lower sampling.shards_per_block, or leave datasets out"
-        )
+        """Return bytes [start, stop) of a shard that is held."""
+        return self._fetcher.held[self._whole(shard)].read(start, stop)

@@ -132,7 +132,7 @@ def measure_windows(
     batches = np.array_split(windows, -(-len(windows) // batch_size))
     for number, ids in enumerate(batches):
         if number + 1 < len(batches):
-            reader.announce(batches[number + 1], 2)  # from a URL it is downloaded while the model works
+            reader.prefetch(batches[number + 1], 2)  # from a URL it is downloaded while the model works
         batch = reader.batch(ids, 2).to(device)
         source, target = batch.fields[:, 0], batch.fields[:, 1]
         (prediction,) = model.iterate(source, batch.constants, reader.manifest.dataset, 1)

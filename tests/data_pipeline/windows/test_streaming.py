@@ -16,6 +16,7 @@ from streamed import FRAME_BYTES, LENGTH, MAZE, NAMES, assert_all_same, assert_s
 
 from data_pipeline.files import UserError
 from data_pipeline.windows.loader import open_readers
+from data_pipeline.windows.reader import Windows
 from data_pipeline.windows.streaming import WholeShards, default_cache
 
 
@@ -48,56 +49,51 @@ def test_single_reads_and_long_windows_are_those_of_the_local_shards(
 def test_batches_are_the_same_with_no_look_ahead_and_many_threads(
     shards: Path, server: FaultyServer, tmp_path: Path, shuffle: str
 ) -> None:
-    """Shards are unmapped and removed from the cache all the time."""
+    """Shards are mapped, unmapped and removed from the cache all the time."""
     options = settings(tmp_path, shuffle, draws_ahead=0, shards_per_block=1, cache_bytes=250_000)
     readers = open_readers(server.url, NAMES, "train", stream=options)
-    for reader in readers.values():
-        if isinstance(reader.source, WholeShards):
-            reader.source._fetcher.num_maps = 1
     assert_all_same(shards, readers, shuffle, workers=4, stop=60)
 
 
-def test_shards_are_announced_while_others_are_mapped_and_unmapped(
+def test_shards_are_prefetched_while_others_are_mapped_and_unmapped(
     server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "utime", lambda path: time.sleep(0.001))  # as a disk takes its time
-    source = open_readers(server.url, [MAZE], "train", stream=settings(tmp_path, "blocks"))[MAZE].source
-    assert isinstance(source, WholeShards)
-    fetcher, ended = source._fetcher, threading.Event()
-    fetcher.num_maps = 3
+    shards = open_readers(server.url, [MAZE], "train", stream=settings(tmp_path, "blocks"))[MAZE].shards
+    assert isinstance(shards, WholeShards)
+    ended = threading.Event()
 
-    def announce() -> None:
+    def prefetch() -> None:
         for number in itertools.count():
             if ended.is_set():
                 return
-            fetcher.announce(source, number, set(range(5)))
-            fetcher._announced.clear()
+            shards.prefetch(Windows(tuple(range(10)), (0,) * 10, 1 + number))
+            shards.cancel_prefetch()
 
     with ThreadPoolExecutor(1) as pool:
-        announcing = pool.submit(announce)
+        prefetching = pool.submit(prefetch)
         for number in range(100):
-            with fetcher.hold(source, None, {number % 5}):
-                pass
+            with shards.hold(Windows((number % 10,), (0,), 1), constants=False):
+                assert len(shards.read(number % 10 // 2, 0, 512)) == 512
         ended.set()
-        announcing.result(30)
+        prefetching.result(30)
 
 
 @pytest.mark.parametrize("shuffle", ["global", "blocks"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_an_abandoned_loader_announced_does_not_stay(
+def test_what_an_abandoned_loader_prefetched_does_not_stay(
     shards: Path, server: FaultyServer, tmp_path: Path, shuffle: str, workers: int
 ) -> None:
     readers = open_readers(server.url, NAMES, "train", stream=settings(tmp_path, shuffle))
     stream = batches(readers, shuffle, workers=workers)
     next(stream)
-    fetcher = readers[MAZE].source._fetcher  # type: ignore[attr-defined]
-    assert fetcher._announced
+    fetcher = readers[MAZE].shards._fetcher  # type: ignore[attr-defined]
+    assert fetcher._prefetched
     del stream
-    assert not fetcher._announced
+    assert not fetcher._prefetched
     assert_all_same(shards, readers, shuffle, workers=workers, start=3)
-    assert not fetcher._announced
-    if shuffle == "global":
-        assert (fetcher._held, fetcher._held_bytes) == ({}, 0)
+    assert not fetcher._prefetched
+    assert (fetcher.held, fetcher.held_bytes) == ({}, 0)
 
 
 def test_without_a_list_of_datasets_the_known_ones_are_tried(server: FaultyServer, tmp_path: Path) -> None:
