@@ -368,25 +368,25 @@ def test_a_store_goes_by_the_same_calls(tmp_path: Path) -> None:
     """fsspec's own store in memory stands in for s3, gs and hf: the methods that those have, too."""
     import fsspec
 
-    from data_pipeline.remote import Missing, Store
+    from data_pipeline.remote import Missing, _Store
 
     fsspec.filesystem("memory").pipe({"/bucket/a/file.bin": CONTENT, "/bucket/a/sub/x": b"x"})
-    store, url = Store("memory"), "memory://bucket/a/file.bin"
+    store, url = _Store("memory"), "memory://bucket/a/file.bin"
     assert store.size(url) == len(CONTENT)
-    assert store.range(url, 5, 10) == CONTENT[5:10]
-    assert store.beginning(url, 3) == CONTENT[:3]
-    assert b"".join(store.pieces(url, 5, len(CONTENT))) == CONTENT[5:]
+    assert store.read_range(url, 5, 10) == CONTENT[5:10]
+    assert b"".join(store.chunks(url, 0, None)) == CONTENT
+    assert b"".join(store.chunks(url, 5, len(CONTENT))) == CONTENT[5:]
     assert store.names("memory://bucket/a") == {"file.bin", "sub"}
     with pytest.raises(Missing, match="no such file in the store"):
         store.size("memory://bucket/b")
     with pytest.raises(UserError, match=f"but the file on the server holds {len(CONTENT)}"):
-        store.range(url, 5, len(CONTENT) + 5)
+        store.read_range(url, 5, len(CONTENT) + 5)
 
 
 def test_hf_needs_no_extra() -> None:
-    from data_pipeline.remote import Store
+    from data_pipeline.remote import _Store
 
-    assert Store("hf")._fs.protocol == "hf"
+    assert _Store("hf")._fs.protocol == "hf"
 
 
 def test_reading_is_what_the_server_holds(server: FaultyServer, tmp_path: Path) -> None:
