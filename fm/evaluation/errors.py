@@ -33,7 +33,8 @@ ERROR_NAMES = ("variance", *PREDICTORS)  # the fields of Errors, in their order
 TASKS = ("one_step", "rollout")
 PICTURES = ("overview", "growth", "spectra")  # of all datasets; a picture of one dataset has its name
 # Raised by numpy, zipfile, and the functions that unpack their arrays, when a file is damaged.
-DAMAGED = (AttributeError, EOFError, LookupError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
+DAMAGED: tuple[type[Exception], ...] = (AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError)
+DAMAGED += (ValueError, zipfile.BadZipFile, zlib.error)
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from data_pipeline.files import UserError
 from data_pipeline.registry import Domain
-from data_pipeline.shards.format import Manifest
 from data_pipeline.windows.reader import ShardReader
 from fm.distributed import precision
 from fm.evaluation.errors import ERROR_NAMES, Errors
@@ -227,19 +226,15 @@ class Recorder:
 def make_recorder(reader: ShardReader, trajectory: int, protocol: Protocol, num_steps: int) -> Recorder:
     """Return a recorder of `num_steps` evenly spaced steps of a trajectory, of the channel that pictures show."""
     shown = evenly_spaced(rollout_steps(reader, trajectory, protocol), num_steps)
-    return Recorder(trajectory, _shown_channel(reader.manifest), tuple(index + 1 for index in shown))
+    names, stats = reader.manifest.state_channels, reader.manifest.stats
+    channel = varying_channel([stats["std"][name] for name in names], [stats["rms"][name] for name in names])
+    return Recorder(trajectory, channel, tuple(index + 1 for index in shown))
 
 
 def longest_recorder(reader: ShardReader, protocol: Protocol) -> Recorder:
     """Return the recorder of a report's pictures, which show the longest rollout of each dataset."""
     steps = [rollout_steps(reader, trajectory, protocol) for trajectory in range(reader.num_trajectories)]
     return make_recorder(reader, int(np.argmax(steps)), protocol, SHOWN_STEPS)
-
-
-def _shown_channel(manifest: Manifest) -> int:
-    std, rms = manifest.stats["std"], manifest.stats["rms"]
-    names = manifest.state_channels
-    return varying_channel([std[name] for name in names], [rms[name] for name in names])
 
 
 def varying_channel(std: Sequence[float], rms: Sequence[float]) -> int:

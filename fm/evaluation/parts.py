@@ -15,7 +15,6 @@ A file appears whole or not at all, and holds no pickled objects. Parts of anoth
 import heapq
 import json
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -26,6 +25,7 @@ import numpy as np
 
 from data_pipeline.files import UserError, atomic_file, write_whole
 from data_pipeline.windows.reader import ShardReader
+from fm.evaluation.errors import DAMAGED
 from fm.evaluation.measure import FrameErrors, one_step_windows, rollout_batches, rollout_steps
 from fm.evaluation.protocol import Protocol
 
@@ -34,7 +34,6 @@ FORMAT = 1
 FOLDER = "parts"
 IDENTITY = "identity.json"
 _OURS = re.compile(r"(identity\.json|.+-(one_step|rollout)-\d{5,}\.npz)(\.\d+\.tmp)?")
-_DAMAGED = (KeyError, ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile)  # raised by zipfile and numpy
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ class PartFolder:
                 raise ValueError(f"expected {part.frames} frames, got {len(errors.steps)}")
         except FileNotFoundError:
             return None
-        except _DAMAGED as error:
+        except DAMAGED as error:
             print(f"{file}: removing a damaged part ({error!r})")
             file.unlink()
             return None
