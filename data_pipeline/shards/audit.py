@@ -1,12 +1,9 @@
-"""What is wrong with simulation data, seen from frames as they stream by.
+"""Faults of simulation data, found in the frames as they are read.
 
-Nearly free beside a copy: each value is looked at twice, for the lowest and highest of each frame and channel, in which
-NaN and Inf show too; what needs arithmetic uses every 2nd, 4th or 8th point per axis, in float64. What that cannot
-settle (equal frames, equal channels, still frames, a variance near zero) is settled on all points.
-
-What is wrong with a whole split: channels that hold nothing or the same, statistics that are another's.
-
-Also keeps the report short: a fault that many trajectories share becomes one finding.
+The audit of a trajectory costs little beside the copy of it. Every value is looked at twice, for the lowest and highest
+of each frame and channel, in which NaN and Inf show too. Sums use every 2nd, 4th or 8th point per axis, in float64.
+What such a subsample cannot decide (equal frames, equal channels, still frames, a variance near zero) is decided on all
+points. The summaries of all trajectories give the findings about a whole split.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,10 +22,14 @@ STILL_CHANGE = 1e-3  # of a channel's std, the most that any value of a still fr
 STILL_FRAMES = 10  # a stationary tail has at least this many
 MIN_POINTS = 32  # the subsample keeps this many points per axis, where there are as many
 MAX_STRIDE = 8
+MAX_LISTED = 5  # trajectories listed one by one for a kind and channel; more become one finding of the split
+WARN_OFF = 0.1  # stats.yaml: mean off by so many std, or std by this share; few trajectories subsampled reach 0.06
+ERROR_OFF = 1.0  # mean off by a whole std, or std by a factor of 2
 
 _HUGE = float(np.finfo(np.float32).max)  # in place of infinity, which JSON has not
 
 Interval = tuple[float | None, float | None]  # lowest, highest good value
+_Moments = tuple[int, tuple[float, ...], tuple[float, ...]]  # number of frames, mean and variance of each channel
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Summary(Strict):
 
     lowest: tuple[float, ...]  # above `highest` where there was no finite frame
     highest: tuple[float, ...]
-    equal: tuple[tuple[int, int], ...]  # pairs of channels that hold the same values wherever looked at
+    equal: tuple[tuple[int, int], ...]  # pairs of channels that hold the same values everywhere
     count: int  # frames
     mean: tuple[float, ...]
     variance: tuple[float, ...]
@@ -48,12 +49,52 @@ class Summary(Strict):
     delta_mean: tuple[float, ...]
     delta_variance: tuple[float, ...]
 
+    @property
+    def moments(self) -> _Moments:
+        """Of the values."""
+        return self.count, self.mean, self.variance
+
+    @property
+    def delta_moments(self) -> _Moments:
+        """Of the changes from one frame to the next."""
+        return self.delta_count, self.delta_mean, self.delta_variance
+
+
+def merge(summaries: Sequence[Summary]) -> Summary:
+    """Return the summary of all trajectories of several summaries, which have the same channels."""
+    total = summaries[0]
+    for one in summaries[1:]:
+        total = Summary(
+            tuple(map(min, total.lowest, one.lowest)),
+            tuple(map(max, total.highest, one.highest)),
+            tuple(pair for pair in total.equal if pair in one.equal),
+            *_pooled(total.moments, one.moments),
+            *_pooled(total.delta_moments, one.delta_moments),
+        )
+    return total
+
+
+def _pooled(first: _Moments, second: _Moments) -> _Moments:
+    """Return the moments of two sets together (Chan, Golub and LeVeque 1979)."""
+    total = first[0] + second[0]
+    if not first[0] or not second[0]:
+        return first if first[0] else second
+    share = second[0] / total
+    shift = np.subtract(second[1], first[1])
+    mean = np.add(first[1], shift * share)
+    variance = np.multiply(first[2], 1 - share) + np.multiply(second[2], share) + shift**2 * (share * (1 - share))
+    return total, tuple(map(float, mean)), tuple(map(float, variance))
+
 
 class TrajectoryAudit:
-    """Looks at the frames of one trajectory in their order.
+    """The audit of one trajectory, whose frames are added in their order.
 
-    state, constant: names of the channels. grid: (H, W). std: by channel, where known; the unit of `stationary`, else
-    the trajectory's own. ranges: channel -> lowest and highest good value.
+    Args:
+        state: Names of the state channels.
+        constant: Names of the constant channels.
+        grid: (H, W).
+        std: By channel, where known: the unit of `stationary`. Otherwise the trajectory's own is the unit.
+        ranges: Channel -> lowest and highest good value.
     """
 
     def __init__(
@@ -65,14 +106,15 @@ class TrajectoryAudit:
         ranges: Mapping[str, Interval] | None = None,
     ) -> None:
         self.state, self.constant, self.grid = tuple(state), tuple(constant), grid
+        self.num_frames = 0
         self._std = None if std is None else np.array([std[name] for name in self.state])
         self._ranges = ranges or {}
         self._steps = tuple(slice(None, None, max(1, min(MAX_STRIDE, size // MIN_POINTS))) for size in grid)
-        self._num_points = grid[0] * grid[1]
-        self._low: list[np.ndarray] = []  # of each block, (T, C), as the following
+        # Of each block that was added:
+        self._low: list[np.ndarray] = []  # (T, C), as the next three
         self._high: list[np.ndarray] = []
         self._flat: list[np.ndarray] = []  # variance below MIN_VARIANCE
-        self._change: list[np.ndarray] = []  # largest change of a point from the frame before
+        self._change: list[np.ndarray] = []  # largest change of a point from the frame before; frame 0 has none
         self._sums: list[np.ndarray] = []  # (2, T, C): of value - origin and its square, over the subsample
         self._delta_sums: list[np.ndarray] = []  # (2, T, C): of the change and its square; frame 0 has none
         self._origin = np.empty(0)  # (C, 1), keeps the sums of squares accurate
@@ -82,30 +124,48 @@ class TrajectoryAudit:
         self._last: np.ndarray | None = None
         self._last_points: np.ndarray | None = None  # (1, C, n)
         self._constants = np.empty((len(self.constant), 1, 1), np.float32)
-        self.num_frames = 0
 
     def add_constants(self, constants: np.ndarray) -> None:
-        """Looks at the constant fields (K, H, W) float32."""
+        """Add the constant fields (K, H, W) float32."""
         self._constants = constants
 
     def add(self, frames: np.ndarray) -> None:
-        """Looks at the next frames (T, C, H, W) float32, which must stay as they are until the next call ends."""
+        """Add the next frames (T, C, H, W) float32, which must stay as they are until the next call ends."""
         flat = frames.reshape(*frames.shape[:2], -1)
         low, high = flat.min(axis=2), flat.max(axis=2)
-        self._look_for_duplicates(frames, low, high)
+        self._find_duplicates(frames, low, high)
         self._low.append(low)
         self._high.append(high)
         points = frames[:, :, self._steps[0], self._steps[1]].reshape(*frames.shape[:2], -1)
         with np.errstate(invalid="ignore", over="ignore"):
             variance = self._add_points(points.astype(np.float64))
-            self._flat.append(self._variance_is_tiny(frames, variance, points.shape[2], high.astype(np.float64) - low))
-            self._look_at_still_frames(frames)
-        self._look_for_twins(frames, low, high)
+            self._flat.append(_variance_is_tiny(frames, variance, points.shape[2], high.astype(np.float64) - low))
+            self._measure_still_frames(frames)
+        has_nan = bool(np.isnan(low).any())
+        self._equal = [
+            (a, b)
+            for a, b in self._equal
+            if np.array_equal(low[:, a], low[:, b], equal_nan=True)
+            and np.array_equal(high[:, a], high[:, b], equal_nan=True)
+            and all(np.array_equal(frame[a], frame[b], equal_nan=has_nan) for frame in frames)
+        ]
         self.num_frames += len(frames)
         self._last = frames[-1]
 
+    def _find_duplicates(self, frames: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+        """Compare frames whose lowest and highest values are those of the frame before."""
+        extremes = np.concatenate([low, high], axis=1)
+        joined = list(frames)
+        if self._last is not None:
+            last = np.concatenate([self._low[-1][-1:], self._high[-1][-1:]], axis=1)
+            extremes = np.concatenate([last, extremes])
+            joined.insert(0, self._last)
+        for place in np.flatnonzero((extremes[1:] == extremes[:-1]).all(axis=1)).tolist():
+            if np.array_equal(joined[place], joined[place + 1]):
+                self._duplicates.append(self.num_frames + len(frames) - len(joined) + place + 1)
+
     def _add_points(self, points: np.ndarray) -> np.ndarray:
-        """Sums and changes of the subsample (T, C, n) float64, which is overwritten; returns its variances (T, C)."""
+        """Add the subsample (T, C, n) float64, which is overwritten, to the sums; return its variances (T, C)."""
         if not self.num_frames:
             first = points[0].mean(axis=1, keepdims=True)
             self._origin = np.where(np.isfinite(first), first, 0.0)
@@ -120,30 +180,15 @@ class TrajectoryAudit:
         means = sums / points.shape[2]
         return np.asarray(means[1] - means[0] ** 2)
 
-    def _variance_is_tiny(
-        self, frames: np.ndarray, variance: np.ndarray, num_sampled: int, span: np.ndarray
-    ) -> np.ndarray:
-        """Which frames and channels have a variance below MIN_VARIANCE over space, (T, C) bool.
+    def _measure_still_frames(self, frames: np.ndarray) -> None:
+        """Take the change over all points where the subsample is still: something small may move between its points.
 
-        The variance of the subsample is too high by at most the share of points it leaves out, and says where all
-        points must be asked. n values that span a range r have a variance of r^2 / 2n at least, and r^2 / 4 at most.
-        """
-        share = self._num_points / num_sampled
-        tiny = span**2 < 4 * MIN_VARIANCE
-        suspect = (variance < share * MIN_VARIANCE) & (span**2 < 2 * self._num_points * MIN_VARIANCE)
-        for place, channel in np.argwhere(suspect & ~tiny):
-            tiny[place, channel] = frames[place, channel].var(dtype=np.float64) < MIN_VARIANCE
-        return np.asarray(tiny)
-
-    def _look_at_still_frames(self, frames: np.ndarray) -> None:
-        """Takes all points into the largest change of frames that the subsample finds still: what moves may be small.
-
-        Where no std was given it is known at the end only; until then the range, at least twice the std, stands for it.
+        Where no std was given it is known at the end only. Until then the range, at least twice the std, is the unit.
         """
         self._lowest = np.fmin(self._lowest, np.fmin.reduce(self._low[-1]))
         self._highest = np.fmax(self._highest, np.fmax.reduce(self._high[-1]))
         unit = self._highest - self._lowest if self._std is None else self._std
-        change = self._change[-1]  # of the frames that have one before
+        change = self._change[-1]
         shift = len(frames) - len(change)
         for place in np.flatnonzero((change <= STILL_CHANGE * unit).all(axis=1)).tolist():
             frame = place + shift
@@ -151,91 +196,61 @@ class TrajectoryAudit:
             assert before is not None
             change[place] = np.abs(frames[frame] - before).max(axis=(1, 2))
 
-    def _look_for_duplicates(self, frames: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-        """Compares frames whose lowest and highest values are those of the frame before."""
-        extremes = np.concatenate([low, high], axis=1)
-        joined = list(frames)
-        if self._last is not None:
-            last = np.concatenate([self._low[-1][-1:], self._high[-1][-1:]], axis=1)
-            extremes = np.concatenate([last, extremes])
-            joined.insert(0, self._last)
-        for place in np.flatnonzero((extremes[1:] == extremes[:-1]).all(axis=1)).tolist():
-            if np.array_equal(joined[place], joined[place + 1]):
-                self._duplicates.append(self.num_frames + len(frames) - len(joined) + place + 1)
-
-    def _look_for_twins(self, frames: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-        self._equal = [
-            (a, b)
-            for a, b in self._equal
-            if np.array_equal(low[:, a], low[:, b], equal_nan=True)
-            and np.array_equal(high[:, a], high[:, b], equal_nan=True)
-            and all(np.array_equal(frame[a], frame[b], equal_nan=bool(np.isnan(low).any())) for frame in frames)
-        ]
-
     @property
     def finite(self) -> bool:
         """Whether the frames added last hold neither NaN nor Inf."""
         return bool(np.isfinite(self._low[-1]).all() and np.isfinite(self._high[-1]).all())
 
     def findings(self, file: str, trajectory: int) -> list[Finding]:
-        """All findings about this trajectory, at most one for each kind and channel."""
+        """Return all findings about this trajectory, at most one for each kind and channel."""
         low, high = np.concatenate(self._low), np.concatenate(self._high)
-        return [
-            replace(finding, file=file, trajectory=trajectory)
-            for found in (
-                self._nonfinite(low, high),
-                self._duplicate(),
-                self._stationary(low, high),
-                self._zero_variance(),
-                self._out_of_range(low, high),
-            )
-            for finding in found
-        ]
+        found = [*self._nonfinite(low, high), *self._duplicate(), *self._stationary(low, high)]
+        found += [*self._zero_variance(), *self._out_of_range(low, high)]
+        return [replace(finding, file=file, trajectory=trajectory) for finding in found]
 
     def _nonfinite(self, low: np.ndarray, high: np.ndarray) -> list[Finding]:
         found = []
         for number, name in enumerate(self.constant):
             if not np.isfinite(self._constants[number]).all():
-                found.append(_finding("nonfinite", "error", name, ((0, len(low)),), "NaN or Inf in a constant field"))
+                detail = "NaN or Inf in a constant field"
+                found.append(_finding("nonfinite", "error", name, detail, ((0, len(low)),)))
         bad = ~(np.isfinite(low) & np.isfinite(high))
         for number, name in enumerate(self.state):
             frames = np.flatnonzero(bad[:, number]).tolist()
             if frames:
                 detail = f"{len(frames)} of {len(low)} frames hold NaN or Inf"
-                found.append(_finding("nonfinite", "error", name, frame_ranges(frames), detail))
+                found.append(_finding("nonfinite", "error", name, detail, frame_ranges(frames)))
         return found
 
     def _duplicate(self) -> list[Finding]:
         if not self._duplicates:
             return []
         detail = f"{len(self._duplicates)} of {self.num_frames} frames equal the frame before"
-        return [_finding("duplicates", "warning", None, frame_ranges(self._duplicates), detail)]
+        return [_finding("duplicates", "warning", None, detail, frame_ranges(self._duplicates))]
 
     def _stationary(self, low: np.ndarray, high: np.ndarray) -> list[Finding]:
-        """The longest tail in which no value moves, in the largest change of each frame."""
+        """Return the longest tail in which no value moves, by the largest change of each frame."""
         std = self._std
         if std is None:
             whole = (np.isfinite(low) & np.isfinite(high)).all(axis=1)
             std = np.sqrt(self._moments(self._sums, whole, self._origin)[2])
-        change = np.concatenate(self._change)
-        moving = np.flatnonzero(~(change <= STILL_CHANGE * std).all(axis=1))
+        moving = np.flatnonzero(~(np.concatenate(self._change) <= STILL_CHANGE * std).all(axis=1))
         first = int(moving[-1]) + 2 if len(moving) else 1
         count = len(low) - first
         if count < STILL_FRAMES:
             return []
         detail = f"the last {count} of {len(low)} frames move by less than {STILL_CHANGE:g} std from one to the next"
-        return [_finding("stationary", "warning", None, ((first, len(low)),), detail)]
+        return [_finding("stationary", "warning", None, detail, ((first, len(low)),))]
 
     def _zero_variance(self) -> list[Finding]:
-        """Frame 0 is never the target of a one-step window, so that one alone is no more than a note."""
         flat = np.concatenate(self._flat)
         found = []
         for number, name in enumerate(self.state):
             frames = np.flatnonzero(flat[:, number]).tolist()
             if frames:
-                severity = "note" if frames == [0] else "warning"
+                severity = "note" if frames == [0] else "warning"  # frame 0 is never the target of a one-step window
                 detail = f"spatial variance below {MIN_VARIANCE:g} in {len(frames)} of {len(flat)} frames"
-                found.append(_finding("zero_variance", severity, name, frame_ranges(frames), detail))
+                found.append(_finding("zero_variance", severity, name, detail, frame_ranges(frames)))
         return found
 
     def _out_of_range(self, low: np.ndarray, high: np.ndarray) -> list[Finding]:
@@ -248,20 +263,19 @@ class TrajectoryAudit:
                 lows, highs = values.min(keepdims=True)[0], values.max(keepdims=True)[0]
             else:
                 continue
-            outside = (lows < (-np.inf if lowest is None else lowest)) | (
-                highs > (np.inf if highest is None else highest)
-            )
+            outside = lows < (-np.inf if lowest is None else lowest)
+            outside |= highs > (np.inf if highest is None else highest)
             if outside.any():
-                bounds = (
-                    f"{'any' if lowest is None else f'{lowest:g}'} to {'any' if highest is None else f'{highest:g}'}"
+                bounds = ["any" if bound is None else f"{bound:g}" for bound in (lowest, highest)]
+                detail = (
+                    f"values from {np.nanmin(lows):g} to {np.nanmax(highs):g}, the card says {bounds[0]} to {bounds[1]}"
                 )
-                detail = f"values from {np.nanmin(lows):g} to {np.nanmax(highs):g}, the card says {bounds}"
                 frames = frame_ranges(np.flatnonzero(outside).tolist()) if name in self.state else ()
-                found.append(_finding("out_of_range", "warning", name, frames, detail))
+                found.append(_finding("out_of_range", "warning", name, detail, frames))
         return found
 
     def summary(self) -> Summary:
-        """The summary that the split's findings are made from; frames with NaN or Inf count for nothing in it."""
+        """Return what the split's findings are made from; frames with NaN or Inf are left out."""
         low, high = np.concatenate(self._low), np.concatenate(self._high)
         good = np.isfinite(low) & np.isfinite(high)
         lowest, highest = np.where(good, low, _HUGE).min(axis=0), np.where(good, high, -_HUGE).max(axis=0)
@@ -269,150 +283,103 @@ class TrajectoryAudit:
             (one.min(), one.max()) if np.isfinite(one).all() else (_HUGE, -_HUGE)
             for one in self._constants[: len(self.constant)]
         ]
-        whole = good.all(axis=1)
-        count, mean, variance = self._moments(self._sums, whole, self._origin)
-        delta_count, delta_mean, delta_variance = self._moments(self._delta_sums, whole[1:] & whole[:-1], 0.0)
         shift = len(self.state)
-        twins = [
+        equal_constants = [
             (shift + a, shift + b)
             for a, b in combinations(range(len(self.constant)), 2)
             if np.array_equal(self._constants[a], self._constants[b])
         ]
+        whole = good.all(axis=1)
         return Summary(
-            lowest=(*map(float, lowest), *(float(a) for a, _ in limits)),
-            highest=(*map(float, highest), *(float(b) for _, b in limits)),
-            equal=(*self._equal, *twins),
-            count=count,
-            mean=tuple(map(float, mean)),
-            variance=tuple(map(float, variance)),
-            delta_count=delta_count,
-            delta_mean=tuple(map(float, delta_mean)),
-            delta_variance=tuple(map(float, delta_variance)),
+            (*map(float, lowest), *(float(a) for a, _ in limits)),
+            (*map(float, highest), *(float(b) for _, b in limits)),
+            (*self._equal, *equal_constants),
+            *self._moments(self._sums, whole, self._origin),
+            *self._moments(self._delta_sums, whole[1:] & whole[:-1], 0.0),
         )
 
-    def _moments(
-        self, sums: Sequence[np.ndarray], chosen: np.ndarray, origin: np.ndarray | float
-    ) -> tuple[int, np.ndarray, np.ndarray]:
-        """Number of the frames chosen (T,), mean and variance (C,) of their subsample."""
+    def _moments(self, sums: Sequence[np.ndarray], chosen: np.ndarray, origin: np.ndarray | float) -> _Moments:
+        """Return the moments of the subsample of the chosen frames (T,)."""
         good = np.concatenate(sums, axis=1)[:, chosen]  # (2, frames, C)
         count, num_sampled = good.shape[1], max(1, self._last_points.shape[2] if self._last_points is not None else 1)
         mean, square = good.sum(axis=1) / max(1, count * num_sampled)
-        return count, mean + np.ravel(origin), np.maximum(square - mean**2, 0)
+        variance = np.maximum(square - mean**2, 0)
+        return count, tuple(map(float, mean + np.ravel(origin))), tuple(map(float, variance))
 
 
-def _finding(kind: str, severity: str, channel: str | None, frames: Sequence[Range], detail: str) -> Finding:
+def _variance_is_tiny(frames: np.ndarray, variance: np.ndarray, num_sampled: int, span: np.ndarray) -> np.ndarray:
+    """Return which frames and channels have a variance below MIN_VARIANCE over space, (T, C) bool.
+
+    The variance of the subsample is too high by at most the share of points it leaves out, so it tells which frames
+    need all points. n values that span a range r have a variance of r^2 / 2n at least, and r^2 / 4 at most.
+    """
+    num_points = frames.shape[2] * frames.shape[3]
+    tiny = span**2 < 4 * MIN_VARIANCE
+    suspect = (variance < num_points / num_sampled * MIN_VARIANCE) & (span**2 < 2 * num_points * MIN_VARIANCE)
+    for place, channel in np.argwhere(suspect & ~tiny):
+        tiny[place, channel] = frames[place, channel].var(dtype=np.float64) < MIN_VARIANCE
+    return np.asarray(tiny)
+
+
+def _finding(kind: str, severity: str, channel: str | None, detail: str, frames: Sequence[Range] = ()) -> Finding:
     return Finding(kind, severity, "", None, channel, tuple(frames), detail)
-
-
-MAX_LISTED = 5  # trajectories listed one by one for a kind and channel; more become one finding of the split
-WARN_OFF = 0.1  # stats.yaml: mean off by so many std, or std by this share; few trajectories subsampled reach 0.06
-ERROR_OFF = 1.0  # mean off by a whole std, or std by a factor of 2
-
-
-def merge(samples: Sequence[Summary]) -> Summary:
-    """The summary of all trajectories of several summaries, which have the same channels."""
-    total = samples[0]
-    for one in samples[1:]:
-        count, mean, variance = _pooled((total.count, total.mean, total.variance), (one.count, one.mean, one.variance))
-        delta_count, delta_mean, delta_variance = _pooled(
-            (total.delta_count, total.delta_mean, total.delta_variance),
-            (one.delta_count, one.delta_mean, one.delta_variance),
-        )
-        total = Summary(
-            lowest=tuple(map(min, total.lowest, one.lowest)),
-            highest=tuple(map(max, total.highest, one.highest)),
-            equal=tuple(pair for pair in total.equal if pair in one.equal),
-            count=count,
-            mean=mean,
-            variance=variance,
-            delta_count=delta_count,
-            delta_mean=delta_mean,
-            delta_variance=delta_variance,
-        )
-    return total
-
-
-_Moments = tuple[int, tuple[float, ...], tuple[float, ...]]
-
-
-def _pooled(first: _Moments, second: _Moments) -> _Moments:
-    """Count, mean and variance of two sets together (Chan, Golub and LeVeque 1979)."""
-    total = first[0] + second[0]
-    if not first[0] or not second[0]:
-        return first if first[0] else second
-    share = second[0] / total
-    shift = np.subtract(second[1], first[1])
-    mean = np.add(first[1], shift * share)
-    variance = np.multiply(first[2], 1 - share) + np.multiply(second[2], share) + shift**2 * (share * (1 - share))
-    return total, tuple(map(float, mean)), tuple(map(float, variance))
 
 
 def split_findings(
     card: Card,
     channels: Mapping[str, Channel],
-    sample: Summary,
+    summary: Summary,
     lengths: Sequence[int],
     grid: tuple[int, int],
     stats: Stats | None,
 ) -> list[Finding]:
-    """Findings about a whole split.
+    """Return the findings about a whole split.
 
-    channels: the registry's, for what is known to be the same. lengths: frames of each trajectory. stats: those that
-    claim to be of these trajectories, None where there is no such claim to check.
+    Args:
+        card: The dataset's.
+        channels: The registry's, which states the channels that are duplicates by definition.
+        summary: That of all trajectories.
+        lengths: Frames of each trajectory.
+        grid: (H, W).
+        stats: Stated to be those of these trajectories; None where nothing is stated.
     """
-    found = [*_constant_channels(card, sample), *_duplicated_channels(card, channels, sample)]
-    if stats is not None and sample.count:
-        found += _stats_disagree(card, sample, stats, _missing(card, grid, len(lengths)))
-    if len(set(lengths)) > 1:
-        counts = ", ".join(f"{lengths.count(length)} of {length}" for length in sorted(set(lengths)))
-        found.append(_of_split("mixed_lengths", "note", None, f"frames of the trajectories: {counts}"))
-    if grid != card.grid:
-        detail = f"{grid[0]}x{grid[1]}, the card says {card.grid[0]}x{card.grid[1]}"
-        found.append(_of_split("grid", "note", None, detail))
-    return found
-
-
-def _constant_channels(card: Card, sample: Summary) -> list[Finding]:
     found = []
-    for number, name in enumerate(card.state_channels + card.constant_channels):
-        if sample.lowest[number] == sample.highest[number]:
-            severity = "warning" if name in card.state_channels else "note"
-            detail = f"{sample.lowest[number]:g} at every point of every frame"
-            found.append(_of_split("constant_channel", severity, name, detail))
-    return found
-
-
-def _duplicated_channels(card: Card, channels: Mapping[str, Channel], sample: Summary) -> list[Finding]:
     names = card.state_channels + card.constant_channels
-    found = []
-    for a, b in sample.equal:
-        if sample.lowest[a] >= sample.highest[a]:  # two constant channels are reported as such
+    for number, name in enumerate(names):
+        if summary.lowest[number] == summary.highest[number]:
+            severity = "warning" if name in card.state_channels else "note"
+            detail = f"{summary.lowest[number]:g} at every point of every frame"
+            found.append(_finding("constant_channel", severity, name, detail))
+    for a, b in summary.equal:
+        if summary.lowest[a] >= summary.highest[a]:  # two constant channels are reported as such
             continue
         first, second = names[a], names[b]
         known = first == channels[second].duplicate_of or second == channels[first].duplicate_of
         detail = f"equals {first} at every point of every frame" + (", as channels.yaml says" if known else "")
-        found.append(_of_split("duplicated_channel", "note" if known else "warning", second, detail))
+        found.append(_finding("duplicated_channel", "note" if known else "warning", second, detail))
+    if stats is not None and summary.count:
+        # stats.yaml describes the published training split; `download --first-only` gets a part of it.
+        published = sum(trajectories for trajectories, _ in card.train) if grid == card.grid else 0
+        found += _stats_disagree(card, summary, stats, max(0, published - len(lengths)))
+    if len(set(lengths)) > 1:
+        counts = ", ".join(f"{lengths.count(length)} of {length}" for length in sorted(set(lengths)))
+        found.append(_finding("mixed_lengths", "note", None, f"frames of the trajectories: {counts}"))
+    if grid != card.grid:
+        detail = f"{grid[0]}x{grid[1]}, the card says {card.grid[0]}x{card.grid[1]}"
+        found.append(_finding("grid", "note", None, detail))
     return found
 
 
-def _missing(card: Card, grid: tuple[int, int], num_trajectories: int) -> int:
-    """How many trajectories of the published training split, which stats.yaml describes, are not there."""
-    published = sum(trajectories for trajectories, _ in card.train) if grid == card.grid else 0
-    return max(0, published - num_trajectories)
+def _stats_disagree(card: Card, summary: Summary, stats: Stats, missing: int) -> list[Finding]:
+    """Return one finding for each channel whose mean or std, or those of its change, are not those of the subsample.
 
-
-def _stats_disagree(card: Card, sample: Summary, stats: Stats, missing: int) -> list[Finding]:
-    """One finding for each channel whose mean or std, or those of its change, are not those of the subsample.
-
-    It is no error where trajectories are missing (`download --first-only`): the statistics are of all of them.
+    It is no error where trajectories are missing: the statistics are of all of them.
     """
     found = []
-    moments = [("", sample.mean, sample.variance)]
-    if sample.delta_count:
-        moments.append(("_delta", sample.delta_mean, sample.delta_variance))
+    moments = [("", summary.moments)] + [("_delta", summary.delta_moments)] * bool(summary.delta_count)
     for number, name in enumerate(card.state_channels):
         worst, details = 0.0, []
-        for suffix, means, variances in moments:
+        for suffix, (_, means, variances) in moments:
             mean, std = means[number], float(np.sqrt(variances[number]))
             stated_mean, stated_std = stats["mean" + suffix][name], stats["std" + suffix][name]
             off = _distance(mean, std, stated_mean, stated_std)
@@ -427,22 +394,22 @@ def _stats_disagree(card: Card, sample: Summary, stats: Stats, missing: int) -> 
             detail = "; ".join(details)
             if missing:
                 detail += f" ({missing} of the published trajectories are not here, which may be why)"
-            found.append(_of_split("stats_disagree", severity, name, detail))
+            found.append(_finding("stats_disagree", severity, name, detail))
     return found
 
 
 def _distance(mean: float, std: float, stated_mean: float, stated_std: float) -> float:
-    """How far stated moments are from those of the data: the larger of shift / std and of the factor of the std - 1."""
+    """Return how far stated moments are from the data's: shift / std or factor of the std - 1, the larger."""
     tiny = 1e-6 * max(abs(mean), abs(stated_mean)) + 1e-30  # what rounding makes of the std of a constant
     smaller, larger = sorted((std + tiny, stated_std + tiny))
     return max(abs(mean - stated_mean) / larger, larger / smaller - 1)
 
 
 def condense(findings: Sequence[Finding], num_trajectories: int) -> list[Finding]:
-    """The same report, shorter and in the order of KINDS: one finding of the split for a fault of many trajectories.
+    """Return a shorter report in the order of KINDS: one finding of the split for a fault of many trajectories.
 
-    Kinds whose windows can be left out keep a finding for each trajectory. Channels that are constant in the whole
-    split are not told once more to have no variance.
+    Kinds whose windows can be left out keep a finding for each trajectory. A channel that is constant in the whole
+    split is not reported again for its variance.
     """
     constant = {finding.channel for finding in findings if finding.kind == "constant_channel"}
     kept = [one for one in findings if one.kind != "zero_variance" or one.channel not in constant]
@@ -456,9 +423,5 @@ def condense(findings: Sequence[Finding], num_trajectories: int) -> list[Finding
             continue
         frames = sorted({frame for one in members for first, stop in one.frames for frame in range(first, stop)})
         detail = f"in {len(members)} of {num_trajectories} trajectories; the first: {members[0].detail}"
-        short.append(Finding(kind, severity, "", None, channel, frame_ranges(frames), detail))
+        short.append(_finding(kind, severity, channel, detail, frame_ranges(frames)))
     return short
-
-
-def _of_split(kind: str, severity: str, channel: str | None, detail: str) -> Finding:
-    return Finding(kind, severity, "", None, channel, (), detail)
