@@ -16,25 +16,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import patch_environment
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from data_pipeline.files import UserError
 from data_pipeline.schema import nearest
-from data_pipeline.tables import digits, markdown
 from fm.config import Recipe, load_recipe
 from fm.distributed import autocast_dtype, make_accelerator
-from fm.lab.data_wait import DataWait, Loader
-from fm.lab.dry_runs import WARM_UP, Measurement, measure_variants
+from fm.lab.data_wait import DataWait, ShardLoader
+from fm.lab.dry_runs import Measurement, measure_variants, profile_step
 from fm.lab.hardware import PARTS, Ceilings, data_sheet, describe_machine, find_gpu, measure_ceilings, roofline
-from fm.lab.workload import PAPER_STEPS, Footprint, Size, Workload, footprint, sized_workload
+from fm.lab.workload import PAPER_STEPS, Footprint, GridSize, Workload, footprint, sized_workload
 from fm.training.objective import Unroll
-from fm.training.state import TrainingState
-from fm.training.step import PHASES, DryRun, StepSeconds
+from fm.training.step import PHASES, StepSeconds
 
 RECIPES = {"cpu": Path("recipes/quickstart.yaml"), "cuda": Path("recipes/fm_pretrain.yaml")}
-SIZES: dict[str, Size] = {"cpu": "mini", "cuda": "full"}
+SIZES: dict[str, GridSize] = {"cpu": "mini", "cuda": "full"}
 SECONDS = {"cpu": 45.0, "cuda": 300.0}
 ROOT = Path(__file__).parents[2]
 MIXTURE = "mixture"
@@ -73,7 +69,7 @@ class BenchmarkOptions:
     recipe: Path | None = None
     overrides: tuple[str, ...] = ()
     device: str = "auto"
-    size: Size | None = None
+    size: GridSize | None = None
     datasets: tuple[str, ...] | None = None
     variants: tuple[str, ...] | None = None
     seconds: float | None = None  # of taking steps, about
@@ -142,7 +138,7 @@ class Benchmark:
     """The result of a benchmark. The fields are the keys of the JSON file."""
 
     recipe: str  # its file
-    size: Size
+    size: GridSize
     machine: Mapping[str, Any]
     ceilings: Ceilings
     parameters: int
@@ -185,12 +181,12 @@ def benchmark(options: BenchmarkOptions) -> Benchmark:
             options.profile.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--profile: cannot make the folder {options.profile}: {error.strerror}") from error
-    loader = Loader(workload.recipe, options.shards, options.step_seconds) if options.shards else None
+    loader = ShardLoader(workload.recipe, options.shards, options.step_seconds) if options.shards else None
     with patch_environment(ACCELERATE_USE_CPU="true") if device == "cpu" else nullcontext():
         accelerator = make_accelerator(workload.recipe.train.clip)
         machine, ceilings = describe_machine(device), measure_ceilings(accelerator.device)
         dtypes = {name: autocast_dtype(one.train.precision, accelerator.device) for name, one in recipes.items()}
-        counts = _Counts(workload, set(dtypes.values()))
+        counts = _CountedSteps(workload, set(dtypes.values()))
         measurements = measure_variants(
             recipes, workload, accelerator, options.seconds or SECONDS[device], every=options.variants is not None
         )
@@ -222,7 +218,7 @@ def floors(gpu: str, options: BenchmarkOptions) -> Benchmark:
     ceilings = data_sheet(find_gpu(gpu))
     file, size, workload = _read_options(options, "cuda")
     dtype = None if workload.recipe.train.precision == "float32" else torch.bfloat16
-    counts = _Counts(workload, {dtype})
+    counts = _CountedSteps(workload, {dtype})
     rows = counts.rows(_dtype_name(dtype), workload.recipe.train.global_batch, dtype, ceilings)
     rows = [replace(row, reason="counted, not measured") for row in rows]
     return Benchmark(
@@ -256,7 +252,7 @@ def _chosen_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def _read_options(options: BenchmarkOptions, device: str) -> tuple[Path, Size, Workload]:
+def _read_options(options: BenchmarkOptions, device: str) -> tuple[Path, GridSize, Workload]:
     """Return the recipe's file, the size of the grids, and the workload; the device has defaults of each."""
     file = options.recipe
     if file is None:
@@ -272,7 +268,7 @@ def _dtype_name(autocast: torch.dtype | None) -> str:
     return "float32" if autocast is None else str(autocast).removeprefix("torch.")
 
 
-class _Counts:
+class _CountedSteps:
     """What the steps of a workload compute and move, by dataset and by the dtype of products (None is float32)."""
 
     def __init__(self, workload: Workload, dtypes: set[torch.dtype | None]) -> None:
@@ -369,11 +365,6 @@ def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
     return sum(weight * value for weight, value in zip(weights, values, strict=True))
 
 
-PROFILED_STEPS = 3
-PROFILED_ROWS = 25
-NAME_WIDTH = 70
-
-
 def _profiles(
     rows: Sequence[Row], recipes: Mapping[str, Recipe], workload: Workload, accelerator: Accelerator, folder: Path
 ) -> list[str]:
@@ -385,45 +376,3 @@ def _profiles(
             longest = max(times, key=lambda dataset: times[dataset])
             tables.append(str(profile_step(variant, recipe, workload, longest, accelerator, folder)))
     return tables
-
-
-def profile_step(
-    name: str, recipe: Recipe, workload: Workload, dataset: str, accelerator: Accelerator, folder: Path
-) -> Path:
-    """Profile a dataset's step with torch's profiler, and return the file of the table.
-
-    Writes <name>-<dataset>.json, for chrome://tracing or Perfetto, and a table of kernels, or on a CPU of operators, in
-    <name>-<dataset>.md. Raises UserError if the folder cannot be written.
-    """
-    on_gpu = accelerator.device.type == "cuda"
-    state, sizes = TrainingState(recipe, workload.model(), accelerator, None), workload.datasets[dataset]
-    dry_run = DryRun(recipe, sizes.spec, sizes.grid, accelerator)
-    for _ in range(WARM_UP[accelerator.device.type]):
-        dry_run.step(state).read()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities, acc_events=True) as found:
-        for _ in range(PROFILED_STEPS):
-            dry_run.step(state)
-        if on_gpu:
-            torch.cuda.synchronize()
-    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    times = [
-        (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count, event.key)
-        for event in found.key_averages()
-        if event.device_type == kind
-    ]
-    total = sum(spent for spent, *_ in times)  # microseconds
-    body = []
-    for spent, calls, key in sorted(times, key=lambda row: -row[0])[:PROFILED_ROWS]:
-        if spent > 0:
-            numbers = f"{calls / PROFILED_STEPS:g}", digits(spent / PROFILED_STEPS / 1e3), f"{100 * spent / total:.1f}"
-            body.append([key[:NAME_WIDTH], *numbers])
-    title = f"{name}, {dataset}, {sizes.grid[0]} x {sizes.grid[1]}, {recipe.train.global_batch} windows a step"
-    head = ["kernel" if on_gpu else "operator", "calls", "ms a step", "share %"]
-    table = folder / f"{name}-{dataset}.md"
-    try:
-        found.export_chrome_trace(str(table.with_suffix(".json")))
-        table.write_text(f"{title}\n\n{markdown(head, body)}\n")
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"--profile: cannot write into {folder}: {error}") from error
-    return table

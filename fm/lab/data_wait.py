@@ -42,7 +42,7 @@ class DataWait:
     cores: float  # that this process kept busy; on a CPU only the loader works
 
 
-class Loader:
+class ShardLoader:
     """The shards of a recipe's training split, read as training reads them."""
 
     def __init__(self, recipe: Recipe, shards: str, step_seconds: float) -> None:

@@ -3,7 +3,7 @@
 A dry run is the trainer's own step (fm/training/step.py) on random data of a dataset's grid. Datasets take turns, as
 they do in training. The first rounds do not count: compilers, allocators and CUDA graphs make them slow.
 
-`measure_steps`, for `fm plan`, replaces a step that would take too long or too much memory by a smaller one: of one
+`SizedDryRuns`, for `fm plan`, replaces a step that would take too long or too much memory by a smaller one: of one
 window, then of half the sides, and so on. The time of the whole step follows from the times of two smaller steps, on a
 line in FLOPs, because a part of a step does not grow with the grid.
 
@@ -15,14 +15,18 @@ import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 
 import torch
 from accelerate import Accelerator
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from data_pipeline.files import UserError
 from data_pipeline.registry import PATCH
+from data_pipeline.tables import digits, markdown
 from fm.config import Recipe
 from fm.distributed import make_accelerator
 from fm.lab.workload import Workload, WorkloadDataset
@@ -32,11 +36,13 @@ from fm.training.state import TrainingState
 from fm.training.step import DryRun, StepSeconds, resized
 
 ROUNDS = 3  # that count, at least
-MOST_ROUNDS = 12  # that count, of `measure_steps`
+MOST_ROUNDS = 12  # that count, of `SizedDryRuns`
 SMALLEST = 32  # longer side of the smallest grid
 MEMORY_SHARE = 0.7  # of the machine's memory, that the activations of a dry run may take
 WARM_UP = {"cpu": 1, "cuda": 3}  # rounds of `measure_variants` that do not count
 TURN = {"cpu": 1, "cuda": 4}  # dry runs of a dataset at a time; a GPU takes them without a pause between them
+PROFILED_STEPS = 3
+PROFILED_ROWS, NAME_WIDTH = 25, 70  # of the table of kernels
 
 
 @dataclass(frozen=True)
@@ -63,69 +69,62 @@ class _SizedStep:
         return self.recipe.train.global_batch * passes * self.grid[0] * self.grid[1] / PATCH
 
 
-def measure_steps(
-    workload: Workload, processes: int, token_bytes: Mapping[str, float], memory: float, seconds: float
-) -> dict[str, StepTime]:
-    """Return the time of each dataset's step with the windows of one of `processes` processes.
-
-    `token_bytes` are the bytes of activations per token, by dataset; `memory` are the bytes of this machine. This takes
-    about `seconds`, and longer on a slow machine.
-    """
-    started = time.perf_counter()
-    bench = _SizedSteps(workload, processes, token_bytes, memory)
-    most_work = bench.affordable_work(seconds / len(workload.datasets) / (1 + ROUNDS))
-    sizes = {name: bench.sizes(dataset) for name, dataset in workload.datasets.items()}
-    # The smallest size is the other end of the line, so it is not chosen.
-    steps = {
-        name: next((step for step in some[:-1] if step.work <= most_work and bench.fits(step)), some[-2])
-        for name, some in sizes.items()
-    }
-    smaller = [name for name, step in steps.items() if step.work < sizes[name][0].work]
-    smallest = {name: median(bench.take(sizes[name][-1]) for _ in range(ROUNDS)) for name in smaller}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    with tqdm(total=1 + MOST_ROUNDS, desc="dry run", unit="round", leave=False) as bar:
-        for number in range(1 + MOST_ROUNDS):
-            left = started + seconds - time.perf_counter()
-            if number > ROUNDS and left < sum(taken[-1] for taken in times.values()):
-                break
-            for name, step in steps.items():
-                times[name].append(bench.take(step))
-            bar.update()
-    found = {name: StepTime(median(taken[1:])) for name, taken in times.items()}
-    for name in smaller:
-        whole, step, least = sizes[name][0], steps[name], sizes[name][-1]
-        slope = max(found[name].seconds - smallest[name], 0.0) / (step.work - least.work)
-        found[name] = StepTime(found[name].seconds + slope * (whole.work - step.work), extrapolated=True)
-    return found
-
-
-class _SizedSteps:
-    """One model that takes steps of all sizes."""
+class SizedDryRuns:
+    """Dry runs of a workload with the windows of one of `processes` processes."""
 
     def __init__(self, workload: Workload, processes: int, token_bytes: Mapping[str, float], memory: float) -> None:
+        """`token_bytes` are the bytes of activations per token, by dataset; `memory` are the bytes of this machine."""
         self._recipe, self._datasets = workload.recipe, workload.datasets
         self._accelerator = make_accelerator(self._recipe.train.clip)
         self._state = TrainingState(self._recipe, workload.model(), self._accelerator, None)
         self._token_bytes, self._memory = token_bytes, memory
         self._windows = max(1, self._recipe.train.batch // processes)  # of a draw
 
-    def affordable_work(self, limit: float) -> float:
+    def measure(self, seconds: float) -> dict[str, StepTime]:
+        """Return the time of each dataset's step. This takes about `seconds`, and longer on a slow machine."""
+        started = time.perf_counter()
+        most_work = self._affordable_work(seconds / len(self._datasets) / (1 + ROUNDS))
+        sizes = {name: self._sizes(dataset) for name, dataset in self._datasets.items()}
+        # The smallest size is the other end of the line, so it is not chosen.
+        steps = {
+            name: next((step for step in some[:-1] if step.work <= most_work and self._fits(step)), some[-2])
+            for name, some in sizes.items()
+        }
+        smaller = [name for name, step in steps.items() if step.work < sizes[name][0].work]
+        smallest = {name: median(self._take(sizes[name][-1]) for _ in range(ROUNDS)) for name in smaller}
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        with tqdm(total=1 + MOST_ROUNDS, desc="dry run", unit="round", leave=False) as bar:
+            for number in range(1 + MOST_ROUNDS):
+                left = started + seconds - time.perf_counter()
+                if number > ROUNDS and left < sum(taken[-1] for taken in times.values()):
+                    break
+                for name, step in steps.items():
+                    times[name].append(self._take(step))
+                bar.update()
+        found = {name: StepTime(median(taken[1:])) for name, taken in times.items()}  # the first round is slow
+        for name in smaller:
+            whole, step, least = sizes[name][0], steps[name], sizes[name][-1]
+            slope = max(found[name].seconds - smallest[name], 0.0) / (step.work - least.work)
+            found[name] = StepTime(found[name].seconds + slope * (whole.work - step.work), extrapolated=True)
+        return found
+
+    def _affordable_work(self, limit: float) -> float:
         """Return the work of a step that takes about `limit` seconds, by steps of the dataset with the fewest tokens.
 
         Steps grow until one takes half the limit.
         """
         dataset = min(self._datasets.values(), key=lambda dataset: dataset.source.tokens)
         rate = 0.0
-        for step in reversed(self.sizes(dataset)):
-            if rate and not self.fits(step):
+        for step in reversed(self._sizes(dataset)):
+            if rate and not self._fits(step):
                 break
-            seconds = min(self.take(step), self.take(step))  # the first of its kind is slow
+            seconds = min(self._take(step), self._take(step))  # the first of its kind is slow
             rate = step.work / seconds
             if seconds > limit / 2:
                 break
         return limit * rate
 
-    def sizes(self, dataset: WorkloadDataset) -> list[_SizedStep]:
+    def _sizes(self, dataset: WorkloadDataset) -> list[_SizedStep]:
         """Return the step itself, the step of one window, then steps on smaller and smaller grids."""
         one_window, grid = resized(self._recipe, windows=1), dataset.grid
         whole = resized(self._recipe, self._windows, self._recipe.train.draws)
@@ -135,13 +134,13 @@ class _SizedSteps:
             steps.append(_SizedStep(dataset, one_window, grid))
         return steps
 
-    def fits(self, step: _SizedStep) -> bool:
+    def _fits(self, step: _SizedStep) -> bool:
         """Return whether the step's activations fit in this machine's memory."""
         train = step.recipe.train
         tokens = min(train.batch, train.micro_batch or train.batch) * step.grid[0] * step.grid[1] / PATCH
         return tokens * self._token_bytes[step.dataset.name] < MEMORY_SHARE * self._memory
 
-    def take(self, step: _SizedStep) -> float:
+    def _take(self, step: _SizedStep) -> float:
         """Take a step, which moves the weights at random, and return its seconds."""
         dry_run = DryRun(step.recipe, step.dataset.spec, step.grid, self._accelerator)
         return dry_run.step(self._state).read().whole
@@ -267,3 +266,45 @@ def _take_turns(variants: Sequence[_Variant], seconds: float, bar: tqdm) -> None
         left, before = begin + seconds - time.perf_counter(), left
         number, last = number + 1, before - left
         bar.update(min(shown + int(seconds - left), bar.total) - bar.n)
+
+
+def profile_step(
+    name: str, recipe: Recipe, workload: Workload, dataset: str, accelerator: Accelerator, folder: Path
+) -> Path:
+    """Profile a dataset's step with torch's profiler, and return the file of the table.
+
+    Writes <name>-<dataset>.json, for chrome://tracing or Perfetto, and a table of kernels, or on a CPU of operators, in
+    <name>-<dataset>.md. Raises UserError if the folder cannot be written.
+    """
+    on_gpu = accelerator.device.type == "cuda"
+    state, sizes = TrainingState(recipe, workload.model(), accelerator, None), workload.datasets[dataset]
+    dry_run = DryRun(recipe, sizes.spec, sizes.grid, accelerator)
+    for _ in range(WARM_UP[accelerator.device.type]):
+        dry_run.step(state).read()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities, acc_events=True) as found:
+        for _ in range(PROFILED_STEPS):
+            dry_run.step(state)
+        if on_gpu:
+            torch.cuda.synchronize()
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    times = [
+        (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count, event.key)
+        for event in found.key_averages()
+        if event.device_type == kind
+    ]
+    total = sum(spent for spent, *_ in times)  # microseconds
+    body = []
+    for spent, calls, key in sorted(times, key=lambda row: -row[0])[:PROFILED_ROWS]:
+        if spent > 0:
+            numbers = f"{calls / PROFILED_STEPS:g}", digits(spent / PROFILED_STEPS / 1e3), f"{100 * spent / total:.1f}"
+            body.append([key[:NAME_WIDTH], *numbers])
+    title = f"{name}, {dataset}, {sizes.grid[0]} x {sizes.grid[1]}, {recipe.train.global_batch} windows a step"
+    head = ["kernel" if on_gpu else "operator", "calls", "ms a step", "share %"]
+    table = folder / f"{name}-{dataset}.md"
+    try:
+        found.export_chrome_trace(str(table.with_suffix(".json")))
+        table.write_text(f"{title}\n\n{markdown(head, body)}\n")
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--profile: cannot write into {folder}: {error}") from error
+    return table

@@ -18,7 +18,7 @@ from data_pipeline.registry import PATCH
 from data_pipeline.windows.schedule import Division
 from fm.config import Recipe
 from fm.distributed import autocast_dtype
-from fm.lab.dry_runs import StepTime, measure_steps
+from fm.lab.dry_runs import SizedDryRuns, StepTime
 from fm.lab.hardware import INFINIBAND, STATE_TOUCHES, AssumedSpeed, Interconnect, buckets, device_name
 from fm.lab.workload import FLOAT_BYTES, Footprint, Workload, WorkloadDataset, footprint, kept_bytes, read_workload
 from fm.training.flops import BACKWARD, forward_flops, forward_passes, held_calls
@@ -141,19 +141,19 @@ def estimated_plan(
 
     Raises UserError if the processes cannot share the global batch, and for missing shards (`read_workload`).
     """
-    counts = _Counts(read_workload(recipe, require_shards), processes, speed.bf16, traffic=True)
+    planner = _Planner(read_workload(recipe, require_shards), processes, speed.bf16, traffic=True)
     gpu, train = speed.gpu, recipe.train
-    links, sent = Interconnect(gpu.link, network), buckets(float(FLOAT_BYTES * counts.parameters))
+    links, sent = Interconnect(gpu.link, network), buckets(float(FLOAT_BYTES * planner.parameters))
     times = {}
-    for name, window in counts.windows.items():
+    for name, window in planner.windows.items():
         assert window.footprint is not None
         calls = window.passes / forward_passes(1, None)  # model calls with as many forward and backward passes
-        micro_batches = train.draws * -(-train.batch // processes // counts.micro_batch)
+        micro_batches = train.draws * -(-train.batch // processes // planner.micro_batch)
         windows = train.global_batch / processes
         seconds = speed.seconds(
             windows * window.passes * window.forward_flops,
-            windows / counts.counted_windows * calls * window.footprint.moved_bytes
-            + STATE_TOUCHES * FLOAT_BYTES * counts.parameters,
+            windows / planner.counted_windows * calls * window.footprint.moved_bytes
+            + STATE_TOUCHES * FLOAT_BYTES * planner.parameters,
             micro_batches * calls * window.footprint.operations,
         )
         # Gradients get their final value in the last backward pass.
@@ -166,7 +166,7 @@ def estimated_plan(
         exchange = Exchange(sum(sent), reduced, links.link, links.network)
     kind = f"{gpu.bf16_tflops:g} TFLOP/s bf16" if speed.bf16 else f"{gpu.float32_tflops:g} TFLOP/s float32"
     machine = f"{gpu.name}: {kind}, {gpu.bandwidth:g} GB/s, {gpu.memory:g} GB"
-    return counts.plan(machine, 1e9 * gpu.memory, times, speed.utilisation, exchange)
+    return planner.plan(machine, 1e9 * gpu.memory, times, speed.utilisation, exchange)
 
 
 def measured_plan(recipe: Recipe, seconds: float, processes: int = 1, require_shards: bool = False) -> Plan:
@@ -174,20 +174,20 @@ def measured_plan(recipe: Recipe, seconds: float, processes: int = 1, require_sh
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = autocast_dtype(recipe.train.precision, torch.device(device)) is not None
     workload = read_workload(recipe, require_shards)
-    counts = _Counts(workload, processes, bf16, traffic=False)
+    planner = _Planner(workload, processes, bf16, traffic=False)
     if device == "cuda":
         memory = float(torch.cuda.get_device_properties(0).total_memory)
     else:
         memory = float(psutil.virtual_memory().available)
     token_bytes = {
-        name: window.held_bytes / workload.datasets[name].source.tokens for name, window in counts.windows.items()
+        name: window.held_bytes / workload.datasets[name].source.tokens for name, window in planner.windows.items()
     }
     times = {}
-    for name, measured in measure_steps(workload, processes, token_bytes, memory, seconds).items():
+    for name, measured in SizedDryRuns(workload, processes, token_bytes, memory).measure(seconds).items():
         # A dry run takes the last step of the run, whose unroll has its full length.
-        mean_over_last = counts.windows[name].passes / forward_passes(recipe.window_length(name) - 1, recipe.finetune)
+        mean_over_last = planner.windows[name].passes / forward_passes(recipe.window_length(name) - 1, recipe.finetune)
         times[name] = replace(measured, seconds=measured.seconds * mean_over_last)
-    return counts.plan(f"this machine, measured: {device_name(device)}", memory, times)
+    return planner.plan(f"this machine, measured: {device_name(device)}", memory, times)
 
 
 @dataclass(frozen=True)
@@ -202,11 +202,11 @@ class _WindowCount:
     footprint: Footprint | None  # of one model call with `counted_windows` windows
 
 
-class _Counts:
-    """What the steps of a workload compute and hold, if `processes` share them."""
+class _Planner:
+    """Makes the plan of a workload whose steps are shared by `processes` processes."""
 
     def __init__(self, workload: Workload, processes: int, bf16: bool, traffic: bool) -> None:
-        """Count every dataset, with a progress bar; `traffic` also counts the bytes that are moved."""
+        """Count the step of every dataset, with a progress bar; `traffic` also counts the bytes that are moved."""
         self.workload, self.processes, recipe = workload, processes, workload.recipe
         self.schedule, train = workload.schedule(), workload.recipe.train
         division = Division(self.schedule, 0, processes, train.draws, recipe.sampling.draw, train.micro_batch)

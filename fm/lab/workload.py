@@ -42,7 +42,7 @@ FLOAT_BYTES = 4
 # WaveLiT paper, section 4: the joint model was trained for PAPER_HOURS on one B200, in JAX.
 PAPER_HOURS, PAPER_STEPS, PAPER_BATCH, PAPER_PARAMETERS, PAPER_DATASETS = 41.0, 1_000_000, 4, 10.0e6, 8
 
-Size = Literal["full", "mini"]
+GridSize = Literal["full", "mini"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def read_workload(recipe: Recipe, require_shards: bool = False) -> Workload:
     return Workload(recipe, dict(sorted(datasets.items())), config, tuple(notes))
 
 
-def sized_workload(recipe: Recipe, size: Size, names: Sequence[str] | None = None) -> Workload:
+def sized_workload(recipe: Recipe, size: GridSize, names: Sequence[str] | None = None) -> Workload:
     """Return the recipe's workload with the cards' grids and windows (full), or the mini-Well's (mini).
 
     `names` are some of the recipe's datasets, or of the eight if the recipe lists none. Raises UserError for an unknown
