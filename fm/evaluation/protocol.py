@@ -147,9 +147,9 @@ def get_protocol(name: str) -> Protocol:
 
 
 def load_protocol(name_or_path: str | Path) -> Protocol:
-    """The named protocol, or the one in a file that ends in .yaml or .yml.
+    """Return the named protocol, or the one in a file that ends in .yaml or .yml.
 
-    UserError, with file, key and value, for a name that is not known and for a file that is not a protocol's.
+    UserError, with file, key and value, for an unknown name or a file without a valid protocol.
     """
     if not str(name_or_path).endswith((".yaml", ".yml")):
         return get_protocol(str(name_or_path))
