@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
+from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System, counts
 from data_pipeline.well.layout import edge
 
 BULK_MODULUS = 4.0
@@ -39,9 +39,9 @@ class Leap:
 
 
 def maze(rooms: int, rng: np.random.Generator) -> np.ndarray:
-    """A perfect maze (exactly one way between any two rooms), True in corridors, (2 * rooms + 1,) * 2.
+    """Return a perfect maze (exactly one way between any two rooms), True in corridors, (2 * rooms + 1,) * 2.
 
-    A depth-first walk digs into a random undug neighbour and steps back where there is none. The outer wall has one gap
+    A depth-first walk digs into a random undug neighbor and steps back where there is none. The outer wall has one gap
     on the lower and one on the upper y side.
     """
     corridor = np.zeros((2 * rooms + 1, 2 * rooms + 1), dtype=bool)
@@ -50,9 +50,9 @@ def maze(rooms: int, rng: np.random.Generator) -> np.ndarray:
     trail = [start]
     while trail:
         i, j = trail[-1]
-        neighbours = [(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
+        neighbors = [(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
         undug = [
-            (k, m) for k, m in neighbours if 0 <= k < rooms and 0 <= m < rooms and not corridor[2 * k + 1, 2 * m + 1]
+            (k, m) for k, m in neighbors if 0 <= k < rooms and 0 <= m < rooms and not corridor[2 * k + 1, 2 * m + 1]
         ]
         if not undug:
             trail.pop()
@@ -65,22 +65,22 @@ def maze(rooms: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def enlarge(cells: np.ndarray, size: int) -> np.ndarray:
-    """Nearest-neighbour enlargement of a square array to (size, size)."""
+    """Return a square array enlarged to (size, size), by its nearest neighbors."""
     source = ((np.arange(size) + 0.5) * len(cells) / size).astype(int)
     return cells[np.ix_(source, source)]
 
 
 def rings(x: np.ndarray, corridor: np.ndarray, width_scale: float, rng: np.random.Generator) -> np.ndarray:
-    """One to five pressure rings centred in corridors and cut off at walls, (X, Y).
+    """Return one to five pressure rings centered in corridors and cut off at walls, (X, Y).
 
     Ring: I exp(-((r - r0) / w)^2), I in [3, 5], r0 in [.03, .1], w in [.05, .07] * width_scale.
     """
     inside = np.argwhere(corridor)
     pressure = np.zeros(corridor.shape)
     for _ in range(rng.integers(1, MAX_RINGS + 1)):
-        centre_x, centre_y = x[inside[rng.integers(len(inside))]]
+        center_x, center_y = x[inside[rng.integers(len(inside))]]
         intensity, radius, width = rng.uniform([3.0, 0.03, 0.05], [5.0, 0.1, 0.07])
-        distance = np.hypot(x[:, None] - centre_x, x[None, :] - centre_y)
+        distance = np.hypot(x[:, None] - center_x, x[None, :] - center_y)
         pressure += intensity * np.exp(-(((distance - radius) / (width * width_scale)) ** 2))
     return np.where(corridor, pressure, 0.0)
 
@@ -94,7 +94,7 @@ def _but_last(faces: np.ndarray, axis: int) -> np.ndarray:
 
 
 def face_mass(density: np.ndarray, axis: int) -> np.ndarray:
-    """Mass per cell volume moved by each upper face along `axis`: half of either neighbour; (b, X, Y)."""
+    """Return the mass per cell volume moved by each upper face along `axis`: half of either neighbor; (b, X, Y)."""
     mass = 0.5 * density
     _but_last(mass, axis)[...] += 0.5 * _but_first(density, axis)
     return mass
@@ -103,7 +103,7 @@ def face_mass(density: np.ndarray, axis: int) -> np.ndarray:
 def leapfrog(
     pressure: np.ndarray, density: np.ndarray, spacing: float, step: float, open_upper: tuple[bool, bool]
 ) -> Iterator[Leap]:
-    """Endless sequence of states at times 0, step, 2 step, ...; the fluid starts at rest.
+    """Yield the states at times 0, step, 2 step, ..., without end; the fluid starts at rest.
 
     pressure, density (b, X, Y); `open_upper` opens the upper end of x and of y, the lower ends are walls.
     """
@@ -124,7 +124,7 @@ def leapfrog(
 
 
 def pressure_drop(pressure: np.ndarray, axis: int) -> np.ndarray:
-    """Pressure below each upper face minus the pressure above it, which is 0 outside the box; (b, X, Y)."""
+    """Return the pressure below each upper face minus that above it, which is 0 outside the box; (b, X, Y)."""
     drop = pressure.copy()
     _but_last(drop, axis)[...] -= _but_first(pressure, axis)
     return drop
@@ -133,7 +133,7 @@ def pressure_drop(pressure: np.ndarray, axis: int) -> np.ndarray:
 def _face_response(
     density: np.ndarray, axis: int, ratio: float, open_upper: tuple[bool, bool]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Factors (keep, push) of u(n+1/2) = keep * u(n-1/2) + push * pressure_drop(n); ratio = time step / spacing."""
+    """Return the factors of u(n+1/2) = keep * u(n-1/2) + push * pressure_drop(n); ratio = time step / spacing."""
     push = ratio / face_mass(density, axis)
     resistance = np.zeros_like(density)
     end = np.s_[:, -1] if axis == 1 else np.s_[:, :, -1]
@@ -145,24 +145,24 @@ def _face_response(
 
 
 def cell_velocity(leap: Leap) -> np.ndarray:
-    """Velocity at cell centres and at the whole step, (b, X, Y, 2): means over two half steps and two faces."""
+    """Return the velocity at cell centers and at the whole step, (b, X, Y, 2): means over two half steps and faces."""
     components = []
     for axis, before, after in zip((1, 2), leap.before, leap.after, strict=True):
         upper = 0.5 * (before + after)
-        centre = 0.5 * upper
-        _but_first(centre, axis)[...] += 0.5 * _but_last(upper, axis)
-        components.append(centre)
+        center = 0.5 * upper
+        _but_first(center, axis)[...] += 0.5 * _but_last(upper, axis)
+        components.append(center)
     return np.stack(components, axis=-1)
 
 
 def coarsen(cells: np.ndarray) -> np.ndarray:
-    """Means over REFINE x REFINE blocks of axes 1 and 2: (b, X, Y, ...) -> (b, X/REFINE, Y/REFINE, ...)."""
+    """Return means over REFINE x REFINE blocks of axes 1 and 2: (b, X, Y, ...) -> (b, X/REFINE, Y/REFINE, ...)."""
     b, num_x, num_y = cells.shape[:3]
     return cells.reshape(b, num_x // REFINE, REFINE, num_y // REFINE, REFINE, *cells.shape[3:]).mean(axis=(2, 4))
 
 
 def simulate(preset: Preset, parameter_set: ParameterSet, rngs: Sequence[np.random.Generator]) -> Simulation:
-    """Trajectories in one random maze each; see System.simulate."""
+    """Simulate trajectories in one random maze each; see System.simulate."""
     size = preset.grid[0]
     fine = size * REFINE
     spacing = 2.0 / fine
@@ -186,7 +186,7 @@ def simulate(preset: Preset, parameter_set: ParameterSet, rngs: Sequence[np.rand
             velocity.append(coarsen(cell_velocity(leap)))
     stored_x = coarsen(np.broadcast_to(x[None, :, None], (1, fine, fine)))[0, :, 0]
     return Simulation(
-        time=preset.dt * np.arange(preset.num_frames),
+        time=preset.times,
         x=stored_x,
         y=stored_x.copy(),
         fields={"pressure": np.stack(pressure, axis=1), "velocity": np.stack(velocity, axis=1)},
@@ -204,8 +204,8 @@ SYSTEM = System(
     name="acoustic_scattering_maze",
     tensor_orders={"pressure": 0, "velocity": 1},
     presets={
-        "mini": Preset((64, 64), 36, 0.04, (ParameterSet("maze", {}, {"train": 7, "valid": 1, "test": 2}),)),
-        "tiny": Preset((32, 32), 9, 0.08, (ParameterSet("maze", {}, {"train": 2, "valid": 1, "test": 1}),)),
+        "mini": Preset((64, 64), 36, 0.04, (ParameterSet("maze", {}, counts(7, 1, 2)),)),
+        "tiny": Preset((32, 32), 9, 0.08, (ParameterSet("maze", {}, counts(2, 1, 1)),)),
     },
     simulate=simulate,
     cost=0.6,

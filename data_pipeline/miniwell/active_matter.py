@@ -19,8 +19,8 @@ import numpy as np
 from scipy.special import ive
 
 from data_pipeline.miniwell.spectral import FourierGrid
-from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
-from data_pipeline.well.layout import edge
+from data_pipeline.miniwell.system import PERIODIC, ParameterSet, Preset, Simulation, System, counts
+from data_pipeline.well.layout import edges
 
 LENGTH = 10.0
 BETA, D_T, D_R = 0.8, 0.1, 0.1
@@ -30,7 +30,7 @@ MAX_START_ORDER = 0.05
 
 @cache
 def closure_table(points: int = 4097) -> tuple[np.ndarray, np.ndarray]:
-    """h and its increments at `points` equidistant |q|^2 in [0, 1], for linear interpolation.
+    """Return h and its increments at `points` equidistant |q|^2 in [0, 1], for linear interpolation.
 
     For the distribution exp(kappa cos 2 theta), q = I1 / I0 and <cos 4 theta> = I2 / I0, so h = I2 I0 / I1^2;
     h(0) = 1/2 and h(1) = 1.
@@ -43,7 +43,7 @@ def closure_table(points: int = 4097) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fourth_moment(c: np.ndarray, a: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """s1 + i s2 = c <e^{4 i theta}> by the Bingham closure; arrays of any one shape."""
+    """Return s1 + i s2 = c <e^{4 i theta}> by the Bingham closure; arrays of any one shape."""
     table, increments = closure_table()
     order = 4 * (a * a + d * d) / (c * c)  # |q|^2
     position = np.minimum(order, 1.0) * (len(table) - 1)
@@ -68,11 +68,11 @@ class ActiveMatter:
         self.decay = np.stack([D_T * self.k_squared] + [D_T * self.k_squared + 4 * D_R] * 2)
 
     def strain(self, psi: np.ndarray) -> np.ndarray:
-        """E_xx and E_xy, (b, 2, X, Y), of the flow u = psi_y, v = -psi_x."""
+        """Return E_xx and E_xy, (b, 2, X, Y), of the flow u = psi_y, v = -psi_x."""
         return self.grid.inverse(np.stack([-self.shear * psi, 0.5 * self.stretch * psi], axis=1))
 
     def flow(self, state: np.ndarray, psi: np.ndarray, iterations: int = STOKES_ITERATIONS) -> np.ndarray:
-        """Stream function (b, X, Y // 2 + 1) of the Stokes flow, by a fixed point in S:E that starts at `psi`."""
+        """Return the stream function (b, X, Y // 2 + 1) of the Stokes flow, by a fixed point in S:E from `psi` on."""
         c, a, d = np.moveaxis(self.grid.inverse(state), 1, 0)
         s1, s2 = fourth_moment(c, a, d)
         align1, align2 = alignment(c, a, d, s1, s2)
@@ -87,7 +87,7 @@ class ActiveMatter:
         return psi
 
     def tendency(self, state: np.ndarray, psi: np.ndarray) -> np.ndarray:
-        """Everything but diffusion and decay: advection, rotation, stretching and alignment."""
+        """Return all terms but diffusion and decay: advection, rotation, stretching and alignment."""
         dx, dy = self.derivatives
         flow = np.stack(
             [dy * psi, -dx * psi, self.k_squared * psi, -self.shear * psi, 0.5 * self.stretch * psi], axis=1
@@ -106,7 +106,7 @@ class ActiveMatter:
         return tendency * self.mask
 
     def evolve(self, start: np.ndarray, num_frames: int, dt: float, step: float) -> np.ndarray:
-        """(b, 3, X, Y): c, a, d -> (b, T, 7, X, Y): frames, as `frame` has them, `dt` apart, the first at `start`."""
+        """Return (b, T, 7, X, Y): frames as `frame` returns them, `dt` apart; `start`, (b, 3, X, Y), is c, a, d."""
         steps = round(dt / step)
         state = self.grid.forward(start) * self.mask
         psi = self.flow(state, np.zeros_like(state[:, 0]), iterations=8)
@@ -125,7 +125,7 @@ class ActiveMatter:
         return np.stack(frames, axis=1)
 
     def frame(self, state: np.ndarray, psi: np.ndarray) -> np.ndarray:
-        """(b, 7, X, Y): c, a, d, u, v, E_xx, E_xy on the grid."""
+        """Return c, a, d, u, v, E_xx, E_xy on the grid, (b, 7, X, Y)."""
         dx, dy = self.derivatives
         velocity = self.grid.inverse(np.stack([dy * psi, -dx * psi], axis=1))
         return np.concatenate([self.grid.inverse(state), velocity, self.strain(psi)], axis=1)
@@ -134,21 +134,21 @@ class ActiveMatter:
 def alignment(
     c: np.ndarray, a: np.ndarray, d: np.ndarray, s1: np.ndarray, s2: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """D.D - S:D, its (xx - yy) / 2 and xy parts."""
+    """Return D.D - S:D, its (xx - yy) / 2 and xy parts."""
     return (c * a / 2 - (a * (c + s1) + d * s2) / 4), (c * d / 2 - (a * s2 + d * (c - s1)) / 4)
 
 
 def contract(
     c: np.ndarray, s1: np.ndarray, s2: np.ndarray, e_xx: np.ndarray, e_xy: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """S:E for traceless E, its (xx - yy) / 2 and xy parts."""
+    """Return S:E for traceless E, its (xx - yy) / 2 and xy parts."""
     return (e_xx * (c + s1) + e_xy * s2) / 4, (e_xx * s2 + e_xy * (c - s1)) / 4
 
 
 def start(rng: np.random.Generator, size: int) -> np.ndarray:
-    """c, a, d (3, X, Y): concentration 1 with 5% modes, weak random order; 12 modes each of wavenumber index up to 4.
+    """Return c, a, d (3, X, Y): concentration 1 with 5% modes, weak random order; 12 modes each, index up to 4.
 
-    The Well starts from c = 1, which then stays 1 to rounding and cannot be normalised.
+    The Well starts from c = 1, which then stays 1 to rounding and cannot be normalized.
     """
     x, y = FourierGrid((size, size), (2 * np.pi, 2 * np.pi)).points((0.0, 0.0))
     fields = np.zeros((3, size, size))
@@ -163,7 +163,7 @@ def start(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def simulate(preset: Preset, parameter_set: ParameterSet, rngs: Sequence[np.random.Generator]) -> Simulation:
-    """Concentration, velocity, D and E; D and E as full symmetric 2x2 tensors."""
+    """Simulate concentration, velocity, D and E; D and E are full symmetric 2x2 tensors. See System.simulate."""
     size = preset.grid[0]
     model = ActiveMatter(size, parameter_set.scalars["alpha"], parameter_set.scalars["zeta"])
     starts = np.stack([start(rng, size) for rng in rngs])
@@ -171,7 +171,7 @@ def simulate(preset: Preset, parameter_set: ParameterSet, rngs: Sequence[np.rand
     c, a, d, u, v, e_xx, e_xy = np.moveaxis(frames, 2, 0)
     x, y = model.grid.points((0.0, 0.0))
     return Simulation(
-        time=preset.dt * np.arange(preset.num_frames),
+        time=preset.times,
         x=x,
         y=y,
         fields={
@@ -180,21 +180,18 @@ def simulate(preset: Preset, parameter_set: ParameterSet, rngs: Sequence[np.rand
             "D": symmetric(c / 2 + a, d, c / 2 - a),
             "E": symmetric(e_xx, e_xy, -e_xx),
         },
-        boundaries=(edge("x_periodic", "PERIODIC", "x", size), edge("y_periodic", "PERIODIC", "y", size)),
+        boundaries=edges(PERIODIC, preset.grid),
     )
 
 
 def symmetric(xx: np.ndarray, xy: np.ndarray, yy: np.ndarray) -> np.ndarray:
-    """(...) three times -> (..., 2, 2)."""
+    """Return the symmetric tensors (..., 2, 2) with these components (...)."""
     return np.stack([np.stack([xx, xy], axis=-1), np.stack([xy, yy], axis=-1)], axis=-2)
 
 
-def _set(alpha: float, zeta: float, train: int, valid: int, test: int) -> ParameterSet:
-    return ParameterSet(
-        label=f"L_10_zeta_{zeta:g}_alpha_{alpha:g}",
-        scalars={"L": LENGTH, "zeta": zeta, "alpha": alpha},
-        num_trajectories={"train": train, "valid": valid, "test": test},
-    )
+def _set(alpha: float, zeta: float, *trajectories: int) -> ParameterSet:
+    label, scalars = f"L_10_zeta_{zeta:g}_alpha_{alpha:g}", {"L": LENGTH, "zeta": zeta, "alpha": alpha}
+    return ParameterSet(label, scalars, counts(*trajectories))
 
 
 SYSTEM = System(

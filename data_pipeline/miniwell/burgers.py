@@ -15,8 +15,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_pipeline.miniwell.spectral import Etdrk4, FourierGrid
-from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
-from data_pipeline.well.layout import edge
+from data_pipeline.miniwell.system import (
+    PERIODIC,
+    ParameterSet,
+    Preset,
+    Simulation,
+    System,
+    counts,
+    num_steps,
+    snapshots,
+)
+from data_pipeline.well.layout import edges
 
 LENGTHS = (1.0, 1.0)
 MAX_STEP = 0.01  # at 64 points and |u|, |v| <= 1: k_max (|u| + |v|) dt = 2.6, below RK4's 2.83 on the imaginary axis
@@ -34,25 +43,21 @@ class Burgers:
         self.diffusion = -viscosity * self.grid.k_squared
 
     def tendency(self, state: np.ndarray) -> np.ndarray:
-        """-u . grad of all three. Not in the form of a divergence: u is compressible, and nothing here is conserved."""
+        """Return -u . grad of all three, not in divergence form: u is compressible, and nothing is conserved."""
         values = self.grid.inverse(np.stack([state, self.ikx * state, self.iky * state]))  # (3, b, 3, X, Y)
         u, v = values[0, :, :1], values[0, :, 1:2]
         return -self.mask * self.grid.forward(u * values[1] + v * values[2])
 
     def evolve(self, fields: np.ndarray, num_frames: int, dt: float, steps: int) -> np.ndarray:
-        """(b, 3, X, Y) -> (b, T, 3, X, Y): u, v, tracer; `steps` time steps between frames."""
+        """Return u, v, tracer (b, T, 3, X, Y) from (b, 3, X, Y); `steps` time steps between frames."""
         state = self.grid.forward(fields) * self.mask
         stepper = Etdrk4.of(self.diffusion, dt / steps)
-        frames = [self.grid.inverse(state)]
-        for _ in range(num_frames - 1):
-            for _ in range(steps):
-                state = stepper.advance(state, self.tendency)
-            frames.append(self.grid.inverse(state))
-        return np.stack(frames, axis=1)
+        states = snapshots(state, lambda state: stepper.advance(state, self.tendency), num_frames, steps)
+        return np.stack([self.grid.inverse(state) for state in states], axis=1)
 
 
 def start(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """u, v and tracer (3, X, Y): random waves up to LARGEST_MODE along each axis, with eddies and with divergence."""
+    """Return u, v and tracer (3, X, Y): random waves up to LARGEST_MODE along each axis, eddies and divergence."""
     grid = FourierGrid(shape, LENGTHS)
     x, y = grid.points((0.0, 0.0))
     modes = np.arange(-LARGEST_MODE, LARGEST_MODE + 1)
@@ -65,22 +70,22 @@ def start(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
 
 
 def simulate(preset: Preset, parameter_set: ParameterSet, rngs: Sequence[np.random.Generator]) -> Simulation:
-    """Trajectories of one viscosity `nu`; see System.simulate."""
+    """Simulate trajectories of one viscosity `nu`; see System.simulate."""
     flow = Burgers(preset.grid, parameter_set.scalars["nu"])
-    steps = int(np.ceil(preset.dt / (MAX_STEP * 64 / preset.grid[0]) - 1e-9))
+    steps = num_steps(preset.dt, MAX_STEP * 64 / preset.grid[0])
     frames = flow.evolve(np.stack([start(rng, preset.grid) for rng in rngs]), preset.num_frames, preset.dt, steps)
     x, y = flow.grid.points((0.0, 0.0))
     return Simulation(
-        time=preset.dt * np.arange(preset.num_frames),
+        time=preset.times,
         x=x,
         y=y,
         fields={"tracer": frames[:, :, 2], "velocity": np.moveaxis(frames[:, :, :2], 2, -1)},
-        boundaries=(edge("x_periodic", "PERIODIC", "x", len(x)), edge("y_periodic", "PERIODIC", "y", len(y))),
+        boundaries=edges(PERIODIC, preset.grid),
     )
 
 
-def _set(nu: float, train: int, valid: int, test: int) -> ParameterSet:
-    return ParameterSet(f"nu_{nu:g}", {"nu": nu}, {"train": train, "valid": valid, "test": test})
+def _set(nu: float, *trajectories: int) -> ParameterSet:
+    return ParameterSet(f"nu_{nu:g}", {"nu": nu}, counts(*trajectories))
 
 
 SYSTEM = System(

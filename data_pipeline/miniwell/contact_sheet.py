@@ -1,7 +1,7 @@
 """One picture of every system in a mini-Well: two trajectories each, frames from left to right.
 
 Axis 0 (x) runs to the right and axis 1 (y) upwards, in true proportion. Every frame has about the same area; a dataset
-has one pair of colour limits. The background is transparent, the lettering mid-grey, for light and dark pages.
+has one pair of color limits. The background is transparent, the lettering mid-gray, for light and dark pages.
 """
 
 import io
@@ -19,7 +19,7 @@ STRIP_WIDTH = 9.4  # inches of tiles in a line
 TILE_AREA = 1.3  # square inches
 MAX_TILE_HEIGHT = 1.75
 GAP, BLOCK_GAP, MARGIN, HEADER = 0.04, 0.16, 0.12, 0.3
-BAR_SPACE = 0.62  # right of the tiles: the colour bar and its two limits
+BAR_SPACE = 0.62  # right of the tiles: the color bar and its two limits
 INK = "#808080"
 WALL = (0.5, 0.5, 0.5, 0.55)
 
@@ -32,8 +32,8 @@ class View:
     label: str
     colormap: str
     component: tuple[int, ...] = ()
-    signed: bool = False  # colour limits symmetric about 0
-    quantile: float = 0.995  # of all values shown; the colours end there, so that one sharp peak does not dim the rest
+    signed: bool = False  # color limits symmetric about 0
+    quantile: float = 0.995  # of all values shown; the colors end there, so that one sharp peak does not dim the rest
 
 
 VIEWS: Mapping[str, View] = {
@@ -145,11 +145,11 @@ def _read(dataset: str, path: Path, trajectory: int, num_frames: int) -> np.ma.M
 
 
 def _draw_row(figure: Any, row: Row, top: float) -> None:
-    """Heading, frames and colour bar of one dataset, `top` inches below the upper edge."""
+    """Heading, frames and color bar of one dataset, `top` inches below the upper edge."""
     import matplotlib
 
     view, (low, high) = VIEWS[row.dataset], row.limits
-    colours = matplotlib.colormaps[view.colormap].with_extremes(bad=WALL)
+    colors = matplotlib.colormaps[view.colormap].with_extremes(bad=WALL)
     baseline = 1 - (top + HEADER - 0.1) / figure.get_figheight()
     for text, left, weight in ((row.dataset, 0.0, "bold"), (view.label, STRIP_WIDTH, "normal")):
         align = "right" if left else "left"
@@ -161,12 +161,12 @@ def _draw_row(figure: Any, row: Row, top: float) -> None:
         for strip in line:
             for frame in strip:
                 axes = _axes(figure, left, upper, *row.tile)
-                axes.imshow(frame.T, origin="lower", cmap=colours, vmin=low, vmax=high, aspect="auto")
+                axes.imshow(frame.T, origin="lower", cmap=colors, vmin=low, vmax=high, aspect="auto")
                 left += row.tile[0] + GAP
             left += BLOCK_GAP - GAP
         upper += row.tile[1] + GAP
     bar = _axes(figure, MARGIN + STRIP_WIDTH + 0.08, top + HEADER, 0.07, row.height)
-    bar.imshow(np.linspace(0, 1, 256)[:, None], origin="lower", cmap=colours, aspect="auto")
+    bar.imshow(np.linspace(0, 1, 256)[:, None], origin="lower", cmap=colors, aspect="auto")
     for value, at, align in ((low, 0.0, "bottom"), (high, 1.0, "top")):
         number = f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}"
         bar.text(1.6, at, number, color=INK, size=7, va=align, transform=bar.transAxes)

@@ -16,14 +16,14 @@ import numpy as np
 
 
 def conserved_from_primitive(primitive: np.ndarray, gamma: float) -> np.ndarray:
-    """Density, velocity, pressure -> density, momentum, energy; both (4, ...)."""
+    """Return density, momentum, energy from density, velocity, pressure; both (4, ...)."""
     density, velocity_x, velocity_y, pressure = primitive
     energy = pressure / (gamma - 1) + 0.5 * density * (velocity_x**2 + velocity_y**2)
     return np.stack([density, density * velocity_x, density * velocity_y, energy])
 
 
 def primitive_from_conserved(conserved: np.ndarray, gamma: float) -> np.ndarray:
-    """Density, momentum, energy -> density, velocity, pressure; both (4, ...)."""
+    """Return density, velocity, pressure from density, momentum, energy; both (4, ...)."""
     density, momentum_x, momentum_y, energy = conserved
     velocity_x, velocity_y = momentum_x / density, momentum_y / density
     pressure = (gamma - 1) * (energy - 0.5 * (momentum_x * velocity_x + momentum_y * velocity_y))
@@ -31,7 +31,7 @@ def primitive_from_conserved(conserved: np.ndarray, gamma: float) -> np.ndarray:
 
 
 def hllc_flux(left: np.ndarray, right: np.ndarray, normal: int, gamma: float) -> np.ndarray:
-    """Flux through faces between primitive states `left` and `right`, (4, ...); row `normal` is the normal velocity.
+    """Return the flux through faces between primitive states, (4, ...); row `normal` is the normal velocity.
 
     HLLC with Davis's wave speeds (Toro, sections 10.4 and 10.5).
     """
@@ -63,7 +63,7 @@ def hllc_flux(left: np.ndarray, right: np.ndarray, normal: int, gamma: float) ->
 
 
 def _harmonic_slopes(padded: np.ndarray) -> np.ndarray:
-    """Van Leer's limited difference 2 a b / (a + b) of each cell but the outermost two, along the last axis."""
+    """Return van Leer's limited difference 2 a b / (a + b) of each cell but the outermost two, along the last axis."""
     steps = np.diff(padded, axis=-1)
     before, after = steps[..., :-1], steps[..., 1:]
     product = before * after
@@ -79,7 +79,7 @@ def _harmonic_slopes(padded: np.ndarray) -> np.ndarray:
 def sweep(
     conserved: np.ndarray, ratio: np.ndarray, normal: int, periodic: bool, gamma: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One MUSCL-Hancock step along the last axis.
+    """Take one MUSCL-Hancock step along the last axis.
 
     conserved (4, b, M, N), row `normal` the momentum along the last axis; ratio (b, 1, 1) = time step / spacing.
     Returns the state after the step and the fluxes through the N + 1 faces (4, b, M, N + 1).
@@ -88,21 +88,21 @@ def sweep(
     ghosts = ([-2, -1], [0, 1]) if periodic else ([0, 0], [-1, -1])
     padded = np.concatenate([primitive[..., ghosts[0]], primitive, primitive[..., ghosts[1]]], axis=-1)
     slopes = _harmonic_slopes(padded)
-    centre = padded[..., 1:-1]
-    density, velocity, pressure = centre[0], centre[normal], centre[3]
+    center = padded[..., 1:-1]
+    density, velocity, pressure = center[0], center[normal], center[3]
     change = velocity * slopes
     change[0] += density * slopes[normal]
     change[normal] += slopes[3] / density
     change[3] += gamma * pressure * slopes[normal]
     change *= 0.5 * ratio
-    midway = np.subtract(centre, change, out=change)
+    midway = np.subtract(center, change, out=change)
     slopes *= 0.5
     flux = hllc_flux((midway + slopes)[..., :-1], (midway - slopes)[..., 1:], normal, gamma)
     return conserved - ratio * np.diff(flux, axis=-1), flux
 
 
 def stable_step(conserved: np.ndarray, spacing: float, gamma: float, courant: float) -> np.ndarray:
-    """Time step of each trajectory at a Courant number, (b,); raises FloatingPointError if the gas broke down."""
+    """Return each trajectory's time step at a Courant number, (b,); raise FloatingPointError if the gas broke down."""
     density, velocity_x, velocity_y, pressure = primitive_from_conserved(conserved, gamma)
     if not (density.min() > 0 and pressure.min() > 0):  # also catches NaN
         raise FloatingPointError(f"the gas broke down: density {density.min():.3g}, pressure {pressure.min():.3g}")
@@ -113,7 +113,7 @@ def stable_step(conserved: np.ndarray, spacing: float, gamma: float, courant: fl
 def double_steps(
     conserved: np.ndarray, duration: float, spacing: float, gamma: float, courant: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Time steps over `duration`, each trajectory with its own: yields (running, step), both (n,), until all arrived.
+    """Yield time steps over `duration`, each trajectory with its own: (running, step), both (n,), until all arrived.
 
     The caller replaces conserved[:, running] by the state 2 * step later before it takes the next pair; step is at most
     the stable one. A trajectory leaves the loop when it arrives, so its steps do not depend on the others.

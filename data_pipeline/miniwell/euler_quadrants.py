@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_pipeline.miniwell import euler
-from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
-from data_pipeline.well.layout import edge
+from data_pipeline.miniwell.system import PERIODIC, ParameterSet, Preset, Simulation, System, counts
+from data_pipeline.well.layout import edges
 
 # Half of what one sweep bears: the waves that a jump sends out may be faster than any gas before it, and the step is
 # chosen for two sweeps along each axis.
@@ -25,7 +25,7 @@ FASTEST = 0.4  # of each velocity component; sound is about 1.2. Faster blocks m
 
 
 def advance(conserved: np.ndarray, duration: float, spacing: float, gamma: float) -> np.ndarray:
-    """The state (4, b, X, Y) after `duration`, each trajectory with its own time steps; both axes periodic."""
+    """Return the state (4, b, X, Y) after `duration`, each trajectory with its own time steps; both axes periodic."""
     conserved = conserved.copy()
     for running, step in euler.double_steps(conserved, duration, spacing, gamma, COURANT):
         ratio, state = (step / spacing)[:, None, None], conserved[:, running]
@@ -36,21 +36,21 @@ def advance(conserved: np.ndarray, duration: float, spacing: float, gamma: float
 
 
 def _sweep(conserved: np.ndarray, ratio: np.ndarray, normal: int, gamma: float) -> np.ndarray:
-    """A sweep along axis `normal` - 1 of the box, x or y."""
+    """Take a sweep along axis `normal` - 1 of the box, x or y."""
     turned = conserved.swapaxes(-1, -2) if normal == 1 else conserved
     swept, _ = euler.sweep(turned, ratio, normal, periodic=True, gamma=gamma)
     return swept.swapaxes(-1, -2) if normal == 1 else swept
 
 
 def walls(rng: np.random.Generator) -> np.ndarray:
-    """Two or three places on a circle of length 1, sorted, with gaps of SMALLEST_BLOCK or more."""
+    """Return two or three places on a circle of length 1, sorted, with gaps of SMALLEST_BLOCK or more."""
     count = int(rng.integers(2, 4))
     spare = rng.dirichlet(np.ones(count)) * (1 - count * SMALLEST_BLOCK)
     return np.sort((rng.uniform() + np.cumsum(spare + SMALLEST_BLOCK)) % 1)
 
 
 def initial_state(points: np.ndarray, gamma: float, rng: np.random.Generator) -> np.ndarray:
-    """Conserved (4, X, X): a checkerboard of 4 to 9 blocks, each of a gas of its own; points (X,) of either axis."""
+    """Return conserved (4, X, X): 4 to 9 blocks, each of a gas of its own; points (X,) of either axis."""
     walls_x, walls_y = walls(rng), walls(rng)
     shape = (len(walls_x), len(walls_y))
     blocks = np.stack(
@@ -66,7 +66,7 @@ def initial_state(points: np.ndarray, gamma: float, rng: np.random.Generator) ->
 
 
 def simulate(preset: Preset, parameter_set: ParameterSet, rngs: Sequence[np.random.Generator]) -> Simulation:
-    """Trajectories of one `gamma`, from the quadrants themselves on; see System.simulate."""
+    """Simulate trajectories of one `gamma`, whose first frame is the blocks themselves; see System.simulate."""
     size, gamma = preset.grid[0], parameter_set.scalars["gamma"]
     points = (np.arange(size) + 0.5) / size
     frames = [np.stack([initial_state(points, gamma, rng) for rng in rngs], axis=1)]
@@ -74,7 +74,7 @@ def simulate(preset: Preset, parameter_set: ParameterSet, rngs: Sequence[np.rand
         frames.append(advance(frames[-1], preset.dt, 1 / size, gamma))
     conserved = np.stack(frames, axis=2)  # (4, b, T, X, Y)
     return Simulation(
-        time=preset.dt * np.arange(preset.num_frames),
+        time=preset.times,
         x=points,
         y=points,
         fields={
@@ -83,12 +83,12 @@ def simulate(preset: Preset, parameter_set: ParameterSet, rngs: Sequence[np.rand
             "pressure": euler.primitive_from_conserved(conserved, gamma)[3],
             "momentum": np.moveaxis(conserved[1:3], 0, -1),
         },
-        boundaries=(edge("x_periodic", "PERIODIC", "x", size), edge("y_periodic", "PERIODIC", "y", size)),
+        boundaries=edges(PERIODIC, preset.grid),
     )
 
 
-def _set(gamma: float, train: int, valid: int, test: int) -> ParameterSet:
-    return ParameterSet(f"gamma_{gamma:g}", {"gamma": gamma}, {"train": train, "valid": valid, "test": test})
+def _set(gamma: float, *trajectories: int) -> ParameterSet:
+    return ParameterSet(f"gamma_{gamma:g}", {"gamma": gamma}, counts(*trajectories))
 
 
 SYSTEM = System(

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from data_pipeline.miniwell.spectral import Etdrk4, FourierGrid
-from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
-from data_pipeline.well.layout import edge
+from data_pipeline.miniwell.system import PERIODIC, ParameterSet, Preset, Simulation, System, counts, snapshots
+from data_pipeline.well.layout import edges
 
 DIFFUSION = np.array([2e-5, 1e-5])  # of A and B at 128 points
 TIME_STEP = 2.5  # off by at most 8e-3 after 400 time units; 5.0 is off by up to 0.08 in spots
@@ -39,43 +39,39 @@ def evolve(
         terms[:, 0, 0, 0] += supply
         return terms
 
-    state = grid.forward(start)
-    frames = [start]
-    for _ in range(num_frames - 1):
-        for _ in range(round(dt / step)):
-            state = stepper.advance(state, reaction)
-        frames.append(grid.inverse(state))
-    return np.stack(frames, axis=1)
+    steps = round(dt / step)
+    _, *later = snapshots(grid.forward(start), lambda state: stepper.advance(state, reaction), num_frames, steps)
+    return np.stack([start, *map(grid.inverse, later)], axis=1)
 
 
 def _blobs(rng: np.random.Generator, size: int, count: tuple[int, int], width: tuple[float, float]) -> np.ndarray:
-    """Sum of Gaussians of height 1 at random places of the periodic square, (X, Y); widths are stated for 64 points."""
+    """Return a sum of Gaussians of height 1 at random places of the periodic square, (X, Y); widths for 64 points."""
     scale = 64 / size
     number = max(2, round(rng.integers(count[0], count[1] + 1) / scale**2))
     points = -1 + 2 * np.arange(size) / size
     total = np.zeros((size, size))
     for _ in range(number):
-        centre = rng.uniform(-1, 1, size=2)
+        center = rng.uniform(-1, 1, size=2)
         spread = rng.uniform(*width) * scale
-        bump_x, bump_y = (np.exp(-0.5 * (((points - c + 1) % 2 - 1) / spread) ** 2) for c in centre)
+        bump_x, bump_y = (np.exp(-0.5 * (((points - c + 1) % 2 - 1) / spread) ** 2) for c in center)
         total += bump_x[:, None] * bump_y
     return np.minimum(total, 1.0)
 
 
 def start_blobs(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Gaussian patches of B in a sea of A, (2, X, Y)."""
+    """Return Gaussian patches of B in a sea of A, (2, X, Y)."""
     bumps = _blobs(rng, size, (6, 20), (0.06, 0.14))
     return np.stack([1 - 0.5 * bumps, 0.25 * bumps])
 
 
 def start_holes(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Holes in the B-rich uniform state, which grow into bubbles; patches in the B-poor state die out at these F, k."""
+    """Return holes in the B-rich state, which grow into bubbles; patches in the B-poor state die at these F, k."""
     bumps = _blobs(rng, size, (4, 14), (0.05, 0.12))
     return np.stack([0.43 + 0.57 * bumps, 0.36 * (1 - bumps)])
 
 
 def start_fourier(rng: np.random.Generator, size: int) -> np.ndarray:
-    """White noise low-passed at wavenumber index 6 (of the box of 64 points), (2, X, Y)."""
+    """Return white noise low-passed at wavenumber index 6 (of the box of 64 points), (2, X, Y)."""
     grid = FourierGrid((size, size), (2 * np.pi, 2 * np.pi))
     noise = grid.forward(rng.standard_normal((size, size)))
     z = grid.inverse(noise * np.exp(-grid.k_squared / (6 * size / 64) ** 2))
@@ -84,7 +80,7 @@ def start_fourier(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def start_either(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Patches or noise, by the toss of a coin."""
+    """Return patches or noise, with equal probability."""
     return (start_blobs if rng.random() < 0.5 else start_fourier)(rng, size)
 
 
@@ -97,7 +93,7 @@ STARTS: Mapping[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 
 
 def simulate(preset: Preset, parameter_set: ParameterSet, rngs: Sequence[np.random.Generator]) -> Simulation:
-    """Trajectories that still live at the end; a dead one is drawn again from its own generator."""
+    """Simulate trajectories that still have a pattern at the end; others are drawn again from their own generator."""
     size = preset.grid[0]
     draw = STARTS[str(parameter_set.options["start"])]
     feed, kill = parameter_set.scalars["F"], parameter_set.scalars["k"]
@@ -113,21 +109,17 @@ def simulate(preset: Preset, parameter_set: ParameterSet, rngs: Sequence[np.rand
         raise RuntimeError(f"gray_scott {parameter_set.label}: no live trajectory in {MAX_DRAWS} draws")
     x, y = FourierGrid((size, size), (2.0, 2.0)).points((-1.0, -1.0))
     return Simulation(
-        time=preset.dt * np.arange(preset.num_frames),
+        time=preset.times,
         x=x,
         y=y,
         fields={"A": frames[:, :, 0], "B": frames[:, :, 1]},
-        boundaries=(edge("x_periodic", "PERIODIC", "x", size), edge("y_periodic", "PERIODIC", "y", size)),
+        boundaries=edges(PERIODIC, preset.grid),
     )
 
 
-def _set(pattern: str, feed: float, kill: float, start: str, train: int, valid: int, test: int) -> ParameterSet:
-    return ParameterSet(
-        label=f"{pattern}_F_{feed}_k_{kill}",
-        scalars={"F": feed, "k": kill},
-        num_trajectories={"train": train, "valid": valid, "test": test},
-        options={"start": start},
-    )
+def _set(pattern: str, feed: float, kill: float, start: str, *trajectories: int) -> ParameterSet:
+    label, scalars = f"{pattern}_F_{feed}_k_{kill}", {"F": feed, "k": kill}
+    return ParameterSet(label, scalars, counts(*trajectories), {"start": start})
 
 
 SYSTEM = System(

@@ -5,7 +5,7 @@
 The wall y = -1/2 + |((x + 1/2) mod 1) - 1/2| runs along cell diagonals of the grid, so a cell is fluid, solid or half
 of each and a face is open or closed: a five-point finite-volume scheme with exact cut cells, decided in whole
 numbers, never by rounding. Outside the box a complex stretching 1 + i sigma / omega absorbs the waves. The source is a
-narrow Gaussian of unit strength. The linear system is factorised once per omega.
+narrow Gaussian of unit strength. The linear system is factorized once per omega.
 
 Arrays on the extended grid are (X, Y) with the absorber, on the box (X, Y) without it.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from scipy.sparse import coo_array, csc_array
 from scipy.sparse.linalg import SuperLU, splu
 
-from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
+from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System, counts
 from data_pipeline.well.layout import BoundaryMask, edge
 
 LOWER_X, UPPER_X = -8, 8
@@ -33,10 +33,10 @@ class Domain:
     """Extended grid of square cells with its solid part."""
 
     spacing: float
-    x: np.ndarray  # (X,) cell centres
+    x: np.ndarray  # (X,) cell centers
     y: np.ndarray  # (Y,)
     volume: np.ndarray  # (X, Y) fluid fraction of a cell: 0, 1/2 or 1
-    open_x: np.ndarray  # (X-1, Y) bool: fluid face between neighbours in x
+    open_x: np.ndarray  # (X-1, Y) bool: fluid face between neighbors in x
     open_y: np.ndarray  # (X, Y-1) bool
     box: tuple[slice, slice]  # the part inside the absorber
 
@@ -47,7 +47,7 @@ class Domain:
 
 
 def staircase(cells_per_unit: int) -> Domain:
-    """The zigzag domain with an even number of cells per unit length."""
+    """Return the zigzag domain with an even number of cells per unit length."""
     if cells_per_unit < 2 or cells_per_unit % 2:
         raise ValueError(f"cells_per_unit must be even, so that corners of the wall are grid points: {cells_per_unit}")
     spacing = 1.0 / cells_per_unit
@@ -70,14 +70,14 @@ def staircase(cells_per_unit: int) -> Domain:
 
 
 def _stretching(position: np.ndarray, lower: float, upper: float, thickness: float, omega: float) -> np.ndarray:
-    """Complex stretching at `position`: 1 inside [lower, upper], 1 + i sigma / omega with a cubic sigma outside."""
+    """Return the complex stretching: 1 inside [lower, upper], 1 + i sigma / omega with a cubic sigma outside."""
     depth = np.maximum(np.maximum(lower - position, position - upper), 0.0) / thickness
     peak = -0.5 * np.log(REFLECTION) * 4 / thickness  # the integral of peak * depth^3 halves ln(1 / REFLECTION)
     return 1 + 1j * peak * depth**3 / omega
 
 
 def assemble(domain: Domain, omega: float) -> csc_array:
-    """Matrix of -(lap + omega^2), integrated over each cell, on the fluid cells; complex symmetric (N, N).
+    """Return the matrix of -(lap + omega^2), integrated over each fluid cell; complex symmetric (N, N).
 
     Fluxes are (s_y / s_x) du/dx and (s_x / s_y) du/dy, masses s_x s_y (coordinate stretching, Chew and Weedon 1994).
     """
@@ -111,27 +111,27 @@ def assemble(domain: Domain, omega: float) -> csc_array:
     return csc_array(coo_array(entries, shape=(size, size)))
 
 
-def factorise(matrix: csc_array) -> SuperLU:
-    """LU factors; the ordering and pivoting suit a matrix with a symmetric pattern."""
+def factorize(matrix: csc_array) -> SuperLU:
+    """Return LU factors; the ordering and pivoting suit a matrix with a symmetric pattern."""
     return splu(matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.01, options={"SymmetricMode": True})
 
 
 def source_term(domain: Domain, position: tuple[float, float]) -> np.ndarray:
-    """Gaussian source at (x, y), integrated over each fluid cell, of total strength 1; (N,)."""
+    """Return a Gaussian source at (x, y), integrated over each fluid cell, of total strength 1; (N,)."""
     squared = (domain.x[:, None] - position[0]) ** 2 + (domain.y[None, :] - position[1]) ** 2
     strength = domain.volume * np.exp(-0.5 * squared / SOURCE_WIDTH**2)
     return (strength / strength.sum())[domain.fluid]
 
 
 def on_grid(domain: Domain, unknowns: np.ndarray) -> np.ndarray:
-    """Unknowns (N,) as an array on the extended grid (X, Y), 0 in the solid."""
+    """Return unknowns (N,) as an array on the extended grid (X, Y), 0 in the solid."""
     cells = np.zeros(domain.fluid.shape, dtype=unknowns.dtype)
     cells[domain.fluid] = unknowns
     return cells
 
 
 def coarsen(cells: np.ndarray, volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Fluid-volume means over REFINE x REFINE blocks, 0 where a block has no fluid, and the blocks' fluid fraction."""
+    """Return fluid-volume means over REFINE x REFINE blocks, 0 without fluid, and the blocks' fluid fraction."""
     num_x, num_y = cells.shape[0] // REFINE, cells.shape[1] // REFINE
     blocks = (num_x, REFINE, num_y, REFINE)
     fraction = volume.reshape(blocks).mean(axis=(1, 3))
@@ -140,20 +140,20 @@ def coarsen(cells: np.ndarray, volume: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def draw_source(rng: np.random.Generator) -> tuple[float, float]:
-    """A source position over the middle of the wall, 0.25 to 1.5 above it (so at least 0.17 from the surface)."""
+    """Return a source position over the middle of the wall, 0.25 to 1.5 above it: at least 0.17 from the surface."""
     x, above = rng.uniform([-4.0, 0.25], [4.0, 1.5])
     return x, LOWER_Y + abs((x + 0.5) % 1 - 0.5) + above
 
 
 def simulate(preset: Preset, parameter_set: ParameterSet, rngs: Sequence[np.random.Generator]) -> Simulation:
-    """One period of the sound of one source per trajectory; the last frame equals the first, as in the Well.
+    """Simulate one period of the sound of one source per trajectory; the last frame equals the first, as in the Well.
 
     See System.simulate. The phase between frames is the same for every omega, so the time step is not.
     """
     omega = parameter_set.scalars["omega"]
     num_x, num_y = preset.grid
     domain = staircase(REFINE * num_x // (UPPER_X - LOWER_X))
-    factors = factorise(assemble(domain, omega))
+    factors = factorize(assemble(domain, omega))
     # One right-hand side at a time: a block of them is summed in another order, and differs in the last bits.
     solutions = [on_grid(domain, factors.solve(source_term(domain, draw_source(rng)) + 0j)) for rng in rngs]
     volume = domain.volume[domain.box]
@@ -175,12 +175,12 @@ def simulate(preset: Preset, parameter_set: ParameterSet, rngs: Sequence[np.rand
     )
 
 
-def _set(omega: float, train: int, valid: int, test: int) -> ParameterSet:
-    return ParameterSet(f"omega_{omega:.4f}", {"omega": omega}, {"train": train, "valid": valid, "test": test})
+def _set(omega: float, *trajectories: int) -> ParameterSet:
+    return ParameterSet(f"omega_{omega:.4f}", {"omega": omega}, counts(*trajectories))
 
 
 def _preset(grid: tuple[int, int], num_frames: int, sets: tuple[ParameterSet, ...]) -> Preset:
-    """Preset.dt is the phase step here: frames are dt / omega apart."""
+    """Return a preset whose dt is a step of the phase: frames are dt / omega apart."""
     return Preset(grid, num_frames, 2 * np.pi / (num_frames - 1), sets)
 
 

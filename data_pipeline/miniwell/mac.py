@@ -1,7 +1,7 @@
 """Uniform marker-and-cell (MAC) grid: periodic in x, no-slip walls in y (Harlow & Welch, Phys. Fluids 8, 1965).
 
 Arrays are (b, X, Y) for b trajectories, axis 1 = x, axis 2 = y, float64:
-  centres  (b, X, Y)      cell (i, j): pressure, buoyancy, conformation
+  centers  (b, X, Y)      cell (i, j): pressure, buoyancy, conformation
   u        (b, X, Y)      x-velocity on the face x = i dx, left of cell (i, j)
   v        (b, X, Y + 1)  y-velocity on the face y = y0 + j dy, below cell (i, j); zero on both walls
   corners  (b, X, Y + 1)  points (i dx, y0 + j dy)
@@ -33,20 +33,22 @@ class MacGrid:
 
     @property
     def dx(self) -> float:
+        """Width of a cell."""
         return self.lx / self.nx
 
     @property
     def dy(self) -> float:
+        """Height of a cell."""
         return self.ly / self.ny
 
     @cached_property
     def x(self) -> np.ndarray:
-        """(X,) cell centres."""
+        """(X,) cell centers."""
         return (np.arange(self.nx) + 0.5) * self.dx
 
     @cached_property
     def y(self) -> np.ndarray:
-        """(Y,) cell centres."""
+        """(Y,) cell centers."""
         return self.y0 + (np.arange(self.ny) + 0.5) * self.dy
 
     @cached_property
@@ -59,20 +61,20 @@ class MacGrid:
         return 1 / eigenvalues
 
     def poisson(self, source: np.ndarray) -> np.ndarray:
-        """Zero-mean solution of laplacian(p) = source - mean(source), zero normal derivative at the walls. (b, X, Y).
+        """Return the zero-mean p of laplacian(p) = source - mean(source), no normal derivative at the walls; (b, X, Y).
 
-        Exact for the five-point Laplacian: Fourier modes in x, cosine modes (DCT-II) in y diagonalise it.
+        Exact for the five-point Laplacian: Fourier modes in x, cosine modes (DCT-II) in y diagonalize it.
         """
         modes = fft.rfft(fft.dct(source, type=2, axis=2), axis=1)
         modes *= self._inverse_eigenvalues
         return fft.idct(fft.irfft(modes, n=self.nx, axis=1), type=2, axis=2)
 
     def divergence(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """(b, X, Y) at the centres."""
+        """Return the divergence at the centers, (b, X, Y)."""
         return diff_x(u, self.dx) + np.diff(v, axis=2) / self.dy
 
     def project(self, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The divergence-free part of (u, v); the means of u and the wall values of v stay as they are."""
+        """Return the divergence-free part of (u, v); the means of u and the wall values of v stay as they are."""
         potential = self.poisson(self.divergence(u, v))
         u = u - diff_x(pad_x(potential, 1, 0), self.dx, padded=True)
         v = v.copy()
@@ -80,16 +82,16 @@ class MacGrid:
         return u, v
 
     def from_streamfunction(self, psi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(u, v) = (d psi/dy, -d psi/dx) from psi at the corners, constant along each wall; divergence-free."""
+        """Return (d psi/dy, -d psi/dx), without divergence, from psi at the corners, constant along each wall."""
         return np.diff(psi, axis=2) / self.dy, -diff_x(psi, self.dx)
 
-    def to_centres(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """(b, X, Y, 2): the velocity averaged from the faces to the centres."""
+    def to_centers(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """Return the velocity averaged from the faces to the centers, (b, X, Y, 2)."""
         wrapped = pad_x(u, 0, 1)
         return np.stack([(wrapped[:, 1:] + wrapped[:, :-1]) / 2, (v[:, :, 1:] + v[:, :, :-1]) / 2], axis=-1)
 
     def shear(self, u: np.ndarray) -> np.ndarray:
-        """du/dy at the corners, (b, X, Y + 1), from u on the faces; no-slip by an odd ghost value behind the wall."""
+        """Return du/dy at the corners, (b, X, Y + 1), from u on the faces; no-slip by odd ghost values."""
         shear = np.empty((*u.shape[:2], self.ny + 1))
         np.subtract(u[:, :, 1:], u[:, :, :-1], out=shear[:, :, 1:-1])
         shear[:, :, 0] = 2 * u[:, :, 0]
@@ -98,24 +100,24 @@ class MacGrid:
         return shear
 
     def gradient(self, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(du/dx, du/dy, dv/dx) at the centres, each (b, X, Y); dv/dy = -du/dx exactly for a projected velocity."""
+        """Return (du/dx, du/dy, dv/dx) at the centers, each (b, X, Y); dv/dy = -du/dx for a projected velocity."""
         corner = pad_x(self.shear(u), 0, 1)
         du_dy = (corner[:, 1:, 1:] + corner[:, 1:, :-1] + corner[:, :-1, 1:] + corner[:, :-1, :-1]) / 4
-        centre_v = pad_x(v[:, :, 1:] + v[:, :, :-1], 1, 1)
-        return diff_x(u, self.dx), du_dy, (centre_v[:, 2:] - centre_v[:, :-2]) / (4 * self.dx)
+        center_v = pad_x(v[:, :, 1:] + v[:, :, :-1], 1, 1)
+        return diff_x(u, self.dx), du_dy, (center_v[:, 2:] - center_v[:, :-2]) / (4 * self.dx)
 
 
 @dataclass(frozen=True)
 class Stress:
     """A symmetric stress that is added to the viscous one."""
 
-    xx: np.ndarray  # (b, X, Y) at the centres
+    xx: np.ndarray  # (b, X, Y) at the centers
     xy: np.ndarray  # (b, X, Y + 1) at the corners
-    yy: np.ndarray  # (b, X, Y) at the centres
+    yy: np.ndarray  # (b, X, Y) at the centers
 
 
 def pad_x(field: np.ndarray, before: int, after: int) -> np.ndarray:
-    """(..., X, Y) -> (..., before + X + after, Y), periodic."""
+    """Pad periodically along x: (..., X, Y) -> (..., before + X + after, Y)."""
     nx = field.shape[-2]
     padded = np.empty((*field.shape[:-2], before + nx + after, field.shape[-1]))
     padded[..., before : before + nx, :] = field
@@ -125,7 +127,7 @@ def pad_x(field: np.ndarray, before: int, after: int) -> np.ndarray:
 
 
 def diff_x(field: np.ndarray, dx: float, padded: bool = False) -> np.ndarray:
-    """Forward difference along x over dx, periodic unless the field comes with its own padding."""
+    """Return the forward difference along x over dx, periodic unless the field comes with its own padding."""
     if not padded:
         field = pad_x(field, 0, 1)
     difference = field[..., 1:, :] - field[..., :-1, :]
@@ -136,7 +138,7 @@ def diff_x(field: np.ndarray, dx: float, padded: bool = False) -> np.ndarray:
 def momentum_tendency(
     grid: MacGrid, u: np.ndarray, v: np.ndarray, viscosity: float, stress: Stress | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """-div(u u) + viscosity lap u + div(stress), in conservative form, without the pressure; (b, X, Y), (b, X, Y + 1).
+    """Return -div(u u) + viscosity lap u + div(stress), without the pressure; (b, X, Y), (b, X, Y + 1).
 
     The product of averages in the advective flux conserves kinetic energy (Harlow & Welch).
     """
@@ -172,7 +174,7 @@ def momentum_tendency(
 
 
 def half_slope(below: np.ndarray, above: np.ndarray) -> np.ndarray:
-    """Half of van Leer's harmonic slope from the differences to the two neighbours; zero at extrema (JCP 14, 1974)."""
+    """Return half of van Leer's harmonic slope from the two differences; zero at extrema (JCP 14, 1974)."""
     product = below * above
     np.maximum(product, 0, out=product)
     product /= below + above + 1e-300  # the product is zero wherever the sum can be
@@ -180,7 +182,7 @@ def half_slope(below: np.ndarray, above: np.ndarray) -> np.ndarray:
 
 
 def upwind(velocity: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Flux through faces: velocity times the face value from the side the flow comes from. All of one shape."""
+    """Return the flux through faces: velocity times the face value on the upstream side. All have one shape."""
     flux = left + right
     flux *= velocity
     right = right - left
@@ -191,15 +193,10 @@ def upwind(velocity: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndar
 
 
 def ssp_rk3(state: Arrays, euler: Callable[[Arrays], Arrays]) -> Arrays:
-    """One step of the third-order strong-stability-preserving Runge-Kutta scheme (Shu & Osher, JCP 77, 1988).
+    """Take one step of the third-order strong-stability-preserving Runge-Kutta scheme (Shu & Osher, JCP 77, 1988).
 
     `euler` advances a state by one forward Euler step, projection included: each stage is divergence-free.
     """
     first = euler(state)
     second = tuple(0.75 * a + 0.25 * b for a, b in zip(state, euler(first), strict=True))
     return tuple(a / 3 + b * (2 / 3) for a, b in zip(state, euler(second), strict=True))
-
-
-def num_steps(interval: float, limit: float) -> int:
-    """In how many equal steps to cover `interval` so that none exceeds `limit`."""
-    return int(np.ceil(interval / limit - 1e-9))

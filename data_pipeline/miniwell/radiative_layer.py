@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_pipeline.miniwell import euler
-from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
-from data_pipeline.well.layout import edge
+from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System, counts
+from data_pipeline.well.layout import edges
 
 GAMMA = 5.0 / 3.0
 HOT_TEMPERATURE = 1.0
@@ -28,19 +28,19 @@ COOLING_REACH = 0.4  # no cooling further than this from the peak at 1/2
 
 
 def sweep_x(conserved: np.ndarray, ratio: np.ndarray) -> np.ndarray:
-    """`sweep` along x, periodic; conserved (4, b, X, Y)."""
+    """Take a sweep along x, periodic; conserved (4, b, X, Y)."""
     return euler.sweep(conserved.swapaxes(-1, -2), ratio, 1, periodic=True, gamma=GAMMA)[0].swapaxes(-1, -2)
 
 
 def sweep_y(conserved: np.ndarray, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`sweep` along y, open; also returns mass and energy that left through both ends, (2, b), per area of a cell."""
+    """Take a sweep along y, open; also return mass and energy lost through both ends, (2, b), per area of a cell."""
     swept, flux = euler.sweep(conserved, ratio, 2, periodic=False, gamma=GAMMA)
     leaving = (flux[[0, 3], ..., -1] - flux[[0, 3], ..., 0]).sum(axis=-1)
     return swept, leaving * ratio[:, 0, 0]
 
 
 def cooling_rate(temperature: np.ndarray) -> np.ndarray:
-    """Cooling rate of ln(T) in units of 1/tcool: 1 midway between the phases (in ln T), 0 in both phases."""
+    """Return the cooling rate of ln(T) in units of 1/tcool: 1 midway between the phases (in ln T), 0 in both phases."""
     position = np.log(temperature / COLD_TEMPERATURE) / np.log(HOT_TEMPERATURE / COLD_TEMPERATURE)
     floor = np.exp(-((COOLING_REACH / COOLING_WIDTH) ** 2))
     return np.maximum(np.exp(-(((position - 0.5) / COOLING_WIDTH) ** 2)) - floor, 0.0) / (1 - floor)
@@ -85,7 +85,7 @@ def advance(conserved: np.ndarray, duration: float, spacing: float, tcool: float
 
 
 def initial_state(x: np.ndarray, y: np.ndarray, perturbation: float, rng: np.random.Generator) -> np.ndarray:
-    """Cold dense gas below y = 0, hot gas above, opposite motion along x; conserved (4, X, Y).
+    """Return cold dense gas below y = 0, hot gas above, in opposite motion along x; conserved (4, X, Y).
 
     The interface is stirred by six random modes, each of rms vertical velocity `perturbation` times the shear.
     """
@@ -103,7 +103,7 @@ def initial_state(x: np.ndarray, y: np.ndarray, perturbation: float, rng: np.ran
 
 
 def simulate(preset: Preset, parameter_set: ParameterSet, rngs: Sequence[np.random.Generator]) -> Simulation:
-    """Trajectories of one cooling time `tcool`; see System.simulate.
+    """Simulate trajectories of one cooling time `tcool`; see System.simulate.
 
     The first `spin_up` frames are not stored: pressure starts uniform and then is all sound from the sudden start.
     """
@@ -121,16 +121,16 @@ def simulate(preset: Preset, parameter_set: ParameterSet, rngs: Sequence[np.rand
             frames.append(euler.primitive_from_conserved(conserved, GAMMA))
     density, velocity_x, velocity_y, pressure = np.stack(frames, axis=2)  # each (b, T, X, Y)
     return Simulation(
-        time=preset.dt * np.arange(preset.num_frames),
+        time=preset.times,
         x=x,
         y=y,
         fields={"density": density, "pressure": pressure, "velocity": np.stack([velocity_x, velocity_y], axis=-1)},
-        boundaries=(edge("x_periodic", "PERIODIC", "x", num_x), edge("y_open", "OPEN", "y", num_y)),
+        boundaries=edges((("PERIODIC", "PERIODIC"), ("OPEN", "OPEN")), preset.grid),
     )
 
 
-def _set(tcool: float, train: int, valid: int, test: int) -> ParameterSet:
-    return ParameterSet(f"tcool_{tcool:.2f}", {"tcool": tcool}, {"train": train, "valid": valid, "test": test})
+def _set(tcool: float, *trajectories: int) -> ParameterSet:
+    return ParameterSet(f"tcool_{tcool:.2f}", {"tcool": tcool}, counts(*trajectories))
 
 
 SYSTEM = System(

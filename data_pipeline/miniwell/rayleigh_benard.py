@@ -19,12 +19,11 @@ from data_pipeline.miniwell.mac import (
     diff_x,
     half_slope,
     momentum_tendency,
-    num_steps,
     pad_x,
     ssp_rk3,
     upwind,
 )
-from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
+from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System, counts, integrate
 from data_pipeline.well.layout import edge
 
 BUOYANCY_BELOW, BUOYANCY_ABOVE = 1.0, 0.0
@@ -32,12 +31,12 @@ INITIAL_DROPS = (0.4, 0.6, 0.8, 1.0)  # The Well's initial buoyancy differences,
 
 
 def diffusivities(rayleigh: float, prandtl: float) -> tuple[float, float]:
-    """(kappa, nu) in units of the height and the free-fall velocity."""
+    """Return (kappa, nu) in units of the height and the free-fall velocity."""
     return (rayleigh * prandtl) ** -0.5, (rayleigh / prandtl) ** -0.5
 
 
 def initial_buoyancy(grid: MacGrid, amplitude: float, rng: np.random.Generator) -> np.ndarray:
-    """(X, Y): a linear profile with a random drop over the height, and cellwise noise that vanishes at the walls."""
+    """Return (X, Y): a linear profile with a random drop over the height, and noise that vanishes at the walls."""
     drop = rng.choice(INITIAL_DROPS)
     noise = rng.standard_normal((grid.nx, grid.ny))
     buoyancy = (1 - grid.y) * drop + amplitude * grid.y * (1 - grid.y) * noise
@@ -45,7 +44,7 @@ def initial_buoyancy(grid: MacGrid, amplitude: float, rng: np.random.Generator) 
 
 
 def buoyancy_tendency(grid: MacGrid, buoyancy: np.ndarray, u: np.ndarray, v: np.ndarray, kappa: float) -> np.ndarray:
-    """-div(u b - kappa grad b), (b, X, Y), with the wall values imposed through ghost cells."""
+    """Return -div(u b - kappa grad b), (b, X, Y), with the wall values imposed through ghost cells."""
     in_x = pad_x(buoyancy, 2, 1)
     steps = in_x[:, 1:] - in_x[:, :-1]
     half = half_slope(steps[:, :-1], steps[:, 1:])  # cells -1 .. X-1
@@ -68,14 +67,14 @@ def buoyancy_tendency(grid: MacGrid, buoyancy: np.ndarray, u: np.ndarray, v: np.
 def velocity_tendency(
     grid: MacGrid, buoyancy: np.ndarray, u: np.ndarray, v: np.ndarray, nu: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Everything in u_t but the pressure gradient, (b, X, Y) and (b, X, Y + 1)."""
+    """Return all of u_t but the pressure gradient, (b, X, Y) and (b, X, Y + 1)."""
     du, dv = momentum_tendency(grid, u, v, nu)
     dv[:, :, 1:-1] += (buoyancy[:, :, 1:] + buoyancy[:, :, :-1]) / 2
     return du, dv
 
 
 def euler_step(state: Arrays, grid: MacGrid, kappa: float, nu: float, dt: float) -> Arrays:
-    """One projected forward Euler step of (buoyancy, u, v)."""
+    """Take one projected forward Euler step of (buoyancy, u, v)."""
     buoyancy, u, v = state
     du, dv = velocity_tendency(grid, buoyancy, u, v, nu)
     projected = grid.project(u + dt * du, v + dt * dv)
@@ -83,22 +82,24 @@ def euler_step(state: Arrays, grid: MacGrid, kappa: float, nu: float, dt: float)
 
 
 def pressure(grid: MacGrid, state: Arrays, nu: float) -> np.ndarray:
-    """(b, X, Y): the zero-mean pressure that keeps this very state divergence-free."""
+    """Return the zero-mean pressure that keeps this very state divergence-free, (b, X, Y)."""
     buoyancy, u, v = state
     return grid.poisson(grid.divergence(*velocity_tendency(grid, buoyancy, u, v, nu)))
 
 
 def time_step(grid: MacGrid, kappa: float, nu: float, limit: float) -> float:
-    """The largest step allowed: the preset's limit for advection, and the explicit diffusion limit."""
+    """Return the largest step allowed: the preset's limit for advection, and the explicit diffusion limit."""
     return min(limit, 0.2 * min(grid.dx, grid.dy) ** 2 / max(kappa, nu))
 
 
 def simulate(preset: Preset, parameters: ParameterSet, rngs: Sequence[np.random.Generator]) -> Simulation:
-    """One trajectory per generator; see System."""
+    """Simulate one trajectory per generator; see System.simulate."""
     grid = MacGrid(*preset.grid, lx=4.0, ly=1.0)
     kappa, nu = diffusivities(parameters.scalars["Rayleigh"], parameters.scalars["Prandtl"])
-    limit = time_step(grid, kappa, nu, preset.options["dt"])
-    spin_up = preset.options["spin_up"]
+    limit, spin_up = time_step(grid, kappa, nu, preset.options["dt"]), preset.options["spin_up"]
+
+    def step(state: Arrays, dt: float) -> Arrays:
+        return ssp_rk3(state, partial(euler_step, grid=grid, kappa=kappa, nu=nu, dt=dt))
 
     buoyancy = np.stack([initial_buoyancy(grid, preset.options["amplitude"], rng) for rng in rngs])
     walls = np.zeros((len(rngs), grid.nx, grid.ny + 1))
@@ -106,25 +107,17 @@ def simulate(preset: Preset, parameters: ParameterSet, rngs: Sequence[np.random.
     shape = (len(rngs), preset.num_frames, *preset.grid)
     fields = {"buoyancy": np.empty(shape), "pressure": np.empty(shape), "velocity": np.empty((*shape, 2))}
     for frame in range(preset.num_frames):
-        interval = preset.dt if frame else spin_up
-        steps = num_steps(interval, limit)
-        euler = partial(euler_step, grid=grid, kappa=kappa, nu=nu, dt=interval / max(steps, 1))
-        for _ in range(steps):
-            state = ssp_rk3(state, euler)
+        state = integrate(state, step, preset.dt if frame else spin_up, limit)
         fields["buoyancy"][:, frame] = state[0]
         fields["pressure"][:, frame] = pressure(grid, state, nu)
-        fields["velocity"][:, frame] = grid.to_centres(*state[1:])
+        fields["velocity"][:, frame] = grid.to_centers(*state[1:])
     boundaries = (edge("x_periodic", "PERIODIC", "x", grid.nx), edge("y_wall_dirichlet", "WALL", "y", grid.ny))
-    time = spin_up + preset.dt * np.arange(preset.num_frames)
-    return Simulation(time, grid.x, grid.y, fields, boundaries)
+    return Simulation(spin_up + preset.times, grid.x, grid.y, fields, boundaries)
 
 
-def _parameters(rayleigh: float, prandtl: float, train: int, valid: int, test: int) -> ParameterSet:
-    return ParameterSet(
-        label=f"Rayleigh_{rayleigh:.0e}_Prandtl_{prandtl:g}".replace("e+0", "e"),
-        scalars={"Rayleigh": rayleigh, "Prandtl": prandtl},
-        num_trajectories={"train": train, "valid": valid, "test": test},
-    )
+def _parameters(rayleigh: float, prandtl: float, *trajectories: int) -> ParameterSet:
+    label = f"Rayleigh_{rayleigh:.0e}_Prandtl_{prandtl:g}".replace("e+0", "e")
+    return ParameterSet(label, {"Rayleigh": rayleigh, "Prandtl": prandtl}, counts(*trajectories))
 
 
 # Above Ra = 1e6 this grid over-predicts the heat flux by more than a tenth.

@@ -12,13 +12,20 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from data_pipeline.miniwell.spectral import FourierGrid
-from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
-from data_pipeline.well.layout import edge
+from data_pipeline.miniwell.system import (
+    PERIODIC,
+    ParameterSet,
+    Preset,
+    Simulation,
+    System,
+    counts,
+    num_steps,
+    snapshots,
+)
+from data_pipeline.well.layout import edges
 
 LENGTHS = (1.0, 2.0)
-MAX_STEP = (
-    0.02  # at 64 points along x and |u| <= 0.9: k_max |u| dt = 2.4, below RK4's limit of 2.83 on the imaginary axis
-)
+MAX_STEP = 0.02  # at 64 points along x and |u| <= 0.9: k_max |u| dt = 2.4, below RK4's 2.83 on the imaginary axis
 
 
 class ShearFlow:
@@ -32,7 +39,7 @@ class ShearFlow:
         self.diffusion = np.array([viscosity, viscosity / schmidt])[:, None, None] * self.grid.k_squared
 
     def state(self, velocity: np.ndarray, tracer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """State and mean velocity (b, 2, 1, 1) from divergence-free velocity (b, 2, X, Y) and tracer (b, X, Y).
+        """Return state and mean velocity (b, 2, 1, 1) from velocity (b, 2, X, Y), without divergence, and tracer.
 
         The mean velocity is not in the vorticity; it is conserved, so it is carried beside the state.
         """
@@ -42,14 +49,14 @@ class ShearFlow:
         return coefficients, velocity.mean(axis=(-2, -1), keepdims=True)
 
     def velocity_and_tracer(self, state: np.ndarray, mean: np.ndarray) -> np.ndarray:
-        """(b, 3, X, Y): u, v and s on the grid."""
+        """Return u, v and s on the grid, (b, 3, X, Y)."""
         psi = state[:, 0] * self.inverse_k_squared
         fields = self.grid.inverse(np.stack([1j * self.ky * psi, -1j * self.kx * psi, state[:, 1]], axis=1))
         fields[:, :2] += mean
         return fields
 
     def tendency(self, state: np.ndarray, mean: np.ndarray) -> np.ndarray:
-        """-u . grad of vorticity and tracer, as w_t = (d_yy - d_xx) uv + d_xy (u^2 - v^2) and s_t = -div(u s)."""
+        """Return -u . grad of vorticity and tracer: w_t = (d_yy - d_xx) uv + d_xy (u^2 - v^2) and s_t = -div(u s)."""
         u, v, s = np.moveaxis(self.velocity_and_tracer(state, mean), 1, 0)
         products = np.stack([u * v, v * v - u * u, u * s, v * s], axis=1)
         uv, difference, us, vs = np.moveaxis(self.grid.forward(products), 1, 0)
@@ -58,7 +65,7 @@ class ShearFlow:
         return self.mask * np.stack([vorticity, -1j * (kx * us + ky * vs)], axis=1)
 
     def stepper(self, step: float, mean: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-        """One RK4 step in the variable exp(diffusion t) y, in which diffusion is exact."""
+        """Return one RK4 step in the variable exp(diffusion t) y, in which diffusion is exact."""
         half = np.exp(-self.diffusion * step / 2)
         full = half * half
 
@@ -72,28 +79,25 @@ class ShearFlow:
         return advance
 
     def pressure(self, velocity: np.ndarray) -> np.ndarray:
-        """(b, 2, X, Y) -> (b, X, Y): lap p = -d_i d_j (u_i u_j), zero mean."""
+        """Return the pressure (b, X, Y) of a velocity (b, 2, X, Y): lap p = -d_i d_j (u_i u_j), zero mean."""
         u, v = np.moveaxis(velocity, 1, 0)
         uu, uv, vv = np.moveaxis(self.grid.forward(np.stack([u * u, u * v, v * v], axis=1)), 1, 0)
         source = self.kx**2 * uu + 2 * self.kx * self.ky * uv + self.ky**2 * vv
         return self.grid.inverse(-source * self.mask * self.inverse_k_squared)
 
     def evolve(self, velocity: np.ndarray, tracer: np.ndarray, num_frames: int, dt: float, steps: int) -> np.ndarray:
-        """(b, 2, X, Y), (b, X, Y) -> (b, T, 4, X, Y): u, v, tracer, pressure; `steps` time steps between frames."""
+        """Return u, v, tracer, pressure (b, T, 4, X, Y); `steps` time steps between frames."""
         state, mean = self.state(velocity, tracer)
         advance = self.stepper(dt / steps, mean)
         frames = []
-        for frame in range(num_frames):
-            if frame:
-                for _ in range(steps):
-                    state = advance(state)
-            fields = self.velocity_and_tracer(state, mean)
+        for frame in snapshots(state, advance, num_frames, steps):
+            fields = self.velocity_and_tracer(frame, mean)
             frames.append(np.concatenate([fields, self.pressure(fields[:, :2])[:, None]], axis=1))
         return np.stack(frames, axis=1)
 
 
 def start(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Velocity (2, X, Y): 2 or 4 layers +-0.5 with tanh joins, and a divergence-free disturbance along each join.
+    """Return the velocity (2, X, Y): 2 or 4 layers +-0.5 with tanh joins, each with a divergence-free disturbance.
 
     The joins are wider than the Well's: thinner ones are under-resolved, and n waves along x grow only while
     2 pi n width < 1 or so (Kelvin-Helmholtz). Each join has its own phases: the layers would stay alike for ever.
@@ -118,14 +122,14 @@ def start(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
 
 
 def simulate(preset: Preset, parameter_set: ParameterSet, rngs: Sequence[np.random.Generator]) -> Simulation:
-    """The tracer starts as u, as in the Well; the pressure is the solved one from the first frame on."""
+    """Simulate layers whose tracer starts as u, as in the Well; see System.simulate."""
     flow = ShearFlow(preset.grid, parameter_set.scalars["Rayleigh"], parameter_set.scalars["Schmidt"])
     velocity = np.stack([start(rng, preset.grid) for rng in rngs])
-    steps = int(np.ceil(preset.dt / (MAX_STEP * 64 / preset.grid[0]) - 1e-9))
+    steps = num_steps(preset.dt, MAX_STEP * 64 / preset.grid[0])
     frames = flow.evolve(velocity, velocity[:, 0], preset.num_frames, preset.dt, steps)
     x, y = flow.grid.points((0.0, -1.0))
     return Simulation(
-        time=preset.dt * np.arange(preset.num_frames),
+        time=preset.times,
         x=x,
         y=y,
         fields={
@@ -133,16 +137,13 @@ def simulate(preset: Preset, parameter_set: ParameterSet, rngs: Sequence[np.rand
             "pressure": frames[:, :, 3],
             "velocity": np.moveaxis(frames[:, :, :2], 2, -1),
         },
-        boundaries=(edge("x_periodic", "PERIODIC", "x", len(x)), edge("y_periodic", "PERIODIC", "y", len(y))),
+        boundaries=edges(PERIODIC, preset.grid),
     )
 
 
-def _set(reynolds: float, schmidt: float, train: int, valid: int, test: int) -> ParameterSet:
-    return ParameterSet(
-        label=f"Reynolds_{reynolds:g}_Schmidt_{schmidt:g}",
-        scalars={"Rayleigh": reynolds, "Schmidt": schmidt},
-        num_trajectories={"train": train, "valid": valid, "test": test},
-    )
+def _set(reynolds: float, schmidt: float, *trajectories: int) -> ParameterSet:
+    label, scalars = f"Reynolds_{reynolds:g}_Schmidt_{schmidt:g}", {"Rayleigh": reynolds, "Schmidt": schmidt}
+    return ParameterSet(label, scalars, counts(*trajectories))
 
 
 SYSTEM = System(

@@ -29,25 +29,25 @@ class FourierGrid:
 
     @property
     def k_squared(self) -> np.ndarray:
-        """(X, Y // 2 + 1)."""
+        """Squared wavenumbers, (X, Y // 2 + 1)."""
         return self.kx**2 + self.ky**2
 
     @property
     def inverse_k_squared(self) -> np.ndarray:
-        """1 / k^2 with 0 for the mean, so that solutions of Poisson's equation come out with zero mean."""
+        """The inverse of k^2, with 0 for the mean, so that solutions of Poisson's equation come out with zero mean."""
         k_squared = self.k_squared
         k_squared[0, 0] = np.inf
         return 1 / k_squared
 
     @property
     def dealias(self) -> np.ndarray:
-        """1.0 for modes kept by the 2/3 rule (both indices below n / 3), else 0.0: quadratic products do not alias."""
+        """A mask of the 2/3 rule, 1.0 where both indices are below n / 3: quadratic products do not alias."""
         index_x = np.abs(np.fft.fftfreq(self.shape[0], 1 / self.shape[0]))[:, None]
         index_y = np.arange(self.shape[1] // 2 + 1)[None, :]
         return ((3 * index_x < self.shape[0]) & (3 * index_y < self.shape[1])).astype(float)
 
     def points(self, origin: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-        """Grid points along x (X,) and along y (Y,), the first at `origin`."""
+        """Return grid points along x (X,) and along y (Y,), the first at `origin`."""
         x, y = (
             start + length * np.arange(size) / size
             for start, length, size in zip(origin, self.lengths, self.shape, strict=True)
@@ -55,11 +55,11 @@ class FourierGrid:
         return x, y
 
     def forward(self, fields: np.ndarray) -> np.ndarray:
-        """(..., X, Y) -> (..., X, Y // 2 + 1)."""
+        """Transform (..., X, Y) to (..., X, Y // 2 + 1)."""
         return fft.rfft2(fields)
 
     def inverse(self, coefficients: np.ndarray) -> np.ndarray:
-        """(..., X, Y // 2 + 1) -> (..., X, Y)."""
+        """Transform (..., X, Y // 2 + 1) to (..., X, Y)."""
         return fft.irfft2(coefficients, s=self.shape)
 
 
@@ -80,7 +80,7 @@ class Etdrk4:
 
     @classmethod
     def of(cls, linear: np.ndarray, step: float, points: int = 32) -> "Etdrk4":
-        """Coefficients for a real diagonal `linear`, of any shape, and a time step."""
+        """Return the coefficients for a real diagonal `linear`, of any shape, and a time step."""
         z = step * linear
         # The circle is symmetric about the real axis: the upper half and the real part are the whole mean.
         circle = z[..., None] + np.exp(1j * np.pi * (np.arange(points) + 0.5) / points)
@@ -99,7 +99,7 @@ class Etdrk4:
         )
 
     def advance(self, state: np.ndarray, nonlinear: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """One step; `state` broadcasts against the coefficients, `nonlinear` maps a state to N(state)."""
+        """Take one step; `state` broadcasts against the coefficients, `nonlinear` maps a state to N(state)."""
         n_start = nonlinear(state)
         halfway = self.half * state
         a = halfway + self.stage * n_start

@@ -6,14 +6,18 @@ Population moments in float64 over the train split, per tensor component. The fi
 mixture, E[x^2] = sum_i w_i (var_i + mean_i^2), which is how the Well's own statistics are made.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 from data_pipeline.well.layout import BoundaryMask
 
 SPLITS = ("train", "valid", "test")
+PERIODIC = (("PERIODIC", "PERIODIC"), ("PERIODIC", "PERIODIC"))  # boundaries of x and of y
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,11 @@ class Preset:
     dt: float  # time between stored frames
     parameter_sets: tuple[ParameterSet, ...]
     options: Mapping[str, float] = field(default_factory=dict)  # solver settings of this resolution
+
+    @property
+    def times(self) -> np.ndarray:
+        """Times of the stored frames from the first on, (T,)."""
+        return self.dt * np.arange(self.num_frames)
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,33 @@ class System:
     presets: Mapping[str, Preset]  # "mini" and "tiny"
     simulate: Callable[[Preset, ParameterSet, Sequence[np.random.Generator]], Simulation]
     cost: float  # rough CPU seconds of the mini preset, to start the longest first
+
+
+def counts(train: int, valid: int, test: int) -> dict[str, int]:
+    """Return the numbers of trajectories by split."""
+    return {"train": train, "valid": valid, "test": test}
+
+
+def num_steps(interval: float, limit: float) -> int:
+    """Return in how many equal steps to cover `interval` so that none exceeds `limit`."""
+    return int(np.ceil(interval / limit - 1e-9))
+
+
+def integrate(state: T, step: Callable[[T, float], T], interval: float, limit: float) -> T:
+    """Return the state after `interval`, in equal time steps of at most `limit`."""
+    steps = num_steps(interval, limit)
+    for _ in range(steps):
+        state = step(state, interval / steps)
+    return state
+
+
+def snapshots(state: T, advance: Callable[[T], T], num_frames: int, steps: int) -> Iterator[T]:
+    """Yield the state of each frame, the given one first, with `steps` calls of `advance` between two frames."""
+    yield state
+    for _ in range(num_frames - 1):
+        for _ in range(steps):
+            state = advance(state)
+        yield state
 
 
 STATISTICS = ("mean", "std", "rms", "mean_delta", "std_delta", "rms_delta")

@@ -27,12 +27,15 @@ class DisturbedGenerator(np.random.Generator):
         self._amplitude, self._noise = amplitude, np.random.default_rng(noise_seed)
 
     def standard_normal(self, *args: Any, **kwargs: Any) -> Any:
+        """Return disturbed numbers."""
         return self._disturbed(super().standard_normal(*args, **kwargs))
 
     def normal(self, *args: Any, **kwargs: Any) -> Any:
+        """Return disturbed numbers."""
         return self._disturbed(super().normal(*args, **kwargs))
 
     def uniform(self, *args: Any, **kwargs: Any) -> Any:
+        """Return disturbed numbers."""
         return self._disturbed(super().uniform(*args, **kwargs))
 
     def _disturbed(self, values: Any) -> Any:
@@ -48,7 +51,7 @@ def twin_states(
     amplitude: float = AMPLITUDE,
     noise_seed: int = 0,
 ) -> np.ndarray:
-    """A trajectory and its twin, float64 (2, T, C, X, Y): the components of the fields in the Well's order.
+    """Return a trajectory and its twin, float64 (2, T, C, X, Y): the components of the fields in the Well's order.
 
     `trajectory` counts those of the parameter set over all splits: train, valid, test.
     """
@@ -60,13 +63,13 @@ def twin_states(
 
 
 def twin_distance(states: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """Root mean square distance of twins (2, T, C, X, Y) in each frame, channels in units of their `std` (C,): (T,)."""
+    """Return the rms distance of twins (2, T, C, X, Y) in each frame, (T,), channels in units of their `std` (C,)."""
     difference = (states[1] - states[0]) / std[:, None, None]
     return np.sqrt(np.square(difference).mean(axis=(1, 2, 3)))
 
 
 def _channels(system: System, simulation: Simulation) -> np.ndarray:
-    """The state fields (b, T, X, Y) + (2,) * order as (b, T, C, X, Y): scalars; x, y; xx, xy, yx, yy."""
+    """Return the state fields (b, T, X, Y) + (2,) * order as (b, T, C, X, Y): scalars; x, y; xx, xy, yx, yy."""
     fields = [simulation.fields[name] for name in system.tensor_orders]
     columns = [field.reshape(*field.shape[:4], -1) for field in fields]
     return np.moveaxis(np.concatenate(columns, axis=-1), -1, 2)

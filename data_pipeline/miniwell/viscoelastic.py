@@ -14,6 +14,7 @@ after a spin-up in which the conformation, laminar at first, becomes two-dimensi
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 from scipy.optimize import brentq
@@ -25,12 +26,11 @@ from data_pipeline.miniwell.mac import (
     diff_x,
     half_slope,
     momentum_tendency,
-    num_steps,
     pad_x,
     ssp_rk3,
     upwind,
 )
-from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System
+from data_pipeline.miniwell.system import ParameterSet, Preset, Simulation, System, counts, integrate
 from data_pipeline.well.layout import edge
 
 XX, XY, YY, ZZ = range(4)  # components of a conformation array (4, b, X, Y)
@@ -48,23 +48,23 @@ class Fluid:
     Lmax: float  # largest extension of the polymers
 
     def spring(self, trace: np.ndarray) -> np.ndarray:
-        """The Peterlin factor f."""
+        """Return the Peterlin factor f of tr C."""
         return 1 / (1 - (trace - 3) / self.Lmax**2)
 
     def steady_spring(self, shear: np.ndarray) -> np.ndarray:
-        """f in steady simple shear, the root of (f - 1) f^2 = 2 (Wi shear)^2 / (Lmax^2 + 3)."""
+        """Return f in steady simple shear, the root of (f - 1) f^2 = 2 (Wi shear)^2 / (Lmax^2 + 3)."""
         # With g^2 = f - 1 it reads g^3 + g = c, whose one real root is a hyperbolic sine.
         c = self.Wi * np.abs(shear) * np.sqrt(2 / (self.Lmax**2 + 3))
         return 1 + (2 / np.sqrt(3) * np.sinh(np.arcsinh(1.5 * np.sqrt(3) * c) / 3)) ** 2
 
     def steady_conformation(self, shear: np.ndarray) -> np.ndarray:
-        """(4, ...): the conformation in steady simple shear du/dy = shear."""
+        """Return the conformation in steady simple shear du/dy = shear, (4, ...)."""
         f = self.steady_spring(shear)
         wi = self.Wi * shear
         return np.stack([(1 + 2 * (wi / f) ** 2) / f, wi / f**2, 1 / f, 1 / f])
 
     def steady_shear(self, stress: np.ndarray) -> np.ndarray:
-        """The shear under a total stress, shear (beta + (1 - beta) / f) = stress, by bisection."""
+        """Return the shear under a total stress, shear (beta + (1 - beta) / f) = stress, by bisection."""
         low, high = np.abs(stress), np.abs(stress) / self.beta
         for _ in range(60):
             middle = (low + high) / 2
@@ -74,12 +74,12 @@ class Fluid:
 
 
 def laminar_flow(grid: MacGrid, fluid: Fluid) -> tuple[np.ndarray, np.ndarray]:
-    """The parallel steady flow with <u_x> = 1 and its conformation without diffusion: (Y,), (4, Y)."""
+    """Return the parallel steady flow with <u_x> = 1 and its conformation without diffusion: (Y,), (4, Y)."""
     faces = grid.y0 + np.arange(grid.ny + 1) * grid.dy
 
     def velocity(wall_stress: float) -> np.ndarray:
         shear = fluid.steady_shear(-wall_stress * faces) * grid.dy
-        shear[0] /= 2  # from the wall to the first centre
+        shear[0] /= 2  # from the wall to the first center
         return np.cumsum(shear[:-1])
 
     wall_stress = brentq(lambda stress: velocity(stress).mean() - 1, 1.0, 6.0, xtol=1e-14)
@@ -89,7 +89,7 @@ def laminar_flow(grid: MacGrid, fluid: Fluid) -> tuple[np.ndarray, np.ndarray]:
 
 
 def disturbance(grid: MacGrid, speed: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A divergence-free (u, v), (1, X, Y) and (1, X, Y + 1), of root-mean-square speed `speed`, at rest at the walls.
+    """Return a divergence-free (u, v), (1, X, Y) and (1, X, Y + 1), of rms speed `speed`, at rest at the walls.
 
     Modes have independent phases in x: with phases in common the flow would keep a mirror symmetry for ever.
     """
@@ -102,12 +102,12 @@ def disturbance(grid: MacGrid, speed: float, rng: np.random.Generator) -> tuple[
             psi += weight / (k + m) * np.cos(k * x + phase_x)[:, None] * np.cos(np.pi / 2 * m * y + phase_y)
     psi *= (1 - y**2) ** 2
     u, v = grid.from_streamfunction(psi[None])
-    scale = speed / np.sqrt(np.mean(grid.to_centres(u, v) ** 2) * 2)
+    scale = speed / np.sqrt(np.mean(grid.to_centers(u, v) ** 2) * 2)
     return u * scale, v * scale
 
 
 def stretch_and_relax(conformation: np.ndarray, gradient: Arrays, fluid: Fluid, h: float) -> np.ndarray:
-    """C_t = L C + C L^T for a time h at frozen L = (du/dx, du/dy, dv/dx), then C_t = -T implicitly. (4, b, X, Y)."""
+    """Solve C_t = L C + C L^T for a time h at frozen L = (du/dx, du/dy, dv/dx), then C_t = -T implicitly."""
     u_x, u_y, v_x = gradient
     # L has no trace, so L^2 = q I and exp(h L) = cosh(h sqrt(q)) I + sinh(h sqrt(q)) / sqrt(q) L.
     q = (u_x * u_x + u_y * v_x) * h**2
@@ -133,7 +133,7 @@ def stretch_and_relax(conformation: np.ndarray, gradient: Arrays, fluid: Fluid, 
 
 
 def positive_half_slope(conformation: np.ndarray, below: np.ndarray, above: np.ndarray) -> np.ndarray:
-    """Van Leer's half slopes h, set to zero in cells where C + h or C - h is not positive definite. (4, b, X, Y)."""
+    """Return van Leer's half slopes h, (4, b, X, Y), zero where C + h or C - h is not positive definite."""
     half = half_slope(below, above)
     xx, xy, yy, _ = conformation
     h_xx, h_xy, h_yy, _ = half
@@ -147,7 +147,7 @@ def positive_half_slope(conformation: np.ndarray, below: np.ndarray, above: np.n
 def transport_tendency(
     grid: MacGrid, conformation: np.ndarray, u: np.ndarray, v: np.ndarray, epsilon: float
 ) -> np.ndarray:
-    """-div(u C - epsilon grad C), (4, b, X, Y); no flux through the walls."""
+    """Return -div(u C - epsilon grad C), (4, b, X, Y); no flux through the walls."""
     in_x = pad_x(conformation, 2, 1)
     steps = in_x[..., 1:, :] - in_x[..., :-1, :]
     half = positive_half_slope(in_x[..., 1:-1, :], steps[..., :-1, :], steps[..., 1:, :])  # cells -1 .. X-1
@@ -169,14 +169,14 @@ def transport_tendency(
 def transport(
     grid: MacGrid, conformation: np.ndarray, u: np.ndarray, v: np.ndarray, epsilon: float, dt: float
 ) -> np.ndarray:
-    """One SSP-RK2 (Heun) step; positive definite while the two Courant numbers sum to less than about 1/2."""
+    """Take one SSP-RK2 (Heun) step; positive definite while the two Courant numbers sum to less than about 1/2."""
     first = conformation + dt * transport_tendency(grid, conformation, u, v, epsilon)
     second = first + dt * transport_tendency(grid, first, u, v, epsilon)
     return (conformation + second) / 2
 
 
 def polymer_stress(conformation: np.ndarray, fluid: Fluid) -> Stress:
-    """(1 - beta) T / Re, its xy component averaged to the corners and extrapolated to the walls."""
+    """Return (1 - beta) T / Re, its xy component averaged to the corners and extrapolated to the walls."""
     f = fluid.spring(conformation[XX] + conformation[YY] + conformation[ZZ])
     scale = (1 - fluid.beta) / (fluid.Re * fluid.Wi)
     in_x = pad_x(f * conformation[XY], 1, 0)
@@ -189,7 +189,7 @@ def polymer_stress(conformation: np.ndarray, fluid: Fluid) -> Stress:
 
 
 def step(grid: MacGrid, fluid: Fluid, state: Arrays, dt: float) -> Arrays:
-    """One time step of (u, v, conformation)."""
+    """Take one time step of (u, v, conformation)."""
     u, v, conformation = state
     stress = polymer_stress(conformation, fluid)
 
@@ -208,14 +208,14 @@ def step(grid: MacGrid, fluid: Fluid, state: Arrays, dt: float) -> Arrays:
 
 
 def pressure(grid: MacGrid, fluid: Fluid, state: Arrays) -> np.ndarray:
-    """(b, X, Y): the zero-mean periodic pressure (over the density) of this very state."""
+    """Return the zero-mean periodic pressure (over the density) of this very state, (b, X, Y)."""
     u, v, conformation = state
     tendency = momentum_tendency(grid, u, v, fluid.beta / fluid.Re, polymer_stress(conformation, fluid))
     return grid.poisson(grid.divergence(*tendency))
 
 
 def initial_state(grid: MacGrid, fluid: Fluid, speed: float, rngs: Sequence[np.random.Generator]) -> Arrays:
-    """Laminar flow and conformation, with each trajectory's disturbance added to the velocity."""
+    """Return laminar flow and conformation, with each trajectory's disturbance added to the velocity."""
     u, conformation = laminar_flow(grid, fluid)
     disturbances = [disturbance(grid, speed, rng) for rng in rngs]
     shape = (4, len(rngs), grid.nx, grid.ny)
@@ -227,7 +227,7 @@ def initial_state(grid: MacGrid, fluid: Fluid, speed: float, rngs: Sequence[np.r
 
 
 def simulate(preset: Preset, parameters: ParameterSet, rngs: Sequence[np.random.Generator]) -> Simulation:
-    """One trajectory per generator; see System."""
+    """Simulate one trajectory per generator; see System.simulate."""
     grid = MacGrid(*preset.grid, lx=2 * np.pi, ly=2.0, y0=-1.0)
     fluid = Fluid(**{f.name: parameters.scalars[f.name] for f in fields(Fluid)})
     spin_up = preset.options["spin_up"]
@@ -240,27 +240,20 @@ def simulate(preset: Preset, parameters: ParameterSet, rngs: Sequence[np.random.
         "C": np.empty((*shape, 2, 2)),
     }
     for frame in range(preset.num_frames):
-        interval = preset.dt if frame else spin_up
-        steps = num_steps(interval, preset.options["dt"])
-        for _ in range(steps):
-            state = step(grid, fluid, state, interval / steps)
+        state = integrate(state, partial(step, grid, fluid), preset.dt if frame else spin_up, preset.options["dt"])
         u, v, conformation = state
         stored["pressure"][:, frame] = pressure(grid, fluid, state)
         stored["c_zz"][:, frame] = conformation[ZZ]
-        stored["velocity"][:, frame] = grid.to_centres(u, v)
+        stored["velocity"][:, frame] = grid.to_centers(u, v)
         full = np.moveaxis(conformation[[XX, XY, XY, YY]], 0, -1)  # (b, X, Y, 4)
         stored["C"][:, frame] = full.reshape(*full.shape[:3], 2, 2)
     boundaries = (edge("x_periodic", "PERIODIC", "x", grid.nx), edge("y_wall_noslip", "WALL", "y", grid.ny))
-    time = spin_up + preset.dt * np.arange(preset.num_frames)
-    return Simulation(time, grid.x, grid.y, stored, boundaries)
+    return Simulation(spin_up + preset.times, grid.x, grid.y, stored, boundaries)
 
 
-def _parameters(re: float, wi: float, epsilon: float, train: int, valid: int, test: int) -> ParameterSet:
-    return ParameterSet(
-        label=f"Re_{re:g}_Wi_{wi:g}",
-        scalars={"Re": re, "Wi": wi, "beta": 0.9, "epsilon": epsilon, "Lmax": 70.0},
-        num_trajectories={"train": train, "valid": valid, "test": test},
-    )
+def _parameters(re: float, wi: float, epsilon: float, *trajectories: int) -> ParameterSet:
+    scalars = {"Re": re, "Wi": wi, "beta": 0.9, "epsilon": epsilon, "Lmax": 70.0}
+    return ParameterSet(f"Re_{re:g}_Wi_{wi:g}", scalars, counts(*trajectories))
 
 
 SYSTEM = System(

@@ -89,7 +89,7 @@ def test_viscous_decay_of_a_sine_between_the_walls() -> None:
     assert np.abs(dv).max() < 1e-15
 
 
-def test_centre_velocity_and_gradient_converge_at_second_order() -> None:
+def test_center_velocity_and_gradient_converge_at_second_order() -> None:
     errors = []
     for n in (24, 48):
         grid = MacGrid(n, n, lx=2 * np.pi, ly=2.0, y0=-1.0)
@@ -99,7 +99,7 @@ def test_centre_velocity_and_gradient_converge_at_second_order() -> None:
         wall, slope, curve = (1 - y**2) ** 2, -4 * y * (1 - y**2), 12 * y**2 - 4
         sine, cosine = np.sin(2 * x), np.cos(2 * x)
         exact = (sine * slope, -2 * cosine * wall, 2 * cosine * slope, sine * curve, 4 * sine * wall)
-        found = (*np.moveaxis(grid.to_centres(u, v)[0], -1, 0), *(g[0] for g in grid.gradient(u, v)))
+        found = (*np.moveaxis(grid.to_centers(u, v)[0], -1, 0), *(g[0] for g in grid.gradient(u, v)))
         errors.append([np.sqrt(np.mean((a - b) ** 2)) for a, b in zip(found, exact, strict=True)])
     ratio = np.array(errors[0]) / np.array(errors[1])
     assert np.all(ratio > 3.3), ratio
