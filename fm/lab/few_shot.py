@@ -31,8 +31,9 @@ from fm.evaluation.evaluate import TrainedModel
 from fm.evaluation.page import Facts, PageTable, Paragraph, Picture, Section, render_page
 from fm.evaluation.plots import BLUE, DOTTED, GRAY, ORANGE, encode, log_ticks, panel_figure, rasterize, style_panel
 from fm.evaluation.protocol import load_protocol
-from fm.lab.sweep import EXIT_FAILED, finish_trials, sweep_results
+from fm.lab.sweep import EXIT_FAILED, finish_trials
 from fm.lab.sweep_file import Sweep, Variant, plan
+from fm.lab.sweep_table import sweep_results
 from fm.model.spec import to_json
 
 PRETRAINED, SCRATCH = ARMS = ("pretrained", "from scratch")

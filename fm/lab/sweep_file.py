@@ -1,4 +1,4 @@
-"""A sweep: one YAML file that names variants of a recipe, and the runs that they become.
+"""A sweep: a YAML file that names variants of a recipe, the runs made of them, and the files of these runs.
 
     title: The parts of the block
     base: ../quickstart.yaml         # a recipe, relative to this file
@@ -9,16 +9,14 @@
       another model: {base: ../baselines/fno.yaml, train.learning_rate: 1.0e-3}
       pretrained: {only_evaluate: true}  # not trained: the model that finetune.pretrained names
 
-`Sweep` says what else a file may hold. What is nearer wins: command line, variant, overrides, recipe.
+`Sweep` lists the other keys. A setting of the command line precedes the variant's, then come `overrides` and recipe.
 
-What of a sweep is there already: how far a run is trained, whether it is scored, and under which settings.
-
-    DIR/<variant>_seed<k>/      a run directory like any other; train.out and evaluate.out hold what was printed
+    DIR/<variant>_seed<k>/      a run directory; train.out and evaluate.out hold what was printed
     DIR/<variant>/              the report of a variant that is only evaluated
-    DIR/probes/<variant>.json   the pace that chose train.steps, where the sweep gives seconds
+    DIR/probes/<variant>.json   the pace that train.steps was chosen by, if the sweep gives seconds
     DIR/table.{md,json}         the table
 
-What is there is read from these files alone, so a sweep may be killed at any time, and its folder moved.
+The progress of a sweep is read from these files alone, so it may be killed at any time, and its folder moved.
 """
 
 import json
@@ -28,13 +26,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_pipeline.files import UserError, atomic_file
+from data_pipeline.files import UserError, write_whole
 from data_pipeline.remote import is_url
 from data_pipeline.schema import Count, Key, Line, Mismatch, Positive, Strict, at_least, nearest, read_yaml, validate
 from data_pipeline.shards.format import MANIFEST_NAME, Manifest
 from fm.checkpoint import find_checkpoint, newest_checkpoint, read_state, weights_digest
 from fm.config import Recipe, changed_settings, load_recipe, recipe_to_dict, resolve
-from fm.evaluation.protocol import load_protocol
+from fm.evaluation.protocol import Protocol, load_protocol
 from fm.evaluation.scores import Scores
 
 
@@ -45,11 +43,11 @@ class Variant:
     name: str
     base: Path  # its recipe
     overrides: Mapping[str, Any]  # its own, dotted keys
-    only_evaluate: bool = False  # nothing is trained: the row is the model that finetune.pretrained names
+    only_evaluate: bool = False  # not trained: the scores of the model that finetune.pretrained names
 
     @property
     def slug(self) -> str:
-        """The name as a folder's."""
+        """The name as a folder's name."""
         return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
 
 
@@ -63,23 +61,27 @@ class Sweep:
     overrides: Mapping[str, Any]  # of all variants, dotted keys
     paper: str | None = None  # where the paper's numbers are from
     note: str | None = None  # a remark that is printed with the table
-    seeds: tuple[int, ...] = (0,)  # each variant is trained with each
-    seconds: float | None = None  # of training per variant, for which a probe chooses train.steps; null: the recipe's
+    seeds: tuple[int, ...] = (0,)  # each variant is trained with each seed
+    seconds: float | None = None  # of training per variant; a probe chooses train.steps. null: the recipe's steps
     protocol: str = "thirds"  # of the scores: a name, or a YAML file
     windows: int | None = None  # one-step windows scored per dataset, evenly spaced; null: all
-    published: Mapping[str, float] | None = None  # variant -> the paper's number, lower is better; those that are known
+    published: Mapping[str, float] | None = None  # variant -> the paper's number, if known; lower is better
 
     def variant(self, name: str) -> Variant:
-        """The variant of that name; UserError with the nearest one."""
+        """Return the variant of that name. Raises UserError, with the nearest name, if there is none."""
         names = [variant.name for variant in self.variants]
         if name not in names:
             raise UserError(f"{self.file}: no variant {name!r}. {nearest(name, names)}")
         return self.variants[names.index(name)]
 
+    def scored_protocol(self) -> Protocol:
+        """Return the protocol of the scores, with the sweep's number of one-step windows."""
+        return replace(load_protocol(self.protocol), one_step_windows=self.windows)
+
 
 @dataclass(frozen=True)
 class Trial:
-    """A variant with a seed: one run."""
+    """One run of a sweep: a variant with a seed."""
 
     variant: Variant
     seed: int
@@ -89,14 +91,16 @@ class Trial:
 
     @property
     def name(self) -> str:
+        """Name of the run."""
         return self.directory.name
 
     @property
     def report(self) -> Path:
+        """Folder of the evaluation."""
         return self.directory / "report"
 
     def with_overrides(self, **sections: Mapping[str, Any]) -> "Trial":
-        """The same trial with more settings: section -> key -> value."""
+        """Return the trial with more settings: section -> key -> value."""
         more = [_text(f"{name}.{key}", value) for name, section in sections.items() for key, value in section.items()]
         return _trial(self.variant, self.seed, self.directory, (*self.overrides, *more))
 
@@ -119,7 +123,7 @@ class _SweepFile(Strict):
 
 
 def load_sweep(name: str | Path) -> Sweep:
-    """Read a sweep file, given with or without its .yaml. UserError names the key that is wrong."""
+    """Read a sweep file, given with or without its .yaml. The UserError for a wrong file names the key."""
     path = Path(name)
     file = path if path.is_file() else path.with_name(f"{path.name}.yaml")
     given = validate(_SweepFile, read_yaml(file), str(file), _check_file)
@@ -172,16 +176,16 @@ def _check_file(given: _SweepFile) -> None:
 
 def _check_settings(settings: Mapping[str, Any], place: tuple[str, ...]) -> None:
     for key in settings:
-        if _section(key) == "run":
+        if key.partition(".")[0] == "run":
             hint = "A sweep names, places and seeds its own runs (seeds, --out)."
             raise Mismatch("no key of run", hint, (*place, key))
 
 
 def plan(sweep: Sweep, out: Path, overrides: Sequence[str] = ()) -> list[Trial]:
-    """Every run of a sweep, under the folder `out`, in the file's order; `overrides` are the command line's.
+    """Return all runs of a sweep under the folder `out`, in the file's order; `overrides` are the command line's.
 
-    UserError where one of them is no valid recipe, where an override would undo what makes a variant one, or where
-    they would be scored on different shards.
+    Raises UserError if a run is no valid recipe, an override changes a setting that distinguishes a variant, or two
+    runs would be scored on different shards.
     """
     for override in overrides:
         _check_override(override, sweep)
@@ -215,7 +219,7 @@ def _trial(variant: Variant, seed: int, directory: Path, overrides: tuple[str, .
 
 def _check_override(override: str, sweep: Sweep) -> None:
     key = override.partition("=")[0]
-    if _section(key) == "run":
+    if key.partition(".")[0] == "run":
         raise UserError(f"override {override!r}: a sweep names, places and seeds its own runs (--out, seeds)")
     if key == "train.steps" and sweep.seconds is not None:
         raise UserError(f"override {override!r}: a probe chooses train.steps for {sweep.seconds:g} seconds")
@@ -228,94 +232,100 @@ def _check_override(override: str, sweep: Sweep) -> None:
             )
 
 
-def _section(key: str) -> str:
-    return key.partition(".")[0]
-
-
 def _text(key: str, value: Any) -> str:
     return f"{key}={json.dumps(value, ensure_ascii=False, default=str)}"  # JSON is YAML
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The pace of a variant on this machine, and what follows from it."""
+    """The pace of a variant on this machine, and the number of steps chosen by it; one file for all its seeds."""
 
-    seconds: float  # that the sweep gives
+    seconds: float  # of training, as the sweep gives them
     seconds_per_step: float
     steps: int
-    settings: dict[str, Any]  # what was timed
+    settings: dict[str, Any]  # of the run that was timed
+
+    @classmethod
+    def load(cls, file: Path) -> "Probe | None":
+        """Read the stored probe, if any. Raises UserError if the file is damaged."""
+        try:
+            return cls(**json.loads(file.read_text()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{file}: not the probe of a sweep ({error}); remove it, and the pace is measured anew"
+            ) from error
 
     def save(self, file: Path) -> None:
-        with atomic_file(file) as stream:
-            stream.write((json.dumps(asdict(self), indent=1) + "\n").encode())
+        """Write the probe, whole or not at all."""
+        write_whole(file, f"{json.dumps(asdict(self), indent=1)}\n".encode())
 
+    @staticmethod
+    def file(out: Path, trial: Trial) -> Path:
+        """Return the file of a trial's variant."""
+        return out / "probes" / f"{trial.variant.slug}.json"
 
-def probe_file(out: Path, trial: Trial) -> Path:
-    """One for all seeds of a variant."""
-    return out / "probes" / f"{trial.variant.slug}.json"
-
-
-def read_probe(file: Path) -> Probe | None:
-    """The stored probe, if any; UserError where the file is damaged."""
-    try:
-        return Probe(**json.loads(file.read_text()))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{file}: not the probe of a sweep ({error}); remove it, and the pace is measured anew"
-        ) from error
-
-
-def probed_settings(trial: Trial) -> dict[str, Any]:
-    """What the pace of a trial depends on: neither its place and seed, nor its length."""
-    settings = recipe_to_dict(trial.recipe)
-    del settings["run"], settings["train"]["steps"]
-    return settings
+    @staticmethod
+    def settings_of(trial: Trial) -> dict[str, Any]:
+        """Return the settings of a trial that its pace may depend on: all but its place, seed and length."""
+        settings = recipe_to_dict(trial.recipe)
+        del settings["run"], settings["train"]["steps"]
+        return settings
 
 
 def model_of(trial: Trial) -> Path | str:
-    """The run or checkpoint that a trial's scores are of."""
+    """Return the run or checkpoint that a trial scores."""
     if trial.variant.only_evaluate:
-        assert trial.recipe.finetune is not None  # the plan sees to it
+        assert trial.recipe.finetune is not None  # `plan` checks it
         return trial.recipe.finetune.pretrained
     return trial.directory
 
 
 def is_trained(trial: Trial) -> bool:
-    """Whether the run has all its steps."""
+    """Return whether the run has all its steps."""
     checkpoint = newest_checkpoint(trial.directory / "checkpoints", print)
     return checkpoint is not None and read_state(checkpoint)["step"] >= trial.recipe.train.steps
 
 
-def read_scores(trial: Trial, sweep: Sweep) -> Scores | None:
-    """The scores of a trial's present weights and data under the sweep's protocol, or None where there are none.
+def find_changes(trial: Trial, sweep: Sweep, out: Path) -> list[str]:
+    """Return the settings, a line each, in which a run with a checkpoint differs from the sweep's present ones."""
+    checkpoint = newest_checkpoint(trial.directory / "checkpoints", print)
+    if checkpoint is None:
+        return []
+    before = recipe_to_dict(resolve(read_state(checkpoint)["recipe"], str(checkpoint / "state.json")))
+    after = recipe_to_dict(trial.recipe)
+    changes = []
+    if sweep.seconds is not None:
+        del before["train"]["steps"], after["train"]["steps"]
+        probe = Probe.load(Probe.file(out, trial))
+        if probe is None or probe.seconds != sweep.seconds:
+            changes.append(f"seconds: {probe.seconds if probe else None} -> {sweep.seconds}")
+    before["run"]["dir"] = after["run"]["dir"]  # the sweep's folder may have been moved
+    return changes + changed_settings(before, after)
 
-    Data that are not at hand, or at a URL, are not compared. UserError where the file is damaged.
+
+def read_scores(trial: Trial, sweep: Sweep) -> Scores | None:
+    """Return the scores of a trial's present weights and data under the sweep's protocol, None if there are none.
+
+    Data that are missing, or behind a URL, are not compared. Raises UserError if the file is damaged.
     """
     file = trial.report / "scores.json"
     if not file.is_file():
         return None
-    scores = Scores.load(file)
-    data = {name: part.data_digest for name, part in scores.datasets.items()}
-    wanted = replace(load_protocol(sweep.protocol), one_step_windows=sweep.windows)
+    scores, wanted, shards = Scores.load(file), sweep.scored_protocol(), trial.recipe.data.shards
     weights = weights_digest(find_checkpoint(model_of(trial)))
-    same = scores.protocol == wanted and scores.origin.get("weights") == weights
-    current = same and _is_present(data, trial, wanted.split)
-    return scores if current else None
-
-
-def _is_present(data: Mapping[str, str], trial: Trial, split: str) -> bool:
-    """Whether the shards of a trial have these digests, by dataset, as far as they are at hand."""
-    shards = trial.recipe.data.shards
-    if is_url(shards):
-        return True
-    files = {name: Path(shards) / name / split / MANIFEST_NAME for name in data}
-    return all(Manifest.load(file).digest == data[name] for name, file in files.items() if file.is_file())
+    if scores.protocol != wanted or scores.origin.get("weights") != weights:
+        return None
+    for name, part in scores.datasets.items() if not is_url(shards) else ():
+        manifest = Path(shards) / name / wanted.split / MANIFEST_NAME
+        if manifest.is_file() and Manifest.load(manifest).digest != part.data_digest:
+            return None
+    return scores
 
 
 def check_same_data(scores: Mapping[str, Scores], sweep: Sweep) -> None:
-    """UserError where two runs, by name, were scored on different data of one dataset."""
+    """Raise UserError if two runs, by name, were scored on different data of one dataset."""
     first: dict[str, tuple[str, str]] = {}
     for run, part in scores.items():
         for name, dataset in part.datasets.items():
@@ -326,31 +336,3 @@ def check_same_data(scores: Mapping[str, Scores], sweep: Sweep) -> None:
                     f"{digest[:12]} in {other} and {dataset.data_digest[:12]} in {run}: remove the report folder of "
                     "the one that is out of date, and sweep again"
                 )
-
-
-def check_unchanged(trial: Trial, sweep: Sweep, out: Path) -> None:
-    """UserError where a run has begun with other settings than the sweep gives it now."""
-    changes = find_changes(trial, sweep, out)
-    if changes:
-        lines = "\n  ".join(changes)
-        raise UserError(
-            f"{trial.directory} was trained with other settings than {sweep.file} gives {trial.variant.name!r} now:\n"
-            f"  {lines}\nRemove that folder, or sweep into another one (--out)."
-        )
-
-
-def find_changes(trial: Trial, sweep: Sweep, out: Path) -> list[str]:
-    """In which settings a run that has begun differs from what the sweep gives it now, a line each."""
-    checkpoint = newest_checkpoint(trial.directory / "checkpoints", print)
-    if checkpoint is None:
-        return []
-    before = recipe_to_dict(resolve(read_state(checkpoint)["recipe"], str(checkpoint / "state.json")))
-    after = recipe_to_dict(trial.recipe)
-    changes = []
-    if sweep.seconds is not None:
-        del before["train"]["steps"], after["train"]["steps"]
-        probe = read_probe(probe_file(out, trial))
-        if probe is None or probe.seconds != sweep.seconds:
-            changes.append(f"seconds: {probe.seconds if probe else None} -> {sweep.seconds}")
-    before["run"]["dir"] = after["run"]["dir"]  # a sweep's folder may be moved
-    return changes + changed_settings(before, after)

@@ -1,4 +1,4 @@
-"""Sweeps of real runs: trained, scored, kept, refused, interrupted; and every number of the table."""
+"""Sweeps of real runs: trained, scored, kept, refused, interrupted; every number of the table; the command line."""
 
 import json
 import shutil
@@ -16,9 +16,11 @@ from whole_runs import small
 
 from data_pipeline.files import UserError
 from data_pipeline.tables import render
+from fm.cli import main
 from fm.config import dump_recipe, load_recipe, recipe_to_dict
-from fm.lab.sweep import run_sweep, sweep_document, sweep_results
+from fm.lab.sweep import run_sweep
 from fm.lab.sweep_file import Sweep, Trial, check_same_data, load_sweep, plan, read_scores
+from fm.lab.sweep_table import sweep_document, sweep_results
 
 BROKEN = "data.datasets: [shear_flaw]"
 
@@ -280,3 +282,30 @@ def test_ctrl_c_saves_the_run_and_ends_the_sweep(folder: Path, sweep: Sweep, tmp
     assert json.loads((run / "events.jsonl").read_text().splitlines()[-1])["state"] == "interrupted"
     assert list((run / "checkpoints").glob("step_*"))
     assert not (tmp_path / "out" / "table.md").exists()
+
+
+SWEEP = str(Path(__file__).parents[3] / "recipes" / "ablations" / "table14")
+
+
+@pytest.mark.parametrize("words", [[SWEEP, "run.seed=3", "--out", "o"], [SWEEP, "--out", "o", "run.seed=3"]])
+def test_overrides_stand_anywhere(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", *words]) == 2
+    assert "override 'run.seed=3': a sweep names, places and seeds its own runs" in capsys.readouterr().err
+
+
+def test_what_is_no_override_is_no_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", SWEEP, "--out", "o", "--step=3"])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments: --step=3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_seconds_are_above_0(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", SWEEP, f"--seconds={seconds}"]) == 2
+    assert "--seconds: expected seconds of training above 0" in capsys.readouterr().err
+
+
+def test_an_unknown_variant_is_refused_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", SWEEP, "--only", "no rigde"]) == 2
+    assert "Did you mean 'no ridge'?" in capsys.readouterr().err

@@ -1,0 +1,223 @@
+"""The table of a sweep: the cost and the scores of each variant, and the agreement with the paper's order.
+
+Variants are ranked by the geometric mean over datasets of their one-step VRMSE over persistence's. Only datasets that
+all scored variants have are used. Scores of several seeds are averaged, with their standard deviation. A run that was
+trained with other settings than the sweep has now is named below the table and not ranked.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from data_pipeline.tables import DASH, Cell, Document, Marked, Table, format_number
+from fm.checkpoint import load_pretrained
+from fm.evaluation.protocol import load_protocol
+from fm.evaluation.scores import ONE_STEP, Scores, geometric_mean, mean_ranks, spearman
+from fm.lab.sweep_file import Sweep, Trial, check_same_data, find_changes, model_of, read_scores
+from fm.training.runlog import parse_lines
+
+DONE, OTHER, FAILED, NOT_RUN = "done", "other settings", "failed", "not run"
+MIN_AGREEMENT = 3  # variants that a rank correlation needs: any two are in the same order or in the opposite one
+
+
+def sweep_results(sweep: Sweep, trials: Sequence[Trial], failed: Collection[str] = ()) -> dict[str, Any]:
+    """Return all numbers as strict JSON; `failed` names the trials that failed.
+
+    `variants` has a row for each variant: its `runs`, one per seed, and over those with scores the mean `parameters`,
+    `steps` and training `seconds`, and `scores.<block>` with `over_persistence`, its `spread` over seeds, `vrmse` by
+    dataset, and by dataset how many of the `count` trajectories (or windows) of all seeds `diverged`. A block is "one
+    step" or a window of the protocol. Null stands for a number that is not finite or missing. `paper_rank` and
+    `rank_beside_paper` are ranks among the variants that are done and have a number of the paper's. Raises UserError if
+    two runs were scored on different data.
+    """
+    scores: dict[str, Scores] = {}
+    changes: dict[str, list[str]] = {}
+    for trial in trials:
+        if (found := read_scores(trial, sweep)) is not None:
+            changes[trial.name] = find_changes(trial, sweep, trial.directory.parent)
+            if not changes[trial.name]:
+                scores[trial.name] = found
+    check_same_data(scores, sweep)
+    datasets = sorted(set.intersection(*(set(part.datasets) for part in scores.values()))) if scores else []
+    blocks = [ONE_STEP, *load_protocol(sweep.protocol).windows]
+    rows = []
+    for variant in sweep.variants:
+        runs = []
+        for trial in (trial for trial in trials if trial.variant == variant):
+            run: dict[str, Any] = {"run": str(trial.directory), "seed": trial.seed}
+            if trial.name in scores:
+                run |= {"status": DONE, **_scored_run(trial, scores[trial.name], datasets, blocks)}
+            elif changes.get(trial.name):
+                run |= {"status": OTHER, "changes": changes[trial.name]}
+            else:
+                run["status"] = FAILED if trial.name in failed else NOT_RUN
+            runs.append(run)
+        rows.append({"variant": variant.name, **_over_seeds(runs, datasets, blocks), "runs": runs})
+    leads = {row["variant"]: row["scores"][ONE_STEP]["over_persistence"] for row in rows if row["status"] == DONE}
+    published = sweep.published or {}
+    both = [name for name in leads if name in published]
+    ours, theirs = [leads[name] for name in both], [published[name] for name in both]
+    columns = {
+        "rank": _ranks(leads),
+        "paper": published,
+        "paper_rank": _ranks(dict(zip(both, theirs, strict=True))),
+        "rank_beside_paper": _ranks(dict(zip(both, ours, strict=True))),
+    }
+    for row in rows:
+        row |= {key: column.get(row["variant"]) for key, column in columns.items()}
+    first = next(iter(scores.values()), None)
+    references: dict[str, Any] = {}  # the same for all variants: dataset -> block -> predictor
+    for name in datasets:
+        parts = {block: first.block(name, block) if first else None for block in blocks}
+        references[name] = {
+            block: {key: getattr(part, key, None) for key in ("persistence", "mean_field")}
+            for block, part in parts.items()
+        }
+    return {
+        "title": sweep.title,
+        "paper": sweep.paper,
+        "protocol": sweep.scored_protocol().to_json(),
+        "seconds": sweep.seconds,
+        "blocks": blocks,
+        "references": references,
+        "variants": rows,
+        "spearman": spearman(ours, theirs) if len(both) >= MIN_AGREEMENT else None,
+    }
+
+
+def _scored_run(trial: Trial, scores: Scores, datasets: Sequence[str], blocks: Sequence[str]) -> dict[str, Any]:
+    """Return the cost of one run, and its scores by block."""
+    file = trial.directory / "events.jsonl"
+    events, _ = parse_lines(file.read_text()) if file.is_file() else ([], 0)
+    by_block = {}
+    for block in blocks:
+        parts = {name: scores.block(name, block) for name in datasets}
+        by_block[block] = {
+            "over_persistence": geometric_mean([one.ratio_to_persistence if one else None for one in parts.values()]),
+            "vrmse": {name: one.vrmse(scores.statistic) if one else None for name, one in parts.items()},
+            "diverged": {name: one.diverged if one else 0 for name, one in parts.items()},
+            "count": {name: one.count if one else 0 for name, one in parts.items()},
+        }
+    return {
+        "parameters": load_pretrained(model_of(trial)).num_parameters(),
+        "steps": 0 if trial.variant.only_evaluate else scores.origin["step"],
+        "seconds": sum(line["seconds"] for line in events if line["kind"] == "pace"),
+        "scores": by_block,
+    }
+
+
+def _over_seeds(runs: Sequence[Mapping[str, Any]], datasets: Sequence[str], blocks: Sequence[str]) -> dict[str, Any]:
+    """Return means over the runs with scores. A variant is done if there is one; a mean needs all values."""
+    done = [run for run in runs if run["status"] == DONE]
+    if not done:
+        found = [run["status"] for run in runs]
+        return {"status": next(status for status in (OTHER, FAILED, NOT_RUN) if status in found)}
+    by_block = {}
+    for block in blocks:
+        parts = [run["scores"][block] for run in done]
+        ratios = [part["over_persistence"] for part in parts]
+        vrmse = {name: [part["vrmse"][name] for part in parts] for name in datasets}
+        by_block[block] = {
+            "over_persistence": None if None in ratios else mean(ratios),
+            "spread": None if None in ratios or len(ratios) < 2 else stdev(ratios),
+            "vrmse": {name: None if None in values else mean(values) for name, values in vrmse.items()},
+            "diverged": {name: sum(part["diverged"][name] for part in parts) for name in datasets},
+            "count": {name: sum(part["count"][name] for part in parts) for name in datasets},
+        }
+    costs = {key: mean(run[key] for run in done) for key in ("parameters", "steps", "seconds")}
+    return {"status": DONE, **costs, "scores": by_block}
+
+
+def _ranks(values: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the ranks, 1 for the lowest. Equal values share their mean rank; None comes last."""
+    return dict(zip(values, mean_ranks([list(values.values())]), strict=True)) if values else {}
+
+
+def sweep_document(sweep: Sweep, results: Mapping[str, Any]) -> Document:
+    """Return the results as tables: one of the variants, and one of the datasets for each block."""
+    rows, blocks, references = results["variants"], results["blocks"], results["references"]
+    several = f", mean over seeds {', '.join(map(str, sweep.seeds))} (± their standard deviation)"
+    about = (
+        f"VRMSE, lower is better. {sweep.scored_protocol().describe()}. In the first table it is over persistence's, "
+        f"as the geometric mean over the datasets below{several if len(sweep.seeds) > 1 else ''}; seconds are of "
+        "training, without validations and saves."
+    )
+    # A block has no score on a dataset whose trajectories are shorter than its window.
+    covered = {block: all(part[block]["persistence"] is not None for part in references.values()) for block in blocks}
+    done = [row for row in rows if row["status"] == DONE]
+    ratios = {row["variant"]: [_ratio(row["scores"][block], covered[block]) for block in blocks] for row in done}
+    lines = []
+    for row in rows:
+        cells = [row["status"], None, None, None, *(None for _ in blocks)]
+        if row["status"] == DONE:
+            costs = [round(row[key]) for key in ("parameters", "steps", "seconds")]
+            cells = [_rank(row["rank"]), *costs, *ratios[row["variant"]]]
+        paper = [row["paper"], _rank(row["paper_rank"]), _rank(row["rank_beside_paper"])]
+        lines.append([row["variant"], *cells, *(paper if sweep.published else [])])
+    head = ["variant", "rank", "parameters", "steps", "seconds", *blocks]
+    head += ["paper", "paper's rank", "our rank beside it"] if sweep.published else []
+    tables = [Table("Variants", head, lines)]
+    for index, block in enumerate(blocks if done else []):
+        lines = []
+        for name, reference in references.items():
+            persistence, mean_field = reference[block]["persistence"], reference[block]["mean_field"]
+            cells = []
+            for score in (row["scores"][block] for row in done):
+                marks = _diverged(score["diverged"][name], score["count"][name])
+                cells.append(_score(score["vrmse"][name], persistence is not None, marks))
+            lines.append([name, *cells, persistence, mean_field])
+        lines.append(["geometric mean / persistence", *(ratios[row["variant"]][index] for row in done), None, None])
+        head = ["dataset", *(row["variant"] for row in done), "persistence", "mean field"]
+        tables.append(Table("One step" if block == ONE_STEP else f"Rollout, {block}", head, lines))
+    return Document(about, tables, _notes(sweep, results))
+
+
+def _rank(rank: float | None) -> Cell:
+    return None if rank is None else f"{rank:g}"
+
+
+def _ratio(score: Mapping[str, Any], covered: bool) -> Cell:
+    """Return a variant's geometric mean in a block, with its spread and its divergences."""
+    marks = [f"± {format_number(score['spread'])}"] if score["spread"] is not None else []
+    marks += _diverged(sum(score["diverged"].values()), sum(score["count"].values()))
+    return _score(score["over_persistence"], covered, marks)
+
+
+def _diverged(diverged: int, count: int) -> list[str]:
+    return [f"{diverged} of {count} diverged"] if diverged else []
+
+
+def _score(value: float | None, covered: bool, marks: Sequence[str]) -> Cell:
+    """Return a score with its marks, or the reason why there is none."""
+    if marks and covered:
+        return Marked(value, ", ".join(marks))
+    return value if value is not None else "diverged" if covered else DASH
+
+
+def _notes(sweep: Sweep, results: Mapping[str, Any]) -> list[str]:
+    notes = [sweep.note] if sweep.note else []
+    if sweep.paper:
+        notes.append(f"Paper: {sweep.paper}.")
+    if sweep.published:
+        notes.append("The paper's numbers are of other data, protocol and unit; only the order may be compared.")
+    if sweep.seconds is not None:
+        notes.append(f"Each variant has as many steps as {sweep.seconds:g} s would hold, by a probe on this machine.")
+    runs = [run for row in results["variants"] for run in row["runs"]]
+    for status in (FAILED, NOT_RUN):
+        names = [run["run"] for run in runs if run["status"] == status]
+        notes += [f"{status}: {', '.join(names)}"] if names else []
+    notes += [
+        f"{OTHER} than the sweep gives now: {run['run']} ({'; '.join(run['changes'])}). Remove that folder and sweep "
+        "again, or sweep into another one (--out)."
+        for run in runs
+        if run["status"] == OTHER
+    ]
+    with_paper = [row for row in results["variants"] if row["paper_rank"] is not None]
+    agreement = "Spearman's rank correlation with the paper's order: "
+    if not sweep.published:
+        return [*notes, f"{agreement}not known, the paper's numbers are not at hand."]
+    if results["spearman"] is None:
+        needed = f"it takes {MIN_AGREEMENT} variants that are done and have a number of the paper's"
+        why = f"{needed}, got {len(with_paper)}" if len(with_paper) < MIN_AGREEMENT else "all are equal"
+        return [*notes, f"{agreement}not known, {why}."]
+    return [*notes, f"{agreement}{results['spearman']:.2f} over {len(with_paper)} variants."]
