@@ -32,14 +32,13 @@ from the_well.data import WellDataset
 from tqdm import tqdm
 
 from data_pipeline.files import UserError, write_whole
-from data_pipeline.miniwell.system import ParameterSet, Simulation, System
-from data_pipeline.miniwell.task import write_well_file
 from data_pipeline.registry import Card, Registry, load_registry
 from data_pipeline.remote import is_url
 from data_pipeline.shards.build import build_shards
 from data_pipeline.well.hdf5 import WellFile, dataset_folders, split_files
 from data_pipeline.well.layout import edge
 from data_pipeline.well.register import register
+from data_pipeline.well.write import write_well_file
 from data_pipeline.windows.loader import PREFETCH_FACTOR, open_readers, scheduled_batches, sources
 from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Division, Schedule
@@ -177,12 +176,9 @@ def _synthetic_data(folder: Path, shape: str) -> _Data:
     rng = np.random.default_rng(0)
     arrays = {field: rng.standard_normal((trajectories, frames, height, width), np.float32) for field in names}
     boundaries = (edge("x_periodic", "PERIODIC", "x", height), edge("y_periodic", "PERIODIC", "y", width))
-    axes = [np.linspace(0, 1, size) for size in (height, width)]
-    simulation = Simulation(np.arange(frames) * 0.1, axes[0], axes[1], arrays, boundaries)
-    parameters = ParameterSet("", {}, {"train": trajectories})
-    system = System(name, dict.fromkeys(names, 0), {}, lambda *_: simulation, 0)
+    axes = (np.arange(frames) * 0.1, np.linspace(0, 1, height), np.linspace(0, 1, width))
     path = folder / "well" / name / "data/train" / f"{name}.hdf5"
-    write_well_file(path, system, parameters, simulation, arrays)
+    write_well_file(path, name, axes, arrays, boundaries=boundaries)
     register(folder / "well" / name, name, folder / "cards", load_registry())
     registry = load_registry(folder / "cards")
     build_shards(folder / "well", folder / "shards", jobs=1, registry=registry)

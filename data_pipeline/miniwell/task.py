@@ -4,18 +4,15 @@ One unit of work of the mini-Well: simulate a parameter set, write its files, re
 """
 
 import importlib
-import io
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 
-from data_pipeline.files import write_whole
 from data_pipeline.miniwell.system import SPLITS, Moments, ParameterSet, Simulation, System, field_moments
-from data_pipeline.well.layout import mark_field, strings, write_boundary, write_dimensions, write_root, write_scalars
+from data_pipeline.well.write import write_well_file
 
 
 def split_rows(parameter_set: ParameterSet) -> dict[str, slice]:
@@ -47,50 +44,6 @@ def trajectory_arrays(system: System, simulation: Simulation, rows: slice) -> di
         if not np.isfinite(values).all():
             raise RuntimeError(f"{system.name}: field {name} holds values that are not finite")
     return arrays
-
-
-def write_well_file(
-    path: Path, system: System, parameter_set: ParameterSet, simulation: Simulation, arrays: Mapping[str, np.ndarray]
-) -> None:
-    """Write `arrays` (of `trajectory_arrays`) with their grids, scalars and boundaries to `path`, whole or not at all.
-
-    Raises UserError if the file cannot be written.
-    """
-    # HDF5 reports a full disk late and as several exception types; an image in memory leaves that to one plain write.
-    image = io.BytesIO()
-    with h5py.File(image, "w") as file:
-        leading = next(iter(system.tensor_orders))
-        _write_root(file, system, parameter_set, num_trajectories=arrays[leading].shape[0])
-        write_dimensions(file, simulation.time, simulation.x, simulation.y)
-        write_scalars(file, parameter_set.scalars)
-        for order in range(3):
-            _write_fields(file, order, system, arrays)
-        group = file.create_group("boundary_conditions")
-        for boundary in simulation.boundaries:
-            write_boundary(group, boundary)
-    write_whole(path, image.getbuffer())
-
-
-def _write_root(file: h5py.File, system: System, parameter_set: ParameterSet, num_trajectories: int) -> None:
-    write_root(file, system.name, num_trajectories, list(parameter_set.scalars))
-    for name, value in parameter_set.scalars.items():
-        file.attrs[name] = float(value)
-
-
-def _write_fields(file: h5py.File, order: int, system: System, arrays: Mapping[str, np.ndarray]) -> None:
-    """Group t<order>_fields; constant fields are scalars, so they belong to t0_fields, after the state fields."""
-    names = [name for name in arrays if system.tensor_orders.get(name, 0) == order]
-    group = file.create_group(f"t{order}_fields")
-    group.attrs["field_names"] = strings(names)
-    for name in names:
-        values = arrays[name]
-        is_state = name in system.tensor_orders
-        dataset = group.create_dataset(name, data=values)
-        mark_field(dataset, sample_varying=is_state or values.ndim == 3, time_varying=is_state)
-        if order == 2:
-            transposed = np.swapaxes(values, -1, -2)
-            dataset.attrs["symmetric"] = bool(np.array_equal(values, transposed))
-            dataset.attrs["antisymmetric"] = bool(np.array_equal(values, -transposed))
 
 
 SYSTEMS: Mapping[str, str] = {  # the Well's dataset name -> module of this package
@@ -153,7 +106,15 @@ def run_task(task: Task, on_done: Callable[[int], None]) -> dict[str, Moments] |
     for split, rows in split_rows(parameter_set).items():
         arrays = trajectory_arrays(system, simulation, rows)
         path = task.folder / "data" / split / file_name(task.dataset, parameter_set)
-        write_well_file(path, system, parameter_set, simulation, arrays)
+        write_well_file(
+            path,
+            system.name,
+            (simulation.time, simulation.x, simulation.y),
+            {name: arrays[name] for name in system.tensor_orders},
+            {name: arrays[name] for name in simulation.constant_fields},
+            parameter_set.scalars,
+            simulation.boundaries,
+        )
         if split == "train":
             moments = field_moments(arrays, system.tensor_orders)
     on_done(1)

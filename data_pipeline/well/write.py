@@ -1,69 +1,100 @@
-"""A file in the Well's layout whose frames come one by one, so that memory does not grow with their number."""
+"""The only code that writes HDF5 files in the Well's layout: a whole file at once, or frame by frame.
+
+Layout: the Well's data format (Ohana et al. 2024, "The Well"; docs/data_format.md of its repository) as
+`the_well.data.WellDataset` 1.2 reads it. A file holds many trajectories of one parameter set, float32, fields of tensor
+order 0, 1, 2 in the groups t0_fields, t1_fields, t2_fields. Axis 0 is x, axis 1 is y.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import h5py
 import numpy as np
 
+from data_pipeline.files import write_whole
 from data_pipeline.registry import Field
 from data_pipeline.well.hdf5 import Setting
-from data_pipeline.well.layout import mark_field, strings, write_boundary, write_dimensions, write_root, write_scalars
+from data_pipeline.well.layout import BoundaryMask
+
+
+def write_well_file(
+    path: Path,
+    dataset: str,
+    axes: tuple[np.ndarray, np.ndarray, np.ndarray],
+    state: Mapping[str, np.ndarray],
+    constants: Mapping[str, np.ndarray] | None = None,
+    scalars: Mapping[str, float] | None = None,
+    boundaries: Sequence[BoundaryMask] = (),
+) -> None:
+    """Write n trajectories to `path`, whole or not at all.
+
+    axes: time (T,), x (X,), y (Y,). state: float32 (n, T, X, Y) + (2,) * order by name. constants: float32 (X, Y), or
+    (n, X, Y) where a field varies between trajectories. UserError if the file cannot be written.
+    """
+    # HDF5 reports a full disk late and as several exception types. An image in memory leaves that to one plain write.
+    image = io.BytesIO()
+    with h5py.File(image, "w") as file:
+        _write_header(file, dataset, len(next(iter(state.values()))), axes, scalars or {}, boundaries)
+        for order in range(3):
+            here = {name: values for name, values in state.items() if values.ndim == 4 + order}
+            names = [*here, *(constants or {})] if order == 0 else list(here)
+            group = _field_group(file, order, names)
+            for name, values in here.items():
+                field = group.create_dataset(name, data=values)
+                _mark_field(field, sample_varying=True, time_varying=True)
+                if order == 2:
+                    transposed = np.swapaxes(values, -1, -2)
+                    field.attrs["symmetric"] = bool(np.array_equal(values, transposed))
+                    field.attrs["antisymmetric"] = bool(np.array_equal(values, -transposed))
+            for name in names[len(here) :]:
+                values = (constants or {})[name]
+                _mark_field(group.create_dataset(name, data=values), values.ndim == 3, time_varying=False)
+    write_whole(path, image.getbuffer())
 
 
 class WellWriter:
-    """An HDF5 file of n trajectories of T frames. Use it as a context manager; the file is whole when it ends.
+    """An HDF5 file of n trajectories of T frames that come one by one, so memory does not grow with their number.
 
-    times: (n, T). Space for all frames is taken at once. OSError when the disk is full.
+    Use it as a context manager; the file is whole when it ends. times: (n, T). Space for all frames is taken at once.
+    OSError when the disk is full.
     """
 
     def __init__(self, path: Path, setting: Setting, times: np.ndarray) -> None:
         self._card = setting.card
         self._file = h5py.File(path, "w")
-        same = bool((times == times[0]).all())
+        time = times[0] if (times == times[0]).all() else times
         scalars = {
             name: float(values[0]) if (values == values[0]).all() else values
             for name, values in setting.scalars.items()
         }
-        write_root(self._file, setting.card.name, setting.num_trajectories, list(scalars))
-        self.describe({name: value for name, value in scalars.items() if isinstance(value, float)})
-        write_dimensions(self._file, times[0] if same else times, setting.x, setting.y)
-        write_scalars(self._file, scalars)
-        self._fields = self._make_fields(times.shape, setting)
-        group = self._file.create_group("boundary_conditions")
-        for boundary in setting.boundaries:
-            write_boundary(group, boundary)
-
-    def _make_fields(self, frames: tuple[int, ...], setting: Setting) -> dict[str, h5py.Dataset]:
-        """Space for the state fields, by name, (n, T, X, Y) + (2,) * order; constant fields are written."""
-        made = {}
+        axes = (time, setting.x, setting.y)
+        _write_header(self._file, setting.card.name, setting.num_trajectories, axes, scalars, setting.boundaries)
+        self._fields: dict[str, h5py.Dataset] = {}  # state fields by name, (n, T, X, Y) + (2,) * order
         for order in range(3):
-            group = self._file.create_group(f"t{order}_fields")
             fields = [field for field in self._card.fields if field.order == order]
-            group.attrs["field_names"] = strings([field.name for field in fields])
+            group = _field_group(self._file, order, [field.name for field in fields])
             for field in fields:
                 if field.role == "state":
-                    made[field.name] = group.create_dataset(
-                        field.name, (*frames, *setting.grid, *(2,) * order), np.float32
-                    )
+                    shape = (*times.shape, *setting.grid, *(2,) * order)
+                    made = self._fields[field.name] = group.create_dataset(field.name, shape, np.float32)
                 else:
                     values = _components(setting.constants, self._card.constant_channels, field)
-                    group.create_dataset(field.name, data=values)
-                mark_field(group[field.name], sample_varying=True, time_varying=field.role == "state")
-                if order == 2:  # of predictions nobody knows
-                    group[field.name].attrs.update({"symmetric": False, "antisymmetric": False})
-        return made
+                    made = group.create_dataset(field.name, data=values)
+                _mark_field(made, sample_varying=True, time_varying=field.role == "state")
+                if order == 2:  # unknown before the frames have come
+                    made.attrs.update({"symmetric": False, "antisymmetric": False})
 
     def write(self, index: int, frame: np.ndarray) -> None:
-        """Frame number `index` of all trajectories: (n, C, X, Y), channels in the card's state order."""
+        """Write frame number `index` of all trajectories: (n, C, X, Y), channels in the card's state order."""
         for field in self._card.state:
             self._fields[field.name][:, index] = _components(frame, self._card.state_channels, field)
 
     def describe(self, attributes: Mapping[str, float | str | list[int]]) -> None:
-        """More attributes of the file."""
+        """Add attributes to the file."""
         self._file.attrs.update(attributes)
 
     def __enter__(self) -> WellWriter:
@@ -76,6 +107,61 @@ class WellWriter:
 
 
 def _components(values: np.ndarray, channels: tuple[str, ...], field: Field) -> np.ndarray:
-    """A field (n, X, Y) + (2,) * order from channels (n, C, X, Y)."""
+    """Return a field (n, X, Y) + (2,) * order from channels (n, C, X, Y)."""
     chosen = values[:, [channels.index(channel) for channel in field.channels]]
     return np.moveaxis(chosen, 1, -1).reshape(len(values), *values.shape[2:], *(2,) * field.order)
+
+
+def _write_header(
+    file: h5py.File,
+    dataset: str,
+    num_trajectories: int,
+    axes: tuple[np.ndarray, np.ndarray, np.ndarray],
+    scalars: Mapping[str, float | np.ndarray],
+    boundaries: Sequence[BoundaryMask],
+) -> None:
+    """Write all but the fields. Time is (T,), a scalar is a number; (n, T) and (n,) where trajectories differ."""
+    file.attrs["dataset_name"] = dataset
+    file.attrs["grid_type"] = "cartesian"
+    file.attrs["n_spatial_dims"] = 2
+    file.attrs["n_trajectories"] = num_trajectories
+    file.attrs["simulation_parameters"] = _texts(list(scalars))
+    file.attrs.update({name: float(value) for name, value in scalars.items() if np.ndim(value) == 0})
+    group = file.create_group("dimensions")
+    group.attrs["spatial_dims"] = _texts(["x", "y"])
+    for name, values in zip(("time", "x", "y"), axes, strict=True):
+        points = group.create_dataset(name, data=values.astype(np.float32))
+        points.attrs["sample_varying"] = values.ndim == 2
+        if name != "time":
+            points.attrs["time_varying"] = False
+    group = file.create_group("scalars")
+    group.attrs["field_names"] = _texts(list(scalars))
+    for name, value in scalars.items():
+        scalar = group.create_dataset(name, data=np.float32(value))
+        scalar.attrs.update({"sample_varying": np.ndim(value) == 1, "time_varying": False})
+    group = file.create_group("boundary_conditions")
+    for boundary in boundaries:
+        entry = group.create_group(boundary.name)
+        entry.attrs["bc_type"] = boundary.kind
+        entry.attrs["associated_dims"] = _texts(boundary.dims)
+        entry.attrs["associated_fields"] = _texts([])
+        entry.attrs.update({"sample_varying": False, "time_varying": False})
+        entry.create_dataset("mask", data=boundary.mask)
+
+
+def _field_group(file: h5py.File, order: int, names: Sequence[str]) -> h5py.Group:
+    group = file.create_group(f"t{order}_fields")
+    group.attrs["field_names"] = _texts(names)
+    return group
+
+
+def _mark_field(field: h5py.Dataset, sample_varying: bool, time_varying: bool) -> None:
+    """Set the flags of a field that is there at every point of the grid."""
+    field.attrs["dim_varying"] = [True, True]
+    field.attrs["sample_varying"] = sample_varying
+    field.attrs["time_varying"] = time_varying
+
+
+def _texts(names: Sequence[str]) -> np.ndarray:
+    """Return names as an attribute. Without the type, an empty list would become an array of float64."""
+    return np.array(list(names), dtype=h5py.string_dtype())

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.miniwell.system import ParameterSet, Simulation, System
-from data_pipeline.miniwell.task import trajectory_arrays, write_well_file
 from data_pipeline.registry import Card, load_registry
 from data_pipeline.well.layout import edges
+from data_pipeline.well.write import write_well_file
 
 
 def waves(rng: np.random.Generator, shape: tuple[int, ...], grid: tuple[int, int]) -> np.ndarray:
@@ -45,13 +44,10 @@ def write_dataset(well: Path, card: Card, split: str, trajectories: int, frames:
     fields = {field.name: waves(rng, (trajectories, frames) + (2,) * field.order, card.grid) for field in card.state}
     constants = {field.name: waves(rng, (trajectories, 1), card.grid)[:, 0] for field in card.constant}
     x, y = (np.linspace(0, 1, size) for size in card.grid)
-    masks = edges(card.boundary, card.grid)
-    simulation = Simulation(np.arange(frames) * (card.dt or 1.0), x, y, fields, masks, constants)
-    orders = {field.name: field.order for field in card.state}
-    system = System(card.name, orders, {}, lambda *_: simulation, cost=0)
-    parameters = ParameterSet("", dict.fromkeys(card.scalars, 1.0), {split: trajectories})
+    axes = (np.arange(frames) * (card.dt or 1.0), x, y)
     path = well / card.name / "data" / split / f"{card.name}.hdf5"
-    write_well_file(path, system, parameters, simulation, trajectory_arrays(system, simulation, slice(None)))
+    scalars = dict.fromkeys(card.scalars, 1.0)
+    write_well_file(path, card.name, axes, fields, constants, scalars, edges(card.boundary, card.grid))
     return path
 
 
