@@ -10,7 +10,7 @@ file and a page.
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from data_pipeline.tables import Document, Marked, Table, render
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
 from fm.checkpoint import load_pretrained
-from fm.config import Recipe, load_recipe
+from fm.config import load_recipe
 from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED
 from fm.evaluation.evaluate import TrainedModel
 from fm.evaluation.page import Facts, PageTable, Paragraph, Picture, Section, render_page
@@ -52,27 +52,22 @@ ALONE = {
 
 @dataclass(frozen=True)
 class FewShot:
-    """A few-shot study and the sweep that runs it."""
+    """A few-shot study: the sweep that runs it, and what its runs have in common."""
 
-    recipe: Recipe
+    sweep: Sweep
     dataset: str
+    pretrained: str  # the initial model of the first arm
     counts: tuple[int, ...]  # of trajectories
     windows: tuple[int, ...]  # one-step windows of so many trajectories
+    steps: int  # of each run
+    seen: int  # windows that each run draws
     rates: dict[str, float]  # arm -> peak learning rate
-    sweep: Sweep
 
 
 @dataclass(frozen=True)
-class Curve:
+class Curves:
     """VRMSE of both arms on the test split, against the number of training trajectories."""
 
-    dataset: str
-    pretrained: str  # the initial model of the first arm
-    counts: Sequence[int]
-    windows: Sequence[int]  # one-step windows of so many trajectories
-    steps: int  # of each run
-    seen: int  # windows that each run draws
-    rates: Mapping[str, float]  # arm -> peak learning rate
     vrmse: Mapping[str, Mapping[str, Sequence[float | None]]]  # arm -> block -> value at each count
     persistence: Mapping[str, float | None]  # by block; None if no trajectory covers it
     unfinished: Sequence[str]  # runs that have failed
@@ -98,7 +93,7 @@ def run_few_shot(
     if failed is None:
         return EXIT_INTERRUPTED
     results = sweep_results(study.sweep, trials, failed)
-    print(write_report(out, study.sweep, curve_of(study, results)), end="")
+    print(write_report(out, study, curves_of(study, results)), end="")
     return EXIT_FAILED if failed else EXIT_DONE
 
 
@@ -137,7 +132,8 @@ def plan_few_shot(
     title = f"Few-shot learning of {dataset}"
     sweep = Sweep(file, title, tuple(variants), shared, protocol=recipe.validation.protocol)
     windows = tuple(len(reader.restricted_to(count).index(LENGTH)) for count in counts)
-    return FewShot(recipe, dataset, counts, windows, rates, sweep)
+    steps, seen = recipe.train.steps, recipe.train.steps * recipe.train.global_batch
+    return FewShot(sweep, dataset, recipe.finetune.pretrained, counts, windows, steps, seen, rates)
 
 
 def variant_name(arm: str, count: int) -> str:
@@ -173,75 +169,65 @@ def _checked_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def curve_of(study: FewShot, results: Mapping[str, Any]) -> Curve:
-    """Return the results of the sweep as two curves; None if a run has no finite score."""
+def curves_of(study: FewShot, results: Mapping[str, Any]) -> Curves:
+    """Return the results of the sweep as curves; None stands for a run without a finite score."""
     rows = {row["variant"]: row for row in results["variants"]}
 
     def score(arm: str, count: int, block: str) -> float | None:
         row = rows[variant_name(arm, count)]
         return row["scores"][block]["vrmse"].get(study.dataset) if row["status"] == "done" else None
 
-    references = results["references"].get(study.dataset, {})
-    train = study.recipe.train
-    assert study.recipe.finetune is not None
-    return Curve(
-        dataset=study.dataset,
-        pretrained=study.recipe.finetune.pretrained,
-        counts=study.counts,
-        windows=study.windows,
-        steps=train.steps,
-        seen=train.steps * train.global_batch,
-        rates=study.rates,
-        vrmse={
-            arm: {block: [score(arm, count, block) for count in study.counts] for block in results["blocks"]}
-            for arm in ARMS
-        },
-        persistence={block: references.get(block, {}).get("persistence") for block in results["blocks"]},
+    blocks, references = results["blocks"], results["references"].get(study.dataset, {})
+    return Curves(
+        vrmse={arm: {block: [score(arm, count, block) for count in study.counts] for block in blocks} for arm in ARMS},
+        persistence={block: references.get(block, {}).get("persistence") for block in blocks},
         unfinished=tuple(name for name, row in rows.items() if row["status"] != "done"),
     )
 
 
-def write_report(out: Path, sweep: Sweep, curve: Curve) -> str:
+def write_report(out: Path, study: FewShot, curves: Curves) -> str:
     """Write few_shot.md, .png, .json and index.html into `out`; return the table as Markdown."""
-    document = describe(sweep, curve)
-    text = f"# {sweep.title}\n\n{render(document, 'md')}"
-    subtitle = f"{curve.steps} steps and {curve.seen} windows of {curve.dataset} each, same architecture"
-    figure = few_shot_figure(curve.counts, curve.vrmse, curve.persistence, subtitle)
+    title, document = study.sweep.title, describe(study, curves)
+    text = f"# {title}\n\n{render(document, 'md')}"
+    subtitle = f"{study.steps} steps and {study.seen} windows of {study.dataset} each, same architecture"
+    figure = few_shot_figure(study.counts, curves.vrmse, curves.persistence, subtitle)
     picture = encode(rasterize(figure, DPI))
-    content = {"title": sweep.title, "protocol": load_protocol(sweep.protocol).to_json(), **asdict(curve)}
+    common = {field.name: getattr(study, field.name) for field in fields(study) if field.name != "sweep"}
+    protocol = load_protocol(study.sweep.protocol).to_json()
+    content = {"title": title, "protocol": protocol, **common, **asdict(curves)}
     # few_shot.json is removed first and written last: a folder that has it is complete.
     (out / "few_shot.json").unlink(missing_ok=True)
     write_whole(out / "few_shot.png", picture)
-    write_whole(out / "few_shot.md", f"{text}\n![{sweep.title}](few_shot.png)\n".encode())
-    write_whole(out / "index.html", page(sweep.title, curve, document, picture).encode())
+    write_whole(out / "few_shot.md", f"{text}\n![{title}](few_shot.png)\n".encode())
+    write_whole(out / "index.html", page(study, document, picture).encode())
     write_whole(out / "few_shot.json", f"{json.dumps(content, indent=1, allow_nan=False)}\n".encode())
     return f"{text}\npage: {out / 'index.html'}\n"
 
 
-def describe(sweep: Sweep, curve: Curve) -> Document:
+def describe(study: FewShot, curves: Curves) -> Document:
     """Return a table for each kind of score, and notes on what is compared."""
     tables = []
-    for block in (block for block, value in curve.persistence.items() if value is not None):
+    for block in (block for block, value in curves.persistence.items() if value is not None):
         rows = []
-        for place, (count, windows) in enumerate(zip(curve.counts, curve.windows, strict=True)):
-            ours, theirs = (curve.vrmse[arm][block][place] for arm in ARMS)
+        for place, (count, windows) in enumerate(zip(study.counts, study.windows, strict=True)):
+            ours, theirs = (curves.vrmse[arm][block][place] for arm in ARMS)
             change = None if ours is None or not theirs else ours / theirs - 1
             scores = [Marked(None, "none") if value is None else value for value in (ours, theirs)]
-            passes = f"{curve.seen / windows:.1f}"
-            rows.append([str(count), windows, passes, *scores, change, curve.persistence[block]])
+            passes = f"{study.seen / windows:.1f}"
+            rows.append([str(count), windows, passes, *scores, change, curves.persistence[block]])
         head = ["trajectories", "windows", "passes", *ARMS, "change", "persistence"]
         tables.append(Table("One step" if block == "one step" else f"Rollout, {block}", head, rows, ("change",)))
     notes = [
-        f"Both arms: {curve.steps} steps, {curve.seen} windows of {curve.dataset} alone, the same windows in the same "
+        f"Both arms: {study.steps} steps, {study.seen} windows of {study.dataset} alone, the same windows in the same "
         "order, one step at a time; one architecture, with as many parameters. Fewer trajectories are passed over more "
         "often. Sets of trajectories are nested.",
-        f"Pretrained: begins with {curve.pretrained}, whose own training is not counted here; peak learning rate "
-        f"{curve.rates[PRETRAINED]:g}. From scratch: peak learning rate {curve.rates[SCRATCH]:g}.",
+        f"Pretrained: begins with {study.pretrained}, whose own training is not counted here; peak learning rate "
+        f"{study.rates[PRETRAINED]:g}. From scratch: peak learning rate {study.rates[SCRATCH]:g}.",
         "Normalization statistics are those of the whole train split, for both. One seed.",
     ]
-    if curve.unfinished:
-        notes.append(f"No scores, see train.out there: {', '.join(curve.unfinished)}.")
-    about = f"VRMSE of {curve.dataset}, lower is better. {load_protocol(sweep.protocol).describe()}."
+    if curves.unfinished:
+        notes.append(f"No scores, see train.out there: {', '.join(curves.unfinished)}.")
+    about = f"VRMSE of {study.dataset}, lower is better. {load_protocol(study.sweep.protocol).describe()}."
     return Document(about, tables, notes)
 
 
@@ -274,16 +260,16 @@ def few_shot_figure(
     return figure
 
 
-def page(title: str, curve: Curve, document: Document, picture: bytes) -> str:
+def page(study: FewShot, document: Document, picture: bytes) -> str:
     """Return the HTML page, one file that needs no other."""
-    facts = Facts([("pretrained model", curve.pretrained), ("dataset", curve.dataset), ("steps", str(curve.steps))])
+    facts = Facts([("pretrained model", study.pretrained), ("dataset", study.dataset), ("steps", str(study.steps))])
     caption = "VRMSE, test split; change: pretrained against from scratch"
-    figure = Picture(picture, f"{title}: error against trajectories", " ".join(document.notes), zoom=0.6)
+    figure = Picture(picture, f"{study.sweep.title}: error against trajectories", " ".join(document.notes), zoom=0.6)
     sections = [Section("curve", "Curve", [figure])]
     for number, table in enumerate(document.tables):
         content = PageTable(table, caption, cell_class=partial(_change_class, table))
         sections.append(Section(f"table-{number}", table.title, [content]))
-    return render_page(title, [Paragraph(document.about), facts], sections)
+    return render_page(study.sweep.title, [Paragraph(document.about), facts], sections)
 
 
 def _change_class(table: Table, row: int, column: int) -> str:

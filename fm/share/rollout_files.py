@@ -206,33 +206,32 @@ def open_writer(
     return nullcontext(ZarrWriter(path, setting, coordinates, units))
 
 
+@dataclass
 class NetcdfWriter:
     """A netCDF file, written frame by frame."""
 
-    def __init__(
-        self,
-        path: Path,
-        setting: Setting,
-        coordinates: Mapping[str, np.ndarray],
-        units: Mapping[str, Mapping[str, str]],
-    ) -> None:
+    path: Path
+    setting: Setting
+    coordinates: Mapping[str, np.ndarray]
+    units: Mapping[str, Mapping[str, str]]  # channel -> attributes
+
+    def __post_init__(self) -> None:
         import h5netcdf
 
-        self._channels = setting.card.state_channels
-        self._file = h5netcdf.File(path, "w")
-        self._file.dimensions = {name: len(points) for name, points in coordinates.items()}
-        for name, points in coordinates.items():
+        self._file = h5netcdf.File(self.path, "w")
+        self._file.dimensions = {name: len(points) for name, points in self.coordinates.items()}
+        for name, points in self.coordinates.items():
             self._file.create_variable(name, (name,), data=points)
-        for index, name in enumerate(setting.card.constant_channels):
-            self._file.create_variable(name, ("trajectory", "x", "y"), data=setting.constants[:, index])
-        for name in self._channels:
+        for index, name in enumerate(self.setting.card.constant_channels):
+            self._file.create_variable(name, ("trajectory", "x", "y"), data=self.setting.constants[:, index])
+        for name in self.setting.card.state_channels:
             self._file.create_variable(name, DIMENSIONS, np.float32)
-        for name, attributes in units.items():
+        for name, attributes in self.units.items():
             self._file.variables[name].attrs.update(attributes)
 
     def write(self, index: int, frame: np.ndarray) -> None:
         """Write frame number `index` of all trajectories (n, C, X, Y)."""
-        for channel, name in enumerate(self._channels):
+        for channel, name in enumerate(self.setting.card.state_channels):
             self._file.variables[name][:, index] = frame[:, channel]
 
     def describe(self, attributes: Mapping[str, Any]) -> None:
@@ -244,36 +243,33 @@ class NetcdfWriter:
         self._file.close()
 
 
+@dataclass
 class ZarrWriter:
     """A zarr folder, written frame by frame; each frame is a chunk."""
 
-    def __init__(
-        self,
-        path: Path,
-        setting: Setting,
-        coordinates: Mapping[str, np.ndarray],
-        units: Mapping[str, Mapping[str, str]],
-    ) -> None:
-        self._path, self._setting, self._coordinates, self._units = path, setting, coordinates, units
+    path: Path
+    setting: Setting
+    coordinates: Mapping[str, np.ndarray]
+    units: Mapping[str, Mapping[str, str]]  # channel -> attributes
 
     def write(self, index: int, frame: np.ndarray) -> None:
         """Write frame number `index` of all trajectories (n, C, X, Y), after the one before."""
-        card = self._setting.card
+        card = self.setting.card
         variables: dict[str, Any] = {
-            name: (DIMENSIONS, frame[:, None, channel], self._units[name])
+            name: (DIMENSIONS, frame[:, None, channel], self.units[name])
             for channel, name in enumerate(card.state_channels)
         }
         options: dict[str, Any] = {"append_dim": "time"}
         if index == 0:
             options = {"encoding": {name: {"chunks": (1, 1, *frame.shape[2:])} for name in card.state_channels}}
             for channel, name in enumerate(card.constant_channels):
-                constant = self._setting.constants[:, channel]
-                variables[name] = (("trajectory", "x", "y"), constant, self._units[name])
-        coordinates = {**self._coordinates, "time": self._coordinates["time"][index : index + 1]}
-        import_xarray().Dataset(variables, coordinates).to_zarr(self._path, consolidated=False, **options)
+                constant = self.setting.constants[:, channel]
+                variables[name] = (("trajectory", "x", "y"), constant, self.units[name])
+        coordinates = {**self.coordinates, "time": self.coordinates["time"][index : index + 1]}
+        import_xarray().Dataset(variables, coordinates).to_zarr(self.path, consolidated=False, **options)
 
     def describe(self, attributes: Mapping[str, Any]) -> None:
         """Write attributes of the file, and the list of all arrays."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # zarr format 3 does not specify the list of all arrays; xarray reads it
-            import_xarray().Dataset(attrs=attributes).to_zarr(self._path, mode="a", consolidated=True)
+            import_xarray().Dataset(attrs=attributes).to_zarr(self.path, mode="a", consolidated=True)

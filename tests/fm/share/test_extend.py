@@ -89,7 +89,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def one_step(model: Surrogate, shards: Path, dataset: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The state of a first test frame and what follows it, both normalised."""
+    """The state of a first test frame and what follows it, both normalized."""
     reader = open_readers(shards, [dataset], "test")[dataset]
     state = model.normalize(torch.from_numpy(reader.trajectory_frames(0, 0, 1)), dataset)
     constants = model.normalize_constants(torch.from_numpy(reader.constants(0))[None], dataset)
