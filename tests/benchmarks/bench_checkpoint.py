@@ -1,11 +1,12 @@
-"""What a checkpoint every 100 steps costs a training step, on the quickstart's model: asynchronous, waited for, never.
+"""Measure what a checkpoint every 100 steps costs a training step: asynchronous, waited for, and never.
 
     python tests/benchmarks/bench_checkpoint.py SHARDS [--rounds 20] [--steps 10] [--every 100] [key=value ...]
 
-One run whose blocks of steps alternate between the ways, in an order that turns round. A block that saves does so at
-its beginning, and the write ends within it; short blocks tell a save from the noise of a shared machine. Datasets vary
-in cost, so what a save costs is the seconds of a block beyond those that its steps usually take, the median of their
-dataset over the "never" blocks; the same for CPU seconds of all threads together, which other processes disturb less.
+One run of the quickstart's model, whose blocks of steps take the ways in turn, in an order that rotates. A block that
+saves does so at its beginning, and the write ends within it. Short blocks separate a save from the noise of a shared
+machine. Datasets vary in cost. So the cost of a save is the seconds of a block, less the usual seconds of its steps:
+the median of their dataset over the "never" blocks. The CPU seconds of all threads, which other load disturbs less, are
+treated alike.
 """
 
 import argparse
@@ -43,7 +44,10 @@ def main() -> None:
 
 
 def measure(trainer: Trainer, rounds: int, steps: int) -> tuple[dict, dict]:
-    """Way -> blocks, each a list of steps (dataset, seconds, CPU seconds); way -> seconds a save held the loop."""
+    """Return the blocks of each way, and the seconds that each of its saves held the loop.
+
+    A block is a list of steps (dataset, seconds, CPU seconds).
+    """
     blocks, stalls = defaultdict(list), defaultdict(list)
     stop = StopSignal()
     with trainer.open_record() as record, trainer.writer:
@@ -88,7 +92,7 @@ def report(blocks: dict, stalls: dict, size: int, every: int) -> None:
 
 
 def usual_cost(blocks: list, column: int) -> dict[str, float]:
-    """Dataset -> median of a column over its steps."""
+    """Return dataset -> median of a column over its steps."""
     values = defaultdict(list)
     for entry in (entry for block in blocks for entry in block):
         values[entry[0]].append(entry[column])

@@ -1,18 +1,18 @@
-"""What the settings of DistributedDataParallel do: time of a step, of the exchange, how much of it backward hides.
+"""Compare settings of DistributedDataParallel: time of a step, time of the exchange, and the part that backward hides.
 
     python tests/benchmarks/bench_exchange.py [--grid 64] [--rounds 4] [--steps 6] [key=value ...]
 
 Two gloo processes of one thread each train the model of recipes/fm_pretrain.yaml, one window each of random data, of
-two datasets in turn: forward, backward, clip, AdamW. Every row has its own copy of the model, and they take turns, in
-an order that turns round. At the end all rows that exchange gradients must have the same bits on both processes.
+two datasets in turn: forward, backward, clip, AdamW. Every row has its own copy of the model. Rows take turns, in an
+order that rotates. At the end all rows that exchange gradients must have the same bits on both processes.
 
-    step, CPU      of one process: median over steps, and the mean in CPU seconds, which other jobs disturb less
-    exchange       from when a bucket is full to when its mean has come back, the union over a step's buckets
-    after backward of it what comes after the last bucket is full, when nothing is left to compute; median over steps
+    step, CPU      of one process: median over steps, and the mean in CPU seconds, which other load disturbs less
+    exchange       from a full bucket to the return of its mean, the union over a step's buckets
+    after backward the part of the exchange after the last bucket is full, when nothing is left to compute; median
     gradients      the memory of all gradients and buckets
 
-Two processes on two cores compute what they exchange themselves, so hiding the exchange gains nothing here: a row says
-what is hidden, not what that would gain on GPUs, whose copy engines and links work beside the backward pass.
+Two processes on two cores compute the exchange themselves, so hiding it gains nothing here. A row shows how much is
+hidden. It does not show the gain on GPUs, whose copy engines and links work at the same time as the backward pass.
 """
 
 import argparse
@@ -52,7 +52,7 @@ WAYS: dict[str, dict[str, Any] | None] = {  # None: no exchange
 
 
 class Way:
-    """A copy of the model under some settings, its optimizer, and the clock of its exchanges."""
+    """A copy of the model under some settings, its optimizer, and the times of its exchanges."""
 
     def __init__(self, objective: Unroll, settings: dict[str, Any] | None) -> None:
         self.objective = copy.deepcopy(objective)
@@ -67,7 +67,7 @@ class Way:
         self.wrapped.register_comm_hook(None, self._exchange)
 
     def _exchange(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """torch's own way, with the clock at both ends."""
+        """Exchange a bucket as torch does, and record the times at both ends."""
         self.full.append(time.perf_counter())
         self._hold(bucket.buffer())
         summed = dist.all_reduce(bucket.buffer().div_(PROCESSES), async_op=True)
@@ -82,7 +82,7 @@ class Way:
         return future.value()[0]
 
     def step(self, inputs: dict[str, Any]) -> None:
-        """A step, whose times are kept."""
+        """Take a step and keep its times."""
         self.full, self.back = [], []
         dist.barrier()
         began, cpu = time.perf_counter(), time.process_time()
@@ -101,13 +101,13 @@ class Way:
         self._buffers.clear()
 
     def digest(self) -> str:
-        """Of all parameters."""
+        """Return the digest of all parameters."""
         parameters = (parameter.detach().numpy().tobytes() for parameter in self.objective.parameters())
         return hashlib.sha256(b"".join(parameters)).hexdigest()[:12]
 
 
 def union(spans: Sequence[tuple[float, float]]) -> float:
-    """Seconds in at least one of the spans (begin, end), which are sorted by their begin."""
+    """Return the seconds in at least one of the spans (begin, end), which are sorted by their begin."""
     total, reached = 0.0, float("-inf")
     for begin, end in spans:
         total += max(0.0, end - max(begin, reached))
@@ -151,7 +151,7 @@ def process(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
 
 
 def random_inputs(objective: Unroll, dataset: str, grid: int, rank: int) -> dict[str, Any]:
-    """One window of noise."""
+    """Return one window of noise."""
     generator = torch.Generator().manual_seed(rank)
     spec = objective.model.specs[dataset]
     fields = torch.randn(1, 2, len(spec.state_channels), grid, grid, generator=generator)
@@ -160,7 +160,7 @@ def random_inputs(objective: Unroll, dataset: str, grid: int, rank: int) -> dict
 
 
 def check_bits(ways: dict[str, Way]) -> None:
-    """SystemExit where rows or processes differ."""
+    """Raise SystemExit if rows or processes differ."""
     mine = {name: way.digest() for name, way in ways.items() if way.exchanges}
     everyone: list[Any] = [None] * PROCESSES
     dist.all_gather_object(everyone, mine)

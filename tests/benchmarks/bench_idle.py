@@ -1,16 +1,16 @@
-"""How long two processes wait for each other in a step, by the way its draws are divided among them.
+"""Measure how long two processes wait for each other in a step, by the way its draws are divided among them.
 
     python tests/benchmarks/bench_idle.py [--shards SHARDS] [--steps 40] [--batch 16] [--draws 4] [--repeats 3]
 
 Two gloo processes of one thread each run forward and backward of the quickstart's model over their windows of the same
-steps, by `global`, `per_rank` and, naively, `whole`: draw d goes as it is to process d modulo 2. No gradients are
-exchanged; each step ends at a barrier, where the one that is done first waits. Repetitions alternate between the ways,
-in an order that turns round. Draws of an odd number of windows (--draws 16) leave `global` out, which cannot halve
-them; of an even number, `per_rank` halves them as `global` does. Without --shards, mini-Well shards are made first, in
-a temporary folder.
+steps, by `global`, `per_rank` and the naive `whole`: draw d goes undivided to process d modulo 2. No gradients are
+exchanged. Each step ends at a barrier, where the faster process waits. The ways take turns, in an order that rotates.
+With draws of an odd number of windows (--draws 16), `global` is left out, because it cannot halve them. With an even
+number, `per_rank` halves them as `global` does. Without --shards, mini-Well shards are made first, in a temporary
+folder.
 
     idle          seconds at the barrier / all seconds, of both processes; spread over repetitions in brackets
-    by CPU time   1 - mean / longest process, summed over steps, in CPU seconds, which other jobs disturb less
+    by CPU time   1 - mean / longest process, summed over steps, in CPU seconds, which other load disturbs less
     by tokens     the same in tokens, which is what `per_rank` shares out
 """
 
@@ -41,7 +41,7 @@ BUSY, WAITED, CPU, TOKENS, PIECES = range(5)  # what is recorded of each step
 
 
 class WholeDraws(Division):
-    """Each draw as it is to one process, in turn."""
+    """Gives each draw undivided to one process, in turn."""
 
     def __init__(self, schedule: Schedule, rank: int, draws: int) -> None:
         super().__init__(schedule, rank, PROCESSES, draws, "per_rank")
@@ -53,7 +53,7 @@ class WholeDraws(Division):
 
 
 class Bench:
-    """One process: its model, its windows, and the clock."""
+    """One process: its model, its windows, and its times."""
 
     def __init__(self, options: argparse.Namespace, rank: int) -> None:
         recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
@@ -68,7 +68,7 @@ class Bench:
         self.divisions["whole"] = WholeDraws(schedule, rank, options.draws)
 
     def run(self, way: str, start: int, stop: int) -> torch.Tensor:
-        """Steps start, ... stop - 1; BUSY to PIECES of each, (steps, 5)."""
+        """Take the steps start, ... stop - 1; return BUSY to PIECES of each, (steps, 5)."""
         division, record = self.divisions[way], []
         batches = scheduled_batches(self.readers, division, self.length, start, stop)
         dist.barrier()
@@ -126,7 +126,7 @@ def process(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
 
 
 def bare_barrier(times: int = 200) -> float:
-    """Seconds that a barrier takes at which nobody is late, the median."""
+    """Return the median seconds of a barrier that all processes reach at once."""
     seconds = []
     for _ in range(times):
         began = time.perf_counter()
@@ -156,12 +156,12 @@ def report(both: dict[str, torch.Tensor], options: argparse.Namespace, barrier: 
 
 
 def behind(amounts: torch.Tensor) -> torch.Tensor:
-    """1 - mean / longest of processes, summed over steps: (processes, repeats, steps) to (repeats,)."""
+    """Return 1 - mean / longest of processes, summed over steps: (processes, repeats, steps) to (repeats,)."""
     return 1 - amounts.mean(dim=0).sum(dim=-1) / amounts.amax(dim=0).sum(dim=-1)
 
 
 def spread(values: list[float], scale: float, form: str, unit: str = "") -> str:
-    """Median, lowest and highest."""
+    """Return the median, the lowest and the highest value as text."""
     median, low, high = (format(scale * value, form) for value in (statistics.median(values), min(values), max(values)))
     return f"{median}{unit}" if low == high else f"{median}{unit} ({low} to {high})"
 

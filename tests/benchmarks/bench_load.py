@@ -1,4 +1,4 @@
-"""How long 10M parameters take to load on the CPU: an exported folder, whose weights are hashed, and a plain one.
+"""Measure how long 10M parameters take to load on the CPU: from an exported folder with digests, and without.
 
     python tests/benchmarks/bench_load.py [--rounds 10]
 
@@ -44,7 +44,7 @@ def load_seconds(folder: Path) -> float:
 
 
 def spec_of(card: Card) -> DatasetSpec:
-    """A dataset with statistics of the unit normal."""
+    """Return a dataset with the statistics of the unit normal."""
     channels = (*card.state_channels, *card.constant_channels)
     values = {"mean": 0.0, "std": 1.0, "mean_delta": 0.0, "std_delta": 1.0}
     stats = {key: dict.fromkeys(channels, value) for key, value in values.items()}

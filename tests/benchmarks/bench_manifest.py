@@ -1,9 +1,9 @@
-"""How long it takes, and how much memory, to open a manifest of a million windows in a fresh process.
+"""Measure the time and memory to open a manifest of a million windows in a new process.
 
     python tests/benchmarks/bench_manifest.py [--trajectories 1000] [--frames 1001] [--repeats 5]
 
-Writes a manifest as `shard` would (no data is behind it), then, in new processes, loads it and makes the index of its
-1 -> 1 windows. Memory is the process's peak above what it was after the imports.
+Writes a manifest as `shard` would, but without data. New processes then load it and make the index of its 1 -> 1
+windows. Memory is the peak of the process, less its memory after the imports.
 """
 
 import argparse
@@ -39,7 +39,7 @@ print(json.dumps([len(index), seconds, peak_mb() - before]))
 
 
 def million_windows(num_trajectories: int, num_frames: int) -> Manifest:
-    """The manifest of 256x256 frames of three channels, 16 to a chunk, in shards of half a GiB or one trajectory."""
+    """Return a manifest of 256x256 frames of three channels, 16 per chunk, in shards of 0.5 GiB or one trajectory."""
     channels, grid, per_chunk = ("pressure", "velocity_x", "velocity_y"), (256, 256), 16
     frame_bytes = 4 * len(channels) * grid[0] * grid[1]
     per_shard = max(1, 2**29 // (num_frames * frame_bytes))

@@ -1,11 +1,11 @@
-"""Speed of `data-pipeline shard` beside a plain copy of the same bytes, and its memory.
+"""Compare the speed of `data-pipeline shard` with a plain copy of the same bytes, and measure its memory.
 
     python tests/benchmarks/bench_shard.py [--repeats 7] [--frames 120] [--folder DIR]
 
-Makes one trajectory of the largest published frames (512 x 512, 8 channels, float32: 1 GB in 120 frames), then turn
-about: copies it with h5py into a raw file, in reads of 4 MiB into one buffer, and converts it with one job. Both end
-with fsync, both read from the page cache. Prints seconds, GB/s, the ratio of neighbours and the load of the machine;
-then the peak memory of a process of its own that converts.
+Makes one trajectory of the largest published frames (512 x 512, 8 channels, float32: 1 GB in 120 frames). Then it takes
+turns to copy it with h5py into a raw file, in reads of 4 MiB into one buffer, and to convert it with one job. Both end
+with fsync, and both read from the page cache. Prints seconds, GB/s, the ratio of neighbors and the load of the machine,
+then the peak memory of a separate process that converts.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MOMENTS = {"mean": 0.5, "std": 0.289, "rms": 0.577, "mean_delta": 0.0, "std_delt
 
 
 def write_well(well: Path, frames: int) -> Path:
-    """A Well folder with one trajectory of noise; returns its HDF5 file."""
+    """Write a Well folder with one trajectory of noise; return its HDF5 file."""
     path = well / CARD.name / "data" / "train" / "one.hdf5"
     path.parent.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -61,7 +61,7 @@ def write_well(well: Path, frames: int) -> Path:
 
 
 def copy(source: Path, target: Path) -> int:
-    """Copies all fields into a raw file; returns their bytes."""
+    """Copy all fields into a raw file; return their bytes."""
     total = 0
     buffer = np.empty(READ_BYTES // 4, np.float32)
     with h5py.File(source) as file, target.open("wb") as output:
@@ -90,7 +90,7 @@ def convert(well: Path, out: Path) -> None:
 
 
 def peak_mib(well: Path, out: Path) -> float:
-    """Peak resident memory of a process that converts, from Linux's /proc."""
+    """Return the peak resident memory of a process that converts, from Linux's /proc."""
     program = (
         "import sys\n"
         "from data_pipeline.cli import main\n"
@@ -124,9 +124,7 @@ def main() -> None:
                 f"{title:>15}: {statistics.median(seconds):.3f} s ({min(seconds):.3f} to {max(seconds):.3f}), "
                 f"{num_bytes / 1e9 / statistics.median(seconds):.2f} GB/s"
             )
-        ratios = [
-            a / b for a, b in zip(copies, conversions, strict=True)
-        ]  # neighbours share what else the machine does
+        ratios = [a / b for a, b in zip(copies, conversions, strict=True)]  # neighbors meet the same other load
         print(f"{'ratio':>15}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
         load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
         print(f"{'load':>15}: {load} on {os.cpu_count()} cores")

@@ -1,9 +1,9 @@
-"""How large TensorBoard's files of a run of a million steps get: eight datasets on their published grids.
+"""Measure the size of TensorBoard's files for a run of a million steps on eight datasets at their published grids.
 
     python tests/benchmarks/bench_tensorboard.py [--steps 20000] [--every 50] [--validate-every 5000]
 
-Steps, validations and checkpoints go through the real RunRecord; what training would compute is made up. Pictures are
-of random fields, once with a falling spectrum, as simulations have it, and once of nothing but noise, the worst case.
+Steps, validations and checkpoints go through the real RunRecord, with invented numbers. Pictures show random fields:
+once with a falling spectrum, as in simulations, and once white noise, the worst case.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def made_up_recipe(directory: Path, every: int, validate_every: int) -> Recipe:
 
 
 def bytes_of_steps(recipe: Recipe, steps: int) -> int:
-    """Of the event files after so many steps, their saves and the scalars of their validations."""
+    """Return the bytes of the event files after so many steps, with saves and the scalars of validations."""
     model = WaveLiTFM(ModelConfig(width=16, depth=1, heads=2, wavelet="haar"), [make_spec(name) for name in GRIDS])
     schedule = Schedule([Source(name, 10_000, h * w // 4, (10_000,)) for name, (h, w) in GRIDS.items()], 4, seed=0)
     chance = np.random.default_rng(0)
@@ -83,7 +83,7 @@ def bytes_of_steps(recipe: Recipe, steps: int) -> int:
 
 
 def made_up_scores() -> ValidationResult:
-    """As the protocol `wavelit` gives them."""
+    """Return invented scores of the protocol `wavelit`."""
     datasets = {
         name: dataset_scores(
             block_scores(0.5, 0.5, STATE_CHANNELS[name].split()), {window: window_scores(0.5) for window in WINDOWS}
@@ -94,7 +94,7 @@ def made_up_scores() -> ValidationResult:
 
 
 def bytes_of_pictures(directory: Path, kind: str) -> int:
-    """Of the event file after one occasion: all datasets' pictures."""
+    """Return the bytes of the event file after all datasets' pictures were written once."""
     board = Dashboard(directory, GRIDS, WINDOWS, 0)
     before = written(board, directory)
     for name, grid in GRIDS.items():
@@ -113,7 +113,7 @@ def written(board: Dashboard, directory: Path) -> int:
 
 
 def random_fields(grid: tuple[int, int], kind: str, seed: int) -> np.ndarray:
-    """(n, H, W): Gaussian noise, or that with amplitudes that fall as the wavenumber to the power -2."""
+    """Return Gaussian noise (n, H, W), white or with amplitudes proportional to the wavenumber to the power -2."""
     noise = np.random.default_rng(seed).standard_normal((VALIDATION_STEPS_SHOWN, *grid))
     if kind == "noise":
         return noise

@@ -1,12 +1,12 @@
-"""The quickstart's recipe under every launch configuration, and from each to the next: the same losses?
+"""Compare the quickstart's losses under every launch configuration, and when a run goes from one to the next.
 
     python tests/benchmarks/compare_launches.py SHARDS [--steps 50] [--configs cpu2 fsdp ...] [key=value ...]
 
-Compared with one process of one thread: --steps steps from the beginning, as many from its checkpoint, and a run that
-goes through all configurations, 10 steps under each, and ends in one process. Windows and learning rates must be equal.
-Losses differ by the order of summation, and by what training makes of that: a row tells how much that is for one
-process with two threads. Exit code 1 where windows differ, or losses by more than 1e-3. On GPUs, name the
-configurations for them: --configs ddp fsdp deepspeed_zero2.
+The reference is one process of one thread. Compared are --steps steps from the beginning, as many from its checkpoint,
+and a run that goes through all configurations, 10 steps under each, and ends in one process. Windows and learning rates
+must be equal. Losses differ by the order of summation, and training amplifies the difference; one row shows by how much
+for one process with two threads. The exit code is 1 if windows differ, or losses by more than 1e-3. On GPUs, name their
+configurations: --configs ddp fsdp deepspeed_zero2.
 """
 
 import argparse
@@ -21,13 +21,13 @@ CONFIGS = ("cpu2", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsd
 
 
 def run(config: str, directory: Path, stop_at: int, options: argparse.Namespace, threads: int = 1) -> None:
-    """Train to `stop_at`, in one process where `config` is empty."""
+    """Train to `stop_at`, in one process if `config` is empty."""
     settings = [f"data.shards={options.shards}", f"run.stop_at={stop_at}", *options.overrides]
     finish(start(directory, settings, config, options.processes, threads), directory)
 
 
 def difference(found: list[dict], expected: list[dict]) -> float:
-    """The largest relative difference of losses. SystemExit where the windows are others."""
+    """Return the largest relative difference of losses. SystemExit if the windows differ."""
     for line, other in zip(found, expected, strict=True):
         if (line["step"], line["windows"], line["lr"]) != (other["step"], other["windows"], other["lr"]):
             raise SystemExit(f"step {other['step']}: other windows")

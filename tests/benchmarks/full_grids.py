@@ -1,10 +1,10 @@
-"""Synthetic Well files, one per dataset at its published grid, and every command on them.
+"""Write synthetic Well files, one per dataset at its published grid, and run every command on them.
 
     python tests/benchmarks/full_grids.py FOLDER [--frames 6] [--trajectories 2] [--splits train,valid] [--run]
 
-Writes FOLDER/well/<dataset>/data/<split>/<dataset>.hdf5: fields, tensor orders, constant fields, scalars and boundary
-groups of the card, smooth waves as values, a few frames. With --run it then audits, shards, inspects, verifies and
-benchmarks them, into FOLDER/shards, and prints a line for each command.
+Writes FOLDER/well/<dataset>/data/<split>/<dataset>.hdf5 with a few frames: fields, tensor orders, constant fields,
+scalars and boundary groups are the card's, values are smooth waves. With --run it then audits, shards, inspects,
+verifies and benchmarks them, into FOLDER/shards, and prints a line for each command.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from data_pipeline.well.write import write_well_file
 
 
 def waves(rng: np.random.Generator, shape: tuple[int, ...], grid: tuple[int, int]) -> np.ndarray:
-    """Travelling waves, another for each trajectory and component; shape = (trajectories, frames) + components.
+    """Return traveling waves that differ by trajectory and component; shape = (trajectories, frames) + components.
 
     float32: shape (b, T) gives (b, T, X, Y), shape (b, T, 2) gives (b, T, X, Y, 2), and so on.
     """
@@ -39,7 +39,7 @@ def waves(rng: np.random.Generator, shape: tuple[int, ...], grid: tuple[int, int
 
 
 def write_dataset(well: Path, card: Card, split: str, trajectories: int, frames: int) -> Path:
-    """One file; its name is the dataset's."""
+    """Write one file, named as the dataset, and return its path."""
     rng = np.random.default_rng([len(card.name), *card.name.encode(), *split.encode()])
     fields = {field.name: waves(rng, (trajectories, frames) + (2,) * field.order, card.grid) for field in card.state}
     constants = {field.name: waves(rng, (trajectories, 1), card.grid)[:, 0] for field in card.constant}
@@ -52,7 +52,7 @@ def write_dataset(well: Path, card: Card, split: str, trajectories: int, frames:
 
 
 def run(*arguments: object) -> bool:
-    """One command of data-pipeline, and a line with what it took and printed last."""
+    """Run a command of data-pipeline, and print its time and its last line."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "data_pipeline", *map(str, arguments)], capture_output=True, text=True)
     lines = [*done.stdout.splitlines(), *done.stderr.splitlines()] if done.returncode else done.stdout.splitlines()

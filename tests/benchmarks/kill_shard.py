@@ -1,9 +1,10 @@
-"""Kills `data-pipeline shard` at random moments, runs it again, and compares every byte with an undisturbed run's.
+"""Kill `data-pipeline shard` at random moments, run it again, and compare every byte with an undisturbed run.
 
     python tests/benchmarks/kill_shard.py 20 [--well WELL] [--jobs 2] [--seed 0]
 
 Without --well it simulates the tiny mini-Well first. Every other kill takes the whole process group, the others only
-the parent, whose workers must then end by themselves. Exits with 1 if any output differs or anything is left over.
+the parent, whose workers must then end by themselves. The exit code is 1 if any output differs or anything is left
+over.
 """
 
 import argparse
@@ -19,19 +20,19 @@ from pathlib import Path
 
 
 def command(well: Path, out: Path, jobs: int) -> list[str]:
-    """Small shards and chunks, so that there is much to interrupt."""
+    """Return the command, with small shards and chunks, so that there is much to interrupt."""
     arguments = ["--well", str(well), "--out", str(out), "--jobs", str(jobs), "--frames-per-chunk", "2"]
     return [sys.executable, "-m", "data_pipeline", "shard", *arguments, "--shard-size", "100K"]
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file, by its path in the folder."""
+    """Return the SHA-256 of every file, by its path in the folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def kill_after(seconds: float, arguments: list[str], group: bool) -> str:
-    """Starts the command and kills it after a while; tells what became of it."""
+    """Start the command and kill it after a while; return what happened."""
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         process.wait(seconds)

@@ -1,8 +1,8 @@
-"""kill -9 of a streaming reader at random moments: a rerun with the cache it left gives the undisturbed run's digests.
+"""Kill a streaming reader (kill -9) at random moments, and compare a rerun on its cache with an undisturbed run.
 
     python tests/benchmarks/kill_streaming.py SHARDS [--shuffle blocks] [--moments 20] [--draws 200] [--workers 2]
 
-Serves SHARDS on loopback. Exit code 1 if any rerun differs.
+Serves SHARDS on loopback. The exit code is 1 if the digest of any rerun differs.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from faulty_server import FaultyServer
 
 
 def read(url: str, options: argparse.Namespace) -> str:
-    """The digest of all batches that a training run would get."""
+    """Return the digest of all batches that a training run would get."""
     stream = StreamSettings(options.shuffle, 2, options.cache, int(options.cache_mb * 1e6), draws_ahead=8)
     readers = open_readers(url, None, "train", stream=stream, known=tuple(load_registry().cards))
     schedule = Schedule(sources(readers, 2), batch=4, seed=0, shuffle=options.shuffle, shards_per_block=2)
@@ -40,7 +40,7 @@ def read(url: str, options: argparse.Namespace) -> str:
 
 
 def start(url: str, cache: Path, options: argparse.Namespace) -> "subprocess.Popen[str]":
-    """A reader in its own process group, which has opened the manifests when this returns."""
+    """Start a reader in its own process group, and return when it has opened the manifests."""
     command = [sys.executable, __file__, url, "--child", "--cache", str(cache), "--shuffle", options.shuffle]
     command += ["--draws", str(options.draws), "--workers", str(options.workers), "--cache-mb", str(options.cache_mb)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -57,7 +57,7 @@ def finish(process: "subprocess.Popen[str]") -> str:
 
 
 def kill_and_rerun(url: str, options: argparse.Namespace, folder: Path) -> int:
-    """Number of reruns that gave the undisturbed run's digest."""
+    """Return the number of reruns with the digest of the undisturbed run."""
     began = time.perf_counter()
     undisturbed = start(url, folder / "undisturbed", options)
     reading = time.perf_counter()

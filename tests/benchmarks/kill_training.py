@@ -1,11 +1,11 @@
-"""kill -9 of a training at random moments, more than half in saves; its end is compared with an undisturbed run's.
+"""Kill a training (kill -9) at random moments, more than half of them in saves, and compare it with an undisturbed run.
 
     python tests/benchmarks/kill_training.py SHARDS [--kills 30] [--world-sizes 1,2] [--steps 400] [--seed 0]
 
-A kill takes all processes, or one rank, whereupon the launcher and the other ranks must end by themselves. The same
-command then continues, in as many processes as chance picks from --world-sizes. Every step must have the datasets and
-windows of the undisturbed run and its loss to 1e-4; with a single world size, log.jsonl and the parameters must be the
-same bytes. Exit code 1 where anything differs.
+A kill ends all processes, or one rank; then the launcher and the other ranks must end by themselves. The same command
+continues the run, in a random number of processes out of --world-sizes. Every step must have the datasets and windows
+of the undisturbed run, and its loss to 1e-4. With a single world size, log.jsonl and the parameters must be the same
+bytes. The exit code is 1 if anything differs.
 """
 
 import argparse
@@ -115,7 +115,10 @@ def count_lines(file: Path) -> int:
 
 
 def ranks_of(process: "subprocess.Popen[str]", world_size: int) -> list[psutil.Process]:
-    """Each is a session of its own under torch's launcher, so that a process group would not reach them."""
+    """Return the processes of the ranks, by rank.
+
+    Torch's launcher starts each rank in a session of its own, so a signal to the process group would not reach them.
+    """
     launcher = psutil.Process(process.pid)
     ranks = [child for child in launcher.children() if "RANK" in child.environ()] if world_size > 1 else [launcher]
     assert len(ranks) == world_size, ranks
@@ -123,7 +126,7 @@ def ranks_of(process: "subprocess.Popen[str]", world_size: int) -> list[psutil.P
 
 
 def compare(killed: Path, undisturbed: Path, exact: bool) -> list[str]:
-    """What differs."""
+    """Return the differences."""
     lines, expected = log(killed), log(undisturbed)
     keys = ("step", "dataset", "windows", "lr")
     wrong = [key for key in keys if [line[key] for line in lines] != [line[key] for line in expected]]
@@ -142,7 +145,7 @@ def compare(killed: Path, undisturbed: Path, exact: bool) -> list[str]:
 
 
 def chaos(options: argparse.Namespace, folder: Path) -> list[str]:
-    """What differs between the killed and the undisturbed run."""
+    """Return the differences between the killed and the undisturbed run."""
     chance, sizes, steps = random.Random(options.seed), options.world_sizes, options.steps or 40 + 12 * options.kills
     sections = {**SECTIONS, "train": {**SECTIONS["train"], "steps": steps}}
     killed, undisturbed = (small(options.shards, folder / name, **sections) for name in ("killed", "undisturbed"))

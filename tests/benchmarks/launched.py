@@ -1,4 +1,4 @@
-"""Training in processes of its own, as a user launches it, for the scripts beside this one."""
+"""Start training in other processes, as a user launches it, for the scripts in this folder."""
 
 import json
 import os
@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(directory: Path, settings: Sequence[str], config: str = "", processes: int = 2, threads: int = 1) -> Any:
-    """Begin the quickstart's recipe in `directory` under a configuration of launch/, in one process where it is empty.
+    """Start the quickstart's recipe in `directory` under a configuration of launch/, in one process if it is empty.
 
-    `threads` of each process. Returns the subprocess.Popen; what it prints goes to <directory>.out.
+    `threads` are those of each process. Returns the subprocess.Popen; its output goes to <directory>.out.
     """
     launcher = [sys.executable]
     if config:
@@ -28,18 +28,18 @@ def start(directory: Path, settings: Sequence[str], config: str = "", processes:
 
 
 def finish(process: Any, directory: Path) -> None:
-    """Wait for its end. SystemExit, with what it printed, where that is not exit code 0."""
+    """Wait for the end of the process. SystemExit, with its output, if the exit code is not 0."""
     if code := process.wait():
         raise SystemExit(f"{directory.name}: exit code {code}\n{_output(directory).read_text()}")
 
 
 def log(directory: Path) -> list[dict]:
-    """The lines of log.jsonl."""
+    """Return the lines of log.jsonl."""
     return _lines(directory / "log.jsonl")
 
 
 def paces(directory: Path) -> list[float]:
-    """Seconds a step, of every `tracking.every` steps without the first, which are slow."""
+    """Return the seconds of a step, averaged over every `tracking.every` steps, without the first, which are slow."""
     lines = _lines(directory / "events.jsonl")
     return [line["seconds"] / line["steps"] for line in lines if line["kind"] == "pace"][1:]
 

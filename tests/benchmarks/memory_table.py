@@ -1,4 +1,4 @@
-"""What training takes of each GPU's memory, as Markdown tables: model state by way of spreading, activations by grid.
+"""Print the memory that training needs on each GPU: model state by launch configuration, activations by grid.
 
     python tests/benchmarks/memory_table.py [--gpus 8]
 
@@ -40,13 +40,13 @@ class State:
     buffers: float  # for the exchange of gradients and parameters, at the libraries' defaults
 
     def cells(self, copy: float) -> list[float]:
-        """With the sum on all GPUs, and on that of the main process, which keeps a `copy` for validation."""
+        """Return the parts, their sum, and the sum on the main process, which keeps a `copy` for validation."""
         parts = [self.parameters, self.gradients, self.moments, self.average, self.buffers]
         return [*parts, sum(parts), sum(parts) + copy]
 
 
 def states(whole: float, block: float, gpus: int) -> dict[str, State]:
-    """For `whole` bytes of parameters, `block` of them in one block."""
+    """Return the state for `whole` bytes of parameters, `block` of them in one block."""
     part = whole / gpus
     live = min(whole, DEEPSPEED_LIVE)
     return {
@@ -59,7 +59,7 @@ def states(whole: float, block: float, gpus: int) -> dict[str, State]:
 
 
 def spec(card: Card) -> DatasetSpec:
-    """The card's channels with statistics that do not matter here."""
+    """Return the card's channels with arbitrary statistics."""
     names = card.state_channels + card.constant_channels
     stats = {key: dict.fromkeys(names, 1.0) for key in ("mean", "std", "mean_delta", "std_delta")}
     return DatasetSpec(card.name, card.state_channels, card.constant_channels, card.boundary, stats)
@@ -75,7 +75,7 @@ def block_parameters(model: WaveLiTFM) -> int:
 
 
 def scaled(config: ModelConfig, cards: list[Card], parameters: int) -> ModelConfig:
-    """A wider model with heads as wide as before, and the least depth that makes so many parameters."""
+    """Return a wider model with heads of the same width, and the least depth with so many parameters."""
     wide = replace(config, width=WIDTH_FACTOR * config.width, heads=WIDTH_FACTOR * config.heads, depth=1)
     model = build(wide, cards)
     block = block_parameters(model)
@@ -83,7 +83,7 @@ def scaled(config: ModelConfig, cards: list[Card], parameters: int) -> ModelConf
 
 
 def activations(recipe: Recipe, model: WaveLiTFM, card: Card, autocast: torch.dtype | None) -> int:
-    """Of one window among several; what does not grow with them, such as casts of weights, is left out."""
+    """Return the bytes of one window among several, without what does not grow with them, such as casts of weights."""
     objective = Unroll(model, recipe.loss, recipe.finetune, autocast)
     two, three = (kept_bytes(objective, card.name, card.grid, windows) for windows in (2, 3))
     return three - two
@@ -94,7 +94,7 @@ def gigabytes(size: float) -> str:
 
 
 def print_table(header: list[str], rows: list[list[str]], texts: int) -> None:
-    """Markdown; the first `texts` columns are text, the others numbers."""
+    """Print a Markdown table; the first `texts` columns are text, the others numbers."""
     print(f"| {' | '.join(header)} |")
     print(f"|{'|'.join(':---' if i < texts else '---:' for i in range(len(header)))}|")
     for row in rows:

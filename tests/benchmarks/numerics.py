@@ -1,11 +1,12 @@
-"""By how much each way of computing changes the first losses of the quickstart: exit code 1 where it is too much.
+"""Compare the first losses of the quickstart between precisions and compilers.
 
 python tests/benchmarks/numerics.py SHARDS [--variants control blocks step bf16] [--reference RUN] [key=value ...]
 
-The reference is eager float32, of this code or, with --reference, what a run's log.jsonl says, of other code perhaps.
-Training is chaotic: what differs by rounding grows. The control, whose learning rate differs by one part in ten
-million, shows how much. So there are tolerances for the largest relative difference of a loss up to a step, and for
-the difference of their mean over all; after 30 steps those of bf16 have parted, and only the mean says something.
+The reference is eager float32 of this code, or with --reference the log.jsonl of a run, perhaps of other code. Training
+is chaotic, so differences by rounding grow. The control shows how much: its learning rate differs by one part in ten
+million. Tolerances limit the largest relative difference of a loss up to a step, and the difference of the mean over
+all steps. After 30 steps the losses of bf16 are too far from the reference, so only their mean is compared. The exit
+code is 1 if a tolerance is exceeded.
 """
 
 import argparse
@@ -33,7 +34,7 @@ VARIANTS = {
 
 
 def trained(shards: str, settings: list[str]) -> list[float]:
-    """Losses of the quickstart's first steps."""
+    """Return the losses of the quickstart's first steps."""
     with tempfile.TemporaryDirectory() as folder:
         own = [f"run.dir={folder}/run", f"run.stop_at={STEPS}", f"data.shards={shards}", "validation.every=0"]
         command = [sys.executable, "-m", "fm", "train", str(RECIPE), *own, "tracking.progress=false", *settings]
@@ -47,7 +48,7 @@ def losses(run: Path) -> list[float]:
 
 
 def differences(found: list[float], expected: list[float]) -> dict[int | str, float]:
-    """Relative: the largest of a loss up to each step, and that of the means."""
+    """Return relative differences: the largest of a loss up to each step, and that of the means."""
     each = [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
     return {**{end: max(each[:end]) for end in (10, 30, STEPS)}, MEAN: abs(sum(found) / sum(expected) - 1)}
 

@@ -1,4 +1,4 @@
-"""`fm plan`'s prediction beside real training: seconds a step of the quickstart, in turns since machines vary.
+"""Compare the seconds of a step that `fm plan` measures with those of real training, in turns, as machines vary.
 
 python tests/benchmarks/plan_against_run.py SHARDS [--rounds 3] [--steps 200] [--probe-seconds 20]
 """
@@ -17,7 +17,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
 
 def planned(shards: str, seconds: float, folder: Path) -> float:
-    """Seconds a step by the plan."""
+    """Return the seconds of a step by the plan."""
     file = folder / "plan.json"
     options = ["--probe-seconds", str(seconds), "--json", str(file)]
     run([sys.executable, "-m", "fm", "plan", str(RECIPE), f"data.shards={shards}", *options])
@@ -25,7 +25,7 @@ def planned(shards: str, seconds: float, folder: Path) -> float:
 
 
 def measured(shards: str, steps: int, folder: Path) -> float:
-    """Seconds a step of training: the median over paces of ten steps, without the first."""
+    """Return the seconds of a step of training: the median over paces of ten steps, without the first."""
     settings = [f"run.dir={folder}", f"data.shards={shards}", f"train.steps={steps}", "validation.every=0"]
     run([sys.executable, "-m", "fm", "train", str(RECIPE), *settings, "tracking.progress=false"])
     return median(paces(folder))

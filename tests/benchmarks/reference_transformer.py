@@ -1,17 +1,17 @@
-"""Training steps of the quickstart's model beside those of a plain PyTorch transformer of the same FLOPs.
+"""Compare training steps of the quickstart's model with those of a plain PyTorch transformer of the same FLOPs.
 
     python tests/benchmarks/reference_transformer.py SHARDS [--steps 10] [--rounds 7] [--threads N]
 
-The reference is what anybody would write: patches of 2 x 2 points, layers of nn.LayerNorm, nn.Linear,
-scaled_dot_product_attention over windows of 8 x 8 tokens and a GELU MLP, of the quickstart's width, heads and depth,
-whose MLP is as wide as makes its forward pass cost what ours costs. On the grid and channels of each dataset of the
-shards, both take the same loss, AdamW and random data, normalised (never zeros), in batches of the quickstart's size.
+The reference is a standard transformer: patches of 2 x 2 points, layers of nn.LayerNorm, nn.Linear,
+scaled_dot_product_attention over windows of 8 x 8 tokens, and a GELU MLP. It has the quickstart's width, heads and
+depth. The width of its MLP makes its forward pass cost the same FLOPs. On the grid and channels of each dataset of the
+shards, both use the same loss, AdamW and random data, normalized (never zeros), in batches of the quickstart's size.
 They train in turn, `--steps` steps each, `--rounds` times after one that does not count.
 
     FLOPs     of one window's forward pass, counted by torch; a step counts three times as many for each window
     steps/s   median over rounds; in brackets the smallest and the largest
-    ratio     our steps/s over the reference's, median of neighbouring rounds; by CPU seconds, which other jobs on the
-              machine disturb less, in the last column
+    ratio     our steps/s over the reference's, median of neighboring rounds; the last column is by CPU seconds,
+              which other load on the machine disturbs less
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Fields (B, C_in, H, W) to (B, C_out, H, W) by way of tokens of 2 x 2 points."""
+    """Maps fields (B, C_in, H, W) to (B, C_out, H, W) with tokens of 2 x 2 points."""
 
     def __init__(self, config: ModelConfig, channels: tuple[int, int], grid: tuple[int, int], hidden: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Transformer(nn.Module):
 
 
 class Ours(nn.Module):
-    """The quickstart's network for one dataset."""
+    """Return the quickstart's network for one dataset."""
 
     def __init__(self, config: ModelConfig, spec: DatasetSpec) -> None:
         super().__init__()
@@ -93,14 +93,14 @@ class Ours(nn.Module):
 
 
 def forward_flops(network: nn.Module, fields: Tensor) -> int:
-    """FLOPs of matrix products and convolutions of one window (1, C_in, H, W), attention's among them."""
+    """Return the FLOPs of matrix products and convolutions of one window (1, C_in, H, W), attention's among them."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network(fields)
     return int(counter.get_total_flops())
 
 
 def as_costly(config: ModelConfig, channels: tuple[int, int], fields: Tensor, flops: int) -> Transformer:
-    """The transformer whose forward pass takes `flops`, as nearly as a whole number of hidden units allows."""
+    """Return the transformer whose forward pass takes `flops`, as nearly as a whole number of hidden units allows."""
     grid = fields.shape[-2], fields.shape[-1]
     one, two = (forward_flops(Transformer(config, channels, grid, hidden), fields) for hidden in (1, 2))
     return Transformer(config, channels, grid, 1 + round((flops - one) / (two - one)))
@@ -114,7 +114,7 @@ class Contender:
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, fused=True)
 
     def steps(self, count: int) -> tuple[float, float]:
-        """Wall-clock and CPU seconds of a step, the mean of `count`."""
+        """Return wall-clock and CPU seconds of a step, the mean of `count`."""
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(count):
             scale = self.target.new_ones(self.target.shape[1], 1, 1)
@@ -126,7 +126,7 @@ class Contender:
 
 
 def compare(spec: DatasetSpec, config: ModelConfig, batch: int, steps: int, rounds: int) -> tuple[str, float, float]:
-    """A row of the table, and both ratios of one dataset."""
+    """Return a row of the table, and both ratios of one dataset."""
     assert spec.grid is not None
     channels = len(spec.state_channels) + len(spec.constant_channels), len(spec.state_channels)
     inputs, target = (torch.randn(batch, count, *spec.grid) for count in channels)

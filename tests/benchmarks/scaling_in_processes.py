@@ -1,4 +1,4 @@
-"""Two processes on a CPU against one: the quickstart's training, launched as a user does, in turns.
+"""Compare training in two processes on a CPU with one process: the quickstart, launched as a user does, in turns.
 
     python tests/benchmarks/scaling_in_processes.py SHARDS [key=value ...] [--rounds 3] [--steps 60]
     ... SHARDS 'data.datasets=[shear_flow]'  # few datasets, so that all have been met when counting begins
@@ -8,8 +8,8 @@ batch (strong scaling) and with the same windows a process (weak scaling). All d
 
     step          seconds by the run's own events, median over paces of ten steps and rounds; validation is off
     efficiency    of the step's windows/s, over those of one thread times the threads
-    CPU           of all processes a step, a window: what is done twice, exchanged or spun away; waiting costs none.
-                  Other jobs disturb it less than the clock
+    CPU           of all processes a step, a window: what is done twice, exchanged or spent in spinning; waiting costs
+                  none. Other load disturbs it less than wall-clock time
 """
 
 import argparse
@@ -50,7 +50,7 @@ WAYS = (
 
 
 def measure(way: Way, options: argparse.Namespace) -> tuple[list[float], float]:
-    """Train; seconds a step, of every ten, and CPU seconds a step of all processes."""
+    """Train; return the seconds of a step, averaged over every ten, and the CPU seconds of a step of all processes."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "run"
         settings = [f"data.shards={options.shards}", f"train.global_batch={options.batch * way.growth}"]
@@ -62,7 +62,7 @@ def measure(way: Way, options: argparse.Namespace) -> tuple[list[float], float]:
 
 
 def watch(process: Any, directory: Path) -> float:
-    """CPU seconds a step of the process and those it has started, after the first pace, which counts FLOPs."""
+    """Return the CPU seconds of a step of the process and its children, after the first pace, which counts FLOPs."""
     seen: list[tuple[int, float]] = []
     while process.poll() is None:
         steps = len(log(directory)) if (directory / "log.jsonl").exists() else 0
@@ -76,7 +76,7 @@ def watch(process: Any, directory: Path) -> float:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Of a process and its descendants that are alive."""
+    """Return the CPU seconds of a process and its descendants that are alive."""
     family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     return sum(sum(member.cpu_times()[:2]) for member in family)
 

@@ -1,14 +1,14 @@
-"""How the time of a training step grows with its work: tokens, depth, width, model steps of an unroll, batch.
+"""Measure how the time of a training step grows with its work: tokens, depth, width, model steps of an unroll, batch.
 
     python tests/benchmarks/scaling_in_work.py [--recipe R] [--grid 128] [--rounds 5] [--plot FILE.png] [key=value ...]
 
 One quantity at a time is varied around a base: the recipe's model, one window of noise on a square grid, one model
-step. Steps are the trainer's own (fm/training/step.py). Sizes take turns, the first round does not count. Width
-grows in heads, which keep their size. On a CPU the time of fits is CPU time of one thread, which other jobs disturb
-less than the clock; on a GPU it is the clock's. Larger machines take larger models: --recipe recipes/fm_pretrain.yaml.
+step. Steps are dry runs of the trainer's own step (fm/training/step.py). Sizes take turns, and the first round does
+not count. Width grows in heads, which keep their size. Fits use CPU time of one thread on a CPU, which other load
+disturbs less, and wall-clock time on a GPU. Larger machines can train larger models: --recipe recipes/fm_pretrain.yaml.
 
     ms, clock  median over rounds, and (highest - lowest) / median of the fitted time as the noise
-    system     of the CPU time, what the kernel takes to hand out fresh pages of memory
+    system     part of the CPU time: the kernel hands out new pages of memory
     slope      of log time against log size, least squares over medians, with its standard error; last: between the two
                largest sizes alone
     fixed      a of time = a + b x size, least squares of relative errors; and its share of the smallest size's time
@@ -48,7 +48,7 @@ MEASURED, FITTED = "#0072B2", "#D55E00"  # Okabe and Ito 2008
 
 @dataclass
 class Size:
-    """One size of one quantity: a step that can be taken again and again, and what it took."""
+    """One size of one quantity: a dry run and its times."""
 
     value: float
     name: str
@@ -70,7 +70,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Fit:
-    """Of seconds against sizes."""
+    """A power law, and a line, of seconds against sizes."""
 
     slope: float  # of the logarithms
     error: float  # its standard error
@@ -80,7 +80,7 @@ class Fit:
 
 
 def fit(sizes: Sequence[float], seconds: Sequence[float]) -> Fit:
-    """At least three sizes, ascending."""
+    """Fit at least three sizes, in ascending order."""
     x, y = np.log(sizes), np.log(seconds)
     spread = float(((x - x.mean()) ** 2).sum())
     slope = float(((x - x.mean()) * y).sum()) / spread
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def make_sweeps(
     recipe: Recipe, base: ModelConfig, options: argparse.Namespace, accelerator: Accelerator
 ) -> dict[str, list[Size]]:
-    """By the name of what is varied."""
+    """Return the sizes of each quantity, by its name."""
     side = options.grid
     spec = read_workload(replace_data(recipe)).datasets[DATASET].spec
 
@@ -146,7 +146,7 @@ def make_sweeps(
 
 
 def replace_data(recipe: Recipe) -> Recipe:
-    """The recipe with the one dataset, at its published size: no shards are needed."""
+    """Return the recipe with the one dataset, at its published size: no shards are needed."""
     return replace(recipe, data=replace(recipe.data, datasets=(DATASET,), shards="nowhere"))
 
 
@@ -179,7 +179,7 @@ def report(sweeps: dict[str, list[Size]], fits: dict[str, Fit]) -> None:
 
 
 def scaling_figure(sweeps: dict[str, list[Size]], fits: dict[str, Fit], device: str) -> Figure:
-    """One panel a quantity: medians, lowest and highest, and the power law."""
+    """Draw a panel for each quantity: medians, lowest and highest, and the power law."""
     figure = Figure(figsize=(2.2 * len(sweeps), 2.7), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(sweeps), squeeze=False, sharey=True)[0]

@@ -1,16 +1,16 @@
-"""The paper's model on 8 to 1,024 GPUs: what a step would take, and what becomes of the GPUs' time. A calculation.
+"""Calculate the time of a step of the paper's model on 8 to 1,024 GPUs, and how the GPUs spend it.
 
     python tests/benchmarks/scaling_on_gpus.py [--gpu h200] [--utilisation 0.3 | --step-ms MS] [--network 50]
         [--gradients float32 | bf16] [--graphs] [--plot FILE.png]
 
-No GPU is needed. What is put in:
+No GPU is needed. The model:
 
-    compute   windows of one dataset take what fm/lab/hardware.py says: FLOPs at the utilisation, bytes at the memory's
-              bandwidth, and never less than its kernels take to start one by one, which --graphs leaves out: CUDA
-              graphs start all at once. --step-ms, measured on one GPU for the mixture's mean step of 4 windows (`fm
-              benchmark` prints it), scales all of them
-    exchange  fm/lab/hardware.py: buckets of 25 MB, NVLink in nodes of 8, --network GB/s each between them; what
-              the backward pass of the last piece does not hide lengthens the step
+    compute   by AssumedSpeed of fm/lab/hardware.py: FLOPs at the assumed utilization, bytes at the memory's bandwidth,
+              and at least the time to start the kernels one by one. --graphs leaves that time out, because CUDA graphs
+              start all kernels at once. --step-ms scales all times to the mixture's mean step of 4 windows, measured
+              on one GPU (`fm benchmark` prints it)
+    exchange  by Interconnect of fm/lab/hardware.py: buckets of 25 MB, NVLink in nodes of 8, --network GB/s each between
+              them. The part that the backward pass of the last micro-batch does not hide lengthens the step
     waiting   real draws of the sqrt mixture on the published grids, divided as in training; the step ends with the
               slowest process. `global`: all have equal work. `per_rank`: each has windows of other datasets
     left out  reading, validation, checkpoints, GPUs or links that are slower than others
@@ -44,13 +44,13 @@ MICRO_BATCH = 4  # windows at once, the paper's batch
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 STRONG_BATCH = 1024
 COUNTED = 2  # windows of which traffic is counted
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#595959")  # Okabe and Ito 2008
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#595959")  # Okabe and Ito 2008
 COLUMNS = ("GPUs", "global batch", "draws", "step, ms", "waiting", "exchange, ms", "not hidden, ms", "efficiency")
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What compute and exchange take, in seconds."""
+    """The costs of compute and exchange."""
 
     flops: dict[str, float]  # dataset -> of a training step's window
     traffic: dict[str, Footprint]  # of COUNTED windows
@@ -66,7 +66,7 @@ class Costs:
         return self.factor * seconds
 
     def pieces(self, dataset: str, windows: int) -> float:
-        """So many windows of one draw, at most MICRO_BATCH at once."""
+        """Return the seconds of some windows of one draw, at most MICRO_BATCH at once."""
         whole, rest = divmod(windows, MICRO_BATCH)
         return whole * self.piece(dataset, MICRO_BATCH) + (self.piece(dataset, rest) if rest else 0.0)
 
@@ -83,12 +83,12 @@ class Outcome:
 
     @property
     def rate(self) -> float:
-        """Windows/s of a GPU."""
+        """Return the windows/s of a GPU."""
         return self.setting.windows / self.step
 
 
 def simulate(setting: Setting, sources: Sequence[Source], costs: Costs, steps: int) -> Outcome:
-    """Take the steps of the real schedule."""
+    """Simulate steps of the real schedule."""
     schedule = Schedule(sources, setting.batch, seed=0, scheme=SCHEME)
     sent = buckets(costs.gradients)
     mean = longest = exposed = 0.0
@@ -109,7 +109,7 @@ def simulate(setting: Setting, sources: Sequence[Source], costs: Costs, steps: i
 
 
 def settings() -> dict[str, list[Setting]]:
-    """By the name of the curve."""
+    """Return the settings of each curve, by its name."""
     return {
         "weak, one draw for all (the default)": [Setting(gpus, MICRO_BATCH, "global", 1) for gpus in GPUS],
         "weak, four draws for all": [Setting(gpus, MICRO_BATCH, "global", 4) for gpus in GPUS],
@@ -148,7 +148,7 @@ def main() -> None:
 
 
 def read_costs(options: argparse.Namespace) -> tuple[Costs, list[Source]]:
-    """Counted of the recipe's model on the published grids."""
+    """Count the costs of the recipe's model on the published grids."""
     workload = read_workload(load_recipe(RECIPE, ["data.shards=nowhere"]))
     model, datasets = workload.fake_model(), workload.datasets.values()
     objective = Unroll(model, workload.recipe.loss, autocast=torch.bfloat16)
@@ -169,7 +169,7 @@ def read_costs(options: argparse.Namespace) -> tuple[Costs, list[Source]]:
 
 def print_assumptions(options: argparse.Namespace, costs: Costs, alone: Outcome) -> None:
     gpu = costs.speed.gpu
-    how = "measured" if options.step_ms else f"reckoned at {options.utilisation:.0%} of {gpu.bf16_tflops:g} TFLOP/s"
+    how = "measured" if options.step_ms else f"estimated at {options.utilisation:.0%} of {gpu.bf16_tflops:g} TFLOP/s"
     kernels = "" if options.graphs else ", at least 5 us a kernel"
     print(f"one {gpu.name} alone: {1e3 * alone.step:.1f} ms a step of {MICRO_BATCH} windows, {how}{kernels}")
     print(f"gradients: {costs.gradients / 1e6:.1f} MB in {options.gradients}, {len(buckets(costs.gradients))} buckets")
@@ -185,13 +185,13 @@ def row(outcome: Outcome, alone: Outcome) -> str:
 
 
 def efficiency_figure(curves: dict[str, list[Outcome]], alone: Outcome, gpu: str) -> Figure:
-    """Efficiency against GPUs, but for the paper's batch, which ends at four."""
+    """Draw efficiency against GPUs, without the paper's batch, which ends at four."""
     figure = Figure(figsize=(5.2, 3.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for colour, (name, outcomes) in zip(COLOURS, list(curves.items())[: len(COLOURS)], strict=True):
+    for color, (name, outcomes) in zip(COLORS, list(curves.items())[: len(COLORS)], strict=True):
         values = [100 * outcome.rate / alone.rate for outcome in outcomes]
-        axes.plot(GPUS, values, "o-", color=colour, markersize=3.5, linewidth=1.3, label=name)
+        axes.plot(GPUS, values, "o-", color=color, markersize=3.5, linewidth=1.3, label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(GPUS, [f"{count:,}" for count in GPUS], fontsize=7)
     axes.set_ylim(0, 105)

@@ -1,4 +1,4 @@
-"""How long processes wait for each other in a step, and for their gradients, on the eight datasets of The Well.
+"""Simulate how long processes wait for each other in a step, and for their gradients, on The Well's eight datasets.
 
     python tests/benchmarks/simulate_ranks.py [--ranks 8 64 1024] [--windows 1 4 16] [--overhead-ms 5] [--bandwidth 25]
 
@@ -10,7 +10,7 @@ who takes which windows comes from data_pipeline/windows/schedule.py. What a ste
 
 A piece is what goes through the model at once: windows of one draw on one rank. The overhead is what a piece takes
 however few its tokens are, launching kernels above all: forward and backward are about 2,600 operations, which a slow
-host launches in 20 ms; that a GPU hides them behind long pieces is not modelled. The speed, unless given, is the
+host launches in 20 ms; that a GPU hides them behind long pieces is not modeled. The speed, unless given, is the
 paper's: 1M steps of batch 4 in 41 h on one GPU, each of one piece with the tokens of the sqrt mixture's mean window.
 The bytes are all gradients in float32, over links that give every rank the bandwidth (25 GB/s is 200 Gb/s InfiniBand;
 NVLink within a node has more); the bandwidth term is a ring's, or a double tree's, the latency term a tree's. Nothing
@@ -61,7 +61,7 @@ class Setting:
 
     @property
     def batch(self) -> int:
-        """Windows of a draw."""
+        """Return the windows of a draw."""
         return self.ranks * self.windows // self.draws
 
 
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def num_parameters(recipe: Recipe, cards: Sequence[Card]) -> int:
-    """Of the recipe's model for these datasets; statistics do not matter for it."""
+    """Return the number of parameters of the recipe's model for these datasets."""
     specs = []
     for card in cards:
         channels = (*card.state_channels, *card.constant_channels)
@@ -155,7 +155,7 @@ def row(setting: Setting, sources: Sequence[Source], costs: Costs, steps: int) -
 
 
 def work(setting: Setting, schedule: Schedule, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and number of pieces of each rank in a step, (R,) each."""
+    """Return tokens and number of pieces of each rank in a step, (R,) each."""
     first = step * setting.draws
     sizes = [schedule.source(first + draw).tokens for draw in range(setting.draws)]
     ranks = shares(setting, schedule, step)
@@ -164,7 +164,7 @@ def work(setting: Setting, schedule: Schedule, step: int) -> tuple[np.ndarray, n
 
 
 def shares(setting: Setting, schedule: Schedule, step: int) -> list[dict[int, int]]:
-    """How many windows of which of a step's draws each rank takes."""
+    """Return, for each rank, the number of windows that it takes of each draw of a step."""
     first = step * setting.draws
     if setting.way == "whole":
         return [{draw: setting.windows} for draw in range(setting.ranks)]
