@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data_pipeline.files import TEMPORARY_SUFFIX, UserError, write_whole
 from data_pipeline.miniwell.contact_sheet import contact_sheet
-from data_pipeline.miniwell.system import Moments, statistics
+from data_pipeline.miniwell.system import statistics
 from data_pipeline.miniwell.task import (
     EIGHT,
     EXTRAS,
@@ -28,6 +28,7 @@ from data_pipeline.miniwell.task import (
     run_task,
     total_trajectories,
 )
+from data_pipeline.well.stats import Moments
 from data_pipeline.workers import available_cores, run_tasks
 
 __all__ = ["EIGHT", "EXTRAS", "PRESETS", "SYSTEMS", "contact_sheet", "load_system", "simulate"]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.miniwell.system import SPLITS, Moments, ParameterSet, Simulation, System, field_moments
+from data_pipeline.miniwell.system import SPLITS, ParameterSet, Simulation, System, field_moments
+from data_pipeline.well.stats import Moments
 from data_pipeline.well.write import write_well_file
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from data_pipeline.registry import Card, Channel
 from data_pipeline.schema import Strict
 from data_pipeline.shards.format import KINDS, SKIPPABLE, Finding, Range, frame_ranges
-from data_pipeline.well.stats import Stats
+from data_pipeline.well.stats import Moments, Stats, pool
 
 MIN_VARIANCE = 1e-6  # of a target over space, in squared physical units: ten times the eps of VRMSE (1e-7)
 STILL_CHANGE = 1e-3  # of a channel's std, the most that any value of a still frame moves from the frame before
@@ -62,28 +62,18 @@ class Summary(Strict):
 
 def merge(summaries: Sequence[Summary]) -> Summary:
     """Return the summary of all trajectories of several summaries, which have the same channels."""
-    total = summaries[0]
-    for one in summaries[1:]:
-        total = Summary(
-            tuple(map(min, total.lowest, one.lowest)),
-            tuple(map(max, total.highest, one.highest)),
-            tuple(pair for pair in total.equal if pair in one.equal),
-            *_pooled(total.moments, one.moments),
-            *_pooled(total.delta_moments, one.delta_moments),
-        )
-    return total
+    return Summary(
+        tuple(map(min, zip(*(one.lowest for one in summaries), strict=True))),
+        tuple(map(max, zip(*(one.highest for one in summaries), strict=True))),
+        tuple(pair for pair in summaries[0].equal if all(pair in one.equal for one in summaries)),
+        *_pooled([one.moments for one in summaries]),
+        *_pooled([one.delta_moments for one in summaries]),
+    )
 
 
-def _pooled(first: _Moments, second: _Moments) -> _Moments:
-    """Return the moments of two sets together (Chan, Golub and LeVeque 1979)."""
-    total = first[0] + second[0]
-    if not first[0] or not second[0]:
-        return first if first[0] else second
-    share = second[0] / total
-    shift = np.subtract(second[1], first[1])
-    mean = np.add(first[1], shift * share)
-    variance = np.multiply(first[2], 1 - share) + np.multiply(second[2], share) + shift**2 * (share * (1 - share))
-    return total, tuple(map(float, mean)), tuple(map(float, variance))
+def _pooled(parts: Sequence[_Moments]) -> _Moments:
+    total = pool([Moments(count, np.array(mean), np.array(variance)) for count, mean, variance in parts])
+    return total.count, tuple(total.mean.tolist()), tuple(total.variance.tolist())
 
 
 class TrajectoryAudit:

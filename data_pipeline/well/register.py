@@ -38,7 +38,7 @@ from data_pipeline.registry import (
 from data_pipeline.schema import NAME
 from data_pipeline.well.hdf5 import SPLITS, WellFile, dataset_folders
 from data_pipeline.well.layout import check_extent, plain_dataset, plain_group, texts
-from data_pipeline.well.stats import Moments
+from data_pipeline.well.stats import Moments, pool
 
 SAMPLE_TRAJECTORIES = 8  # spread evenly over all files
 SAMPLE_FRAMES = 4  # of each, spread evenly from the first to the last
@@ -208,25 +208,26 @@ def _evenly_spaced(file: h5py.File, axis: str, path: Path) -> bool:
 
 def _sample(files: Sequence[Path], shapes: Mapping[Path, tuple[int, int]], card: Card) -> Sample:
     channels = card.state_channels + card.constant_channels
-    moments = Moments(len(channels))
+    moments: list[Moments] = []
     lowest, highest = np.full(len(channels), np.inf), np.full(len(channels), -np.inf)
     twins = {field.channels[2]: field.channels[1] for field in card.fields if field.order == 2}
     nonfinite: set[str] = set()
-    num_frames = 0
     for frame in _sampled_frames(files, shapes, card):
         finite = np.isfinite(frame).all(axis=(0, 2, 3))
         nonfinite |= {name for name, good in zip(channels, finite, strict=True) if not good}
         by_name = dict(zip(channels, frame[0], strict=True))
         twins = {yx: xy for yx, xy in twins.items() if np.array_equal(by_name[yx], by_name[xy])}
         if finite.all():
-            moments.add(frame)
+            moments.append(Moments.of(frame, (0, 2, 3)))
             lowest = np.minimum(lowest, frame.min(axis=(0, 2, 3)))
             highest = np.maximum(highest, frame.max(axis=(0, 2, 3)))
-            num_frames += 1
-    stats, extremes = moments.result(channels), zip(channels, lowest.tolist(), highest.tolist(), strict=True)
-    figures = {name: Figures(stats["mean"][name], stats["std"][name], low, high) for name, low, high in extremes}
+    figures = {}
+    if moments:
+        pooled = pool(moments)
+        each = zip(channels, pooled.mean, pooled.std, lowest, highest, strict=True)
+        figures = {name: Figures(*map(float, of_channel)) for name, *of_channel in each}
     ordered = tuple(name for name in channels if name in nonfinite)
-    return Sample(num_frames, figures if num_frames else {}, twins, ordered)
+    return Sample(len(moments), figures, twins, ordered)
 
 
 def _sampled_frames(files: Sequence[Path], shapes: Mapping[Path, tuple[int, int]], card: Card) -> Iterator[np.ndarray]:

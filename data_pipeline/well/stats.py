@@ -4,7 +4,9 @@ Statistics are {statistic: {channel: value}}: mean, std and rms of every channel
 (the change from one frame to the next) of the state channels. All are population moments, accumulated in float64.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,35 +22,52 @@ VALUE_STATISTICS = ("mean", "std", "rms")
 DELTA_STATISTICS = ("mean_delta", "std_delta", "rms_delta")
 
 
+@dataclass(frozen=True)
 class Moments:
-    """Mean and variance per channel, one block at a time (Chan, Golub and LeVeque 1979, the pairwise update)."""
+    """Number of values, mean and population variance; the last two are arrays of one shape, such as (C,)."""
 
-    def __init__(self, num_channels: int) -> None:
-        self.count = 0
-        self.mean = np.zeros(num_channels)
-        self.squares = np.zeros(num_channels)  # sum of squared distances from the mean
+    count: int
+    mean: np.ndarray
+    variance: np.ndarray
 
-    def add(self, values: np.ndarray) -> None:
-        """Adds values (T, C, H, W)."""
-        if values.size == 0:
-            return
-        values = values.astype(np.float64)
-        count = values.size // values.shape[1]
-        mean = values.mean(axis=(0, 2, 3))
-        squares = np.square(values - mean[:, None, None]).sum(axis=(0, 2, 3))
-        shift, total = mean - self.mean, self.count + count
-        self.squares += squares + shift**2 * (self.count * count / total)
-        self.mean += shift * (count / total)
-        self.count = total
+    @classmethod
+    def of(cls, values: np.ndarray, axes: Sequence[int]) -> "Moments":
+        """Return the moments over some axes, in float64."""
+        axes, exact = tuple(axes), values.astype(np.float64)
+        count = math.prod(values.shape[axis] for axis in axes)
+        if count == 0:
+            zeros = np.zeros([size for axis, size in enumerate(values.shape) if axis not in axes])
+            return cls(0, zeros, zeros)
+        return cls(count, exact.mean(axis=axes), exact.var(axis=axes))
 
-    def result(self, channels: Sequence[str], suffix: str = "") -> Stats:
-        """mean, std and rms by channel; zeros if nothing was added."""
-        variance = self.squares / max(self.count, 1)
-        figures = {"mean": self.mean, "std": np.sqrt(variance), "rms": np.sqrt(variance + self.mean**2)}
+    @property
+    def std(self) -> np.ndarray:
+        """Standard deviation."""
+        return np.sqrt(self.variance)
+
+    @property
+    def rms(self) -> np.ndarray:
+        """Root mean square."""
+        return np.sqrt(self.variance + self.mean**2)
+
+    def by_channel(self, channels: Sequence[str], suffix: str = "") -> Stats:
+        """Return mean, std and rms by channel; zeros if there were no values."""
+        figures = {"mean": self.mean, "std": self.std, "rms": self.rms}
         return {
-            statistic + suffix: dict(zip(channels, map(float, values), strict=True))
+            statistic + suffix: dict(zip(channels, values.tolist(), strict=True))
             for statistic, values in figures.items()
         }
+
+
+def pool(parts: Sequence[Moments]) -> Moments:
+    """Return the moments of all values behind `parts` together (Chan, Golub and LeVeque 1979)."""
+    count = sum(part.count for part in parts)
+    if count == 0:
+        return parts[0]
+    shares = [part.count / count for part in parts]
+    mean = sum(share * part.mean for share, part in zip(shares, parts, strict=True))
+    variance = sum(share * (part.variance + (part.mean - mean) ** 2) for share, part in zip(shares, parts, strict=True))
+    return Moments(count, np.asarray(mean), np.asarray(variance))
 
 
 def compute_stats(
@@ -58,38 +77,36 @@ def compute_stats(
     on_bytes: Callable[[int], None] = lambda num_bytes: None,
     skip_nonfinite: bool = False,
 ) -> Stats:
-    """Statistics of all trajectories in `files`, read at most `frames_per_chunk` frames at a time.
+    """Return the statistics of all trajectories in `files`, read at most `frames_per_chunk` frames at a time.
 
-    Raises UserError if there is no file, or if a field holds NaN or Inf; with `skip_nonfinite`, such frames and
-    constant fields are left out.
+    UserError if there is no file, or if a field holds NaN or Inf; with `skip_nonfinite`, such frames and constant
+    fields are left out.
     """
     if not files:
         raise UserError(f"{card.name}: no stats.yaml and no train files to compute it from; download one or the other")
-    values, deltas = Moments(len(card.state_channels)), Moments(len(card.state_channels))
-    constants = Moments(len(card.constant_channels))
+    values, deltas, constants = [], [], []  # pooled after each trajectory, so that the lists stay short
     for path in files:
         with WellFile(path, card) as file:
             for trajectory in range(file.num_trajectories):
-                _add_trajectory(file, trajectory, frames_per_chunk, values, deltas, on_bytes, skip_nonfinite)
+                for frames, changes in _blocks(file, trajectory, frames_per_chunk, skip_nonfinite):
+                    values.append(_channel_moments(frames, skip_nonfinite))
+                    deltas.append(_channel_moments(changes, skip_nonfinite))
+                    on_bytes(frames.nbytes)
                 constant = file.constants(trajectory)
                 if not skip_nonfinite:
                     file.check_finite(constant, trajectory, None)
-                constants.add(constant[None][np.isfinite(constant[None]).all(axis=(1, 2, 3))])
-    stats = values.result(card.state_channels) | deltas.result(card.state_channels, "_delta")
-    for statistic, by_channel in constants.result(card.constant_channels).items():
-        stats[statistic] |= by_channel
+                constants.append(_channel_moments(constant[None], skip_nonfinite))
+                values, deltas, constants = ([pool(parts)] for parts in (values, deltas, constants))
+    stats = values[0].by_channel(card.state_channels) | deltas[0].by_channel(card.state_channels, "_delta")
+    for statistic, of_constants in constants[0].by_channel(card.constant_channels).items():
+        stats[statistic] |= of_constants
     return stats
 
 
-def _add_trajectory(
-    file: WellFile,
-    trajectory: int,
-    frames_per_chunk: int,
-    values: Moments,
-    deltas: Moments,
-    on_bytes: Callable[[int], None],
-    skip_nonfinite: bool,
-) -> None:
+def _blocks(
+    file: WellFile, trajectory: int, frames_per_chunk: int, skip_nonfinite: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield some frames (T, C, H, W), and the changes that lead to them from the frames before."""
     last = np.empty((0, len(file.card.state_channels), *file.grid), np.float32)
     step = min(frames_per_chunk, block_frames(4 * len(file.card.state_channels) * file.grid[0] * file.grid[1]))
     for first in range(0, file.num_frames, step):
@@ -98,11 +115,15 @@ def _add_trajectory(
             file.check_finite(frames, trajectory, first)
         with np.errstate(invalid="ignore"):  # Inf - Inf, of frames that are left out
             change = np.diff(np.concatenate([last, frames]).astype(np.float64), axis=0)
-        for moments, block in ((values, frames), (deltas, change)):
-            finite = np.isfinite(block).all(axis=(1, 2, 3)) if skip_nonfinite else np.array(True)
-            moments.add(block if finite.all() else block[finite])
+        yield frames, change
         last = frames[-1:]
-        on_bytes(frames.nbytes)
+
+
+def _channel_moments(values: np.ndarray, skip_nonfinite: bool) -> Moments:
+    """Return the moments of each channel of (T, C, H, W)."""
+    if skip_nonfinite:
+        values = values[np.isfinite(values).all(axis=(1, 2, 3))]
+    return Moments.of(values, (0, 2, 3))
 
 
 def read_stats(path: File, card: Card) -> Stats:
