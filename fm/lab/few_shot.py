@@ -264,8 +264,9 @@ def page(study: FewShot, document: Document, picture: bytes) -> str:
     """Return the HTML page, one file that needs no other."""
     facts = Facts([("pretrained model", study.pretrained), ("dataset", study.dataset), ("steps", str(study.steps))])
     caption = "VRMSE, test split; change: pretrained against from scratch"
-    figure = Picture(picture, f"{study.sweep.title}: error against trajectories", " ".join(document.notes), zoom=0.6)
-    sections = [Section("curve", "Curve", [figure])]
+    alt = f"{study.sweep.title}: error against trajectories"
+    figure = Picture(picture, alt, "Error against training trajectories.", zoom=0.6)
+    sections = [Section("curve", "Curve", [figure, *map(Paragraph, document.notes)])]
     for number, table in enumerate(document.tables):
         content = PageTable(table, caption, cell_class=partial(_change_class, table))
         sections.append(Section(f"table-{number}", table.title, [content]))

@@ -53,18 +53,7 @@ def sweep_results(sweep: Sweep, trials: Sequence[Trial], failed: Collection[str]
                 run["status"] = FAILED if trial.name in failed else NOT_RUN
             runs.append(run)
         rows.append({"variant": variant.name, **_over_seeds(runs, datasets, blocks), "runs": runs})
-    leads = {row["variant"]: row["scores"][ONE_STEP]["over_persistence"] for row in rows if row["status"] == DONE}
-    published = sweep.published or {}
-    both = [name for name in leads if name in published]
-    ours, theirs = [leads[name] for name in both], [published[name] for name in both]
-    columns = {
-        "rank": _ranks(leads),
-        "paper": published,
-        "paper_rank": _ranks(dict(zip(both, theirs, strict=True))),
-        "rank_beside_paper": _ranks(dict(zip(both, ours, strict=True))),
-    }
-    for row in rows:
-        row |= {key: column.get(row["variant"]) for key, column in columns.items()}
+    agreement = _add_ranks(rows, sweep.published or {})
     first = next(iter(scores.values()), None)
     references: dict[str, Any] = {}  # the same for all variants: dataset -> block -> predictor
     for name in datasets:
@@ -81,7 +70,7 @@ def sweep_results(sweep: Sweep, trials: Sequence[Trial], failed: Collection[str]
         "blocks": blocks,
         "references": references,
         "variants": rows,
-        "spearman": spearman(ours, theirs) if len(both) >= MIN_AGREEMENT else None,
+        "spearman": agreement,
     }
 
 
@@ -126,6 +115,22 @@ def _over_seeds(runs: Sequence[Mapping[str, Any]], datasets: Sequence[str], bloc
         }
     costs = {key: mean(run[key] for run in done) for key in ("parameters", "steps", "seconds")}
     return {"status": DONE, **costs, "scores": by_block}
+
+
+def _add_ranks(rows: Sequence[dict[str, Any]], published: Mapping[str, float]) -> float | None:
+    """Add the ranks and the paper's numbers to the rows; return the rank correlation with the paper, if any."""
+    leads = {row["variant"]: row["scores"][ONE_STEP]["over_persistence"] for row in rows if row["status"] == DONE}
+    ours = {name: value for name, value in leads.items() if name in published}
+    theirs = {name: published[name] for name in ours}
+    columns = {
+        "rank": _ranks(leads),
+        "paper": published,
+        "paper_rank": _ranks(theirs),
+        "rank_beside_paper": _ranks(ours),
+    }
+    for row in rows:
+        row |= {key: column.get(row["variant"]) for key, column in columns.items()}
+    return spearman([*ours.values()], [*theirs.values()]) if len(ours) >= MIN_AGREEMENT else None
 
 
 def _ranks(values: Mapping[str, float | None]) -> dict[str, float]:
