@@ -1,18 +1,16 @@
-"""What can be wrong with simulation data, and which windows it costs.
+"""The manifest of one dataset and split: what the shards hold, where each frame lies, and what the audit found.
 
-A finding is a fact about frames of one trajectory, a trajectory, a channel or a whole split. By default findings are
-reported and every window is kept, so that counts equal the published ones; three kinds can be left out on request.
-
-The manifest of one dataset and split: what the shards hold and where each frame lies in them.
-
-A manifest comes from anywhere, so nothing in it is trusted: types, names, sizes and offsets are checked when it is
+A manifest may come from anywhere, so nothing in it is trusted: types, names, sizes and offsets are checked when it is
 loaded, and the digest shows any change. `SHARDS/<dataset>/<split>/manifest.json` is written last, so a folder without
 one is not finished.
+
+A finding is a fact about frames of one trajectory, a trajectory, a channel or a whole split. By default findings are
+reported and every window is kept, so that counts equal the published ones. Windows of three kinds can be left out.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from data_pipeline.files import UserError, atomic_file
+from data_pipeline.files import UserError, write_whole
 from data_pipeline.registry import Boundary
 from data_pipeline.schema import Strict, canonical, digest, parse_json, read_json, validate
 from data_pipeline.well.stats import DELTA_STATISTICS, VALUE_STATISTICS
@@ -42,29 +40,34 @@ KINDS = {  # in the order of reports
 SEVERITIES = ("error", "warning", "note")
 SKIPPABLE = ("nonfinite", "duplicates", "stationary")
 
+FORMAT = "wavelit-shards"
+FORMAT_VERSION = 2
+MANIFEST_NAME = "manifest.json"
+ITEM_BYTES = {"float32": 4, "float16": 2}  # types of stored state fields
+
 Range = tuple[int, int]  # frames [first, stop)
 
 
 @dataclass(frozen=True)
 class Finding(Strict):
-    """One fact; `frames` are ranges [first, stop) of the trajectory, none when it concerns the whole."""
+    """One fact about the data."""
 
     kind: str  # a key of KINDS
     severity: str  # error: training on it goes wrong; warning: know it before you trust a score; note
     file: str  # name of the HDF5 file; "" for the whole split
     trajectory: int | None  # its index in that file
     channel: str | None
-    frames: tuple[Range, ...]
+    frames: tuple[Range, ...]  # of the trajectory; none when the fact concerns the whole
     detail: str  # one line, with the figures
 
     @property
     def num_frames(self) -> int:
-        """Frames concerned."""
+        """Number of frames concerned."""
         return sum(stop - first for first, stop in self.frames)
 
     @property
     def where(self) -> str:
-        """File, trajectory, channel and frames, as far as known; a channel alone is that of the whole split."""
+        """File, trajectory, channel and frames, as far as known; a channel alone means the whole split."""
         parts = [self.file] if self.file else []
         if self.trajectory is not None:
             parts.append(f"trajectory {self.trajectory}")
@@ -78,7 +81,7 @@ class Finding(Strict):
 
 
 def frame_ranges(frames: Sequence[int]) -> tuple[Range, ...]:
-    """Ascending frame numbers as ranges: 3, 4, 5, 9 -> (3, 6), (9, 10)."""
+    """Return ascending frame numbers as ranges: 3, 4, 5, 9 -> (3, 6), (9, 10)."""
     ranges: list[Range] = []
     for frame in frames:
         if ranges and ranges[-1][1] == frame:
@@ -89,10 +92,10 @@ def frame_ranges(frames: Sequence[int]) -> tuple[Range, ...]:
 
 
 def usable_segments(num_frames: int, findings: Sequence[Finding], skip: Sequence[str]) -> tuple[Range, ...]:
-    """Where the windows of one trajectory may lie when findings of the kinds in `skip` are left out.
+    """Return the segments of one trajectory when findings of the kinds in `skip` are left out.
 
-    A duplicate frame may not share a window with the frame before it; a stationary tail and frames with NaN or Inf are
-    in no window. A window must lie inside one segment.
+    A window must lie inside one segment. A duplicate frame may not share a window with the frame before it. A
+    stationary tail and frames with NaN or Inf are in no window.
     """
     removed, starts = set[int](), {0}
     for finding in findings:
@@ -113,12 +116,6 @@ def usable_segments(num_frames: int, findings: Sequence[Finding], skip: Sequence
         else:
             segments.append((frame, frame + 1))
     return tuple(segments)
-
-
-FORMAT = "wavelit-shards"
-FORMAT_VERSION = 2
-MANIFEST_NAME = "manifest.json"
-ITEM_BYTES = {"float32": 4, "float16": 2}  # types of stored state fields
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ class Trajectory(Strict):
 
 
 def trajectory_key(dataset: str, split: str, file: str, index: int) -> tuple[str, str, str, str, int]:
-    """What a trajectory is, for `nested_choice`: trajectory `index` of a file, wherever it is stored."""
+    """Return what identifies trajectory `index` of a file for `nested_choice`, wherever it is stored."""
     return "restrict", dataset, split, file, index
 
 
@@ -163,7 +160,7 @@ class Shard(Strict):
 
 @dataclass(frozen=True)
 class Manifest(Strict):
-    """All that a reader needs to know of one dataset and split.
+    """All that a reader needs to know about one dataset and split.
 
     Raises ValueError, with the place in the manifest, when its parts contradict each other.
     """
@@ -183,17 +180,15 @@ class Manifest(Strict):
     sources: tuple[SourceFile, ...]
     trajectories: tuple[Trajectory, ...]
     shards: tuple[Shard, ...]
-    findings: tuple[Finding, ...]  # of the audit, see findings.py
+    findings: tuple[Finding, ...]  # of the audit
     skip: tuple[str, ...]  # kinds of findings whose windows are left out
     converter: str
     plan: str  # digest of the sources and settings that the shards were made from
 
     def __post_init__(self) -> None:
-        _check_header(self)
-        _check_encoding(self)
-        _check_stats(self)
-        _check_findings(self)
-        _check_trajectories(self)
+        for holds, message in _checks(self):
+            if not holds:
+                raise ValueError(message)
 
     @property
     def frame_shape(self) -> tuple[int, int, int]:
@@ -216,44 +211,43 @@ class Manifest(Strict):
         return sum(trajectory.frames for trajectory in self.trajectories)
 
     def num_windows(self, length: int) -> int:
-        """Windows of `length` frames at stride 1."""
+        """Return the number of windows of `length` frames at stride 1."""
         segments = (segment for trajectory in self.trajectories for segment in trajectory.segments)
         return sum(max(0, stop - first - length + 1) for first, stop in segments)
 
     def num_skipped_windows(self, length: int) -> int:
-        """Windows of `length` frames that `skip` leaves out."""
+        """Return the number of windows of `length` frames that `skip` leaves out."""
         every = sum(max(0, trajectory.frames - length + 1) for trajectory in self.trajectories)
         return every - self.num_windows(length)
 
     def count_frames(self, kind: str) -> int:
-        """Frames that findings of one kind concern."""
+        """Return the number of frames that findings of one kind concern."""
         return sum(finding.num_frames for finding in self.findings if finding.kind == kind)
 
     def chunk_frames(self, trajectory: int, chunk: int) -> int:
-        """Number of frames in one chunk of a trajectory."""
+        """Return the number of frames in one chunk of a trajectory."""
         return min(self.frames_per_chunk, self.trajectories[trajectory].frames - chunk * self.frames_per_chunk)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of everything above: two datasets with the same digest hold the same bytes."""
+        """SHA-256 of all fields: two datasets with the same digest hold the same bytes."""
         return digest(self._to_json())
 
     def _to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": FORMAT_VERSION} | to_jsonable_python(self)
 
     def save(self, path: Path) -> None:
-        """Writes the manifest, whole or not at all. Raises UserError when the disk is full."""
-        with atomic_file(path) as file:
-            file.write(canonical({**self._to_json(), "digest": self.digest}))
+        """Write the manifest, whole or not at all. Raises UserError when the disk is full."""
+        write_whole(path, canonical({**self._to_json(), "digest": self.digest}))
 
     @classmethod
     def load(cls, path: Path) -> "Manifest":
-        """Reads and checks a manifest. Raises UserError if it is missing, damaged, altered or of another format."""
+        """Read and check a manifest. Raises UserError if it is missing, damaged, altered or of another format."""
         return cls._from_json(read_json(path), str(path))
 
     @classmethod
     def parse(cls, content: bytes, where: str) -> "Manifest":
-        """A manifest that came from elsewhere, named `where` in messages, checked as `load` does."""
+        """Check the text of a manifest as `load` does; messages name `where` it comes from."""
         return cls._from_json(parse_json(content, where), where)
 
     @classmethod
@@ -274,86 +268,60 @@ class Manifest(Strict):
         return manifest
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _check_header(manifest: Manifest) -> None:
-    channels = manifest.state_channels + manifest.constant_channels
-    _require(len(manifest.state_channels) > 0, "state_channels is empty")
-    _require(len(set(channels)) == len(channels), f"a channel is listed twice: {', '.join(channels)}")
-    _require(min(manifest.grid) >= 1, f"grid: expected positive sizes, got {manifest.grid}")
-    _require(manifest.frames_per_chunk >= 1, "frames_per_chunk: expected at least 1")
+def _checks(manifest: Manifest) -> Iterator[tuple[bool, str]]:
+    """Yield what must hold, with the message if it does not; a condition may rely on those before it."""
+    state, channels = manifest.state_channels, manifest.state_channels + manifest.constant_channels
+    yield len(state) > 0, "state_channels is empty"
+    yield len(set(channels)) == len(channels), f"a channel is listed twice: {', '.join(channels)}"
+    yield min(manifest.grid) >= 1, f"grid: expected positive sizes, got {manifest.grid}"
+    yield manifest.frames_per_chunk >= 1, "frames_per_chunk: expected at least 1"
     for shard in manifest.shards:
-        plain = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", shard.name)
-        _require(plain is not None, f"shards: expected a plain file name in the manifest's folder, got {shard.name!r}")
-        _require(re.fullmatch(r"[0-9a-f]{64}", shard.sha256) is not None, f"shards: {shard.name}: no SHA-256")
-    names = {shard.name for shard in manifest.shards}
-    _require(len(names) == len(manifest.shards), "shards: a name is listed twice")
-
-
-def _check_encoding(manifest: Manifest) -> None:
-    _require(manifest.dtype in ITEM_BYTES, f"dtype: expected {' or '.join(ITEM_BYTES)}, got {manifest.dtype!r}")
-    encoded = manifest.state_channels if manifest.dtype == "float16" else ()
-    _require(set(manifest.encoding) == set(encoded), f"encoding: expected {', '.join(encoded) or 'none'}")
-    _require(all(scale > 0 for _, scale in manifest.encoding.values()), "encoding: expected scales above 0")
-
-
-def _check_findings(manifest: Manifest) -> None:
-    _require(set(manifest.skip) <= set(SKIPPABLE), f"skip: expected {', '.join(SKIPPABLE)}, got {manifest.skip}")
-    for index, finding in enumerate(manifest.findings):
-        known = finding.kind in KINDS and finding.severity in SEVERITIES
-        _require(known, f"findings[{index}]: no kind {finding.kind!r} of severity {finding.severity!r}")
-
-
-def _check_stats(manifest: Manifest) -> None:
+        plain = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", shard.name) is not None
+        yield plain, f"shards: expected a plain file name in the manifest's folder, got {shard.name!r}"
+        yield re.fullmatch(r"[0-9a-f]{64}", shard.sha256) is not None, f"shards: {shard.name}: no SHA-256"
+    yield len({one.name for one in manifest.shards}) == len(manifest.shards), "shards: a name is listed twice"
+    yield manifest.dtype in ITEM_BYTES, f"dtype: expected {' or '.join(ITEM_BYTES)}, got {manifest.dtype!r}"
+    encoded = state if manifest.dtype == "float16" else ()
+    yield set(manifest.encoding) == set(encoded), f"encoding: expected {', '.join(encoded) or 'none'}"
+    yield all(scale > 0 for _, scale in manifest.encoding.values()), "encoding: expected scales above 0"
     for statistic in VALUE_STATISTICS + DELTA_STATISTICS:
-        channels = manifest.state_channels
-        if statistic in VALUE_STATISTICS:
-            channels += manifest.constant_channels
-        got = manifest.stats.get(statistic, {})
-        _require(set(got) == set(channels), f"stats.{statistic}: expected {', '.join(channels)}, got {', '.join(got)}")
-
-
-def _check_trajectories(manifest: Manifest) -> None:
-    _require(len(manifest.trajectories) > 0 and len(manifest.shards) > 0, "no trajectories")
+        expected, got = channels if statistic in VALUE_STATISTICS else state, manifest.stats.get(statistic, {})
+        yield set(got) == set(expected), f"stats.{statistic}: expected {', '.join(expected)}, got {', '.join(got)}"
+    yield set(manifest.skip) <= set(SKIPPABLE), f"skip: expected {', '.join(SKIPPABLE)}, got {manifest.skip}"
+    for index, one in enumerate(manifest.findings):
+        known = one.kind in KINDS and one.severity in SEVERITIES
+        yield known, f"findings[{index}]: no kind {one.kind!r} of severity {one.severity!r}"
+    yield len(manifest.trajectories) > 0 and len(manifest.shards) > 0, "no trajectories"
     previous = 0
     for index, trajectory in enumerate(manifest.trajectories):
-        where = f"trajectories[{index}]"
-        _require(trajectory.frames >= 1, f"{where}: frames: expected at least 1, got {trajectory.frames}")
-        _check_segments(trajectory, where)
-        _require(0 <= trajectory.source < len(manifest.sources), f"{where}: source: no such file")
-        _require(previous <= trajectory.shard < len(manifest.shards), f"{where}: shard: out of order or no such shard")
-        _check_offsets(manifest, trajectory, where)
+        for holds, message in _trajectory_checks(manifest, trajectory, previous):
+            yield holds, f"trajectories[{index}]: {message}"
         previous = trajectory.shard
 
 
-def _check_segments(trajectory: Trajectory, where: str) -> None:
+def _trajectory_checks(manifest: Manifest, one: Trajectory, previous: int) -> Iterator[tuple[bool, str]]:
+    """Yield what must hold for a trajectory; `previous` is the shard of the trajectory before it."""
+    yield one.frames >= 1, f"frames: expected at least 1, got {one.frames}"
     last = 0
-    for first, stop in trajectory.segments:
-        inside = last <= first < stop <= trajectory.frames
-        _require(inside, f"{where}: segments: [{first}, {stop}) is out of order or not in {trajectory.frames} frames")
+    for first, stop in one.segments:
+        inside = last <= first < stop <= one.frames
+        yield inside, f"segments: [{first}, {stop}) is out of order or not in {one.frames} frames"
         last = stop
-
-
-def _check_offsets(manifest: Manifest, trajectory: Trajectory, where: str) -> None:
-    size, per_chunk = manifest.shards[trajectory.shard].bytes, manifest.frames_per_chunk
-    # Offsets may be many: compare counts before looking at each.
-    _require(len(trajectory.offsets) == -(-trajectory.frames // per_chunk), f"{where}: offsets: not one per chunk")
-    hexes = re.fullmatch(r"(?:[0-9a-f]{8})*", trajectory.crc32) is not None
-    _require(hexes and len(trajectory.crc32) == 8 * trajectory.frames, f"{where}: crc32: not eight digits per frame")
-    frame_bytes = manifest.frame_bytes
-    for chunk, offset in enumerate(trajectory.offsets):
-        frames = min(per_chunk, trajectory.frames - chunk * per_chunk)
+    yield 0 <= one.source < len(manifest.sources), "source: no such file"
+    yield previous <= one.shard < len(manifest.shards), "shard: out of order or no such shard"
+    size, per_chunk, frame_bytes = manifest.shards[one.shard].bytes, manifest.frames_per_chunk, manifest.frame_bytes
+    # There may be many offsets: compare counts before looking at each.
+    yield len(one.offsets) == -(-one.frames // per_chunk), "offsets: not one per chunk"
+    hexes = re.fullmatch(r"(?:[0-9a-f]{8})*", one.crc32) is not None
+    yield hexes and len(one.crc32) == 8 * one.frames, "crc32: not eight digits per frame"
+    for chunk, offset in enumerate(one.offsets):
+        frames = min(per_chunk, one.frames - chunk * per_chunk)
         if not 0 <= offset <= size - frames * frame_bytes:
-            raise ValueError(
-                f"{where}: offsets[{chunk}]: {frames} frames at byte {offset} do not fit into a shard of {size} bytes"
-            )
-    at, bytes_needed = trajectory.constants_offset, manifest.constants_bytes
-    if bytes_needed == 0:
-        _require(at is None and trajectory.constants_crc32 == "", f"{where}: constants: there are none")
+            what = f"{frames} frames at byte {offset} do not fit into a shard of {size} bytes"
+            yield False, f"offsets[{chunk}]: {what}"
+    at, needed = one.constants_offset, manifest.constants_bytes
+    if needed == 0:
+        yield at is None and one.constants_crc32 == "", "constants: there are none"
         return
-    _require(at is not None and 0 <= at <= size - bytes_needed, f"{where}: constants_offset: not in the shard")
-    hexes = re.fullmatch(r"[0-9a-f]{8}", trajectory.constants_crc32) is not None
-    _require(hexes, f"{where}: constants_crc32: not eight digits")
+    yield at is not None and 0 <= at <= size - needed, "constants_offset: not in the shard"
+    yield re.fullmatch(r"[0-9a-f]{8}", one.constants_crc32) is not None, "constants_crc32: not eight digits"
