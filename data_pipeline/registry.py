@@ -338,9 +338,11 @@ class Registry:
 
     @property
     def channels(self) -> tuple[str, ...]:
+        """Return the names of the canonical channels."""
         return tuple(self.channel_cards)
 
     def card(self, name: str) -> Card:
+        """Return the card of a dataset. Raises UserError, with the nearest name, if there is none."""
         if name not in self.cards:
             raise UserError(
                 f"dataset {name!r}: no card of this name. {nearest(name, self.cards)} Cards of your own "
@@ -374,6 +376,7 @@ def load_registry(directory: str | Path | None = None) -> Registry:
 
 
 def packaged_folder() -> Traversable:
+    """Return the folder of the packaged channels and cards."""
     return files("data_pipeline") / "cards"
 
 
@@ -392,6 +395,7 @@ def user_folders(directory: str | Path | None = None) -> list[Path]:
 
 
 def holds_cards(folder: Path) -> bool:
+    """Return whether a folder holds channels or cards."""
     return (folder / "channels.yaml").is_file() or (folder / "datasets").is_dir()
 
 

@@ -43,6 +43,7 @@ class Threads:
         weakref.finalize(self, _dismiss, self._tasks, threads)
 
     def submit(self, function: Callable[..., Any], *arguments: object) -> "Future[Any]":
+        """Call `function` with the arguments in one of the threads; return its future result."""
         future: Future[Any] = Future()
         self._tasks.put((future, function, arguments))
         return future

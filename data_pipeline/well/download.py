@@ -49,6 +49,7 @@ class Wanted:
 
     @property
     def partial(self) -> Path:
+        """Return the path under which the file is downloaded before it is whole."""
         return self.path.with_name(self.path.name + PARTIAL_SUFFIX)
 
     @property
@@ -59,6 +60,7 @@ class Wanted:
 
     @property
     def missing(self) -> int:
+        """Return the bytes that are still to be downloaded."""
         return 0 if self.there else (self.size or 0) - self.held
 
     def __str__(self) -> str:
@@ -66,6 +68,7 @@ class Wanted:
 
 
 def chosen_splits(splits: Sequence[str] | None) -> list[str]:
+    """Return the chosen splits in the order train, valid, test; None means all. Raises UserError for other names."""
     for split in splits or ():
         if split not in SPLITS:
             raise UserError(f"split {split!r}: no such split. {nearest(split, SPLITS)}")

@@ -333,10 +333,12 @@ class Setting:
 
     @property
     def num_trajectories(self) -> int:
+        """Return the number of trajectories n."""
         return len(self.constants)
 
     @property
     def grid(self) -> tuple[int, int]:
+        """Return the numbers of grid points (X, Y)."""
         return len(self.x), len(self.y)
 
 

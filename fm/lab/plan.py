@@ -52,6 +52,7 @@ class DatasetPlan:
 
     @property
     def computing_seconds(self) -> float:
+        """Return the seconds of a step without the exchange of gradients."""
         return self.seconds - self.exchange_seconds
 
 
@@ -96,6 +97,7 @@ class Plan:
 
     @property
     def training_seconds(self) -> float:
+        """Return the seconds of all steps, without validations."""
         return self.steps * self.mean("seconds")
 
     @property
@@ -109,6 +111,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
+        """Return the seconds of the whole run, with its validations."""
         return self.training_seconds + self.validations * self.validation_seconds
 
     @property
@@ -119,6 +122,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Return whether the needed memory is at most the USABLE share of what there is."""
         return self.needed_bytes <= USABLE * self.memory_bytes
 
     def to_json(self) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class WorkloadDataset:
 
     @property
     def name(self) -> str:
+        """Return the dataset's name."""
         return self.spec.name
 
 
