@@ -51,8 +51,8 @@ VIEWS: Mapping[str, View] = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """A dataset's part of the picture."""
+class DatasetRow:
+    """The part of the picture that shows one dataset."""
 
     dataset: str
     lines: tuple[tuple[np.ma.MaskedArray, ...], ...]  # in each line, trajectories: (n, X, Y), masked in solid walls
@@ -60,7 +60,7 @@ class Row:
 
     @property
     def height(self) -> float:
-        """Of all lines, inches."""
+        """Height of all lines, inches."""
         return len(self.lines) * (self.tile[1] + GAP) - GAP
 
     @property
@@ -107,8 +107,8 @@ def contact_sheet(well: Path, file: Path) -> None:
     write_whole(file, picture.getvalue())
 
 
-def _row(dataset: str, data: Path) -> Row:
-    """Lay out a dataset: two trajectories beside each other, or one below the other if the frames are wide."""
+def _row(dataset: str, data: Path) -> DatasetRow:
+    """Read a dataset: two trajectories beside each other, or one below the other if the frames are wide."""
     paths = sorted((data / "train").glob("*.hdf5")) or sorted(data.glob("*/*.hdf5"))
     with h5py.File(paths[0]) as file:
         ratio = _length(file["dimensions/x"][:]) / _length(file["dimensions/y"][:])
@@ -118,18 +118,18 @@ def _row(dataset: str, data: Path) -> Row:
     num_frames = max(2, round(width / wanted / strips_per_line))
     tile = width / (num_frames * strips_per_line) - GAP
     strips = (_read(dataset, paths[0], 0, num_frames), _read(dataset, paths[len(paths) // 2], -1, num_frames))
-    return Row(
+    return DatasetRow(
         dataset, (strips,) if strips_per_line == 2 else tuple((strip,) for strip in strips), (tile, tile / ratio)
     )
 
 
 def _length(points: np.ndarray) -> float:
-    """Of the domain whose cells these points are: one spacing more than from the first to the last."""
+    """Return the length of the domain whose cells these points are: one spacing more than first to last."""
     return float(points[-1] - points[0]) * len(points) / (len(points) - 1)
 
 
 def _read(dataset: str, path: Path, trajectory: int, num_frames: int) -> np.ma.MaskedArray:
-    """(n, X, Y) frames of a trajectory, evenly spread from the first to the last, masked in solid walls."""
+    """Return frames (n, X, Y) of a trajectory, evenly spread from first to last, masked in solid walls."""
     view = VIEWS[dataset]
     with h5py.File(path) as file:
         values = file[f"t{len(view.component)}_fields"][view.field]
@@ -144,8 +144,8 @@ def _read(dataset: str, path: Path, trajectory: int, num_frames: int) -> np.ma.M
     return np.ma.masked_array(frames, np.broadcast_to(solid, frames.shape))
 
 
-def _draw_row(figure: Any, row: Row, top: float) -> None:
-    """Heading, frames and color bar of one dataset, `top` inches below the upper edge."""
+def _draw_row(figure: Any, row: DatasetRow, top: float) -> None:
+    """Draw heading, frames and color bar of one dataset, `top` inches below the upper edge."""
     import matplotlib
 
     view, (low, high) = VIEWS[row.dataset], row.limits
@@ -173,7 +173,7 @@ def _draw_row(figure: Any, row: Row, top: float) -> None:
 
 
 def _axes(figure: Any, left: float, upper: float, width: float, height: float) -> Any:
-    """Bare axes at a place given in inches from the upper left corner."""
+    """Add bare axes at a place given in inches from the upper left corner."""
     whole_width, whole_height = figure.get_size_inches()
     bounds = (left / whole_width, 1 - (upper + height) / whole_height, width / whole_width, height / whole_height)
     axes = figure.add_axes(bounds)

@@ -6,33 +6,39 @@ out/<dataset>/stats.yaml                            moments of the train split, 
 """
 
 import difflib
+import importlib
 import json
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from tqdm import tqdm
 
 from data_pipeline.files import TEMPORARY_SUFFIX, UserError, write_whole
-from data_pipeline.miniwell.contact_sheet import contact_sheet
-from data_pipeline.miniwell.system import statistics
-from data_pipeline.miniwell.task import (
-    EIGHT,
-    EXTRAS,
-    SYSTEMS,
-    Task,
-    load_system,
-    run_task,
-    total_trajectories,
-)
-from data_pipeline.well.stats import Moments
+from data_pipeline.miniwell.system import SPLITS, ParameterSet, Simulation, System
+from data_pipeline.well.stats import DELTA_STATISTICS, VALUE_STATISTICS, Moments, pool
+from data_pipeline.well.write import write_well_file
 from data_pipeline.workers import available_cores, run_tasks
 
-__all__ = ["EIGHT", "EXTRAS", "PRESETS", "SYSTEMS", "contact_sheet", "load_system", "simulate"]
-
+SYSTEMS: Mapping[str, str] = {  # the Well's dataset name -> module of this package
+    "acoustic_scattering_maze": "acoustic_maze",
+    "active_matter": "active_matter",
+    "burgers": "burgers",
+    "euler_multi_quadrants_periodicBC": "euler_quadrants",
+    "gray_scott_reaction_diffusion": "gray_scott",
+    "helmholtz_staircase": "helmholtz",
+    "rayleigh_benard": "rayleigh_benard",
+    "shear_flow": "shear_flow",
+    "turbulent_radiative_layer_2D": "radiative_layer",
+    "viscoelastic_instability": "viscoelastic",
+}
+EXTRAS = ("burgers", "euler_multi_quadrants_periodicBC")  # beyond the paper's eight: made only when asked for
+EIGHT = tuple(name for name in SYSTEMS if name not in EXTRAS)
 PRESETS = ("mini", "tiny")
 VERSION = 1  # raise it when the same preset and seed begin to give other arrays
 
@@ -42,10 +48,36 @@ _ONE_THREAD = dict.fromkeys(
 )
 
 
+def load_system(dataset: str) -> System:
+    """Return the system of a dataset of SYSTEMS; its module is imported only now."""
+    return importlib.import_module(f"data_pipeline.miniwell.{SYSTEMS[dataset]}").SYSTEM
+
+
+def total_trajectories(parameter_set: ParameterSet) -> int:
+    """Return the number of trajectories of a parameter set over all splits."""
+    return sum(parameter_set.num_trajectories.values())
+
+
+def trajectory_rng(seed: int, dataset: str, set_index: int, trajectory: int) -> np.random.Generator:
+    """Return the generator of one trajectory, a function of these four only."""
+    return np.random.default_rng([seed, zlib.crc32(dataset.encode()), set_index, trajectory])
+
+
+@dataclass(frozen=True)
+class Task:
+    """A parameter set of a dataset, by number, and the folder that gets its files; small enough to send to a worker."""
+
+    dataset: str
+    preset: str
+    set_index: int
+    seed: int
+    folder: Path  # <out>/<dataset>
+
+
 def simulate(
     out: Path, preset: str, datasets: Sequence[str] | None = None, seed: int = 0, jobs: int | None = None
 ) -> None:
-    """Simulate datasets into `out` (None: the eight, no extras); what is complete there is kept, and said to be.
+    """Simulate datasets into `out` (None: the eight, no extras); what is complete there is kept.
 
     The arrays depend on preset and seed, not on `jobs` (processes; None: one per available core).
     Raises UserError for an unknown dataset or preset, a seed below 0, jobs below 1, data of another preset, seed or
@@ -88,13 +120,13 @@ def _nearest(name: str, valid: Sequence[str]) -> str:
 
 
 def _marker(dataset: str, preset: str, seed: int) -> dict[str, Any]:
-    """What the arrays of a dataset depend on, as it is read back from JSON."""
+    """Return what the arrays of a dataset depend on, as JSON returns it."""
     settings = asdict(load_system(dataset).presets[preset])
     return json.loads(json.dumps({"version": VERSION, "preset": preset, "seed": seed, "settings": settings}))
 
 
 def _is_complete(folder: Path, marker: dict[str, Any]) -> bool:
-    """Whether `folder` holds the finished data that `marker` describes; UserError if it holds anything else."""
+    """Return whether `folder` holds the finished data of `marker`; UserError if it holds anything else."""
     path = folder / "simulation.json"
     if not path.exists():
         if (folder / "data").exists() or (folder / "stats.yaml").exists():
@@ -122,7 +154,7 @@ def _summary(marker: Any) -> str:
 
 
 def _tasks(out: Path, names: Sequence[str], preset: str, seed: int) -> list[Task]:
-    """One task per parameter set, the longest first, so that no worker is left with a long one at the end."""
+    """Return one task per parameter set, the longest first, so that no worker has a long one at the end."""
     costs = {}
     for name in names:
         system = load_system(name)
@@ -138,7 +170,7 @@ def _run(tasks: Sequence[Task], jobs: int) -> None:
     """Run the tasks and finish each dataset as soon as its last one is done."""
     results: dict[Task, dict[str, Moments] | None] = {}
     waiting = {name: sum(task.dataset == name for task in tasks) for name in {task.dataset for task in tasks}}
-    # A simulation says nothing until it is done, so one that is not wanted any more is cut short.
+    # A simulation reports nothing until it is done, so after an error or an interrupt the others are ended at once.
     run = run_tasks(run_task, tasks, jobs, len(tasks), "simulate", unit="set", environment=_ONE_THREAD, cut_short=True)
     with closing(run) as done:
         for task, moments in done:
@@ -155,3 +187,105 @@ def _finish(last: Task, results: Mapping[Task, dict[str, Moments] | None]) -> No
     write_whole(last.folder / "stats.yaml", yaml.safe_dump(statistics(moments)).encode())
     sizes = [path.stat().st_size for path in (last.folder / "data").rglob("*.hdf5")]
     tqdm.write(f"{last.dataset}: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB in {last.folder}")
+
+
+def run_task(task: Task, on_done: Callable[[int], None]) -> dict[str, Moments] | None:
+    """Simulate and write one parameter set; return its train moments, or None if it has no train trajectory.
+
+    Calls on_done(1) at the end. Raises UserError if a file cannot be written.
+    """
+    _keep_freed_memory()
+    system = load_system(task.dataset)
+    preset = system.presets[task.preset]
+    parameter_set = preset.parameter_sets[task.set_index]
+    rngs = [
+        trajectory_rng(task.seed, task.dataset, task.set_index, index)
+        for index in range(total_trajectories(parameter_set))
+    ]
+    simulation = system.simulate(preset, parameter_set, rngs)
+    moments = None
+    for split, rows in split_rows(parameter_set).items():
+        arrays = trajectory_arrays(system, simulation, rows)
+        path = task.folder / "data" / split / file_name(task.dataset, parameter_set)
+        write_well_file(
+            path,
+            system.name,
+            (simulation.time, simulation.x, simulation.y),
+            {name: arrays[name] for name in system.tensor_orders},
+            {name: arrays[name] for name in simulation.constant_fields},
+            parameter_set.scalars,
+            simulation.boundaries,
+        )
+        if split == "train":
+            moments = field_moments(arrays, system.tensor_orders)
+    on_done(1)
+    return moments
+
+
+def _keep_freed_memory() -> None:
+    """Make glibc reuse freed arrays: by default it hands each back to the system, which doubles the cost of a run.
+
+    Freeing one large block raises the thresholds for mapping and trimming to its size and twice its size, if that is
+    at most 32 MiB (mallopt(3), M_MMAP_THRESHOLD). The block is never touched, and elsewhere this does nothing.
+    """
+    np.empty(30 * 2**20, dtype=np.uint8)
+
+
+def split_rows(parameter_set: ParameterSet) -> dict[str, slice]:
+    """Return split -> its trajectories among those of a parameter set, in the order train, valid, test."""
+    rows, first = {}, 0
+    for split in SPLITS:
+        count = parameter_set.num_trajectories.get(split, 0)
+        if count:
+            rows[split] = slice(first, first + count)
+        first += count
+    return rows
+
+
+def file_name(dataset: str, parameter_set: ParameterSet) -> str:
+    """Return `<dataset>_<label>.hdf5`, or `<dataset>.hdf5` for a dataset with a single, unlabeled parameter set."""
+    return f"{dataset}_{parameter_set.label}.hdf5" if parameter_set.label else f"{dataset}.hdf5"
+
+
+def trajectory_arrays(system: System, simulation: Simulation, rows: slice) -> dict[str, np.ndarray]:
+    """Return the chosen trajectories as float32, state fields in the Well's order, then constant fields.
+
+    Shapes: state (n, T, X, Y) + (2,) * order; constant (X, Y), or (n, X, Y) where it varies between trajectories.
+    Raises RuntimeError if a value is not finite in float32: a solver blew up.
+    """
+    arrays = {name: simulation.fields[name][rows].astype(np.float32) for name in system.tensor_orders}
+    for name, values in simulation.constant_fields.items():
+        arrays[name] = (values[rows] if values.ndim == 3 else values).astype(np.float32)
+    for name, values in arrays.items():
+        if not np.isfinite(values).all():
+            raise RuntimeError(f"{system.name}: field {name} holds values that are not finite")
+    return arrays
+
+
+def field_moments(arrays: Mapping[str, np.ndarray], tensor_orders: Mapping[str, int]) -> dict[str, Moments]:
+    """Return the moments of each array by name and, for state fields, of its changes between frames as <name>_delta.
+
+    arrays: state (n, T, X, Y) + (2,) * order, constant (X, Y) or (n, X, Y); a name not in `tensor_orders` is constant.
+    """
+    moments = {}
+    for name, values in arrays.items():
+        moments[name] = Moments.of(values, range(values.ndim - tensor_orders.get(name, 0)))
+        if name in tensor_orders:
+            change = np.diff(values.astype(np.float64), axis=1)
+            moments[f"{name}_delta"] = Moments.of(change, range(values.ndim - tensor_orders[name]))
+    return moments
+
+
+def statistics(files: Sequence[Mapping[str, Moments]]) -> dict[str, dict[str, object]]:
+    """Return the content of stats.yaml, statistic -> field -> number or nested list, from the train files' moments.
+
+    Population moments in float64 of each tensor component, as in the Well. Constant fields have mean, std and rms only.
+    """
+    merged = {key: pool([file[key] for file in files]) for key in files[0]}
+    stats: dict[str, dict[str, object]] = {statistic: {} for statistic in VALUE_STATISTICS + DELTA_STATISTICS}
+    for key, moments in merged.items():
+        name, suffix = (key.removesuffix("_delta"), "_delta") if key.endswith("_delta") else (key, "")
+        stats[f"mean{suffix}"][name] = moments.mean.tolist()
+        stats[f"std{suffix}"][name] = moments.std.tolist()
+        stats[f"rms{suffix}"][name] = moments.rms.tolist()
+    return stats

@@ -1,10 +1,4 @@
-"""What a mini-Well system is: presets, parameter sets, and the arrays that one simulation returns.
-
-Moments of fields and of their one-frame changes, merged over files, as the Well's stats.yaml states them.
-
-Population moments in float64 over the train split, per tensor component. The files' moments are merged as those of a
-mixture, E[x^2] = sum_i w_i (var_i + mean_i^2), which is how the Well's own statistics are made.
-"""
+"""What a mini-Well system is: presets, parameter sets, the arrays of a simulation, and its steps in time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +7,6 @@ from typing import TypeVar
 import numpy as np
 
 from data_pipeline.well.layout import BoundaryMask
-from data_pipeline.well.stats import DELTA_STATISTICS, VALUE_STATISTICS, Moments, pool
 
 SPLITS = ("train", "valid", "test")
 PERIODIC = (("PERIODIC", "PERIODIC"), ("PERIODIC", "PERIODIC"))  # boundaries of x and of y
@@ -102,37 +95,3 @@ def snapshots(state: T, advance: Callable[[T], T], num_frames: int, steps: int) 
         for _ in range(steps):
             state = advance(state)
         yield state
-
-
-def field_moments(arrays: Mapping[str, np.ndarray], tensor_orders: Mapping[str, int]) -> dict[str, Moments]:
-    """Moments of each array under its name and, for state fields, of its changes between frames under <name>_delta.
-
-    arrays: state (n, T, X, Y) + (2,) * order, constant (X, Y) or (n, X, Y); a name not in `tensor_orders` is constant.
-    """
-    moments = {}
-    for name, values in arrays.items():
-        moments[name] = _moments(values, tensor_orders.get(name, 0))
-        if name in tensor_orders:
-            change = np.diff(values.astype(np.float64), axis=1)
-            moments[f"{name}_delta"] = _moments(change, tensor_orders[name])
-    return moments
-
-
-def _moments(values: np.ndarray, tensor_order: int) -> Moments:
-    """Return the moments over all axes but those of the components."""
-    return Moments.of(values, range(values.ndim - tensor_order))
-
-
-def statistics(files: Sequence[Mapping[str, Moments]]) -> dict[str, dict[str, object]]:
-    """The content of stats.yaml from the moments of all train files: statistic -> field -> number or nested list.
-
-    Constant fields have mean, std and rms only.
-    """
-    merged = {key: pool([file[key] for file in files]) for key in files[0]}
-    stats: dict[str, dict[str, object]] = {statistic: {} for statistic in VALUE_STATISTICS + DELTA_STATISTICS}
-    for key, moments in merged.items():
-        name, suffix = (key.removesuffix("_delta"), "_delta") if key.endswith("_delta") else (key, "")
-        stats[f"mean{suffix}"][name] = moments.mean.tolist()
-        stats[f"std{suffix}"][name] = moments.std.tolist()
-        stats[f"rms{suffix}"][name] = moments.rms.tolist()
-    return stats

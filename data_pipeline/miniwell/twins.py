@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.miniwell.generate import load_system, trajectory_rng
 from data_pipeline.miniwell.system import Simulation, System
-from data_pipeline.miniwell.task import load_system, trajectory_rng
 
 AMPLITUDE = 1e-5  # of each random number: far above rounding in float64, far below where differences stop growing
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data_pipeline.files import UserError
-from data_pipeline.miniwell.task import EIGHT, SYSTEMS, load_system
+from data_pipeline.miniwell.generate import EIGHT, SYSTEMS, load_system
 from data_pipeline.registry import Card, Registry, load_registry
 from data_pipeline.remote import is_url
 from data_pipeline.schema import nearest

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.files import UserError
+from data_pipeline.miniwell.generate import file_name, load_system, split_rows
 from data_pipeline.miniwell.system import ParameterSet
-from data_pipeline.miniwell.task import file_name, load_system, split_rows
 from data_pipeline.miniwell.twins import twin_states
 from data_pipeline.remote import is_url
 from data_pipeline.windows.reader import ShardReader

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.miniwell.generate import simulate
-from data_pipeline.miniwell.task import EIGHT, EXTRAS
+from data_pipeline.miniwell.generate import EIGHT, EXTRAS, simulate
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 
 from data_pipeline.files import UserError
 from data_pipeline.miniwell.contact_sheet import contact_sheet
-from data_pipeline.miniwell.task import EIGHT, EXTRAS, SYSTEMS
+from data_pipeline.miniwell.generate import EIGHT, EXTRAS, SYSTEMS
 
 CHEAP = "gray_scott_reaction_diffusion"
 

@@ -15,9 +15,8 @@ import pytest
 from small_cases import read_arrays
 
 from data_pipeline.files import UserError
-from data_pipeline.miniwell.generate import simulate
+from data_pipeline.miniwell.generate import EIGHT, EXTRAS, SYSTEMS, simulate
 from data_pipeline.miniwell.system import SPLITS
-from data_pipeline.miniwell.task import EIGHT, EXTRAS, SYSTEMS
 
 DATASETS = sorted(SYSTEMS)
 CHEAP = "gray_scott_reaction_diffusion"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from small_cases import rngs, tiny
 
+from data_pipeline.miniwell.generate import SYSTEMS, load_system
 from data_pipeline.miniwell.system import SPLITS, System
-from data_pipeline.miniwell.task import SYSTEMS, load_system
 
 ALL = [load_system(name) for name in SYSTEMS]
 SCORED = [one for one in ALL if one.name != "gray_scott_reaction_diffusion"]  # mini: six patterns, seven trajectories

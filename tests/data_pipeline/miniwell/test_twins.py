@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_cases import read_arrays
 
-from data_pipeline.miniwell.task import SYSTEMS, file_name, load_system
+from data_pipeline.miniwell.generate import SYSTEMS, file_name, load_system
 from data_pipeline.miniwell.twins import DisturbedGenerator, twin_distance, twin_states
 
 

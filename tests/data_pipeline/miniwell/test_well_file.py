@@ -14,8 +14,8 @@ from the_well.data import WellDataset
 from the_well.data.normalization import RMSNormalization, ZScoreNormalization
 from the_well.data.utils import WELL_DATASETS
 
+from data_pipeline.miniwell.generate import SYSTEMS, load_system
 from data_pipeline.miniwell.system import SPLITS
-from data_pipeline.miniwell.task import SYSTEMS, load_system
 
 DATASETS = sorted(SYSTEMS)
 WALL, OPEN, PERIODIC = 0, 1, 2

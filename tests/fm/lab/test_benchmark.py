@@ -11,7 +11,7 @@ import torch
 from whole_runs import DATASETS, small
 
 from data_pipeline.files import UserError
-from data_pipeline.miniwell.task import EIGHT, load_system
+from data_pipeline.miniwell.generate import EIGHT, load_system
 from data_pipeline.registry import load_registry, packaged_folder
 from fm.cli import main
 from fm.config import Recipe, dump_recipe, load_recipe, recipe_to_dict
