@@ -1,16 +1,7 @@
-"""Folders and files of a Well, on this machine or behind a URL: the same few questions to both.
+"""Parts of a Well: folders and files here or behind a URL, groups and datasets of a file, and boundary conditions.
 
-What is taken from an HDF5 file nobody vouches for: its own groups, datasets and texts, and no more than it holds.
-
-A header of a kilobyte can declare a petabyte, or name another file. Both are refused before anything is read.
-
-Boundary conditions of a Well file: the masks that it stores, and the types at the ends of the axes.
-
-The parts of an HDF5 file in the Well's layout, as they are written.
-
-Layout: the Well's data format (Ohana et al. 2024, "The Well"; docs/data_format.md of its repository) as
-`the_well.data.WellDataset` 1.2 reads it: many trajectories of one parameter set in a file, float32, fields of tensor
-order 0, 1, 2 in groups t0_fields, t1_fields, t2_fields, axis 0 = x, axis 1 = y.
+HDF5 files are not trusted. A header of a kilobyte can declare a petabyte, or name another file; both are refused before
+anything is read.
 """
 
 import math
@@ -33,16 +24,16 @@ MAX_TEXT_BYTES = 16 * 2**20
 
 
 def folder_at(location: str | Path | RemoteFolder) -> Folder:
-    """The folder at a local path or a URL. Raises UserError for a URL of a kind that is not opened."""
+    """Return the folder at a local path or a URL. UserError for a URL of a kind that is not opened."""
     if isinstance(location, RemoteFolder):
         return location
     return RemoteFolder(str(location)) if is_url(location) else Path(location)
 
 
 def child_names(folder: Folder) -> list[str]:
-    """Names of what is directly in a folder, sorted; none if there is no such local folder.
+    """Return the names of what is directly in a folder, sorted; none if there is no such local folder.
 
-    Raises UserError when a server does not list the folder.
+    UserError when a server does not list the folder.
     """
     if isinstance(folder, RemoteFolder):
         return folder.names()
@@ -50,12 +41,12 @@ def child_names(folder: Folder) -> list[str]:
 
 
 def child_file(folder: Folder, name: str) -> File:
-    """The file of that name in a folder, which need not be there."""
+    """Return the file of that name in a folder. It need not be there."""
     return folder.file(name) if isinstance(folder, RemoteFolder) else folder / name
 
 
 def file_bytes(file: File) -> int:
-    """Size of a file. Raises UserError when a server does not tell it."""
+    """Return the size of a file. UserError when a server does not give it."""
     if isinstance(file, Path):
         return file.stat().st_size
     size = file.size()
@@ -65,7 +56,7 @@ def file_bytes(file: File) -> int:
 
 
 def read_range(file: File, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of a file."""
+    """Return bytes [start, stop) of a file."""
     if isinstance(file, RemoteFile):
         return file.read_range(start, stop)
     with file.open("rb") as stream:
@@ -74,7 +65,7 @@ def read_range(file: File, start: int, stop: int) -> bytes:
 
 
 def read_small(file: File) -> bytes:
-    """All of a small text file. Raises UserError for one of more than MAX_TEXT_BYTES."""
+    """Return all of a small text file. UserError for one of more than MAX_TEXT_BYTES."""
     if isinstance(file, RemoteFile):
         return file.read(MAX_TEXT_BYTES)
     if file.stat().st_size > MAX_TEXT_BYTES:
@@ -83,7 +74,7 @@ def read_small(file: File) -> bytes:
 
 
 def open_for_hdf5(file: File) -> Path | BinaryIO:
-    """What h5py.File takes."""
+    """Return what h5py.File takes."""
     return file if isinstance(file, Path) else file.open()
 
 
@@ -92,7 +83,7 @@ MAX_CHUNK_BYTES = 2**28  # HDF5 unpacks a whole chunk at a time in memory
 
 
 def plain_group(parent: h5py.Group, name: str, where: str) -> h5py.Group:
-    """A group of this very file. Raises KeyError if it is not there, UserError if it is a link or no group."""
+    """Return a group of this very file. KeyError if it is not there, UserError if it is a link or no group."""
     _check_hard_link(parent, name, where)
     group = parent[name]
     if not isinstance(group, h5py.Group):
@@ -101,7 +92,7 @@ def plain_group(parent: h5py.Group, name: str, where: str) -> h5py.Group:
 
 
 def plain_dataset(parent: h5py.Group, name: str, where: str) -> h5py.Dataset:
-    """A dataset of numbers stored in this very file: links, external and virtual storage are refused."""
+    """Return a dataset of numbers stored in this very file. Links, external and virtual storage are refused."""
     _check_hard_link(parent, name, where)
     data = parent[name]
     if not isinstance(data, h5py.Dataset) or data.external or data.is_virtual:
@@ -121,13 +112,13 @@ def _check_hard_link(parent: h5py.Group, name: str, where: str) -> None:
 
 
 def texts(attribute: object) -> list[str]:
-    """An attribute that holds a text or a list of them; HDF5 libraries write them as str or as bytes."""
+    """Return the texts of an attribute that holds one or a list; HDF5 libraries write them as str or as bytes."""
     items = np.atleast_1d(np.asarray(attribute, dtype=object))
     return [item.decode(errors="replace") if isinstance(item, bytes) else str(item) for item in items]
 
 
 def check_extent(data: h5py.Dataset, where: str) -> None:
-    """Raises UserError if a dataset declares more bytes than the file stores for it, or was written in part only."""
+    """Raise UserError if a dataset declares more bytes than the file stores for it, or was written in part only."""
     declared, stored = math.prod(data.shape) * data.dtype.itemsize, data.id.get_storage_size()
     possible = stored
     if data.chunks is not None:
@@ -159,7 +150,7 @@ class BoundaryMask:
 
 
 def edge(name: str, kind: str, dim: str, size: int, *, lower: bool = True, upper: bool = True) -> BoundaryMask:
-    """A boundary on the lower and/or upper end of one axis of `size` points."""
+    """Return a boundary on the lower and/or upper end of one axis of `size` points."""
     mask = np.zeros(size, dtype=bool)
     mask[0] |= lower
     mask[-1] |= upper
@@ -167,7 +158,7 @@ def edge(name: str, kind: str, dim: str, size: int, *, lower: bool = True, upper
 
 
 def edges(boundary: Boundary, grid: tuple[int, int]) -> tuple[BoundaryMask, ...]:
-    """Masks that say no more than the types at the ends of the axes."""
+    """Return masks that hold no more than the types at the ends of the axes."""
     return tuple(
         edge(f"{axis}_{kind.lower()}", kind, axis, size, lower=lower == kind, upper=upper == kind)
         for axis, size, (lower, upper) in zip("xy", grid, boundary, strict=True)
@@ -176,7 +167,7 @@ def edges(boundary: Boundary, grid: tuple[int, int]) -> tuple[BoundaryMask, ...]
 
 
 def boundary_masks(groups: h5py.Group, where: str) -> tuple[BoundaryMask, ...]:
-    """The boundary groups of a file, by name. Raises UserError for one that is not over x, y or both."""
+    """Return the boundary groups of a file, by name. UserError for one that is not over x, y or both."""
     masks = []
     for name in groups:
         group = plain_group(groups, name, f"{where}: boundary {name}")
@@ -195,7 +186,7 @@ def boundary_masks(groups: h5py.Group, where: str) -> tuple[BoundaryMask, ...]:
 
 
 def boundary_types(masks: Sequence[BoundaryMask]) -> Boundary:
-    """Boundary type of the lower and upper end of each axis, coded as `the_well` does (its 'padding' type).
+    """Return the boundary type of the lower and upper end of each axis, coded as `the_well` does ('padding' type).
 
     An end is OPEN unless a group says otherwise: PERIODIC or OPEN if its mask holds anywhere on that end, WALL only if
     it holds on all of it; a later group (by name) overrides an earlier one.
