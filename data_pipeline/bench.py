@@ -190,39 +190,35 @@ class _Method:
     """One way to read windows."""
 
     about: str  # one line for the table
-    read: Callable[[], Any]  # read and return the next windows, a sequence
-    warm_up: int = 1  # reads before each round's clock starts: a loader returns what it had read before
+    batches: Iterator[Any]  # without end; a batch is a sequence of windows
+    warm_up: int = 1  # batches before each round's clock starts: a loader returns what it had read before
     array: Callable[[Any], np.ndarray] = np.asarray  # make (T, C, H, W) of a window, to compare it
     order: str = "global"  # of the windows: the schedule's shuffle, or "file"
 
 
 def _methods(data: _Data, url: str, stack: ExitStack) -> dict[str, _Method]:
     """Return every method that this data allows, by its key in the JSON; `stack` closes what they open."""
+    reader = data.reader
     methods = {
         "memcpy": _Method("copies of as many bytes, between arrays in memory", _memcpy(data)),
-        "indexed": _Method("ShardReader.batch on memory-mapped shards", _indexed(data.reader, data)),
+        "indexed": _Method("ShardReader.batch on memory-mapped shards", _indexed(reader, data)),
         "streaming_warm": _streaming_warm(data, url, stack),
     }
     for workers in WORKERS:
-        batches = scheduled_batches(
-            {data.reader.dataset: data.reader}, Division(data.schedule()), LENGTH, 0, 2**40, workers
-        )
         # The batches that are ready when a round begins were read during the turns of the other methods.
-        methods[f"loader_{workers}"] = _Method(
-            f"the loader of training, data.workers={workers}",
-            lambda batches=batches: next(batches).fields,  # type: ignore[misc]
-            PREFETCH_FACTOR * workers + 1,
-        )
+        read = scheduled_batches({reader.dataset: reader}, Division(data.schedule()), LENGTH, 0, 2**40, workers)
+        about, warm_up = f"the loader of training, data.workers={workers}", PREFETCH_FACTOR * workers + 1
+        methods[f"loader_{workers}"] = _Method(about, (batch.fields for batch in read), warm_up)
     if data.files:
         methods["h5py"] = _Method("HDF5 files kept open, not collated", _h5py(data, stack))
         methods["welldataset"] = _Method("the_well, not collated", _welldataset(data), array=_well_window)
-    if data.reader.manifest.frames_per_chunk >= LENGTH:
+    if reader.manifest.frames_per_chunk >= LENGTH:
         about = "stock webdataset, sequential, chunks cut into windows"
-        methods["webdataset"] = _Method(about, partial(next, _webdataset(data)), order="file")
+        methods["webdataset"] = _Method(about, _webdataset(data), order="file")
     return methods
 
 
-def _memcpy(data: _Data) -> Callable[[], np.ndarray]:
+def _memcpy(data: _Data) -> Iterator[np.ndarray]:
     """Copy window by window from an array as large as the data set into a batch that is used again and again.
 
     The source is in memory and spread like the shards. The target stays in the cache, which no reader that returns
@@ -233,29 +229,24 @@ def _memcpy(data: _Data) -> Callable[[], np.ndarray]:
     source = np.ones((frames, *manifest.frame_shape), np.float32)
     target = np.zeros((BATCH, LENGTH, *manifest.frame_shape), np.float32)
     before = np.cumsum([0, *(one.frames for one in manifest.trajectories)]).tolist()
-    places = data.places()
-
-    def read() -> np.ndarray:
-        for window, (trajectory, first) in enumerate(next(places)):
+    for places in data.places():
+        for window, (trajectory, first) in enumerate(places):
             at = (before[trajectory] + first) % (frames - LENGTH + 1)
             np.copyto(target[window], source[at : at + LENGTH])
-        return target
-
-    return read
+        yield target
 
 
-def _indexed(reader: ShardReader, data: _Data, shuffle: str = "global") -> Callable[[], Any]:
-    batches = data.batches(shuffle)
-    return lambda: reader.batch(next(batches), LENGTH).fields
+def _indexed(reader: ShardReader, data: _Data, shuffle: str = "global") -> Iterator[torch.Tensor]:
+    return (reader.batch(windows, LENGTH).fields for windows in data.batches(shuffle))
 
 
 def _streaming_warm(data: _Data, url: str, stack: ExitStack) -> _Method:
     """Read all windows once, so that whole shards are in the cache before the clock starts."""
     cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="wavelit-bench-"))
-    read = _indexed(_remote(data, url, "blocks", Path(cache)), data, "blocks")
+    batches = _indexed(_remote(data, url, "blocks", Path(cache)), data, "blocks")
     for _ in range(_DRAWS):
-        read()
-    return _Method("shards behind a URL, whole in the cache (shuffle: blocks)", read, order="blocks")
+        next(batches)
+    return _Method("shards behind a URL, whole in the cache (shuffle: blocks)", batches, order="blocks")
 
 
 def _remote(data: _Data, url: str, shuffle: str, cache: Path) -> ShardReader:
@@ -265,34 +256,25 @@ def _remote(data: _Data, url: str, shuffle: str, cache: Path) -> ShardReader:
     return open_readers(url, [name], "train", stream=settings)[name]
 
 
-def _h5py(data: _Data, stack: ExitStack) -> Callable[[], list[np.ndarray]]:
+def _h5py(data: _Data, stack: ExitStack) -> Iterator[list[np.ndarray]]:
     assert data.card is not None
     files = [stack.enter_context(WellFile(path, data.card)) for path in data.files]
-    records, places = data.reader.manifest.trajectories, data.places()
-
-    def read() -> list[np.ndarray]:
-        found = [(records[trajectory], first) for trajectory, first in next(places)]
-        return [files[one.source].read(one.source_index, first, first + LENGTH) for one, first in found]
-
-    return read
+    for places in data.places():
+        found = [(data.reader.manifest.trajectories[trajectory], first) for trajectory, first in places]
+        yield [files[one.source].read(one.source_index, first, first + LENGTH) for one, first in found]
 
 
-def _welldataset(data: _Data) -> Callable[[], list[Any]]:
+def _welldataset(data: _Data) -> Iterator[list[Any]]:
     """Read with as little work as it allows: no normalization, no grid, no boundaries; samples stay channel-last."""
-    folder, records, places = data.files[0].parent, data.reader.manifest.trajectories, data.places()
-    theirs = WellDataset(
-        path=str(folder), n_steps_input=1, n_steps_output=1, return_grid=False, boundary_return_type=None
-    )
-
-    def read() -> list[Any]:
+    folder = str(data.files[0].parent)
+    theirs = WellDataset(path=folder, n_steps_input=1, n_steps_output=1, return_grid=False, boundary_return_type=None)
+    for places in data.places():
         samples = []
-        for trajectory, first in next(places):
-            record = records[trajectory]
-            start = max(theirs.file_index_offsets[record.source], 0)  # the first is -1
-            samples.append(theirs[start + record.source_index * (record.frames - 1) + first])
-        return samples
-
-    return read
+        for trajectory, first in places:
+            one = data.reader.manifest.trajectories[trajectory]
+            start = max(theirs.file_index_offsets[one.source], 0)  # the first is -1
+            samples.append(theirs[start + one.source_index * (one.frames - 1) + first])
+        yield samples
 
 
 def _well_window(sample: Mapping[str, Any]) -> np.ndarray:
@@ -316,7 +298,7 @@ def _check(data: _Data, methods: Mapping[str, _Method]) -> None:
     if data.reader.manifest.dtype != "float32":
         return
     for name, method in methods.items():
-        windows = [method.array(window) for window in method.read()]
+        windows = [method.array(window) for window in next(method.batches)]
         if method.order == "file":
             expected = np.stack([data.reader.trajectory_frames(0, first, LENGTH) for first in range(len(windows))])
         else:
@@ -343,10 +325,10 @@ def _measure(methods: Mapping[str, _Method], seconds: float) -> dict[str, list[f
 
 def _speed(method: _Method, seconds: float) -> float:
     for _ in range(method.warm_up):
-        method.read()
+        next(method.batches)
     windows, start = 0, time.perf_counter()
     while True:
-        windows += len(method.read())
+        windows += len(next(method.batches))
         elapsed = time.perf_counter() - start
         if elapsed >= seconds:
             return windows / elapsed
