@@ -196,18 +196,9 @@ def benchmark(options: BenchmarkOptions) -> Benchmark:
             rows += measured_rows(counted, measurements[name], counts.shares, ceilings)
         feeding = loader.measure(accelerator, options.feed_seconds) if loader else []
         profiles = _profiles(rows, recipes, workload, accelerator, options.profile) if options.profile else []
-    return Benchmark(
-        recipe=str(file),
-        size=size,
-        machine=machine,
-        ceilings=ceilings,
-        parameters=counts.parameters,
-        shares=counts.shares,
-        rows=tuple(rows),
-        feeding=tuple(feeding),
-        pace=loader.pace(device) if loader else "",
-        profiles=tuple(profiles),
-    )
+    found = Benchmark(str(file), size, machine, ceilings, counts.parameters, counts.shares, tuple(rows))
+    pace = loader.pace(device) if loader else ""
+    return replace(found, feeding=tuple(feeding), pace=pace, profiles=tuple(profiles))
 
 
 def floors(gpu: str, options: BenchmarkOptions) -> Benchmark:
@@ -221,15 +212,9 @@ def floors(gpu: str, options: BenchmarkOptions) -> Benchmark:
     counts = _CountedSteps(workload, {dtype})
     rows = counts.rows(_dtype_name(dtype), workload.recipe.train.global_batch, dtype, ceilings)
     rows = [replace(row, reason="counted, not measured") for row in rows]
-    return Benchmark(
-        recipe=str(file),
-        size=size,
-        machine={"device": gpu.lower()},
-        ceilings=ceilings,
-        parameters=counts.parameters,
-        shares=counts.shares,
-        rows=(*rows, mixture(rows, counts.shares)),
-    )
+    rows.append(mixture(rows, counts.shares))
+    machine = {"device": gpu.lower()}
+    return Benchmark(str(file), size, machine, ceilings, counts.parameters, counts.shares, tuple(rows))
 
 
 def chosen_variants(names: Sequence[str] | None, device: str) -> list[Variant]:
