@@ -1,12 +1,4 @@
-"""What `shard` would do: sizes, free disk and time, with nothing written.
-
-What a folder of shards holds, as a table, and what the audit found in it.
-
-Tables 7 and 8 of the paper (the training data, the sampling schemes), computed from the cards.
-
-Table 7: training examples (pairs of neighbouring frames), tokens per example and tokens in all. Table 8: the share of
-each dataset under four sampling schemes, and how far each scheme is from proportional sampling.
-"""
+"""Tables of `shard --dry-run` and `inspect`: shards to come, shards that are there, and tables 7 and 8 of the paper."""
 
 import math
 import shutil
@@ -43,9 +35,9 @@ def forecast(
     settings: Settings | None = None,
     registry: Registry | None = None,
 ) -> str:
-    """A table of what `build_shards` would write, the free disk, and the time from a short trial without writing.
+    """Return a table of what `build_shards` would write, the free disk, and the time from a short dry run.
 
-    Raises UserError where `build_shards` would before it writes: for files that are damaged or not the cards', and for
+    UserError where `build_shards` would before it writes: for files that are damaged or not the cards', and for
     shards of other files or settings.
     """
     folders, plans = plan_all(well, out, datasets, splits, settings or Settings(), registry or load_registry())
@@ -77,7 +69,7 @@ def _forecast_row(plan: SplitPlan, pending: bool) -> list[str]:
 
 
 def _time(folders: Mapping[str, Folder], plans: Sequence[SplitPlan], jobs: int) -> str:
-    """How long it takes by the speed of the largest plan's first frames."""
+    """Return how long it takes by the speed of the largest plan's first frames."""
     probed = max(plans, key=lambda plan: plan.stored_bytes)
     path = stats_file(folders[probed.card.name])
     num_bytes, seconds = measure_speed(probed, None if path is None else read_stats(path, probed.card), PROBE_BYTES)
@@ -101,17 +93,17 @@ COLUMNS = (
     *("boundary x", "boundary y", "stats", "stored", "findings", "skipped", "share"),
 )
 USUAL = {"stats": "stats.yaml", "stored": "float32", "skipped": "0"}  # a column that holds nothing else is left out
-LEGEND = "windows: pairs of neighbouring frames; channels: state+constant; share: of the draws of a training on all"
+LEGEND = "windows: pairs of neighboring frames; channels: state+constant; share: of the draws of a training on all"
 FEW = 4  # errors and warnings of a dataset that are shown unless all findings are asked for
 
 
 def overview(shards: str | Path, known: Sequence[str], all_findings: bool = False) -> str:
-    """A line per dataset and split: counts, grid, channels (state+constant), bytes, boundaries, findings and share.
+    """Return a line per dataset and split: counts, grid, channels, bytes, boundaries, findings and share.
 
-    LEGEND says what some columns are; `stats` (where the statistics come from), `stored` (the type) and `skipped`
-    (windows left out) are there where a split has other than the USUAL. A few errors and warnings follow the table, or
-    all findings. `known` names the datasets that are looked for behind a URL, which may not list what it has.
-    Raises UserError as `find_manifests` does.
+    LEGEND explains some columns. The columns `stats` (where the statistics come from), `stored` (the type) and
+    `skipped` (windows left out) are shown if a split has other values than the USUAL. A few errors and warnings follow
+    the table, or all findings. `known` names the datasets that are looked for behind a URL, which may not list its
+    folders. UserError as from `find_manifests`.
     """
     found_there = _manifests_behind(str(shards), known) if is_url(shards) else find_manifests(Path(shards))
     manifests = list(found_there.values())
@@ -126,7 +118,7 @@ def overview(shards: str | Path, known: Sequence[str], all_findings: bool = Fals
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """The table without the columns that hold nothing but the usual."""
+    """Return the table without the columns that hold only USUAL values."""
     columns = [(name, [row[number] for row in rows]) for number, name in enumerate(COLUMNS)]
     shown = [(name, cells) for name, cells in columns if set(cells) != {USUAL.get(name)}]
     rows_shown = list(zip(*(cells for _, cells in shown), strict=True))
@@ -134,7 +126,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _manifests_behind(url: str, known: Sequence[str]) -> Mapping[RemoteFolder, Manifest]:
-    """As `find_manifests`, of the known datasets behind a URL."""
+    """Return what `find_manifests` does, for the known datasets behind a URL."""
     folders = [RemoteFolder(url) / name / split for name in sorted(known) for split in SPLITS]
     found = {folder: folder.file(MANIFEST_NAME) for folder in folders}
     manifests = {folder: load_manifest(file) for folder, file in found.items() if file.exists()}
@@ -195,7 +187,11 @@ SCHEMES = {"proportional": "prop", "uniform": "uniform", "temperature": f"temp {
 
 
 def paper_tables(registry: Registry) -> str:
-    """Both tables as Markdown text; UserError if the registry lacks one of the eight datasets."""
+    """Return tables 7 and 8 as Markdown text. UserError if the registry lacks one of the eight datasets.
+
+    Table 7: training examples (pairs of neighboring frames), tokens per example and in all. Table 8: the share of each
+    dataset under four sampling schemes, and how far each scheme is from proportional sampling.
+    """
     cards = [registry.card(name) for name in DATASETS]
     return f"Table 7. Training data\n\n{_table7(cards)}\n\nTable 8. Sampling shares\n\n{_table8(cards)}\n"
 
@@ -223,5 +219,5 @@ def _table8(cards: Sequence[Card]) -> str:
 
 
 def _divergence(q: Mapping[str, float], p: Mapping[str, float]) -> float:
-    """Kullback-Leibler divergence KL(q || p) in nats."""
+    """Return the Kullback-Leibler divergence KL(q || p) in nats."""
     return sum(share * math.log(share / p[name]) for name, share in q.items())

@@ -228,7 +228,7 @@ class Card(Strict):
 
     @property
     def windows(self) -> int:
-        """Published training examples: pairs of neighbouring frames."""
+        """Published training examples: pairs of neighboring frames."""
         return sum(trajectories * (frames - 1) for trajectories, frames in self.train)
 
     def published_scores(self, protocol: str, window: str) -> dict[str, float]:
@@ -322,7 +322,7 @@ def _difference(named: Mapping[str, int], found: Mapping[str, int]) -> str:
 
 
 def _shown(name: str) -> str:
-    """A file may hold names that a terminal should not print as they are."""
+    """Return a name for a message; a file may hold names that a terminal should not print."""
     return name if name.isprintable() else ascii(name)
 
 
@@ -351,11 +351,11 @@ class Registry:
         return self.cards[name]
 
     def select(self, names: Sequence[str] | None) -> list[Card]:
-        """The named cards, each once, sorted by name; None means all."""
+        """Return the named cards, each once, sorted by name; None means all."""
         return [self.card(name) for name in sorted(set(self.cards if names is None else names))]
 
     def snapshot(self) -> dict[str, Any]:
-        """What a trained model depends on, as JSON: channels, fields, boundaries. Prose and counts stay out."""
+        """Return what a trained model depends on, as JSON: channels, fields, boundaries, without prose and counts."""
         cards = {
             card.name: {
                 "fields": [[field.name, field.order, field.role, list(field.channels)] for field in card.fields],
@@ -367,9 +367,9 @@ class Registry:
 
 
 def load_registry(directory: str | Path | None = None) -> Registry:
-    """The packaged cards, and those of the user's folders: `directory`, else WAVELIT_REGISTRY, else none.
+    """Return the packaged cards and those of the user's folders: `directory`, else WAVELIT_REGISTRY, else none.
 
-    Several folders are separated as in PATH. Raises UserError, naming file, key path and value, for anything that is
+    Several folders are separated as in PATH. UserError, naming file, key path and value, for anything that is
     not a valid card, for a folder that is not there or holds no cards, and for a name that is taken.
     """
     return load_folders([packaged_folder(), *user_folders(directory)])
@@ -381,7 +381,7 @@ def packaged_folder() -> Traversable:
 
 
 def user_folders(directory: str | Path | None = None) -> list[Path]:
-    """The user's folders, in the order they are read; UserError for one that is not there or holds no cards."""
+    """Return the user's folders in the order they are read. UserError for one that is not there or holds no cards."""
     given = str(directory) if directory is not None else os.environ.get(VARIABLE, "")
     folders = [Path(part) for part in given.split(os.pathsep) if part]
     for folder in folders:
@@ -400,7 +400,7 @@ def holds_cards(folder: Path) -> bool:
 
 
 def load_folders(folders: Sequence[Traversable]) -> Registry:
-    """One registry from the `channels.yaml` and `datasets/*.yaml` of folders; the later ones add to the earlier."""
+    """Return one registry from the `channels.yaml` and `datasets/*.yaml` of folders; later ones add to earlier ones."""
     channels: dict[str, Channel] = {}
     origin: dict[str, str] = {}  # channel -> the file it comes from
     for folder in folders:
@@ -419,7 +419,7 @@ def load_folders(folders: Sequence[Traversable]) -> Registry:
 
 
 def _add_channels(file: Traversable, channels: dict[str, Channel], origin: dict[str, str]) -> None:
-    """Adds the file's channels; the same channel may stand in several folders, so that folders can be combined."""
+    """Add the file's channels. Several folders may have the same channel, so that folders can be combined."""
     for name, channel in read_channels(file, channels).items():
         first = channels.setdefault(name, channel)
         if first != channel:

@@ -1,7 +1,4 @@
-"""Threads that end with the process, whatever they wait for.
-
-Runs tasks in worker processes, with one progress bar for all of them.
-"""
+"""Threads that end with the process, and worker processes with one progress bar for all their tasks."""
 
 import os
 import queue
@@ -29,9 +26,9 @@ GRACE_SECONDS = 2.0  # for what is running when its threads are no longer wanted
 class Threads:
     """A few threads that run what is submitted, in order.
 
-    They are daemons, unlike an executor's, which would keep an interrupted process until all is done. When nothing
-    refers to the object any more, or the process ends, what has not begun is cancelled, and what runs gets
-    GRACE_SECONDS: Python's end would tear a daemon out of torch's code, which aborts the process.
+    They are daemons. An executor's threads are not, so it would keep an interrupted process until all tasks are done.
+    When nothing refers to the object any more, or the process ends, tasks that have not begun are cancelled. Running
+    tasks get GRACE_SECONDS, because a daemon that is inside torch when Python ends aborts the process.
     """
 
     def __init__(self, count: int) -> None:
@@ -97,12 +94,19 @@ def run_tasks(
     environment: Mapping[str, str] | None = None,
     cut_short: bool = False,
 ) -> Generator[tuple[T, R]]:
-    """Yields (task, function(task, on_bytes)) as tasks end, in any order; `function` reports its work to on_bytes.
+    """Yield (task, function(task, on_bytes)) as tasks end, in any order.
 
-    The work is `num_bytes` in all; given another `unit`, it is that many of them, counted in place of bytes. With one
-    job or task everything runs in this process; workers get the variables of `environment` added to their own. The
-    first error, an interrupt, or closing the generator stops all tasks: each at its next report, or, with `cut_short`,
-    at once and half way. The error is raised.
+    The first error, an interrupt, or closing the generator stops all tasks. The error is raised.
+
+    Args:
+        function: Called with a task and on_bytes, to which it reports the bytes it has worked through.
+        tasks: What to do. With one task or one job everything runs in this process.
+        jobs: Worker processes.
+        num_bytes: The work of all tasks together.
+        title: Of the progress bar.
+        unit: What `num_bytes` counts, if not bytes.
+        environment: Variables that are added to those of the workers.
+        cut_short: Stop tasks at once in place of at their next report.
     """
     if not tasks:
         return
@@ -159,9 +163,10 @@ def _run_in_workers(
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event within the block, and raises nothing.
+    """Set the event on Ctrl-C within the block, and raise nothing.
 
-    Raised at any moment, it could be lost in a callback, or leave a lock that the workers share acquired for ever.
+    A KeyboardInterrupt can be raised at any moment. It could be lost in a callback, or leave a lock that the workers
+    share acquired for ever.
     """
     received = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -199,9 +204,10 @@ def _start_worker(counter: "Synchronized[int]", stop: Event, lifeline: Connectio
 
 
 def _end_with(lifeline: Connection) -> None:
-    """A worker whose parent was killed would wait for ever, or write while the next run does.
+    """End this worker when its parent has ended.
 
-    The parent holds the other end of `lifeline`; if it is killed, the operating system closes it.
+    Otherwise a worker whose parent was killed would wait for ever, or write while the next run does. The parent holds
+    the other end of `lifeline`; if it is killed, the operating system closes it.
     """
     lifeline.poll(None)
     os._exit(1)
@@ -221,5 +227,5 @@ def _count_bytes(num_bytes: int) -> None:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

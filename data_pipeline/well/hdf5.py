@@ -1,9 +1,7 @@
-"""Reads trajectories from the Well's HDF5 files, channel first, every field found by its name.
+"""Read trajectories from the Well's HDF5 files, channel first, every field found by its name.
 
-A file holds trajectories of one parameter set. Where `the_well` takes the channel order of the first file for all of
-them, here each file's fields are put into the order of the dataset's card, so files may list their fields differently.
-
-What a Well file says of its trajectories beside their states: all that predictions of them share with it.
+A file holds trajectories of one parameter set. `the_well` takes the channel order of the first file for all files. Here
+each file's fields are put into the order of the dataset's card, so files may list their fields in different orders.
 """
 
 from __future__ import annotations
@@ -48,9 +46,9 @@ def dataset_folders(well: Path, names: Sequence[str] | None = None) -> dict[str,
 @overload
 def dataset_folders(well: RemoteFolder, names: Sequence[str] | None = None) -> dict[str, RemoteFolder]: ...
 def dataset_folders(well: Folder, names: Sequence[str] | None = None) -> Mapping[str, Folder]:
-    """Dataset name -> folder, for each `<well>/<name>/data` and `<well>/datasets/<name>/data`, sorted by name.
+    """Return dataset name -> folder, for each `<well>/<name>/data` and `<well>/datasets/<name>/data`, sorted by name.
 
-    With `names`, only these are looked for, which servers that list no folder but a dataset's answer too.
+    With `names`, only these are looked for. That also works on servers that list the folders of datasets alone.
     """
     folders: dict[str, Folder] = {}
     if names is not None:
@@ -87,7 +85,7 @@ def split_files(folder: Path, split: str) -> list[Path]: ...
 @overload
 def split_files(folder: RemoteFolder, split: str) -> list[RemoteFile]: ...
 def split_files(folder: Folder, split: str) -> Sequence[File]:
-    """The HDF5 files of one split of a dataset folder, sorted by path as the_well sorts them; may be empty."""
+    """Return the HDF5 files of one split of a dataset folder, sorted by path as the_well sorts them; may be empty."""
     if isinstance(folder, RemoteFolder) and split not in child_names(folder / "data"):
         return []
     directory = folder / "data" / split
@@ -95,7 +93,7 @@ def split_files(folder: Folder, split: str) -> Sequence[File]:
 
 
 def block_frames(frame_bytes: int) -> int:
-    """How many frames to read at a time: a few MiB, so that memory does not grow with trajectories or chunks."""
+    """Return how many frames to read at a time: a few MiB, so memory does not grow with trajectories or chunks."""
     return max(1, _BLOCK_BYTES // frame_bytes)
 
 
@@ -158,7 +156,7 @@ class WellFile:
             )
 
     def _find_fields(self) -> tuple[list[_Stored], list[_Stored]]:
-        """The card's state and constant fields as they lie in this file, in the card's order."""
+        """Return the card's state and constant fields as they lie in this file, in the card's order."""
         found: dict[str, dict[str, int]] = {"state": {}, "constant": {}}
         for order in range(3):
             for name in texts(self._group(f"t{order}_fields").attrs["field_names"]):
@@ -190,7 +188,7 @@ class WellFile:
         return _Stored(field, data, channel, sample_varying, (in_x, in_y))
 
     def read(self, trajectory: int, first: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Frames [first, stop) of one trajectory: float32 (T, C, H, W), channels in the card's state order.
+        """Return frames [first, stop) of one trajectory: float32 (T, C, H, W), channels in the card's state order.
 
         `out`, if given, is a C-contiguous array of that shape, which is filled and returned.
         """
@@ -202,14 +200,14 @@ class WellFile:
         return out
 
     def constants(self, trajectory: int) -> np.ndarray:
-        """The constant fields of one trajectory: float32 (K, H, W), in the card's order; K may be 0."""
+        """Return the constant fields of one trajectory: float32 (K, H, W), in the card's order; K may be 0."""
         out = np.empty((1, len(self.card.constant_channels), *self.grid), np.float32)
         for stored in self._constant:
             self._copy(stored, (trajectory,) * stored.sample_varying, out)
         return out[0]
 
     def _copy(self, stored: _Stored, index: tuple[int | slice, ...], out: np.ndarray) -> None:
-        """Reads part of a field into its channels of out (T, C, H, W), where it can without a copy between."""
+        """Read part of a field into its channels of out (T, C, H, W), without a copy in between where possible."""
         num_channels = len(stored.field.channels)
         channels = slice(stored.channel, stored.channel + num_channels)
         sides = [size if varying else 1 for size, varying in zip(self.grid, stored.dim_varying, strict=True)]
@@ -227,7 +225,7 @@ class WellFile:
         out[:, channels] = np.moveaxis(block, -1, 1)
 
     def check_finite(self, values: np.ndarray, trajectory: int, first: int | None) -> None:
-        """Raises UserError naming field and frame if `values` holds NaN or Inf.
+        """Raise UserError, naming field and frame, if `values` holds NaN or Inf.
 
         values: (T, C, H, W) from frame `first` on, or constants (K, H, W) with `first` None.
         """
@@ -239,7 +237,7 @@ class WellFile:
         raise self.nonfinite_error(trajectory, channels[channel], None if first is None else first + time_index)
 
     def nonfinite_error(self, trajectory: int, channel: str, frame: int | None) -> UserError:
-        """The message for NaN or Inf in a channel; `frame` is None for a constant field."""
+        """Return the error for NaN or Inf in a channel; `frame` is None for a constant field."""
         field = next(field for field in self.card.fields if channel in field.channels)
         where = "" if frame is None else f", frame {frame}"
         return UserError(
@@ -249,13 +247,13 @@ class WellFile:
         )
 
     def times(self, trajectory: int) -> np.ndarray:
-        """Physical times of the stored frames of one trajectory, float64 (T,)."""
+        """Return the physical times of the stored frames of one trajectory, float64 (T,)."""
         with self._readable():
             time = self._dataset("dimensions", "time")
             return np.asarray(time[trajectory] if time.ndim == 2 else time[:], np.float64)
 
     def dt(self, trajectory: int) -> float:
-        """Mean time between stored frames of one trajectory; 0 when it has a single frame."""
+        """Return the mean time between stored frames of one trajectory; 0 when it has a single frame."""
         times = self.times(trajectory)
         dt = float(times[-1] - times[0]) / max(len(times) - 1, 1)
         if not np.isfinite(dt):
@@ -263,19 +261,19 @@ class WellFile:
         return dt
 
     def axes(self) -> tuple[np.ndarray, np.ndarray]:
-        """The points along x and y, float64 (X,) and (Y,)."""
+        """Return the points along x and y, float64 (X,) and (Y,)."""
         with self._readable():
             stored = [self._dataset("dimensions", axis) for axis in "xy"]
             x, y = (np.asarray(points[0] if points.ndim == 2 else points[:], np.float64) for points in stored)
         return x, y
 
     def boundary_masks(self) -> tuple[BoundaryMask, ...]:
-        """The boundary conditions as the file stores them."""
+        """Return the boundary conditions as the file stores them."""
         with self._readable():
             return boundary_masks(self._group("boundary_conditions"), self._where)
 
     def scalars(self, trajectory: int) -> dict[str, float]:
-        """The constant scalars of one trajectory, by the Well's names. Raises UserError if one varies in time."""
+        """Return the constant scalars of one trajectory, by the Well's names. UserError if one varies in time."""
         scalars = {}
         with self._readable():
             for name in texts(self._file["scalars"].attrs["field_names"]):
@@ -301,7 +299,7 @@ class WellFile:
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
-        """Turns h5py's errors into one that names the file."""
+        """Turn h5py's errors into one that names the file."""
         try:
             yield
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
@@ -322,7 +320,7 @@ class WellFile:
 
 @dataclass(frozen=True)
 class Setting:
-    """n trajectories without their states, on X x Y points."""
+    """All that n trajectories on X x Y points share with predictions of them: everything but the states."""
 
     card: Card
     x: np.ndarray  # (X,)
@@ -343,7 +341,7 @@ class Setting:
 
 
 def read_setting(file: WellFile, trajectories: Sequence[int]) -> Setting:
-    """The setting of some trajectories of a file, in their order."""
+    """Return the setting of some trajectories of a file, in their order."""
     x, y = file.axes()
     scalars = [file.scalars(trajectory) for trajectory in trajectories]
     return Setting(
@@ -357,7 +355,7 @@ def read_setting(file: WellFile, trajectories: Sequence[int]) -> Setting:
 
 
 def read_attributes(path: Path) -> dict[str, Any]:
-    """The attributes of an HDF5 file, `dataset_name` among them. UserError where there is no such file, or another."""
+    """Return the attributes of an HDF5 file, `dataset_name` among them. UserError if there is no such file."""
     if not path.is_file():
         found = "a folder" if path.is_dir() else "none"
         raise UserError(f"{path}: expected an HDF5 file in the Well's layout, found {found}")
@@ -369,7 +367,7 @@ def read_attributes(path: Path) -> dict[str, Any]:
 
 
 def stored_card(path: Path, registry: Registry, dataset: str | None, attributes: Mapping[str, Any]) -> Card:
-    """The card of `dataset`, by default of what the attribute `dataset_name` says. UserError if there is none."""
+    """Return the card of `dataset`, by default of the attribute `dataset_name`. UserError if there is none."""
     name = dataset or attributes.get("dataset_name")
     if name is None:
         raise UserError(

@@ -1,12 +1,9 @@
-"""What the HDF5 files of a dataset without a card say of themselves: fields, grid, boundary, times, and a few figures.
+"""`data-pipeline register`: draft a card for a dataset that has none, and list what a person must decide.
 
-Only the header is read here; everything else goes through WellFile with a provisional card, so that a dataset which can
-be surveyed can also be converted.
-
-`data-pipeline register`: drafts a card for a dataset that has none, and says what a person must decide.
-
-Fields are matched to canonical channels by name alone; a near match (`rho`, `vel`, `Density`) is suggested in a comment
+Fields are matched to canonical channels by name alone. A near match (`rho`, `vel`, `Density`) is suggested in a comment
 and never taken. The draft is valid at once, so data can be converted and trained on before the prose is written.
+
+All but the fields is read by WellFile with a provisional card, so a dataset that can be surveyed can also be converted.
 """
 
 import difflib
@@ -45,6 +42,112 @@ SAMPLE_FRAMES = 4  # of each, spread evenly from the first to the last
 COMPONENTS = (("",), ("_x", "_y"), ("_xx", "_xy", "_yx", "_yy"))  # by tensor order
 _SAME_DT = 1e-3  # relative difference that rounding of float32 times may leave
 _SAME_SPACING = 1e-2  # the same for the points of an axis
+
+
+ALIASES = {  # what papers and codes call the quantities of the packaged channels, in lower case
+    **dict.fromkeys(("u", "ux", "vx"), "velocity_x"),
+    **dict.fromkeys(("v", "uy", "vy"), "velocity_y"),
+    **dict.fromkeys(("p", "press"), "pressure"),
+    **dict.fromkeys(("rho", "dens"), "density"),
+    **dict.fromkeys(("b", "buoy"), "buoyancy"),
+    **dict.fromkeys(("s", "scalar", "dye"), "tracer"),
+    **dict.fromkeys(("c", "conc"), "concentration"),
+    **dict.fromkeys(("c_s", "cs", "sound_speed"), "speed_of_sound"),
+}
+VELOCITIES = ("u", "v", "vel", "vels", "velocities")  # what they call a vector field of velocities
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What was written, and what a person must decide."""
+
+    name: str
+    paths: tuple[Path, ...]  # the card first, then channels.yaml if a channel was proposed
+    decisions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Files:
+    name: str
+    paths: tuple[Path, ...]
+    train: tuple[Path, ...]  # empty where the files are not divided into splits
+    decisions: tuple[str, ...]
+
+
+def draft_folder(given: Path | None) -> Path:
+    """Return where a draft goes: `given`, else the first folder of WAVELIT_REGISTRY. UserError if there is neither."""
+    named = str(given) if given is not None else os.environ.get(VARIABLE, "").split(os.pathsep)[0]
+    if not named:
+        raise UserError(
+            f"register: expected a folder for your own cards, got none; name one with --registry, or in {VARIABLE}"
+        )
+    return Path(named)
+
+
+def open_registry(directory: Path) -> Registry:
+    """Return what a draft in `directory` may refer to: the packaged cards and those in it. It need not be there yet.
+
+    Where WAVELIT_REGISTRY names `directory` among others, they are read together, here as later.
+    """
+    named = [Path(part) for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
+    folders = named if directory in named else [directory]
+    return load_folders([packaged_folder(), *(folder for folder in folders if holds_cards(folder))])
+
+
+def register(source: Path, name: str | None, directory: Path, registry: Registry) -> Registered:
+    """Draft `<directory>/datasets/<name>.yaml`, and proposes channels in `<directory>/channels.yaml`.
+
+    `source`: a dataset folder with data/<split>/*.hdf5, a folder of HDF5 files, or one file. `registry` is that of
+    `open_registry(directory)`. Nothing that exists is changed but channels.yaml, to which lines are added.
+    UserError for files that cannot be used, for a name that is taken and for a draft that is already there.
+    """
+    files = _find_files(source, name)
+    card_file, channels_file = directory / "datasets" / f"{files.name}.yaml", directory / "channels.yaml"
+    taken = {key for card in registry.cards.values() for key in (card.name, card.abbreviation)}
+    if card_file.exists() or files.name in taken:
+        what = f"{card_file} is already there" if card_file.exists() else f"there is a card {files.name!r} already"
+        raise UserError(f"{source}: {what}, and is not overwritten. Edit it, or choose another --name.")
+    found = survey(files.name, files.paths, files.train)
+    fresh = _fresh_channels(found, registry)
+    decisions = (*files.decisions, *_decisions(found, fresh, registry, channels_file))
+    drafts = {card_file: _card_text(files, found, decisions)}
+    if fresh:
+        before = channels_file.read_text("utf-8") if channels_file.exists() else _CHANNELS_HEAD
+        drafts[channels_file] = f"{before.rstrip()}\n\n{_channels_text(files.name, found, fresh, registry)}"
+    _check(drafts, files.name, registry)
+    for path, text in reversed(drafts.items()):  # the card last: it refers to the channels
+        with atomic_file(path) as file:
+            file.write(text.encode())
+    return Registered(files.name, tuple(drafts), decisions)
+
+
+def _find_files(source: Path, name: str | None) -> _Files:
+    """Return the dataset's files, its name, and what must be moved before `shard` finds them."""
+    if (source / "data").is_dir():
+        by_split = {split: _hdf5_files(source / "data" / split) for split in SPLITS}
+        paths, train = tuple(path for split in SPLITS for path in by_split[split]), by_split["train"]
+        folder = source.resolve().name
+    else:
+        paths = (source,) if source.is_file() else _hdf5_files(source)
+        train, folder = (), ""
+    if not paths:
+        inside = ", ".join(dataset_folders(source)) if source.is_dir() else ""
+        raise UserError(
+            f"{source}: expected a dataset folder (with data/<split>/*.hdf5), a folder of HDF5 files or one file, got "
+            f"{f'a folder of the datasets {inside}; give one of them' if inside else 'none of them'}"
+        )
+    chosen = name or folder or (source.stem if source.is_file() else source.resolve().name)
+    if not NAME.fullmatch(chosen):
+        raise UserError(
+            f"{source}: the name {chosen[:80]!a}: expected up to 64 letters, digits and underscores, a letter first; "
+            "give one with --name"
+        )
+    move = f"files: `data-pipeline shard` reads <folder>/{chosen}/data/{{{','.join(SPLITS)}}}/*.hdf5; move them there"
+    return _Files(chosen, paths, train, () if chosen == folder else (move,))
+
+
+def _hdf5_files(folder: Path) -> tuple[Path, ...]:
+    return tuple(sorted([*folder.glob("*.hdf5"), *folder.glob("*.h5")]))
 
 
 @dataclass(frozen=True)
@@ -88,9 +191,9 @@ class Survey:
 
 
 def survey(name: str, files: Sequence[Path], train: Sequence[Path]) -> Survey:
-    """Reads the headers of all `files`, and a bounded sample of `train` (or of all of them where that is empty).
+    """Read the headers of all `files`, and a bounded sample of `train` (or of all of them where that is empty).
 
-    `name` is the dataset's. Raises UserError for a file that is not 2D cartesian data in the Well's layout, naming it
+    `name` is the dataset's. UserError for a file that is not 2D cartesian data in the Well's layout, naming it
     and what was found, and for files that differ in fields, grid or boundaries: one card cannot describe them all.
     """
     fields, uneven = read_header(files[0])
@@ -127,9 +230,9 @@ def survey(name: str, files: Sequence[Path], train: Sequence[Path]) -> Survey:
 
 
 def read_header(path: Path) -> tuple[tuple[Field, ...], tuple[str, ...]]:
-    """The fields of a file, and its axes of unequal spacing.
+    """Return the fields of a file, and its axes of unequal spacing.
 
-    Raises UserError for what is no HDF5 file, not the Well's layout, or not 2D cartesian data.
+    UserError for what is no HDF5 file, not the Well's layout, or not 2D cartesian data.
     """
     try:
         with h5py.File(path, "r") as file:
@@ -156,7 +259,7 @@ def read_header(path: Path) -> tuple[tuple[Field, ...], tuple[str, ...]]:
 
 
 def _provisional_card(name: str, fields: tuple[Field, ...]) -> Card:
-    """A card that lets WellFile read fields that no card describes yet."""
+    """Return a card that lets WellFile read fields that no card describes yet."""
     state = tuple(field for field in fields if field.role == "state")
     constant = tuple(field for field in fields if field.role == "constant")
     ends = ("OPEN", "OPEN")
@@ -231,7 +334,7 @@ def _sample(files: Sequence[Path], shapes: Mapping[Path, tuple[int, int]], card:
 
 
 def _sampled_frames(files: Sequence[Path], shapes: Mapping[Path, tuple[int, int]], card: Card) -> Iterator[np.ndarray]:
-    """Single frames with the constant fields behind: (1, C + K, H, W)."""
+    """Yield single frames with the constant fields behind: (1, C + K, H, W)."""
     for path, trajectory in _spread(files, shapes):
         with WellFile(path, card) as file:
             constants = file.constants(trajectory)[None]
@@ -242,121 +345,15 @@ def _sampled_frames(files: Sequence[Path], shapes: Mapping[Path, tuple[int, int]
 
 
 def _spread(files: Sequence[Path], shapes: Mapping[Path, tuple[int, int]]) -> list[tuple[Path, int]]:
-    """At most SAMPLE_TRAJECTORIES of all trajectories, evenly: (file, trajectory in it)."""
+    """Return at most SAMPLE_TRAJECTORIES of all trajectories, evenly spread: (file, trajectory in it)."""
     first = np.cumsum([0, *(shapes[path][0] for path in files)])
     chosen = np.unique(np.linspace(0, first[-1] - 1, SAMPLE_TRAJECTORIES).round().astype(int))
     owners = np.searchsorted(first, chosen, side="right") - 1
     return [(files[owner], int(index - first[owner])) for index, owner in zip(chosen, owners, strict=True)]
 
 
-ALIASES = {  # what papers and codes call the quantities of the packaged channels, in lower case
-    **dict.fromkeys(("u", "ux", "vx"), "velocity_x"),
-    **dict.fromkeys(("v", "uy", "vy"), "velocity_y"),
-    **dict.fromkeys(("p", "press"), "pressure"),
-    **dict.fromkeys(("rho", "dens"), "density"),
-    **dict.fromkeys(("b", "buoy"), "buoyancy"),
-    **dict.fromkeys(("s", "scalar", "dye"), "tracer"),
-    **dict.fromkeys(("c", "conc"), "concentration"),
-    **dict.fromkeys(("c_s", "cs", "sound_speed"), "speed_of_sound"),
-}
-VELOCITIES = ("u", "v", "vel", "vels", "velocities")  # what they call a vector field of velocities
-
-
-@dataclass(frozen=True)
-class Registered:
-    """What was written, and what is left to a person."""
-
-    name: str
-    paths: tuple[Path, ...]  # the card first, then channels.yaml if a channel was proposed
-    decisions: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Files:
-    name: str
-    paths: tuple[Path, ...]
-    train: tuple[Path, ...]  # empty where the files are not divided into splits
-    decisions: tuple[str, ...]
-
-
-def draft_folder(given: Path | None) -> Path:
-    """Where a draft goes: `given`, else the first folder of WAVELIT_REGISTRY. UserError if there is neither."""
-    named = str(given) if given is not None else os.environ.get(VARIABLE, "").split(os.pathsep)[0]
-    if not named:
-        raise UserError(
-            f"register: expected a folder for your own cards, got none; name one with --registry, or in {VARIABLE}"
-        )
-    return Path(named)
-
-
-def open_registry(directory: Path) -> Registry:
-    """What a draft in `directory`, which need not be there yet, may refer to: the packaged cards and those in it.
-
-    Where WAVELIT_REGISTRY names `directory` among others, they are read together, here as later.
-    """
-    named = [Path(part) for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
-    folders = named if directory in named else [directory]
-    return load_folders([packaged_folder(), *(folder for folder in folders if holds_cards(folder))])
-
-
-def register(source: Path, name: str | None, directory: Path, registry: Registry) -> Registered:
-    """Drafts `<directory>/datasets/<name>.yaml`, and proposes channels in `<directory>/channels.yaml`.
-
-    `source`: a dataset folder with data/<split>/*.hdf5, a folder of HDF5 files, or one file. `registry` is that of
-    `open_registry(directory)`. Nothing that exists is changed but channels.yaml, to which lines are added.
-    Raises UserError for files that cannot be used, for a name that is taken and for a draft that is already there.
-    """
-    files = _find_files(source, name)
-    card_file, channels_file = directory / "datasets" / f"{files.name}.yaml", directory / "channels.yaml"
-    taken = {key for card in registry.cards.values() for key in (card.name, card.abbreviation)}
-    if card_file.exists() or files.name in taken:
-        what = f"{card_file} is already there" if card_file.exists() else f"there is a card {files.name!r} already"
-        raise UserError(f"{source}: {what}, and is not overwritten. Edit it, or choose another --name.")
-    found = survey(files.name, files.paths, files.train)
-    fresh = _fresh_channels(found, registry)
-    decisions = (*files.decisions, *_decisions(found, fresh, registry, channels_file))
-    drafts = {card_file: _card_text(files, found, decisions)}
-    if fresh:
-        before = channels_file.read_text("utf-8") if channels_file.exists() else _CHANNELS_HEAD
-        drafts[channels_file] = f"{before.rstrip()}\n\n{_channels_text(files.name, found, fresh, registry)}"
-    _check(drafts, files.name, registry)
-    for path, text in reversed(drafts.items()):  # the card last: it refers to the channels
-        with atomic_file(path) as file:
-            file.write(text.encode())
-    return Registered(files.name, tuple(drafts), decisions)
-
-
-def _find_files(source: Path, name: str | None) -> _Files:
-    """The dataset's files, its name, and what must be moved before `shard` finds them."""
-    if (source / "data").is_dir():
-        by_split = {split: _hdf5_files(source / "data" / split) for split in SPLITS}
-        paths, train = tuple(path for split in SPLITS for path in by_split[split]), by_split["train"]
-        folder = source.resolve().name
-    else:
-        paths = (source,) if source.is_file() else _hdf5_files(source)
-        train, folder = (), ""
-    if not paths:
-        inside = ", ".join(dataset_folders(source)) if source.is_dir() else ""
-        raise UserError(
-            f"{source}: expected a dataset folder (with data/<split>/*.hdf5), a folder of HDF5 files or one file, got "
-            f"{f'a folder of the datasets {inside}; give one of them' if inside else 'none of them'}"
-        )
-    chosen = name or folder or (source.stem if source.is_file() else source.resolve().name)
-    if not NAME.fullmatch(chosen):
-        raise UserError(
-            f"{source}: the name {chosen[:80]!a}: expected up to 64 letters, digits and underscores, a letter first; "
-            "give one with --name"
-        )
-    move = f"files: `data-pipeline shard` reads <folder>/{chosen}/data/{{{','.join(SPLITS)}}}/*.hdf5; move them there"
-    return _Files(chosen, paths, train, () if chosen == folder else (move,))
-
-
-def _hdf5_files(folder: Path) -> tuple[Path, ...]:
-    return tuple(sorted([*folder.glob("*.hdf5"), *folder.glob("*.h5")]))
-
-
 def _fresh_channels(found: Survey, registry: Registry) -> list[Channel]:
-    """The channels that the registry does not have, with what can be said of them without a person."""
+    """Return the channels that the registry does not have, with a provisional description."""
     fresh = []
     for field in found.fields:
         for component, name in zip(COMPONENTS[field.order], field.channels, strict=True):
@@ -368,7 +365,7 @@ def _fresh_channels(found: Survey, registry: Registry) -> list[Channel]:
 
 
 def _near(name: str, field: Field, registry: Registry) -> str | None:
-    """The canonical channel that `name` may mean, or None: an alias, another case, or a close spelling."""
+    """Return the canonical channel that `name` may mean (an alias, another case, a close spelling), or None."""
     if field.order == 1 and field.name.lower() in VELOCITIES:
         guess = f"velocity{name.removeprefix(field.name)}"
     else:
@@ -381,7 +378,7 @@ def _near(name: str, field: Field, registry: Registry) -> str | None:
 
 
 def _decisions(found: Survey, fresh: Sequence[Channel], registry: Registry, channels_file: Path) -> list[str]:
-    """What only a person knows, one line each."""
+    """Return what only a person can decide, one line each."""
     lines = ["description: one line on the physics; source, citation, license and equations if you like"]
     proposed = [channel.name for channel in fresh]
     for field in found.fields:
@@ -404,7 +401,7 @@ def _decisions(found: Survey, fresh: Sequence[Channel], registry: Registry, chan
 
 
 def _doubts(found: Survey) -> list[str]:
-    """What the files say, and should be looked at."""
+    """Return what the files state and a person should check."""
     sides = ", ".join(f"{axis} {'-'.join(ends)}" for axis, ends in zip("xy", found.boundary, strict=True))
     guess = "; OPEN is also what files get that say nothing" if ("OPEN", "OPEN") in found.boundary else ""
     lines = [f"boundary: {sides} (lower and upper end){guess}; is that the physics?"]
@@ -486,12 +483,12 @@ def _figures(found: Survey, name: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name as YAML reads it back: `on`, `null` and their like need quotes."""
+    """Return a name as YAML reads it back: `on`, `null` and similar names need quotes."""
     return name if yaml.safe_load(name) == name else f'"{name}"'
 
 
 def _number(value: float) -> str:
-    """Six digits, in the form that YAML takes for a number: 1.0e-05, not 1e-05."""
+    """Return six digits in the form that YAML takes for a number: 1.0e-05, not 1e-05."""
     text = f"{value:.6g}"
     return text.replace("e", ".0e") if "e" in text and "." not in text else text
 
@@ -501,7 +498,7 @@ def _comment(line: str) -> str:
 
 
 def _check(drafts: Mapping[Path, str], name: str, registry: Registry) -> None:
-    """Reads the drafts as load_registry will, before any is written."""
+    """Read the drafts as load_registry will, before any is written."""
     with tempfile.TemporaryDirectory() as folder:
         copies = {path: Path(folder) / path.name for path in drafts}
         for path, text in drafts.items():

@@ -1,4 +1,4 @@
-"""Moments per channel: the Well's own stats.yaml, or the same figures streamed from the train files.
+"""Moments per channel: pooled from parts, read from the Well's stats.yaml, or computed from the train files.
 
 Statistics are {statistic: {channel: value}}: mean, std and rms of every channel, mean_delta, std_delta and rms_delta
 (the change from one frame to the next) of the state channels. All are population moments, accumulated in float64.
@@ -127,9 +127,9 @@ def _channel_moments(values: np.ndarray, skip_nonfinite: bool) -> Moments:
 
 
 def read_stats(path: File, card: Card) -> Stats:
-    """Reads the Well's stats.yaml: {statistic: {field: number, or a list of components}}.
+    """Read the Well's stats.yaml: {statistic: {field: number, or a list of components}}.
 
-    Raises UserError when it is no YAML, lacks a statistic or a field, or holds something else than finite numbers.
+    UserError when it is no YAML, lacks a statistic or a field, or holds something else than finite numbers.
     """
     content = parse_stats(path)
     stats: Stats = {}
@@ -162,7 +162,10 @@ def parse_stats(path: File) -> Any:
 
 
 def _leaves(value: object, depth: int = 0) -> Iterator[Any]:
-    """The items of a number, a list of components or a 2 x 2 tensor: aliases make more of a few bytes than memory."""
+    """Yield the items of a number, a list of components or a 2 x 2 tensor, and no more.
+
+    Aliases in YAML can make a few bytes into more items than memory holds.
+    """
     if not isinstance(value, list):
         yield value
         return
