@@ -1,4 +1,4 @@
-"""A Well file written frame by frame is read as it was written; and what takes its name only when it is whole."""
+"""A Well file written frame by frame is read as it was written."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from handmade_well import spread
 
-from data_pipeline.files import UserError, atomic_path
+from data_pipeline.files import UserError
 from data_pipeline.registry import load_registry
 from data_pipeline.well.hdf5 import Setting, WellFile, read_attributes, read_setting
 from data_pipeline.well.layout import edges
@@ -65,30 +65,3 @@ def test_attributes_of_what_is_no_file_of_the_well(tmp_path: Path) -> None:
     for name, message in (("gone.hdf5", "found none"), ("", "found a folder"), ("text.hdf5", "truncated or no HDF5")):
         with pytest.raises(UserError, match=message):
             read_attributes(tmp_path / name)
-
-
-@pytest.mark.parametrize("folder", [False, True])
-def test_a_path_is_replaced_only_by_what_is_whole(tmp_path: Path, folder: bool) -> None:
-    target = tmp_path / "target"
-
-    def write(path: Path, text: str) -> None:
-        if folder:
-            path.mkdir()
-        (path / text if folder else path).write_text(text)
-
-    def found() -> str:
-        (text,) = [file.read_text() for file in (target.iterdir() if folder else [target])]
-        return text
-
-    def write_half() -> None:
-        with atomic_path(target) as path:
-            write(path, "half")
-            raise ValueError("halfway")
-
-    write(target, "old")
-    with pytest.raises(ValueError, match="halfway"):
-        write_half()
-    assert (found(), [one.name for one in tmp_path.iterdir()]) == ("old", ["target"])
-    with atomic_path(target) as path:
-        write(path, "whole")
-    assert (found(), [one.name for one in tmp_path.iterdir()]) == ("whole", ["target"])
