@@ -27,7 +27,7 @@ class Threads:
     """A few threads that run what is submitted, in order.
 
     They are daemons. An executor's threads are not, so it would keep an interrupted process until all tasks are done.
-    When nothing refers to the object any more, or the process ends, tasks that have not begun are cancelled. Running
+    When nothing refers to the object any more, or the process ends, tasks that have not begun are canceled. Running
     tasks get GRACE_SECONDS, because a daemon that is inside torch when Python ends aborts the process.
     """
 

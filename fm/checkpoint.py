@@ -145,7 +145,7 @@ def _brief(value: Any) -> str:
 
 
 def find_checkpoint(source: Path | str) -> Path:
-    """Return the folder meant by a run, one of its checkpoints, an exported model, or `hf://organisation/name`.
+    """Return the folder meant by a run, one of its checkpoints, an exported model, or `hf://organization/name`.
 
     A run's is its newest whole checkpoint, or its best one if finetune.gate watched over it. UserError if there is
     none, or the Hub does not give it.

@@ -168,7 +168,7 @@ class LossSettings:
 class FinetuneSettings:
     """Rollout finetuning from a pretrained checkpoint (paper Appendix G)."""
 
-    pretrained: str  # run, checkpoint, exported model or hf://organisation/name; its EMA weights and architecture
+    pretrained: str  # run, checkpoint, exported model or hf://organization/name; its EMA weights and architecture
     # How a window's K model steps are trained (fm/training/objective.py). scheduled_sampling: an input is the truth
     # with a probability that falls during the run; bptt: only the first input is the truth; causal_bptt: as bptt, but
     # later steps weigh little until earlier ones are right; pushforward: as bptt, but only the last step has a gradient

@@ -65,7 +65,7 @@ class DatasetRow:
 
     @property
     def limits(self) -> tuple[float, float]:
-        """Colour limits for all frames shown."""
+        """Color limits for all frames shown."""
         view = VIEWS[self.dataset]
         values = np.concatenate([strip.compressed() for line in self.lines for strip in line])
         low, high = np.quantile(values, (1 - view.quantile, view.quantile))

@@ -198,7 +198,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def locate(source: Path | str) -> Path:
-    """Return the local folder of a model: `source` itself, or `hf://organisation/name[@revision]` fetched.
+    """Return the local folder of a model: `source` itself, or `hf://organization/name[@revision]` fetched.
 
     FileNotFoundError where the repository or revision does not exist, ConnectionError where the Hub cannot be reached
     and nothing was fetched before, ValueError for an address of another form.
@@ -207,7 +207,7 @@ def locate(source: Path | str) -> Path:
         return Path(source)
     match = _REPOSITORY.fullmatch(str(source))
     if match is None:
-        raise ValueError(f"{source}: expected an address such as hf://organisation/name or hf://organisation/name@main")
+        raise ValueError(f"{source}: expected an address such as hf://organization/name or hf://organization/name@main")
     repository, revision = match.groups()
     try:
         return Path(huggingface_hub.snapshot_download(repository, revision=revision))
@@ -239,7 +239,7 @@ class HubFolder(ModelHubMixin):
 
 
 def upload(folder: Path, repository: str, **options: Any) -> str:
-    """Make `organisation/name` hold a model's folder, and return the commit's address.
+    """Make `organization/name` hold a model's folder, and return the commit's address.
 
     Files of an earlier upload that the folder does not have are deleted. `options` are those of
     ModelHubMixin.push_to_hub. ValueError for a name of another form, ConnectionError where the Hub refuses the upload.

@@ -241,7 +241,7 @@ class Surrogate(nn.Module, ABC):
             files.copy_companions(self.origin, directory)
 
     def push_to_hub(self, repository: str, **options: Any) -> str:
-        """Upload what `save_pretrained` writes to `organisation/name` on the Hugging Face Hub; return its address.
+        """Upload what `save_pretrained` writes to `organization/name` on the Hugging Face Hub; return its address.
 
         `options` are those of huggingface_hub's ModelHubMixin.push_to_hub (private, token, commit_message, branch,
         create_pr, delete_patterns: by default the files of an earlier upload beside its model). ValueError for a name
@@ -253,7 +253,7 @@ class Surrogate(nn.Module, ABC):
 
     @classmethod
     def from_pretrained(cls, source: Path | str, weights: str | None = None) -> Self:
-        """Return a model on the CPU, in eval mode, from an exported folder, a checkpoint, or `hf://organisation/name`.
+        """Return a model on the CPU, in eval mode, from an exported folder, a checkpoint, or `hf://organization/name`.
 
         `weights` is a file in it; by default the averaged ones. OSError if a file is missing or the Hub does not give
         it; ValueError if model.json is of another format or another kind of model, the weights do not fit, or are not

@@ -2,7 +2,7 @@
 
 In Python, without files, on fields by name (fm/model/fields.py lists the forms of the fields):
 
-    model = fm.WaveLiTFM.from_pretrained("hf://organisation/name")
+    model = fm.WaveLiTFM.from_pretrained("hf://organization/name")
     state = xarray.open_dataset("states.nc").isel(time=0)
     model.predict(state, "shear_flow", steps=20).to_netcdf("predicted.nc")
 

@@ -332,6 +332,6 @@ def passes_warning(dataset: str, passes: float, limit: float, steps: int) -> str
     """Return a warning of a dataset that `steps` steps pass over more often than `limit`."""
     return (
         f"{steps} steps pass {passes:.1f} times over {dataset}, more than sampling.max_passes={limit:g}; it may be "
-        "learnt by heart. Add trajectories, lower its share (sampling.scheme, sampling.weights) or train.steps, or "
+        "learned by heart. Add trajectories, lower its share (sampling.scheme, sampling.weights) or train.steps, or "
         "raise the limit (null: no limit)."
     )

@@ -43,7 +43,7 @@ NOBODY = 65534
 
 
 def make_state(width: int = 16) -> tuple[WaveLiTFM, WaveLiTFM, torch.optim.Optimizer]:
-    """A model, its average, and an optimiser that has moved all parameters but one."""
+    """A model, its average, and an optimizer that has moved all parameters but one."""
     specs = [make_spec("shear_flow"), make_spec("active_matter")]
     model, ema = (WaveLiTFM(ModelConfig(width=width, depth=2, heads=2), specs, seed) for seed in (0, 1))
     optimizer = torch.optim.AdamW(model.parameters())

@@ -86,5 +86,5 @@ def test_load_opens_a_run_its_checkpoint_and_its_export(kind: str, tiny_shards: 
 def test_load_says_what_it_looked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no checkpoint found: looked for .*model\.json"):
         fm.load(tmp_path)
-    with pytest.raises(UserError, match="expected an address such as hf://organisation/name"):
+    with pytest.raises(UserError, match="expected an address such as hf://organization/name"):
         fm.load("hf://name")

@@ -59,7 +59,7 @@ def test_descriptions_that_are_not_known_are_refused(
 
 def test_an_address_of_another_form_is_refused() -> None:
     for address in ("hf://name", "hf://a/b/c", "hf://a/b@"):
-        with pytest.raises(ValueError, match="expected an address such as hf://organisation/name"):
+        with pytest.raises(ValueError, match="expected an address such as hf://organization/name"):
             locate(address)
         with pytest.raises(UserError, match="expected an address"):
             find_checkpoint(address)

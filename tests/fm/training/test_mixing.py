@@ -202,7 +202,7 @@ def test_repeats_planned_are_told_at_the_start(tiny_shards: Path, tmp_path: Path
     assert train(small(tiny_shards, tmp_path / "run", sampling={"max_passes": limit})) == 0
     warning = (
         f"8 steps pass {planned[most]:.1f} times over {most}, more than sampling.max_passes={limit:g}; it may be "
-        "learnt by heart. Add trajectories, lower its share (sampling.scheme, sampling.weights) or train.steps, or "
+        "learned by heart. Add trajectories, lower its share (sampling.scheme, sampling.weights) or train.steps, or "
         "raise the limit (null: no limit)."
     )
     assert passes_warning(most, planned[most], limit, 8) == warning

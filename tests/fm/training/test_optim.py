@@ -34,7 +34,7 @@ def test_cosine_falls_to_zero_at_the_last_step() -> None:
     assert learning_rate(110, settings) == pytest.approx(0.0, abs=1e-12)
 
 
-def test_the_optimiser_takes_the_rate_it_is_given() -> None:
+def test_the_optimizer_takes_the_rate_it_is_given() -> None:
     layer = torch.nn.Linear(1, 1, bias=False)
     optimizer = GroupedAdamW(
         [ParameterGroup([layer.weight], frozenset("a"))], dataclasses.replace(PAPER, weight_decay=0.0)
