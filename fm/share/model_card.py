@@ -100,8 +100,8 @@ class ExportedModel:
 def model_card(exported: ExportedModel, files: Mapping[str, bytes], address: str) -> str:
     """Return the text of README.md.
 
-    `files` are the other files of the folder by path, without artefact.json. `address` is where `from_pretrained` finds
-    the model.
+    `files` are the other files of the folder by path, without artefact.json. `address` is where `fm.load` finds the
+    model.
     """
     # StrictUndefined: a name that the template misspells is an error, not an empty text.
     environment = Environment(
@@ -140,9 +140,9 @@ def is_published_grid(spec: DatasetSpec, card: Card) -> bool:
 
 
 def _model_context(exported: ExportedModel) -> dict[str, Any]:
-    """Return the model's size, its class, an example of its use, and what it predicts for untrained datasets."""
+    """Return the model's size, an example of its use, and what it predicts for untrained datasets."""
     model, names, untrained = exported.model, list(exported.model.specs), exported.untrained
-    config, count, class_name = model.config, model.num_parameters(), type(model).__name__
+    config, count = model.config, model.num_parameters()
     is_baseline = isinstance(model, Baseline)
     trained = [spec for name, spec in model.specs.items() if name not in untrained]
     example = min(trained, key=lambda spec: (len(spec.state_channels) + len(spec.constant_channels), spec.name))
@@ -155,8 +155,6 @@ def _model_context(exported: ExportedModel) -> dict[str, Any]:
         "sizes": config.name if is_baseline else f"width {config.width}, depth {config.depth}",
         "parameters": f"{count / 1e6:.1f} million" if count >= 1e6 else f"{count:,}",
         "systems": f"{len(names)} systems" if len(names) > 1 else names[0],
-        "class_name": class_name,
-        "module": "fm" if class_name == "WaveLiTFM" else type(model).__module__,
         "example": example,
         "fields": (*example.state_channels, *example.constant_channels),
         "points": "" if example.grid is None else f" of {example.grid[0]} x {example.grid[1]} points",

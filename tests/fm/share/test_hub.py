@@ -67,7 +67,7 @@ def test_export_pushes_and_evaluate_takes_the_address(hub: HubServer, run: Path,
     pushed = command("export", run, tmp_path / "model", "--push", "me/two", environment=environment)
     assert pushed.returncode == 0, pushed.stderr
     assert "pushed: " in pushed.stdout
-    assert 'from_pretrained("hf://me/two")' in hub.repositories["me/two"][-1]["README.md"].decode()
+    assert 'fm.load("hf://me/two")' in hub.repositories["me/two"][-1]["README.md"].decode()
     done = command("evaluate", "hf://me/two", "--out", tmp_path / "report", environment=environment)
     assert done.returncode == 0, done.stderr
     ours, theirs = (
