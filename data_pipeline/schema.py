@@ -263,11 +263,11 @@ def _json_bytes(value: Any) -> bytes:
 def _explain(kind: Any, error: Mapping[str, Any]) -> str:
     """Return a message in our words for one of pydantic's errors."""
     place, what, value = error["loc"], error["type"], error["input"]
-    if place and place[-1] == "[key]":
-        place = place[:-1]
     if what == "unexpected_keyword_argument":
         names = typing.get_type_hints(_kind_at(kind, place[:-1]))
         return f"{_path(place)}unknown key {place[-1]!r}. {nearest(place[-1], names)}"
+    if place and place[-1] == "[key]":  # pydantic's mark for the key of a mapping
+        place = place[:-1]
     if what == "missing" and isinstance(place[-1], str):
         return f"{_path(place[:-1])}missing key {place[-1]!r}"
     if what == "missing":  # of a list

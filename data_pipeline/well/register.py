@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import yaml
 
-from data_pipeline.files import UserError, atomic_file
+from data_pipeline.files import UserError, write_whole
 from data_pipeline.registry import (
     VARIABLE,
     Boundary,
@@ -116,8 +116,7 @@ def register(source: Path, name: str | None, directory: Path, registry: Registry
         drafts[channels_file] = f"{before.rstrip()}\n\n{_channels_text(files.name, found, fresh, registry)}"
     _check(drafts, files.name, registry)
     for path, text in reversed(drafts.items()):  # the card last: it refers to the channels
-        with atomic_file(path) as file:
-            file.write(text.encode())
+        write_whole(path, text.encode())
     return Registered(files.name, tuple(drafts), decisions)
 
 

@@ -284,6 +284,7 @@ def test_check_fields_accepts_any_order_and_prints_both_lists(tmp_path: Path) ->
 MISTAKES = [
     # text replaced, its replacement, place and reason in the message
     ("scalars:", "scalers:", r"unknown key 'scalers'. Did you mean 'scalars'\?"),
+    ("scalars:", '"[key]":', r"\[key\]: unknown key '\[key\]'. Valid: "),
     ("grid: [32, 16]\n", "", r"burgers\.yaml: missing key 'grid'"),
     ("t2: {S", "t3: {S", r"state.t3: unknown key 't3'. Valid: t0, t1, t2"),
     ("frames: 11", "frame: 11", r"train\[0\].frame: unknown key 'frame'. Did you mean 'frames'"),
