@@ -11,7 +11,7 @@ import torch
 from error_files import block_scores, dataset_scores, made_scores, window_scores
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from whole_runs import DATASETS, accelerate, finish, last_weights, log, small, spoil, start
+from whole_runs import DATASETS, last_weights, log, small, spoil
 
 from data_pipeline.files import UserError
 from data_pipeline.shards.format import Manifest
@@ -182,22 +182,6 @@ def test_a_roll_back_passes_the_step_over_and_says_so(spoilt: Path, tmp_path: Pa
         (line["step"], line["windows"]) for line in log(skip)
     ]
     assert [line["text"] for line in lines_of(back, "start")][1] == f"continued from step {first['step']}"
-
-
-@pytest.mark.parametrize("config", ["fsdp", "deepspeed_zero3"])
-def test_processes_refuse_and_roll_back_together(
-    spoilt: Path, tmp_path: Path, stopped: tuple[Path, int], config: str
-) -> None:
-    """Whatever they hold of the model: the incident is whole, and so is what they go back to."""
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    assert train(guarded(spoilt, alone, "rollback")) == 0
-    code, output = finish(start(guarded(spoilt, together, "rollback"), *accelerate(config)))
-    assert code == 0, output
-    assert [e["refused"] for e in lines_of(together, "guard")] == [e["refused"] for e in lines_of(alone, "guard")]
-    found, expected = ([line["loss"] for line in log(run) if line["loss"] is not None] for run in (together, alone))
-    assert found == pytest.approx(expected, rel=1e-4)
-    again = [replay(run, stopped[1]).draws[0].loss for run in (together, alone)]
-    assert again[0] == pytest.approx(again[1], rel=1e-4)
 
 
 def test_a_roll_back_needs_checkpoints_to_return_to(tmp_path: Path) -> None:

@@ -13,14 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
-from whole_runs import DATASETS, ROOT, accelerate, finish, log, small, start
+from whole_runs import DATASETS, ROOT, accelerate, finish, log, small, spoil, start
 
 from data_pipeline.files import UserError
 from fm.config import Recipe, dump_recipe
 from fm.distributed import _deepspeed_plugin, fsdp_reshards
+from fm.lab.replay import replay
 from fm.lab.status import read_status
 from fm.training.optim import part_of
 from fm.training.trainer import train
@@ -105,11 +107,23 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             validation={"every": 3, "windows": 2, "rollouts": 1},
         )
 
+    spoiled = spoil(tiny_shards, folder / "spoiled", lambda frames: np.multiply(frames, 1e3, out=frames))
+
+    def guarded(name: str) -> Recipe:
+        """A run that rolls back from the steps with two frames that are a thousand times too large."""
+        sections: dict[str, dict[str, Any]] = {
+            "guard": {"action": "rollback", "spike": 20.0, "history": 8},
+            "data": {"datasets": DATASETS[:1]},
+            "train": {"steps": 40, "clip": CLIP},
+            "checkpoint": {"every": 4, "keep": 100},
+        }
+        return small(spoiled, folder / name, **sections)
+
     shared = {**SECTIONS["train"], "steps": 12, "global_batch": 12, "draws": 4}
     per_rank = recipe("per_rank", train={**shared, "micro_batch": 2, "read_every": 5}, sampling={"draw": "per_rank"})
     alone = recipe("alone")
     old = {"data": {"datasets": DATASETS}, "model": {"width": 32, "depth": 2}, "train": {"steps": 12}}
-    for one in (alone, finetuning("finetuned_alone"), recipe("whole_draws", train=shared)):
+    for one in (alone, finetuning("finetuned_alone"), recipe("whole_draws", train=shared), guarded("guarded_alone")):
         assert train(one) == 0
     assert train(small(tiny_shards, folder / "pretrained", **old)) == 0
     assert train(adapting("adapted_alone")) == 0
@@ -120,8 +134,8 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     extras = {
         "cpu2": [finetuning("finetuned"), per_rank, undivided],
         "deepspeed_zero2": [adapting("adapted_deepspeed_zero2")],
-        "fsdp": [adapting("adapted_fsdp"), apart],
-        "deepspeed_zero3": [],
+        "fsdp": [adapting("adapted_fsdp"), apart, guarded("guarded_fsdp")],
+        "deepspeed_zero3": [guarded("guarded_deepspeed_zero3")],
         "deepspeed_zero1": [],
     }
     output = {}
@@ -190,6 +204,23 @@ def test_two_processes_adapt_as_one_does(runs: Runs, config: str) -> None:
                 if step == ALONE_STEPS and name in known:
                     assert mine[name].equal(known[name]), (kind, name)
     assert {part_of(name) for name in known} == {"embedding", "trunk", "head"}
+
+
+@pytest.mark.parametrize("config", ["fsdp", "deepspeed_zero3"])
+def test_processes_refuse_and_roll_back_together(runs: Runs, config: str) -> None:
+    """Whatever they hold of the model: the incident is whole, and so is what they go back to."""
+    together, alone = runs[f"guarded_{config}"], runs["guarded_alone"]
+    refused = [[event["refused"] for event in refusals(run)] for run in (together, alone)]
+    assert refused[0] == refused[1] != []
+    found, expected = ([line["loss"] for line in log(run) if line["loss"] is not None] for run in (together, alone))
+    assert found == pytest.approx(expected, rel=1e-4)
+    again = [replay(run, refused[0][0]).draws[0].loss for run in (together, alone)]
+    assert again[0] == pytest.approx(again[1], rel=1e-4)
+
+
+def refusals(directory: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "guard"]
 
 
 def test_processes_on_different_datasets_train_as_one_does(runs: Runs) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from whole_runs import DATASETS, accelerate, finish, last_weights, log, small, start, wait_for
+from whole_runs import DATASETS, finish, last_weights, log, small, start, wait_for
 
 from data_pipeline.files import UserError
 from fm.checkpoint import verify_checkpoint
@@ -115,17 +115,6 @@ def test_stop_at_ends_with_a_checkpoint_and_changes_nothing(
     assert train(small(tiny_shards, tmp_path / "parts", **options)) == 0
     assert log(tmp_path / "parts") == log(tmp_path / "whole")
     assert last_weights(tmp_path / "parts") == last_weights(tmp_path / "whole")
-
-
-def test_two_processes_see_the_batches_and_the_losses_of_one(tiny_shards: Path, tmp_path: Path) -> None:
-    one = small(tiny_shards, tmp_path / "one")
-    two = small(tiny_shards, tmp_path / "two")
-    assert train(one) == 0
-    code, output = finish(start(two, *accelerate("cpu2")))
-    assert code == 0, output
-    alone, together = log(tmp_path / "one"), log(tmp_path / "two")
-    assert [line["windows"] for line in alone] == [line["windows"] for line in together]
-    assert [line["loss"] for line in together] == pytest.approx([line["loss"] for line in alone], rel=1e-4)
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
