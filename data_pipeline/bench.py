@@ -1,8 +1,8 @@
 """How fast windows are read, compared with memcpy, the_well, h5py and webdataset, and whether IO limits training.
 
 All methods read 1 -> 1 windows (two frames) of one dataset's train split on one machine, in turn, round after round, so
-that other load slows all of them alike. Figures are medians over the rounds. First, every method's first windows are
-compared with those of ShardReader: a benchmark of wrong data would be worthless.
+that other load slows all of them alike. Figures are medians over the rounds. Before that, the first windows
+of every method are compared with the windows of ShardReader, so that no method is timed on wrong data.
 """
 
 import itertools
@@ -306,7 +306,7 @@ def _check(data: _Data, methods: Mapping[str, _Method]) -> None:
             expected = data.reader.batch(next(data.batches(method.order)), LENGTH).fields.numpy()
         if name != "memcpy" and not np.array_equal(np.stack(windows), expected):
             raise UserError(
-                f"{name}: its first windows are not those of the shards in {data.reader.folder}; "
+                f"{name}: its first windows differ from the windows of the shards in {data.reader.folder}; "
                 "give the --well folder that these shards were made from"
             )
 

@@ -64,7 +64,7 @@ def _register(options: argparse.Namespace) -> int:
     made = register(options.source, options.name, directory, open_registry(directory))
     for path in made.paths:
         print(f"{path}: written")
-    print("It can be used as it is; a person decides:", *made.decisions, sep="\n  - ")
+    print("The card can be used unchanged. Please check:", *made.decisions, sep="\n  - ")
     return 0
 
 
@@ -207,7 +207,7 @@ COMMANDS: tuple[tuple[str, str, Callable[[argparse.Namespace], int], tuple[_Argu
         *("register", "draft the card of a dataset that has none", _register),
         (
             _arg("source", "dataset folder, HDF5 files, or one file", type=Path, metavar="DIR_OR_FILE"),
-            _arg("--name", "name of the dataset (default: that of the folder or file)"),
+            _arg("--name", "name of the dataset (default: the name of the folder or file)"),
             _arg("--registry", "folder of your cards (default: WAVELIT_REGISTRY)", type=Path, metavar="DIR"),
         ),
     ),

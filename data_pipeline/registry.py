@@ -127,10 +127,10 @@ Range = Annotated[tuple[Real | None, Real | None], AfterValidator(_check_range)]
 
 @dataclass(frozen=True)
 class Conserved(Strict):
-    """A quantity that the equations keep as it was.
+    """A quantity that the equations conserve.
 
-    `mean`: the mean over the grid of each channel; `mean_square`: that of the sum of the channels' squares;
-    `divergence`: of the velocity (x, y), which is 0.
+    `mean` is the mean of each channel over the grid. `mean_square` is the mean over the grid of the sum of the squares
+    of the channels. `divergence` is the divergence of the velocity (x, y), which is 0.
     """
 
     kind: Annotated[str, choice(CONSERVED, "a kind of conserved quantity")]

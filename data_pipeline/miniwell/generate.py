@@ -232,7 +232,7 @@ def _keep_freed_memory() -> None:
 
 
 def split_rows(parameter_set: ParameterSet) -> dict[str, slice]:
-    """Return split -> its trajectories among those of a parameter set, in the order train, valid, test."""
+    """Return the range of trajectories of each split; a parameter set counts train, then valid, then test."""
     rows, first = {}, 0
     for split in SPLITS:
         count = parameter_set.num_trajectories.get(split, 0)

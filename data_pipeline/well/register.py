@@ -160,8 +160,8 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What a few frames of a few trajectories hold."""
+class SampledFrames:
+    """Statistics of a few frames of a few trajectories."""
 
     num_frames: int  # without NaN and Inf; the figures are taken over these
     figures: Mapping[str, Figures]  # by channel; empty if there was no such frame
@@ -180,7 +180,7 @@ class Survey:
     scalars: tuple[str, ...]
     dts: tuple[float, float]  # least and greatest time between frames
     lengths: tuple[tuple[int, int], ...]  # (trajectories, frames of each), shortest first; of the train files if any
-    sample: Sample
+    sample: SampledFrames
 
     @property
     def dt(self) -> float | None:
@@ -308,7 +308,7 @@ def _evenly_spaced(file: h5py.File, axis: str, path: Path) -> bool:
     return bool(steps.size == 0 or np.ptp(steps) <= _SAME_SPACING * np.abs(steps).mean())
 
 
-def _sample(files: Sequence[Path], shapes: Mapping[Path, tuple[int, int]], card: Card) -> Sample:
+def _sample(files: Sequence[Path], shapes: Mapping[Path, tuple[int, int]], card: Card) -> SampledFrames:
     channels = card.state_channels + card.constant_channels
     moments: list[Moments] = []
     lowest, highest = np.full(len(channels), np.inf), np.full(len(channels), -np.inf)
@@ -329,7 +329,7 @@ def _sample(files: Sequence[Path], shapes: Mapping[Path, tuple[int, int]], card:
         each = zip(channels, pooled.mean, pooled.std, lowest, highest, strict=True)
         figures = {name: Figures(*map(float, of_channel)) for name, *of_channel in each}
     ordered = tuple(name for name in channels if name in nonfinite)
-    return Sample(len(moments), figures, twins, ordered)
+    return SampledFrames(len(moments), figures, twins, ordered)
 
 
 def _sampled_frames(files: Sequence[Path], shapes: Mapping[Path, tuple[int, int]], card: Card) -> Iterator[np.ndarray]:
@@ -441,7 +441,7 @@ def _card_text(files: _Files, found: Survey, decisions: Sequence[str]) -> str:
     scalars = [name for name in found.scalars if NAME.fullmatch(name)]
     boundary = ", ".join(f"{axis}: [{', '.join(ends)}]" for axis, ends in zip("xy", found.boundary, strict=True))
     lines = [
-        f"# {files.name}, drafted by `data-pipeline register`. It can be used as it is; a person decides:",
+        f"# {files.name}, drafted by `data-pipeline register`. The card can be used unchanged. Please check:",
         *(f"#   - {_comment(line)}" for line in decisions),
         f"name: {_plain(files.name)}",
         f"description: {files.name} (to be described)",

@@ -39,7 +39,7 @@ NOISY_PERCENT = 20
 
 
 @dataclass(frozen=True)
-class Variant:
+class BenchmarkVariant:
     """Recipe overrides, and the devices on which they are measured unless --variants names others."""
 
     name: str
@@ -50,14 +50,14 @@ class Variant:
 VARIANTS = {
     variant.name: variant
     for variant in (
-        Variant("float32", ("train.precision=float32", "train.compile=eager"), default_on=("cpu", "cuda")),
-        Variant("bf16", ("train.precision=bf16", "train.compile=eager"), default_on=("cpu", "cuda")),
-        Variant("blocks", ("train.precision=bf16", "train.compile=blocks")),
-        Variant("step", ("train.precision=bf16", "train.compile=step")),
-        Variant("graphs", ("train.precision=bf16", "train.compile=graphs")),
-        Variant("batch4", ("train.global_batch=4",), default_on=()),
-        Variant("batch8", ("train.global_batch=8",), default_on=("cpu", "cuda")),
-        Variant("batch16", ("train.global_batch=16",)),
+        BenchmarkVariant("float32", ("train.precision=float32", "train.compile=eager"), default_on=("cpu", "cuda")),
+        BenchmarkVariant("bf16", ("train.precision=bf16", "train.compile=eager"), default_on=("cpu", "cuda")),
+        BenchmarkVariant("blocks", ("train.precision=bf16", "train.compile=blocks")),
+        BenchmarkVariant("step", ("train.precision=bf16", "train.compile=step")),
+        BenchmarkVariant("graphs", ("train.precision=bf16", "train.compile=graphs")),
+        BenchmarkVariant("batch4", ("train.global_batch=4",), default_on=()),
+        BenchmarkVariant("batch8", ("train.global_batch=8",), default_on=("cpu", "cuda")),
+        BenchmarkVariant("batch16", ("train.global_batch=16",)),
     )
 }
 
@@ -217,7 +217,7 @@ def floors(gpu: str, options: BenchmarkOptions) -> Benchmark:
     return Benchmark(str(file), size, machine, ceilings, counts.parameters, counts.shares, tuple(rows))
 
 
-def chosen_variants(names: Sequence[str] | None, device: str) -> list[Variant]:
+def chosen_variants(names: Sequence[str] | None, device: str) -> list[BenchmarkVariant]:
     """Return the named variants, or the device's default ones; the name `none` alone means no variants.
 
     Raises UserError, with the nearest name, for an unknown name.

@@ -24,7 +24,7 @@ DELTA_FLOOR = 1e-2  # of the channel's std, so that a channel that hardly moves 
 MIN_GRID = 16
 
 
-class Moments(nn.Module):
+class ChannelMoments(nn.Module):
     """Statistics of one dataset as float32 buffers (C, 1, 1), made from its specification and not saved as weights."""
 
     mean: Tensor
@@ -73,7 +73,9 @@ class Surrogate(nn.Module, ABC):
         self.wavelet = wavelet
         self.specs = {spec.name: spec for spec in sorted(datasets, key=lambda spec: spec.name)}
         self.delta = {name: predict_override.get(name, predict) == "delta" for name in self.specs}
-        self.moments = nn.ModuleDict({name: Moments(spec, self.delta[name]) for name, spec in self.specs.items()})
+        self.moments = nn.ModuleDict(
+            {name: ChannelMoments(spec, self.delta[name]) for name, spec in self.specs.items()}
+        )
 
     @abstractmethod
     def output(self, state: Tensor, constants: Tensor, spec: DatasetSpec) -> Tensor:
@@ -101,8 +103,8 @@ class Surrogate(nn.Module, ABC):
             raise ValueError(f"the model has no dataset {dataset!r}: it knows {', '.join(self.specs)}")
         return self.specs[dataset]
 
-    def _moments(self, dataset: str) -> Moments:
-        return cast(Moments, self.moments[self._spec(dataset).name])
+    def _moments(self, dataset: str) -> ChannelMoments:
+        return cast(ChannelMoments, self.moments[self._spec(dataset).name])
 
     def _check_inputs(self, spec: DatasetSpec, state: Tensor, constants: Tensor) -> None:
         given = (("state", state, spec.state_channels), ("constant", constants, spec.constant_channels))

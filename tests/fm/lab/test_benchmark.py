@@ -19,7 +19,7 @@ from fm.lab.benchmark import (
     MIXTURE,
     VARIANTS,
     BenchmarkOptions,
-    Variant,
+    BenchmarkVariant,
     benchmark,
     chosen_variants,
     floors,
@@ -198,7 +198,7 @@ def test_mini_windows_are_those_of_its_shards(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_variants_are_overrides_that_recipes_know(variant: Variant, tmp_path: Path) -> None:
+def test_variants_are_overrides_that_recipes_know(variant: BenchmarkVariant, tmp_path: Path) -> None:
     file = options(tmp_path).recipe
     assert file is not None
     found = recipe_to_dict(load_recipe(file, variant.overrides))["train"]
