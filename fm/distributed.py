@@ -59,7 +59,7 @@ def make_accelerator(clip: float) -> Accelerator:
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=TIMEOUT))
         _connect_restarted(backend)
     connect_on_cpu = processes > 1 and not has_gpu and not zero  # without cpu=True accelerate connects none of them
-    fsdp = os.environ.pop("ACCELERATE_USE_FSDP", None)  # fm/training/parallel.py shards, not accelerate
+    fsdp = os.environ.pop("ACCELERATE_USE_FSDP", None)  # fm/training/sharded.py shards, not accelerate
     try:
         accelerator = Accelerator(
             cpu=connect_on_cpu,

@@ -16,7 +16,6 @@ from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
-from scipy.stats import rankdata, spearmanr
 
 from data_pipeline.files import UserError, write_whole
 from fm.evaluation.errors import FORMAT, PREDICTORS, DatasetErrors, ErrorFile, Errors
@@ -275,9 +274,13 @@ def spearman(ours: Row, theirs: Row) -> float | None:
     first, second = _ranks(ours), _ranks(theirs)
     if len(set(first)) < 2 or len(set(second)) < 2:
         return None
+    from scipy.stats import spearmanr  # here, since scipy.stats takes a second to import, as below
+
     return float(spearmanr(first, second).statistic)
 
 
 def _ranks(scores: Row) -> list[float]:
     """1 for the lowest; equal scores share the mean of their places."""
+    from scipy.stats import rankdata
+
     return [float(rank) for rank in rankdata([math.inf if score is None else score for score in scores])]

@@ -2,33 +2,27 @@
 
 Parallel      the interface that fm/training/step.py uses, whatever the launch configuration
 Replicated    every process holds the whole model: one process, or DistributedDataParallel (DDP)
-FullySharded  FSDP2: every process holds a slice of each parameter and gathers a block's slices to compute with it
 Zero          DeepSpeed ZeRO: slices of the moments (stage 1), gradients (2) and parameters (3)
+FullySharded  FSDP2, in fm/training/sharded.py: every process holds a slice of each parameter
 
-`spread` chooses one of them from the launch configuration.
+`fm.training.state.spread` chooses one of them from the launch configuration.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from typing_extensions import override
 
-from data_pipeline.files import UserError
-from fm.config import AdaptSettings, TrainSettings
-from fm.distributed import fsdp_reshards, is_launched_with
 from fm.training.objective import Unroll
-from fm.training.optim import GroupedAdamW, parameter_groups
+from fm.training.optim import GroupedAdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -100,7 +94,7 @@ class Parallel(ABC):
         """Load what `moments` returned, on all processes. Collective."""
 
 
-def _gradients(model: nn.Module, optimizer: GroupedAdamW) -> list[Tensor]:
+def used_gradients(model: nn.Module, optimizer: GroupedAdamW) -> list[Tensor]:
     """Drop the gradients of skipped groups, so that they do not count in the norm, and return the others."""
     for group in optimizer.param_groups:
         if group["skipped"]:
@@ -134,7 +128,7 @@ class Replicated(Parallel):
 
     @override
     def grad_norm(self) -> Tensor:
-        return get_total_norm(_gradients(self.model, self.optimizer))
+        return get_total_norm(used_gradients(self.model, self.optimizer))
 
     @override
     def clip(self, norm: Tensor, max_norm: float) -> None:
@@ -179,99 +173,6 @@ def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-class FullySharded(Parallel):
-    """FSDP2: parameters, gradients, moments and averaged weights in equal slices.
-
-    torch's `fully_shard` is called directly, since accelerate drops FSDP on a CPU without a message. CPU and GPU so run
-    the same code.
-    """
-
-    name = "FSDP2"
-    holds_whole_model = False
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        objective: Unroll,
-        settings: TrainSettings,
-        adapt: AdaptSettings | None,
-        reshard_after_forward: bool,
-    ) -> None:
-        self._is_main = accelerator.is_main_process
-        self._mesh: DeviceMesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-        for part in (*objective.model.blocks, objective):
-            fully_shard(part, mesh=self._mesh, reshard_after_forward=reshard_after_forward)
-        # The optimizer is made after fully_shard, so that it gets the slices.
-        super().__init__(objective, GroupedAdamW(parameter_groups(objective.model, adapt), settings))
-
-    @override
-    @contextmanager
-    def accumulate(self, last: bool) -> Iterator[None]:
-        cast(FSDPModule, self.objective).set_requires_gradient_sync(last)
-        yield
-
-    @override
-    def grad_norm(self) -> Tensor:
-        norm = get_total_norm(_gradients(self.model, self.optimizer))
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    @override
-    def clip(self, norm: Tensor, max_norm: float) -> None:
-        # Slices can be scaled only by a DTensor on the same mesh.
-        everywhere = DTensor.from_local(norm, self._mesh, [Replicate()], run_check=False)
-        clip_grads_with_norm_(self.model.parameters(), max_norm, everywhere)
-
-    @override
-    def shards(self) -> dict[str, Tensor]:
-        return {name: parameter.to_local().detach() for name, parameter in self._parameters().items()}
-
-    @override
-    def shard(self, name: str, whole: Tensor) -> Tensor:
-        return self._slice(self._parameters()[name], whole).clone()
-
-    @override
-    def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        parameters = self._parameters()
-        whole = {name: self._whole(_like(parameters[name], shards[name])) for name in parameters}
-        return whole if self._is_main else {}
-
-    @override
-    def moments(self) -> dict[str, Tensor]:
-        # Gathering is collective, so all processes need one order; a file of tensors that was loaded has another.
-        own = sorted(named_state(self.model, self.optimizer).items())
-        whole = {key: self._whole(value) for key, value in own}
-        return whole if self._is_main else {}
-
-    @override
-    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        parameters, own = self._parameters(), dict(moments)
-        for key in moments:
-            name, _, moment = key.rpartition("/")
-            if moment in MOMENTS:
-                own[key] = _like(parameters[name], self._slice(parameters[name], moments[key]))
-        load_named_state(self.model, self.optimizer, own)
-
-    def _parameters(self) -> dict[str, DTensor]:
-        return {name: cast(DTensor, parameter) for name, parameter in self.model.named_parameters()}
-
-    @staticmethod
-    def _slice(parameter: DTensor, whole: Tensor) -> Tensor:
-        """Return this process's slice of a tensor of the parameter's shape; the last processes may have none."""
-        rank, parts = parameter.device_mesh.get_local_rank(), whole.detach().chunk(parameter.device_mesh.size())
-        return (parts[rank] if rank < len(parts) else whole[:0]).to(parameter.device)
-
-    def _whole(self, tensor: Tensor) -> Tensor:
-        """Return the whole tensor in the main process's memory, not on its GPU; an empty tensor on the others."""
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        return whole.cpu() if self._is_main else whole.new_empty(0)
-
-
-def _like(parameter: DTensor, local: Tensor) -> DTensor:
-    """Return the tensor of which `local` is this process's slice, distributed as the parameter."""
-    spec = (parameter.device_mesh, parameter.placements)
-    return DTensor.from_local(local, *spec, run_check=False, shape=parameter.shape, stride=parameter.stride())
-
-
 class Zero(Parallel):
     """DeepSpeed ZeRO through accelerate's plugin; fm/distributed.py completes its configuration from the recipe.
 
@@ -282,7 +183,7 @@ class Zero(Parallel):
     def __init__(self, accelerator: Accelerator, objective: Unroll, optimizer: GroupedAdamW) -> None:
         super().__init__(objective, optimizer)
         self._is_main = accelerator.is_main_process
-        self._zero_skipped_gradients()
+        self._zero_skippedused_gradients()
         self._engine = self.objective = accelerator.prepare(objective, optimizer)[0]
         self._stage = int(self._engine.zero_optimization_stage())
         self.name, self.holds_whole_model = f"DeepSpeed ZeRO-{self._stage}", self._stage < 3
@@ -395,7 +296,7 @@ class Zero(Parallel):
         """Return the parameters by name; DeepSpeed gives those of stage 3 attributes of its own (`ds_...`)."""
         return dict(self.model.named_parameters())
 
-    def _zero_skipped_gradients(self) -> None:
+    def _zero_skippedused_gradients(self) -> None:
         """Make gradients of skipped groups zero before DeepSpeed reads them; it has no way to skip a group."""
         for group in self.optimizer.param_groups:
             if group["rate"] == 0 or not group["learns_alone"]:
@@ -420,26 +321,3 @@ class Zero(Parallel):
 
 def _zero_if_skipped(group: Mapping[str, Any], gradient: Tensor) -> Tensor:
     return torch.zeros_like(gradient) if group["skipped"] else gradient
-
-
-def spread(
-    accelerator: Accelerator, objective: Unroll, settings: TrainSettings, adapt: AdaptSettings | None = None
-) -> Parallel:
-    """Spread the objective, which is on its device, and a new optimizer over the processes. Collective.
-
-    Raises UserError if the model cannot be trained under the launch configuration.
-    """
-    if not len(objective.model.blocks) and (is_launched_with("FSDP") or is_launched_with("DEEPSPEED")):
-        raise UserError(
-            "baselines train in one process or under DDP (launch/ddp.yaml, launch/cpu2.yaml): their networks cannot be "
-            "sharded; the launch configuration asks for FSDP or DeepSpeed"
-        )
-    if is_launched_with("FSDP"):
-        reshard = fsdp_reshards()
-        if accelerator.num_processes > 1:
-            return FullySharded(accelerator, objective, settings, adapt, reshard)
-        accelerator.print("FSDP has nothing to spread over one process; it trains as without.")
-    optimizer = GroupedAdamW(parameter_groups(objective.model, adapt), settings)
-    if is_launched_with("DEEPSPEED"):
-        return Zero(accelerator, objective, optimizer)
-    return Replicated(accelerator, objective, optimizer)

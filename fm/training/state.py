@@ -26,12 +26,12 @@ from torch import Tensor
 
 from data_pipeline.files import UserError
 from fm.checkpoint import Snapshot, load_checkpoint, take_snapshot
-from fm.config import Recipe
-from fm.distributed import autocast_dtype, is_launched_with
+from fm.config import AdaptSettings, Recipe, TrainSettings
+from fm.distributed import autocast_dtype, fsdp_reshards, is_launched_with
 from fm.model.surrogate import Surrogate
 from fm.training.objective import Unroll
-from fm.training.optim import EMA
-from fm.training.parallel import spread
+from fm.training.optim import EMA, GroupedAdamW, parameter_groups
+from fm.training.parallel import Parallel, Replicated, Zero
 
 VARIABLE = "WAVELIT_COMPILE"
 INDUCTOR = "inductor"  # torch's own compiler: Triton on a GPU, C++ on a CPU
@@ -79,6 +79,31 @@ class TrainingState:
         if self._average is None:
             return None
         return take_snapshot(self.step, self._average.description(), weights, average, moments, facts)
+
+
+def spread(
+    accelerator: Accelerator, objective: Unroll, settings: TrainSettings, adapt: AdaptSettings | None = None
+) -> Parallel:
+    """Spread the objective, which is on its device, and a new optimizer over the processes. Collective.
+
+    Raises UserError if the model cannot be trained under the launch configuration.
+    """
+    if not len(objective.model.blocks) and (is_launched_with("FSDP") or is_launched_with("DEEPSPEED")):
+        raise UserError(
+            "baselines train in one process or under DDP (launch/ddp.yaml, launch/cpu2.yaml): their networks cannot be "
+            "sharded; the launch configuration asks for FSDP or DeepSpeed"
+        )
+    if is_launched_with("FSDP"):
+        reshard = fsdp_reshards()
+        if accelerator.num_processes > 1:
+            from fm.training.sharded import FullySharded  # here, since it takes a second to import
+
+            return FullySharded(accelerator, objective, settings, adapt, reshard)
+        accelerator.print("FSDP has nothing to spread over one process; it trains as without.")
+    optimizer = GroupedAdamW(parameter_groups(objective.model, adapt), settings)
+    if is_launched_with("DEEPSPEED"):
+        return Zero(accelerator, objective, optimizer)
+    return Replicated(accelerator, objective, optimizer)
 
 
 def compile_objective(objective: Unroll, recipe: Recipe, accelerator: Accelerator) -> None:

@@ -26,7 +26,7 @@ from fm.model.loss import wavelit_loss
 from fm.model.spec import ModelConfig
 from fm.model.wavelit import WaveLiTFM
 from fm.training.objective import Unroll
-from fm.training.parallel import spread
+from fm.training.state import spread
 from fm.training.trainer import train
 
 SMALL: dict[str, dict[str, int]] = {

@@ -16,7 +16,7 @@ from fm.distributed import make_accelerator
 from fm.evaluation.plots import Cosines, cosine_figure, mean_cosines
 from fm.training.checks import WINDOWS, check_gradient_cosines, cosines_of, gradient_cosines, sampled_windows
 from fm.training.objective import Unroll
-from fm.training.parallel import FullySharded
+from fm.training.sharded import FullySharded
 from fm.training.trainer import Trainer, train
 
 THREE = {"data": {"datasets": [*DATASETS, "shear_flow"]}, "tracking": {"gradient_cosine_every": 3}}
