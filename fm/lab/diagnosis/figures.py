@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
@@ -33,7 +32,7 @@ def figure_names(diagnosis: Diagnosis) -> list[str]:
 def draw(name: str, diagnosis: Diagnosis) -> Figure:
     """Draw one figure by its name."""
     height, draw_into = FIGURES[name]
-    figure = _figure(height)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     draw_into(diagnosis, figure)
     return figure
 
@@ -42,17 +41,11 @@ def draw_sheet(diagnosis: Diagnosis) -> Figure:
     """Draw all figures on one sheet."""
     names = figure_names(diagnosis)
     heights = [FIGURES[name][0] for name in names]
-    figure = _figure(sum(heights) + 0.3)
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.3), layout="constrained")
     figure.suptitle(f"{diagnosis.dataset}: rollouts diagnosed", fontsize=TEXT_SIZE + 2)
     parts: Any = figure.subfigures(len(names), 1, height_ratios=heights)
     for part, name in zip(parts, names, strict=True):
         FIGURES[name][1](diagnosis, part)
-    return figure
-
-
-def _figure(height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure
 
 

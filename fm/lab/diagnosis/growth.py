@@ -1,16 +1,9 @@
 """How errors grow along a rollout, and what one step does to a small difference.
 
-Array legend: R trajectories, K rollout steps, C channels, H W grid. States are normalized.
-
-Error growth: e_{k+1} <= L e_k + eps_k (paper, Appendix H). e_k is the error after k steps, eps_k the error of one step
-from the true state, and L the factor by which a step amplifies an existing error. With L > 1 the error doubles every
-ln 2 / ln L steps until it saturates. The sum is the worst case: the new error points along the old one. Independent
-errors add up as squares, e_{k+1}^2 = L^2 e_k^2 + eps_k^2, which fits the same errors with a larger L. The two values of
-L bracket the truth.
-
-Stability: the Jacobian J of one step is needed only in the products J v and J^T w. The largest singular value of J is
-the local Lipschitz constant, the most that one step can amplify. The growth of a small difference that is carried from
-step to step gives the finite-time Lyapunov exponent (Benettin et al. 1980, Meccanica 15).
+Array legend: R trajectories, K rollout steps, C channels, H W grid. States are normalized. The Jacobian J of one step
+is needed only in the products J v and J^T w. Its largest singular value is the local Lipschitz constant, the most that
+one step can amplify. The growth of a small difference that is carried from step to step gives the finite-time Lyapunov
+exponent (Benettin et al. 1980, Meccanica 15).
 """
 
 import math
@@ -34,7 +27,13 @@ MAX_ITERATIONS = 50
 
 @dataclass(frozen=True)
 class Recurrence:
-    """The recurrence of the error, fitted to the growing part of some rollouts."""
+    """The recurrence e_{k+1} <= L e_k + eps_k of the error (paper, Appendix H), fitted where rollouts' errors grow.
+
+    e_k is the error after k steps, eps_k the error of one step from the true state, and L the factor by which a step
+    amplifies an existing error. The sum is the worst case: the new error points along the old one. Independent errors
+    add up as squares, e_{k+1}^2 = L^2 e_k^2 + eps_k^2, which fits the same errors with a larger L. The two values of L
+    bracket the truth.
+    """
 
     epsilon: float  # root mean square of the one-step errors in the fit
     factor: float  # L, by least squares
@@ -87,13 +86,13 @@ class Stability:
     largest_along_rollout: np.ndarray
 
 
-def fit_recurrence(errors: np.ndarray, one_step: np.ndarray, limit: float = GROWING) -> Recurrence | None:
-    """Fit L by least squares over the steps until the error first exceeds `limit`; errors and one_step (R, K).
+def fit_recurrence(errors: np.ndarray, one_step: np.ndarray) -> Recurrence | None:
+    """Fit L by least squares over the steps until the error first exceeds GROWING; errors and one_step (R, K).
 
     Steps from the first that is not finite on are left out. Returns None if there is nothing to fit; `why_unfitted`
     gives the reason.
     """
-    last = np.minimum(*_usable_steps(errors, one_step, limit))
+    last = np.minimum(*_usable_steps(errors, one_step))
     x, following, new, epsilon = (
         np.concatenate([part[row, first : max(0, end + until)] for row, end in enumerate(last)])
         for part, first, until in ((errors, 0, -1), (errors, 1, 0), (one_step, 1, 0), (one_step, 0, 0))
@@ -110,11 +109,11 @@ def fit_recurrence(errors: np.ndarray, one_step: np.ndarray, limit: float = GROW
     )
 
 
-def why_unfitted(errors: np.ndarray, one_step: np.ndarray, limit: float = GROWING) -> str:
+def why_unfitted(errors: np.ndarray, one_step: np.ndarray) -> str:
     """Return the reason why `fit_recurrence` returns None for these errors, as the end of a sentence."""
     if errors.size - len(errors) < MIN_PAIRS:
         return f"it takes {MIN_PAIRS} pairs of steps, and the rollouts have {errors.size - len(errors)}"
-    below, finite = _usable_steps(errors, one_step, limit)
+    below, finite = _usable_steps(errors, one_step)
     if np.maximum(np.minimum(below, finite) - 1, 0).sum() >= MIN_PAIRS:
         return "a rollout without any error has nothing that could grow"
     return (
@@ -122,11 +121,11 @@ def why_unfitted(errors: np.ndarray, one_step: np.ndarray, limit: float = GROWIN
     )
 
 
-def _usable_steps(errors: np.ndarray, one_step: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return, (R,) each, the step at which the error exceeds `limit`, and the number of leading finite steps."""
+def _usable_steps(errors: np.ndarray, one_step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return, (R,) each, the step at which the error exceeds GROWING, and the number of leading finite steps."""
     below, finite = (
         np.cumprod(condition, axis=1).sum(axis=1)
-        for condition in (errors < limit, np.isfinite(errors) & np.isfinite(one_step))
+        for condition in (errors < GROWING, np.isfinite(errors) & np.isfinite(one_step))
     )
     return np.minimum(below + 1, errors.shape[1]), finite
 

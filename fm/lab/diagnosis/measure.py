@@ -3,7 +3,7 @@
 `diagnose_run` opens a run and writes the results; `diagnose` measures. Array legend as in quantities.py.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from data_pipeline.registry import Card
 from data_pipeline.windows.reader import ShardReader
 from fm.datasets import check_channels
 from fm.evaluation.evaluate import TrainedModel
-from fm.lab.diagnosis.growth import Growth, Stability, Step, largest_singular_value, tangent_growth
+from fm.lab.diagnosis.growth import Growth, Stability, largest_singular_value, tangent_growth
 from fm.lab.diagnosis.quantities import (
     Bands,
     Diagnosis,
@@ -42,7 +42,6 @@ FIT_WINDOWS = 256  # of the train split, evenly spaced, for the fit of the point
 SCORE_WINDOWS = 128  # of the test split, evenly spaced, for the comparison of one-step predictors
 BATCH = 16
 
-Advance = Callable[[int], object]
 Part = TypeVar("Part", Stability, Bands, Drift)
 
 
@@ -70,21 +69,18 @@ def diagnose_run(
     test, train = (trained.readers([dataset], split, shards)[dataset] for split in ("test", "train"))
     spec = model.specs[dataset]
     check_channels(test, spec.state_channels, spec.constant_channels, "the model was trained on")
-    card = trained.registry().card(dataset)
     subject = Subject(model, test, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     chosen = choose_trajectories(test, trajectories)
     origin = {"checkpoint": str(trained.checkpoint), "step": trained.step, "data": test.manifest.digest[:12]}
     simulated, twins = well or sibling_well(shards), None
-    total = work(test.num_frames(chosen[0]) - 1, len(chosen)) + (len(chosen) if simulated else 0)
-    with tqdm(total=total, desc=f"diagnose {dataset}", leave=False) as bar:
-        if simulated is not None:
-            try:
-                twins = twins_of(test, simulated, chosen, bar.update)
-            except UserError as error:
-                if well is not None:  # the user named the folder
-                    raise
-                tqdm.write(f"without twins of the true flow: {error}")
-        diagnosis = diagnose(subject, train, card, chosen, twins, origin, bar.update)
+    if simulated is not None:
+        try:
+            twins = twins_of(test, simulated, chosen)
+        except UserError as error:
+            if well is not None:  # the user named the folder
+                raise
+            print(f"without twins of the true flow: {error}")
+    diagnosis = diagnose(subject, train, trained.registry().card(dataset), chosen, twins, origin)
     return write_diagnosis(diagnosis, out or trained.report / "diagnosis")
 
 
@@ -95,7 +91,6 @@ def diagnose(
     trajectories: Sequence[int],
     twins: np.ndarray | None = None,
     origin: dict[str, object] | None = None,
-    advance: Advance = lambda count: None,
 ) -> Diagnosis:
     """Measure a model on trajectories of one length, from their first frames.
 
@@ -103,10 +98,13 @@ def diagnose(
     `twins` (R, 2, T, C, H, W) are the trajectories and their twins, if any; `origin` names the weights and the data.
     """
     parts = [
-        _measure(subject, card, index, None if twins is None else twins[row], row, advance)
+        _measure(subject, card, index, None if twins is None else twins[row], row)
         for row, index in enumerate(trajectories)
     ]
     errors, stabilities, spectra, bands, drifts = zip(*parts, strict=True)
+    mean_spectra = {
+        name: np.mean([getattr(one, name) for one in spectra], axis=0) for name in ("truth", "prediction", "error")
+    }
     return Diagnosis(
         dataset=subject.dataset,
         origin=dict(origin or {}),
@@ -114,16 +112,11 @@ def diagnose(
         dt=subject.reader.manifest.trajectories[trajectories[0]].dt,
         growth=Growth.of(*(np.concatenate(arrays) for arrays in zip(*errors, strict=True))),
         stability=_joined(stabilities),
-        spectra=_mean(spectra),
+        spectra=replace(spectra[0], **mean_spectra),
         bands=_joined(bands),
         drifts=tuple(_joined(of_one_quantity) for of_one_quantity in zip(*drifts, strict=True)),
-        floors=_floors(subject, train, advance),
+        floors=_floors(subject, train),
     )
-
-
-def work(num_steps: int, num_trajectories: int) -> int:
-    """Return how often `diagnose` calls `advance` in all."""
-    return 4 * num_steps * num_trajectories + 2 * len(_jacobian_frames(num_steps)) + 1
 
 
 def _joined(parts: Sequence[Part]) -> Part:
@@ -134,14 +127,8 @@ def _joined(parts: Sequence[Part]) -> Part:
     return replace(first, **arrays)
 
 
-def _mean(spectra: Sequence[Spectra]) -> Spectra:
-    """Average over trajectories, which all have the same number of fields."""
-    names = ("truth", "prediction", "error")
-    return replace(spectra[0], **{name: np.mean([getattr(one, name) for one in spectra], axis=0) for name in names})
-
-
 def _measure(
-    subject: Subject, card: Card, trajectory: int, twins: np.ndarray | None, row: int, advance: Advance
+    subject: Subject, card: Card, trajectory: int, twins: np.ndarray | None, row: int
 ) -> tuple[tuple[np.ndarray, ...], Stability, Spectra, Bands, tuple[Drift, ...]]:
     """Measure one trajectory, R = 1, the `row`-th of those chosen; twins (2, T, C, H, W).
 
@@ -150,11 +137,10 @@ def _measure(
     manifest, num_steps = subject.reader.manifest, subject.reader.num_frames(trajectory) - 1
     step, truth = subject.step([trajectory]), subject.states([trajectory], num_steps + 1)
     single, states = [], [truth[:, 0]]
-    for k in range(num_steps):
-        with torch.no_grad():
+    with torch.no_grad():
+        for k in tqdm(range(num_steps), desc=f"roll out trajectory {trajectory}", leave=False):
             single.append(_rms(step(truth[:, k].to(subject.device)).cpu() - truth[:, k + 1]))
             states.append(step(states[-1].to(subject.device)).cpu())
-        advance(2)
     rollout = torch.stack(states, dim=1)
     raw_truth, raw_rollout = subject.physical(truth), subject.physical(rollout)
     scores = vrmse(torch.from_numpy(raw_rollout[:, 1:]), torch.from_numpy(raw_truth[:, 1:])).mean(-1).numpy()
@@ -166,7 +152,7 @@ def _measure(
     shown = tuple(np.unique(np.geomspace(1, num_steps, NUM_SPECTRA).round().astype(int)).tolist())
     return (
         errors,
-        _stability(step, (truth, rollout), twins, std, row, subject.device, advance),
+        _stability(subject, trajectory, (truth, rollout), twins, std, row),
         measure_spectra(*later, shown, spacing),
         measure_bands(*later, subject.model.specs[subject.dataset].periodic),
         measure_drifts(card, manifest.state_channels, raw_truth, raw_rollout, std),
@@ -174,48 +160,40 @@ def _measure(
 
 
 def _stability(
-    step: Step,
+    subject: Subject,
+    trajectory: int,
     paths: tuple[Tensor, Tensor],
     twins: np.ndarray | None,
     std: np.ndarray,
     row: int,
-    device: torch.device,
-    advance: Advance,
 ) -> Stability:
     """Measure the growth of one small difference along truth and rollout, `paths` (1, K + 1, C, H, W).
 
     The difference is that of the twins, if any, else noise. The singular values are costly: only row 0 has them.
     """
-    true_flow, start = None, torch.randn(paths[0][:, 0].shape, generator=torch.Generator().manual_seed(row))
+    step, shape, num_steps = subject.step([trajectory]), paths[0][:, 0].shape, paths[0].shape[1] - 1
+    true_flow, start = None, torch.randn(shape, generator=torch.Generator().manual_seed(row))
     if twins is not None:
         difference = (twins[1, 0] - twins[0, 0]) / std[:, None, None]
         start = torch.from_numpy(difference / np.abs(difference).max()).float()[None]
         distance = twin_distance(twins, std)  # (T,)
         true_flow = (distance[1:] / distance[:-1])[None]
-
-    def states(path: Tensor) -> Iterator[Tensor]:
-        for state in path[:, :-1].unbind(1):
-            advance(1)
-            yield state.to(device)
-
-    along_truth, along_rollout = (tangent_growth(step, states(path), start.to(device)) for path in paths)
-    frames = _jacobian_frames(paths[0].shape[1] - 1) if row == 0 else ()
-    largest = []
-    for path in paths:
-        vector, values = torch.randn(path[:, 0].shape, generator=torch.Generator().manual_seed(0)).to(device), []
-        for frame in frames:
-            value, vector = largest_singular_value(step, path[:, frame].to(device), vector)
+    frames: list[int] = []
+    if row == 0:
+        frames = np.unique(np.linspace(0, num_steps - 1, NUM_JACOBIANS).round().astype(int)).tolist()
+    growth, largest = [], []
+    for path in (part.to(subject.device) for part in paths):
+        states = tqdm(path[:, :-1].unbind(1), desc=f"growth along trajectory {trajectory}", leave=False)
+        growth.append(tangent_growth(step, states, start.to(subject.device)))
+        vector, values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(subject.device), []
+        for frame in tqdm(frames, desc="largest singular values", leave=False):
+            value, vector = largest_singular_value(step, path[:, frame], vector)
             values.append(value)
-            advance(1)
         largest.append(np.array(values))
-    return Stability(along_truth, along_rollout, true_flow, frames, *largest)
+    return Stability(growth[0], growth[1], true_flow, tuple(frames), largest[0], largest[1])
 
 
-def _jacobian_frames(num_steps: int) -> tuple[int, ...]:
-    return tuple(np.unique(np.linspace(0, num_steps - 1, NUM_JACOBIANS).round().astype(int)).tolist())
-
-
-def _floors(subject: Subject, train: ShardReader, advance: Advance) -> Floors:
+def _floors(subject: Subject, train: ShardReader) -> Floors:
     """Measure the one-step VRMSE of the model and of simpler predictors on the same windows."""
     pairs = (subject.pairs(train, ids) for ids in _window_batches(train, FIT_WINDOWS))
     pointwise = PointwiseMap.fit((source.numpy(), target.numpy()) for source, target in pairs)
@@ -229,7 +207,6 @@ def _floors(subject: Subject, train: ShardReader, advance: Advance) -> Floors:
         for name, states in predicted.items():
             raw, wanted = (torch.from_numpy(subject.physical(part)) for part in (states, target))
             scores[name].append(vrmse(raw, wanted).mean(-1).numpy())
-    advance(1)
     medians = {name: float(np.median(np.concatenate(parts))) for name, parts in scores.items()}
     return Floors(windows=sum(len(part) for part in scores["model"]), **medians)
 

@@ -2,36 +2,24 @@
 
 Array legend: R trajectories, K rollout steps, C channels, H W grid, S wavelet subbands. States are normalized unless a
 docstring states physical units.
-
-Scales: the energy of fields by wavelet subband, and their power by wavenumber.
-
-Conservation: quantities that the dataset's card declares as conserved, along truth and rollout. The truth's own values
-are the floor, because stored frames are rounded and a solver on a staggered grid does not keep the divergence of
-centered differences at zero.
-
-One step: the best linear map of a grid point's own channels, the same at every point. A model with a larger error has
-learned less than pointwise algebra. Where the map is exact (helmholtz_staircase turns the phase of every point by one
-angle), its error shows how far the model is from a map that is easy to write down.
 """
 
-import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ptwt
 import torch
+from pydantic_core import to_jsonable_python
 
 from data_pipeline.registry import Boundary, Card
 from fm.evaluation.plots import radial_spectrum
 from fm.lab.diagnosis.growth import Growth, Stability
+from fm.model.wavelets import analysis
 
 Spacing = tuple[float, float]  # distance of grid points along x and y
 
 WAVELET = "bior4.4"  # nearly orthonormal, and smooth enough to separate neighboring scales
-REACH = 4  # points on either side that a coefficient of WAVELET depends on, and coefficients that ptwt adds for them
 LEVELS = 3
 
 
@@ -76,36 +64,20 @@ def band_energy(fields: np.ndarray, periodic: tuple[bool, bool]) -> tuple[tuple[
     `fields` (..., C, H, W) are decomposed as often as the grid can be halved, up to LEVELS times. `periodic` tells
     whether x and y are periodic.
     """
-    approximation, points = fields, fields.shape[-1] * fields.shape[-2]
+    approximation, points = torch.from_numpy(fields), fields.shape[-1] * fields.shape[-2]
     names: list[str] = []
     energies: list[np.ndarray] = []
 
-    def energy(coefficients: np.ndarray) -> np.ndarray:
-        return np.square(coefficients, dtype=np.float64).sum((-3, -2, -1)) / points
+    def energy(coefficients: torch.Tensor) -> np.ndarray:
+        return np.square(coefficients.numpy(), dtype=np.float64).sum((-3, -2, -1)) / points
 
     for level in range(1, LEVELS + 1):
         if approximation.shape[-1] % 2 or approximation.shape[-2] % 2 or min(approximation.shape[-2:]) < 4:
             break
-        approximation, *details = _one_level(approximation, periodic)
+        approximation, *details = analysis(approximation, WAVELET, 1, periodic).unbind(-3)
         names[:0] = [f"{kind}{level}" for kind in ("LH", "HL", "HH")]
         energies[:0] = [energy(detail) for detail in details]
     return (f"LL{len(names) // 3}", *names), np.stack([energy(approximation), *energies], axis=-1)
-
-
-def _one_level(fields: np.ndarray, periodic: tuple[bool, bool]) -> list[np.ndarray]:
-    """Return the subbands LL, LH, HL, HH of fields (..., H, W), (..., H / 2, W / 2) each.
-
-    ptwt extends both axes alike, and keeps the coefficients of the extension, so that points near the ends would count
-    more than once. Therefore each level extends each axis here and drops what lies beyond the ends.
-    """
-    extended = fields
-    for axis, wraps in zip((-2, -1), periodic, strict=True):
-        widths = [(0, 0)] * fields.ndim
-        widths[axis] = (REACH, REACH)
-        extended = np.pad(extended, widths, mode="wrap" if wraps else "reflect")
-    ll, (hl, lh, hh) = ptwt.wavedec2(torch.from_numpy(extended), WAVELET, mode="zero", level=1)
-    rows, columns = (slice(REACH, REACH + size // 2) for size in fields.shape[-2:])
-    return [subband[..., rows, columns].numpy() for subband in (ll, lh, hl, hh)]
 
 
 def measure_bands(truth: np.ndarray, prediction: np.ndarray, periodic: tuple[bool, bool]) -> Bands:
@@ -132,7 +104,9 @@ def _mean_spectra(states: np.ndarray, spacing: Spacing) -> np.ndarray:
 class Drift:
     """One conserved quantity over the frames 0..K of the rollouts, (R, K + 1) each; frame 0 is the initial state.
 
-    Means and mean squares are changes since frame 0. A divergence is given as it is, since it should be 0.
+    Means and mean squares are changes since frame 0. A divergence is given as it is, since it should be 0. The truth's
+    own drift is the floor: stored frames are rounded, and a solver on a staggered grid does not keep the divergence of
+    centered differences at zero.
     """
 
     kind: str  # of the card's Conserved: mean, mean_square or divergence
@@ -207,7 +181,11 @@ class Floors:
 
 @dataclass(frozen=True)
 class PointwiseMap:
-    """The map next = matrix @ (channels, 1) at each grid point; matrix (C, C + 1)."""
+    """The map next = matrix @ (channels, 1) at each grid point; matrix (C, C + 1).
+
+    A model with a larger error has learned less than pointwise algebra. Where the map is exact (helmholtz_staircase
+    turns the phase of every point by one angle), the error shows how far the model is from a map that is easy to write.
+    """
 
     matrix: np.ndarray
 
@@ -260,16 +238,5 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         """Return all quantities as JSON types, with null for what is not finite."""
-        return {"num_steps": self.num_steps, **_plain(self)}
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        plain = to_jsonable_python(self, inf_nan_mode="null", fallback=lambda array: array.tolist())
+        return {"num_steps": self.num_steps, **plain}

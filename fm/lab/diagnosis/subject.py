@@ -5,13 +5,14 @@ datasets, whose simulations can be run again.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from data_pipeline.files import UserError
 from data_pipeline.miniwell.generate import file_name, load_system, split_rows
@@ -70,9 +71,7 @@ def sibling_well(shards: str | Path) -> Path | None:
     return well if not is_url(shards) and well.is_dir() else None
 
 
-def twins_of(
-    reader: ShardReader, well: Path, trajectories: Sequence[int], advance: Callable[[int], object] = lambda count: None
-) -> np.ndarray:
+def twins_of(reader: ShardReader, well: Path, trajectories: Sequence[int]) -> np.ndarray:
     """Simulate these trajectories of the shards and their twins again, as in <well>/<dataset>.
 
     Returns float64 (R, 2, T, C, X, Y). Raises UserError if <well>/<dataset> does not describe its simulation, or the
@@ -89,12 +88,11 @@ def twins_of(
             f"{type(error).__name__}: {error}. Give --well the folder that `data-pipeline simulate --out` was given."
         ) from error
     pairs = []
-    for index in trajectories:
+    for index in tqdm(trajectories, desc="simulate twins", leave=False):
         number, place = _locate(reader, index, sets)
         pair = twin_states(reader.dataset, preset, number, place, seed)
         _check_same(reader, index, pair[0, 0], well)
         pairs.append(pair)
-        advance(1)
     return np.stack(pairs)
 
 

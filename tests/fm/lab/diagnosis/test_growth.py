@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fm.lab.diagnosis.growth import (
+    GROWING,
     Recurrence,
     Step,
     derivative,
@@ -54,10 +55,11 @@ def test_independent_errors_are_recovered_by_their_squares(one_step: np.ndarray)
 
 
 def test_only_the_growing_part_is_fitted(one_step: np.ndarray) -> None:
+    one_step = 10 * one_step
     errors = errors_of(1.5, one_step)
-    last = int((errors[0] < 0.05).sum())  # the step after it passes the limit, and is the last in the fit
+    last = int((errors[0] < GROWING).sum())  # the step after it passes the limit, and is the last in the fit
     errors[:, last + 1 :] = 1.4
-    fit = fit_recurrence(errors[:1], one_step[:1], limit=0.05)
+    fit = fit_recurrence(errors[:1], one_step[:1])
     assert fit is not None
     assert fit.factor == pytest.approx(1.5)
     assert fit.last_steps == (last + 1,)
