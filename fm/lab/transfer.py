@@ -3,11 +3,8 @@
 A joint run and a bespoke run are compared after equal numbers of training windows of the bespoke run's dataset: the
 largest number that both have reached. The joint run has by then also trained on windows of the other datasets. The
 ratio of the two VRMSEs shows whether that helped.
-
-`transfer` reads the runs from their directories, prints a table, and writes a report with learning curves.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +14,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pydantic_core import to_json
 
 from data_pipeline.files import UserError, write_whole
-from data_pipeline.tables import Document, Marked, Table, render
+from data_pipeline.tables import Cell, Document, Marked, Table, render
 from fm.checkpoint import find_checkpoint, load_pretrained, read_state
 from fm.config import Recipe, changed_settings, recipe_to_dict, resolve
 from fm.evaluation.plots import (
@@ -42,17 +40,6 @@ from fm.training.runlog import parse_lines
 DPI = 160
 HELPS, HURTS = 0.97, 1.03  # joint VRMSE / bespoke VRMSE; a ratio between them counts as equal
 VERDICTS = ("helps", "equal", "hurts", "neither finite", "not comparable")
-HEAD = (
-    "dataset",
-    "bespoke run",
-    "windows seen",
-    "joint",
-    "bespoke",
-    "joint / bespoke",
-    "verdict",
-    "bespoke parameters",
-)
-COSINES = ("cosine, last", "cosine, mean")
 # Settings that may differ without a note: they change what is written, not what is learned.
 UNREMARKABLE = ("run.name", "run.dir", "run.stop_at", "data.", "checkpoint.", "validation.", "tracking.", "guard.")
 
@@ -79,8 +66,8 @@ def transfer(joint: Path, bespoke: Sequence[Path], out: Path | None = None, form
         write_whole(out / f"{name}.png", encode(rasterize(figure, DPI)))
     pictures = "\n".join(f"![{name}]({name}.png)\n" for name in figures)
     write_whole(out / "transfer.md", f"# Transfer\n\n{render(document, 'md')}\n{pictures}".encode())
-    numbers = json.dumps(_to_json(together, comparisons), indent=1, allow_nan=False)
-    write_whole(out / "transfer.json", f"{numbers}\n".encode())
+    numbers = to_json(_numbers(together, comparisons), indent=1, inf_nan_mode="null", fallback=np.ndarray.tolist)
+    write_whole(out / "transfer.json", numbers + b"\n")
     return text
 
 
@@ -97,13 +84,7 @@ class LearningCurve:
         Between validations it is linear in the logarithm of the number of windows.
         """
         assert self.windows[0] <= windows <= self.windows[-1]
-        before = int(np.searchsorted(self.windows, windows, side="right")) - 1
-        if self.windows[before] == windows:
-            return float(self.vrmse[before])
-        start, stop = self.vrmse[before : before + 2].tolist()
-        first, last = np.log(self.windows[before : before + 2]).tolist()
-        share = (math.log(windows) - first) / (last - first)
-        return start + share * (stop - start) if math.isfinite(start) and math.isfinite(stop) else math.inf
+        return float(np.interp(np.log(windows), np.log(self.windows), self.vrmse))
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,20 +215,34 @@ def describe(joint: TrainedRun, comparisons: Sequence[Comparison]) -> Document:
     last, mean = (measured[-1].with_others(), mean_cosines(measured).with_others()) if measured else ({}, {})
     rows = []
     for one in comparisons:
-        scores = [
-            Marked(None, "not finite") if math.isinf(vrmse) else _finite(vrmse)
-            for vrmse in (one.joint_vrmse, one.bespoke_vrmse)
-        ]
-        row = [one.dataset, str(one.bespoke.path), one.windows, *scores, _finite(one.ratio), one.verdict]
-        cosines = [_finite(last[one.dataset]), _finite(mean[one.dataset])] if measured else []
-        rows.append([*row, one.bespoke.parameters, *cosines])
+        columns: dict[str, Cell] = {
+            "dataset": one.dataset,
+            "bespoke run": str(one.bespoke.path),
+            "windows seen": one.windows,
+            "joint": _score(one.joint_vrmse),
+            "bespoke": _score(one.bespoke_vrmse),
+            "joint / bespoke": _finite(one.ratio),
+            "verdict": one.verdict,
+            "bespoke parameters": one.bespoke.parameters,
+        }
+        if measured:
+            columns |= {"cosine, last": _finite(last[one.dataset]), "cosine, mean": _finite(mean[one.dataset])}
+        rows.append(columns)
     about = (
         f"Validation VRMSE, one step, averaged weights, {validation.windows} windows a dataset, protocol "
         f"{validation.protocol}; lower is better. {joint.path}, {joint.parameters} parameters, was trained on "
         f"{len(joint.shards)} datasets together; beside it runs of one dataset, after as many training windows of it."
     )
-    head = [*HEAD, *(COSINES if measured else ())]
-    return Document(about, [Table("Training together", head, rows)], _notes(joint, comparisons))
+    table = Table("Training together", list(rows[0]), [list(row.values()) for row in rows])
+    return Document(about, [table], _notes(joint, comparisons))
+
+
+def _score(vrmse: float) -> Cell:
+    return Marked(None, "not finite") if math.isinf(vrmse) else _finite(vrmse)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _notes(joint: TrainedRun, comparisons: Sequence[Comparison]) -> list[str]:
@@ -328,33 +323,18 @@ def _draw(axes: Axes, curve: LearningCurve, color: str, label: str) -> None:
     axes.plot(curve.windows, shown, "o-", color=color, markersize=2.5, linewidth=1.2, label=label)
 
 
-def _to_json(joint: TrainedRun, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def _numbers(joint: TrainedRun, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Return the content of transfer.json."""
+
+    def run(one: TrainedRun) -> dict[str, Any]:
+        return {"run": str(one.path), "parameters": one.parameters, "curves": one.curves}
+
     return {
-        "joint": _run_to_json(joint),
+        "joint": run(joint),
         "comparisons": [
-            {
-                "dataset": one.dataset,
-                "bespoke": _run_to_json(one.bespoke),
-                "windows": one.windows,
-                "joint_vrmse": _finite(one.joint_vrmse),
-                "bespoke_vrmse": _finite(one.bespoke_vrmse),
-                "ratio": _finite(one.ratio),
-                "verdict": one.verdict,
-            }
+            {**vars(one), "bespoke": run(one.bespoke), "ratio": one.ratio, "verdict": one.verdict}
             for one in comparisons
         ],
         "thresholds": {"helps": HELPS, "hurts": HURTS},
         "cosines": [{"step": step, **cosines.to_json()} for step, cosines in joint.cosines],
     }
-
-
-def _run_to_json(run: TrainedRun) -> Mapping[str, Any]:
-    curves = {
-        name: {"windows": curve.windows.tolist(), "vrmse": [_finite(value) for value in curve.vrmse.tolist()]}
-        for name, curve in run.curves.items()
-    }
-    return {"run": str(run.path), "parameters": run.parameters, "curves": curves}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
