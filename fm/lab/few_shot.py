@@ -3,14 +3,13 @@
 For each number of trajectories there are two runs of one architecture. Both draw windows of this dataset alone, the
 same windows in the same order for the same number of steps, and train one step ahead. All parts of the model learn: the
 recipe's section `adapt` protects other datasets, and here there are none. The two runs differ in their initial weights
-and, if so requested, in the learning rate. A sweep runs them (fm/lab/sweep.py). The result is a table, a figure, a JSON
-file and a page.
+and, if so requested, in the learning rate. A sweep runs them (fm/lab/sweep.py).
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from fm.evaluation.page import Facts, PageTable, Paragraph, Picture, Section, re
 from fm.evaluation.plots import BLUE, DOTTED, GRAY, ORANGE, encode, log_ticks, panel_figure, rasterize, style_panel
 from fm.evaluation.protocol import load_protocol
 from fm.lab.sweep import EXIT_FAILED, finish_trials
-from fm.lab.sweep_file import Sweep, Variant, plan
+from fm.lab.sweep_file import Sweep, plan
 from fm.lab.sweep_table import sweep_results
 from fm.model.spec import to_json
 
@@ -117,20 +116,24 @@ def plan_few_shot(
     if "train.learning_rate" not in given:  # that of the run that made the pretrained model, if it is known
         with suppress(UserError):  # a model without a recipe
             rate = TrainedModel.open(recipe.finetune.pretrained).recipe.train.learning_rate
-    rates = {PRETRAINED: rate, SCRATCH: scratch_rate or rate}
-    model = to_json(pretrained.config)
+    rates, model = {PRETRAINED: rate, SCRATCH: scratch_rate or rate}, to_json(pretrained.config)
     starts: dict[str, dict[str, Any]] = {
-        PRETRAINED: {"finetune.gate": None, "finetune.unroll_override": {}},
-        SCRATCH: {"finetune": None, pretrained.section: model},
+        PRETRAINED: {"train.learning_rate": rate, "finetune.gate": None, "finetune.unroll_override": {}},
+        SCRATCH: {"train.learning_rate": rates[SCRATCH], "finetune": None, pretrained.section: model},
     }
-    variants = []
-    for count in counts:
-        for arm in ARMS:
-            own = {**starts[arm], "train.learning_rate": rates[arm], "data.trajectories": {dataset: count}}
-            variants.append(Variant(variant_name(arm, count), file, own))
-    shared = {**given, **ALONE, "data.datasets": [dataset]}
-    title = f"Few-shot learning of {dataset}"
-    sweep = Sweep(file, title, tuple(variants), shared, protocol=recipe.validation.protocol)
+    variants = {
+        variant_name(arm, count): {**starts[arm], "data.trajectories": {dataset: count}}
+        for count in counts
+        for arm in ARMS
+    }
+    sweep = Sweep(
+        file=file,
+        title=f"Few-shot learning of {dataset}",
+        variants=variants,
+        base=file.name,
+        overrides={**given, **ALONE, "data.datasets": [dataset]},
+        protocol=recipe.validation.protocol,
+    )
     windows = tuple(len(reader.restricted_to(count).index(LENGTH)) for count in counts)
     steps, seen = recipe.train.steps, recipe.train.steps * recipe.train.global_batch
     return FewShot(sweep, dataset, recipe.finetune.pretrained, counts, windows, steps, seen, rates)
@@ -192,9 +195,8 @@ def write_report(out: Path, study: FewShot, curves: Curves) -> str:
     subtitle = f"{study.steps} steps and {study.seen} windows of {study.dataset} each, same architecture"
     figure = few_shot_figure(study.counts, curves.vrmse, curves.persistence, subtitle)
     picture = encode(rasterize(figure, DPI))
-    common = {field.name: getattr(study, field.name) for field in fields(study) if field.name != "sweep"}
-    protocol = load_protocol(study.sweep.protocol).to_json()
-    content = {"title": title, "protocol": protocol, **common, **asdict(curves)}
+    content = {"title": title, "protocol": load_protocol(study.sweep.protocol).to_json(), **vars(study), **vars(curves)}
+    del content["sweep"]
     # few_shot.json is removed first and written last: a folder that has it is complete.
     (out / "few_shot.json").unlink(missing_ok=True)
     write_whole(out / "few_shot.png", picture)

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from data_pipeline.files import UserError, only_process, write_whole
 from data_pipeline.tables import render
 from fm.checkpoint import find_checkpoint
+from fm.config import recipe_to_dict
 from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED, StopSignal
-from fm.lab.sweep_file import Probe, Sweep, Trial, find_changes, is_trained, model_of, plan, read_scores
+from fm.lab.sweep_file import Probe, Sweep, Trial, find_changes, plan, read_scores
 from fm.lab.sweep_table import sweep_document, sweep_results
 from fm.training.runlog import parse_lines
 
@@ -50,9 +51,10 @@ def run_sweep(
     for training. 0: done, 1: a run failed, 130: interrupted. Raises UserError, before anything runs, if the sweep does
     not fit together or a run in `out` has other settings.
     """
-    chosen = [sweep.variant(name) for name in only] or sweep.variants
+    chosen = [sweep.variant(name) for name in only]
     trials = plan(sweep, out, overrides)
-    failed = finish_trials(sweep, [trial for trial in trials if trial.variant in chosen], out, launch_config)
+    wanted = [trial for trial in trials if trial.variant in chosen] if only else trials
+    failed = finish_trials(sweep, wanted, out, launch_config)
     if failed is None:
         return EXIT_INTERRUPTED
     results = sweep_results(sweep, trials, failed)
@@ -69,14 +71,14 @@ def finish_trials(sweep: Sweep, trials: Sequence[Trial], out: Path, launch_confi
     Raises UserError, before anything runs, if a pretrained model is missing or a run in `out` has other settings.
     """
     for trial in trials:
-        _check_startable(trial, sweep, out)
+        _check_startable(trial, sweep)
     failed: set[str] = set()
     with (
         only_process(out, "sweep"),
         StopSignal().listen() as stop,
         tqdm(total=len(trials), desc="sweep", unit="run", disable=None) as bar,
     ):
-        runner = Runner(sweep, out, launch_config, stop, bar)
+        runner = Runner(sweep, launch_config, stop, bar)
         for trial in trials:
             bar.set_postfix_str(trial.name)
             try:
@@ -91,13 +93,13 @@ def finish_trials(sweep: Sweep, trials: Sequence[Trial], out: Path, launch_confi
     return failed
 
 
-def _check_startable(trial: Trial, sweep: Sweep, out: Path) -> None:
+def _check_startable(trial: Trial, sweep: Sweep) -> None:
     if trial.recipe.finetune is not None:
         try:
             find_checkpoint(trial.recipe.finetune.pretrained)
         except UserError as error:
             raise UserError(f"variant {trial.variant.name!r}: finetune.pretrained: {error}") from error
-    if changes := find_changes(trial, sweep, out):
+    if changes := find_changes(trial, sweep):
         lines = "\n  ".join(changes)
         raise UserError(
             f"{trial.directory} was trained with other settings than {sweep.file} gives {trial.variant.name!r} now:\n"
@@ -108,8 +110,8 @@ def _check_startable(trial: Trial, sweep: Sweep, out: Path) -> None:
 class Runner:
     """Finish trials, each in processes of its own, which end when `stop` is received; `bar` is refreshed meanwhile."""
 
-    def __init__(self, sweep: Sweep, out: Path, launch_config: Path | None, stop: StopSignal, bar: tqdm) -> None:
-        self.sweep, self.out, self.stop, self.bar = sweep, out, stop, bar
+    def __init__(self, sweep: Sweep, launch_config: Path | None, stop: StopSignal, bar: tqdm) -> None:
+        self.sweep, self.stop, self.bar = sweep, stop, bar
         self.launcher = [sys.executable]
         if launch_config is not None:
             accelerate = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(launch_config)]
@@ -119,11 +121,11 @@ class Runner:
         """Train and evaluate a trial as far as needed. Raises ProcessFailed or Interrupted."""
         if not trial.variant.only_evaluate:
             if self.sweep.seconds is not None:
-                trial = trial.with_overrides(train={"steps": self._probed_steps(trial, self.sweep.seconds)})
-            if not is_trained(trial):
+                trial = trial.with_settings({"train.steps": self._probed_steps(trial, self.sweep.seconds)})
+            if not trial.is_trained():
                 self._train(trial)
         if read_scores(trial, self.sweep) is None:
-            command = [sys.executable, "-m", "fm", "evaluate", str(model_of(trial)), "--out", str(trial.report)]
+            command = [sys.executable, "-m", "fm", "evaluate", str(trial.model), "--out", str(trial.report)]
             command += ["--shards", trial.recipe.data.shards, "--protocol", self.sweep.protocol]
             command += ["--windows", str(self.sweep.windows)] if self.sweep.windows is not None else []
             self._run(command, trial.directory / "evaluate.out")
@@ -133,19 +135,20 @@ class Runner:
 
         A probe is a short run of the trial, of which only the pace is kept.
         """
-        file, settings = Probe.file(self.out, trial), Probe.settings_of(trial)
-        probe = Probe.load(file)
+        settings = recipe_to_dict(trial.recipe)
+        del settings["run"], settings["train"]["steps"]
+        probe = Probe.load(trial.probe)
         if probe is None or probe.seconds != seconds or probe.settings != settings:
-            directory = file.with_suffix("")
+            directory = trial.probe.with_suffix("")
             shutil.rmtree(directory, ignore_errors=True)  # of a probe that was killed
-            steps, place = {"steps": WARM_UP + PROBE}, {"dir": str(directory)}
-            self._train(trial.with_overrides(run=place, train=steps, tracking={"every": WARM_UP}))
+            length = {"train.steps": WARM_UP + PROBE, "tracking.every": WARM_UP}
+            self._train(trial.with_settings({"run.dir": str(directory), **length}))
             lines, _ = parse_lines((directory / "events.jsonl").read_text())
             shutil.rmtree(directory)
             paces = [line for line in lines if line["kind"] == "pace" and line["step"] > WARM_UP]
             pace = sum(line["seconds"] for line in paces) / sum(line["steps"] for line in paces)
             probe = Probe(seconds, pace, max(1, round(seconds / pace)), settings)
-            probe.save(file)
+            probe.save(trial.probe)
             self.bar.write(f"{trial.variant.name}: {pace:.3g} s a step, {probe.steps} steps", file=sys.stderr)
         return probe.steps
 

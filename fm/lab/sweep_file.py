@@ -9,26 +9,39 @@
       another model: {base: ../baselines/fno.yaml, train.learning_rate: 1.0e-3}
       pretrained: {only_evaluate: true}  # not trained: the model that finetune.pretrained names
 
-`Sweep` lists the other keys. A setting of the command line precedes the variant's, then come `overrides` and recipe.
+`SweepFile` lists the other keys. A setting of the command line precedes the variant's, then come `overrides` and
+recipe. The progress of a sweep is read from its files alone, so it may be killed at any time, and its folder moved:
 
     DIR/<variant>_seed<k>/      a run directory; train.out and evaluate.out hold what was printed
     DIR/<variant>/              the report of a variant that is only evaluated
     DIR/probes/<variant>.json   the pace that train.steps was chosen by, if the sweep gives seconds
     DIR/table.{md,json}         the table
-
-The progress of a sweep is read from these files alone, so it may be killed at any time, and its folder moved.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from data_pipeline.files import UserError, write_whole
 from data_pipeline.remote import is_url
-from data_pipeline.schema import Count, Key, Line, Mismatch, Positive, Strict, at_least, nearest, read_yaml, validate
+from data_pipeline.schema import (
+    Count,
+    Key,
+    Line,
+    Mismatch,
+    Positive,
+    Strict,
+    at_least,
+    checked,
+    checked_list,
+    nearest,
+    read_json,
+    read_yaml,
+    validate,
+)
 from data_pipeline.shards.format import MANIFEST_NAME, Manifest
 from fm.checkpoint import find_checkpoint, newest_checkpoint, read_state, weights_digest
 from fm.config import Recipe, changed_settings, load_recipe, recipe_to_dict, resolve
@@ -43,36 +56,44 @@ class Variant:
     name: str
     base: Path  # its recipe
     overrides: Mapping[str, Any]  # its own, dotted keys
-    only_evaluate: bool = False  # not trained: the scores of the model that finetune.pretrained names
-
-    @property
-    def slug(self) -> str:
-        """The name as a folder's name."""
-        return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
+    only_evaluate: bool  # not trained: the scores of the model that finetune.pretrained names
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """A sweep file, checked."""
+@dataclass(frozen=True, kw_only=True)
+class SweepFile(Strict):
+    """The keys of a sweep file."""
+
+    title: Line
+    variants: Annotated[dict[Key, dict[Key, Any]], checked(bool, "at least one variant")]  # name -> its settings
+    base: Line | None = None  # recipe of the variants that name none, relative to the file
+    overrides: dict[Key, Any] = field(default_factory=dict)  # of all variants, dotted keys
+    paper: Line | None = None  # where the paper's numbers are from
+    note: Line | None = None  # a remark that is printed with the table
+    seeds: Annotated[
+        tuple[Annotated[int, at_least(0)], ...],
+        checked_list(lambda seeds: 0 < len(seeds) == len(set(seeds)), "one or more different seeds"),
+    ] = (0,)  # each variant is trained with each seed
+    seconds: Positive | None = None  # of training per variant; a probe chooses train.steps. null: the recipe's steps
+    protocol: Line = "thirds"  # of the scores: a name, or a YAML file
+    windows: Count | None = None  # one-step windows scored per dataset, evenly spaced; null: all
+    published: dict[Key, Positive] | None = None  # variant -> the paper's number, if known; lower is better
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(SweepFile):
+    """A sweep file, checked, with its place."""
 
     file: Path
-    title: str
-    variants: tuple[Variant, ...]
-    overrides: Mapping[str, Any]  # of all variants, dotted keys
-    paper: str | None = None  # where the paper's numbers are from
-    note: str | None = None  # a remark that is printed with the table
-    seeds: tuple[int, ...] = (0,)  # each variant is trained with each seed
-    seconds: float | None = None  # of training per variant; a probe chooses train.steps. null: the recipe's steps
-    protocol: str = "thirds"  # of the scores: a name, or a YAML file
-    windows: int | None = None  # one-step windows scored per dataset, evenly spaced; null: all
-    published: Mapping[str, float] | None = None  # variant -> the paper's number, if known; lower is better
 
     def variant(self, name: str) -> Variant:
         """Return the variant of that name. Raises UserError, with the nearest name, if there is none."""
-        names = [variant.name for variant in self.variants]
-        if name not in names:
-            raise UserError(f"{self.file}: no variant {name!r}. {nearest(name, names)}")
-        return self.variants[names.index(name)]
+        if name not in self.variants:
+            raise UserError(f"{self.file}: no variant {name!r}. {nearest(name, self.variants)}")
+        settings = self.variants[name]
+        own = {key: value for key, value in settings.items() if key not in ("base", "only_evaluate")}
+        base = settings.get("base", self.base)
+        assert base is not None  # `load_sweep` checks it
+        return Variant(name, self.file.parent / base, own, "only_evaluate" in settings)
 
     def scored_protocol(self) -> Protocol:
         """Return the protocol of the scores, with the sweep's number of one-step windows."""
@@ -99,52 +120,48 @@ class Trial:
         """Folder of the evaluation."""
         return self.directory / "report"
 
-    def with_overrides(self, **sections: Mapping[str, Any]) -> "Trial":
-        """Return the trial with more settings: section -> key -> value."""
-        more = [_text(f"{name}.{key}", value) for name, section in sections.items() for key, value in section.items()]
-        return _trial(self.variant, self.seed, self.directory, (*self.overrides, *more))
+    @property
+    def probe(self) -> Path:
+        """File of the probe of its variant."""
+        return self.directory.parent / "probes" / f"{folder_name(self.variant.name)}.json"
+
+    @property
+    def model(self) -> Path | str:
+        """The run or model that is scored."""
+        if self.variant.only_evaluate:
+            assert self.recipe.finetune is not None  # `plan` checks it
+            return self.recipe.finetune.pretrained
+        return self.directory
+
+    def is_trained(self) -> bool:
+        """Return whether the run has all its steps."""
+        checkpoint = newest_checkpoint(self.directory / "checkpoints", print)
+        return checkpoint is not None and read_state(checkpoint)["step"] >= self.recipe.train.steps
+
+    def with_settings(self, settings: Mapping[str, Any]) -> "Trial":
+        """Return the trial with more settings, by dotted key."""
+        return _trial(self.variant, self.seed, self.directory, (*self.overrides, *_overrides(settings)))
 
 
-@dataclass(frozen=True)
-class _SweepFile(Strict):
-    """The keys of a sweep file; see Sweep."""
-
-    title: Line
-    variants: dict[Key, dict[Key, Any]]
-    paper: Line | None = None
-    note: Line | None = None
-    base: Line | None = None
-    overrides: dict[Key, Any] | None = None
-    seeds: tuple[Annotated[int, at_least(0)], ...] | None = None
-    seconds: Positive | None = None
-    protocol: Line | None = None
-    windows: Count | None = None
-    published: dict[Key, Positive] | None = None
+def folder_name(variant: str) -> str:
+    """Return the name of a variant as a folder's name."""
+    return re.sub(r"[^a-z0-9]+", "_", variant.lower()).strip("_")
 
 
 def load_sweep(name: str | Path) -> Sweep:
     """Read a sweep file, given with or without its .yaml. The UserError for a wrong file names the key."""
     path = Path(name)
     file = path if path.is_file() else path.with_name(f"{path.name}.yaml")
-    given = validate(_SweepFile, read_yaml(file), str(file), _check_file)
-    variants = tuple(_variant(given, name, settings, file.parent) for name, settings in given.variants.items())
-    names = ("paper", "note", "seeds", "seconds", "protocol", "windows", "published")
-    values = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-    if given.protocol is not None:
-        try:
-            load_protocol(given.protocol)
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from error
-    return Sweep(file, given.title, variants, given.overrides or {}, **values)
+    given = validate(SweepFile, read_yaml(file), str(file), _check_file)
+    try:
+        load_protocol(given.protocol)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    return Sweep(file=file, **vars(given))
 
 
-def _variant(given: _SweepFile, name: str, settings: Mapping[str, Any], folder: Path) -> Variant:
-    own = {key: value for key, value in settings.items() if key not in ("base", "only_evaluate")}
-    return Variant(name, folder / settings.get("base", given.base), own, "only_evaluate" in settings)
-
-
-def _check_file(given: _SweepFile) -> None:
-    slugs: set[str] = set()
+def _check_file(given: SweepFile) -> None:
+    folders: set[str] = set()
     for name, settings in given.variants.items():
         place = ("variants", name)
         base = settings.get("base", given.base)
@@ -156,17 +173,13 @@ def _check_file(given: _SweepFile) -> None:
         if settings.get("only_evaluate", True) is not True:
             raise Mismatch("true, or no such key", at=(*place, "only_evaluate"))
         _check_settings(settings, place)
-        slug = Variant(name, Path(), {}).slug
-        if not slug or slug in slugs:
+        folder = folder_name(name)
+        if not folder or folder in folders:
             what = "a variant whose name differs from the others in letters or digits"
             raise Mismatch(what, "They name its folder.", place)
-        slugs.add(slug)
-    if not slugs:
-        raise Mismatch("at least one variant", at=("variants",))
-    _check_settings(given.overrides or {}, ("overrides",))
-    if given.seeds is not None and (not given.seeds or len(set(given.seeds)) < len(given.seeds)):
-        raise Mismatch("one or more different seeds", at=("seeds",))
-    if given.seconds is not None and "train.steps" in (given.overrides or {}):
+        folders.add(folder)
+    _check_settings(given.overrides, ("overrides",))
+    if given.seconds is not None and "train.steps" in given.overrides:
         hint = "Give one of them: a probe chooses the steps."
         raise Mismatch("no seconds beside train.steps", hint, ("seconds",))
     for name in given.published or {}:
@@ -187,16 +200,17 @@ def plan(sweep: Sweep, out: Path, overrides: Sequence[str] = ()) -> list[Trial]:
     Raises UserError if a run is no valid recipe, an override changes a setting that distinguishes a variant, or two
     runs would be scored on different shards.
     """
+    variants = [sweep.variant(name) for name in sweep.variants]
     for override in overrides:
-        _check_override(override, sweep)
+        _check_override(override, sweep, variants)
     trials = []
-    for variant in sweep.variants:
+    for variant in variants:
+        name = folder_name(variant.name)
         for seed in sweep.seeds[:1] if variant.only_evaluate else sweep.seeds:
-            directory = out / (variant.slug if variant.only_evaluate else f"{variant.slug}_seed{seed}")
+            directory = out / (name if variant.only_evaluate else f"{name}_seed{seed}")
             own = {"run.name": directory.name, "run.dir": str(directory), "run.seed": seed, "tracking.progress": False}
-            nearer = [_text(key, value) for key, value in {**sweep.overrides, **variant.overrides}.items()]
-            owned = [_text(key, value) for key, value in own.items()]
-            trials.append(_trial(variant, seed, directory, (*nearer, *overrides, *owned)))
+            nearer = _overrides({**sweep.overrides, **variant.overrides})
+            trials.append(_trial(variant, seed, directory, (*nearer, *overrides, *_overrides(own))))
     shards = {trial.recipe.data.shards: trial.name for trial in trials}
     if len(shards) > 1:
         which = ", ".join(f"{name} {place}" for place, name in shards.items())
@@ -217,13 +231,13 @@ def _trial(variant: Variant, seed: int, directory: Path, overrides: tuple[str, .
     return Trial(variant, seed, directory, overrides, recipe)
 
 
-def _check_override(override: str, sweep: Sweep) -> None:
+def _check_override(override: str, sweep: Sweep, variants: Sequence[Variant]) -> None:
     key = override.partition("=")[0]
     if key.partition(".")[0] == "run":
         raise UserError(f"override {override!r}: a sweep names, places and seeds its own runs (--out, seeds)")
     if key == "train.steps" and sweep.seconds is not None:
         raise UserError(f"override {override!r}: a probe chooses train.steps for {sweep.seconds:g} seconds")
-    for variant in sweep.variants:
+    for variant in variants:
         touched = [own for own in variant.overrides if f"{own}.".startswith(f"{key}.") or key.startswith(f"{own}.")]
         if touched:
             raise UserError(
@@ -232,63 +246,33 @@ def _check_override(override: str, sweep: Sweep) -> None:
             )
 
 
-def _text(key: str, value: Any) -> str:
-    return f"{key}={json.dumps(value, ensure_ascii=False, default=str)}"  # JSON is YAML
+def _overrides(settings: Mapping[str, Any]) -> list[str]:
+    # JSON is YAML
+    return [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in settings.items()]
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(Strict):
     """The pace of a variant on this machine, and the number of steps chosen by it; one file for all its seeds."""
 
     seconds: float  # of training, as the sweep gives them
     seconds_per_step: float
     steps: int
-    settings: dict[str, Any]  # of the run that was timed
+    settings: dict[str, Any]  # of the run that was timed, but for its place, seed and length
 
     @classmethod
     def load(cls, file: Path) -> "Probe | None":
         """Read the stored probe, if any. Raises UserError if the file is damaged."""
-        try:
-            return cls(**json.loads(file.read_text()))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{file}: not the probe of a sweep ({error}); remove it, and the pace is measured anew"
-            ) from error
+        where = f"{file}: not the probe of a sweep; remove it, and the pace is measured anew"
+        probe: Probe | None = validate(cls, read_json(file), where) if file.exists() else None
+        return probe
 
     def save(self, file: Path) -> None:
         """Write the probe, whole or not at all."""
         write_whole(file, f"{json.dumps(asdict(self), indent=1)}\n".encode())
 
-    @staticmethod
-    def file(out: Path, trial: Trial) -> Path:
-        """Return the file of a trial's variant."""
-        return out / "probes" / f"{trial.variant.slug}.json"
 
-    @staticmethod
-    def settings_of(trial: Trial) -> dict[str, Any]:
-        """Return the settings of a trial that its pace may depend on: all but its place, seed and length."""
-        settings = recipe_to_dict(trial.recipe)
-        del settings["run"], settings["train"]["steps"]
-        return settings
-
-
-def model_of(trial: Trial) -> Path | str:
-    """Return the run or checkpoint that a trial scores."""
-    if trial.variant.only_evaluate:
-        assert trial.recipe.finetune is not None  # `plan` checks it
-        return trial.recipe.finetune.pretrained
-    return trial.directory
-
-
-def is_trained(trial: Trial) -> bool:
-    """Return whether the run has all its steps."""
-    checkpoint = newest_checkpoint(trial.directory / "checkpoints", print)
-    return checkpoint is not None and read_state(checkpoint)["step"] >= trial.recipe.train.steps
-
-
-def find_changes(trial: Trial, sweep: Sweep, out: Path) -> list[str]:
+def find_changes(trial: Trial, sweep: Sweep) -> list[str]:
     """Return the settings, a line each, in which a run with a checkpoint differs from the sweep's present ones."""
     checkpoint = newest_checkpoint(trial.directory / "checkpoints", print)
     if checkpoint is None:
@@ -298,7 +282,7 @@ def find_changes(trial: Trial, sweep: Sweep, out: Path) -> list[str]:
     changes = []
     if sweep.seconds is not None:
         del before["train"]["steps"], after["train"]["steps"]
-        probe = Probe.load(Probe.file(out, trial))
+        probe = Probe.load(trial.probe)
         if probe is None or probe.seconds != sweep.seconds:
             changes.append(f"seconds: {probe.seconds if probe else None} -> {sweep.seconds}")
     before["run"]["dir"] = after["run"]["dir"]  # the sweep's folder may have been moved
@@ -314,7 +298,7 @@ def read_scores(trial: Trial, sweep: Sweep) -> Scores | None:
     if not file.is_file():
         return None
     scores, wanted, shards = Scores.load(file), sweep.scored_protocol(), trial.recipe.data.shards
-    weights = weights_digest(find_checkpoint(model_of(trial)))
+    weights = weights_digest(find_checkpoint(trial.model))
     if scores.protocol != wanted or scores.origin.get("weights") != weights:
         return None
     for name, part in scores.datasets.items() if not is_url(shards) else ():

@@ -1,8 +1,8 @@
 """The table of a sweep: the cost and the scores of each variant, and the agreement with the paper's order.
 
-Variants are ranked by the geometric mean over datasets of their one-step VRMSE over persistence's. Only datasets that
-all scored variants have are used. Scores of several seeds are averaged, with their standard deviation. A run that was
-trained with other settings than the sweep has now is named below the table and not ranked.
+Variants are ranked by the geometric mean of their one-step VRMSE over persistence's, over the datasets that all scored
+variants have. Scores of several seeds are averaged, with their standard deviation. A run that was trained with other
+settings than the sweep has now is named below the table and not ranked.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -13,7 +13,7 @@ from data_pipeline.tables import DASH, Cell, Document, Marked, Table, format_num
 from fm.checkpoint import load_pretrained
 from fm.evaluation.protocol import load_protocol
 from fm.evaluation.scores import ONE_STEP, Scores, geometric_mean, mean_ranks, spearman
-from fm.lab.sweep_file import Sweep, Trial, check_same_data, find_changes, model_of, read_scores
+from fm.lab.sweep_file import Sweep, Trial, check_same_data, find_changes, read_scores
 from fm.training.runlog import parse_lines
 
 DONE, OTHER, FAILED, NOT_RUN = "done", "other settings", "failed", "not run"
@@ -34,16 +34,16 @@ def sweep_results(sweep: Sweep, trials: Sequence[Trial], failed: Collection[str]
     changes: dict[str, list[str]] = {}
     for trial in trials:
         if (found := read_scores(trial, sweep)) is not None:
-            changes[trial.name] = find_changes(trial, sweep, trial.directory.parent)
+            changes[trial.name] = find_changes(trial, sweep)
             if not changes[trial.name]:
                 scores[trial.name] = found
     check_same_data(scores, sweep)
     datasets = sorted(set.intersection(*(set(part.datasets) for part in scores.values()))) if scores else []
     blocks = [ONE_STEP, *load_protocol(sweep.protocol).windows]
     rows = []
-    for variant in sweep.variants:
+    for name in sweep.variants:
         runs = []
-        for trial in (trial for trial in trials if trial.variant == variant):
+        for trial in (trial for trial in trials if trial.variant.name == name):
             run: dict[str, Any] = {"run": str(trial.directory), "seed": trial.seed}
             if trial.name in scores:
                 run |= {"status": DONE, **_scored_run(trial, scores[trial.name], datasets, blocks)}
@@ -52,16 +52,17 @@ def sweep_results(sweep: Sweep, trials: Sequence[Trial], failed: Collection[str]
             else:
                 run["status"] = FAILED if trial.name in failed else NOT_RUN
             runs.append(run)
-        rows.append({"variant": variant.name, **_over_seeds(runs, datasets, blocks), "runs": runs})
+        rows.append({"variant": name, **_over_seeds(runs, datasets, blocks), "runs": runs})
     agreement = _add_ranks(rows, sweep.published or {})
-    first = next(iter(scores.values()), None)
-    references: dict[str, Any] = {}  # the same for all variants: dataset -> block -> predictor
-    for name in datasets:
-        parts = {block: first.block(name, block) if first else None for block in blocks}
-        references[name] = {
-            block: {key: getattr(part, key, None) for key in ("persistence", "mean_field")}
-            for block, part in parts.items()
+    # References are the same for all runs.
+    parts = next(iter(scores.values())).datasets if datasets else {}
+    references = {
+        name: {
+            block: {key: getattr(parts[name].blocks()[block], key, None) for key in ("persistence", "mean_field")}
+            for block in blocks
         }
+        for name in datasets
+    }
     return {
         "title": sweep.title,
         "paper": sweep.paper,
@@ -88,7 +89,7 @@ def _scored_run(trial: Trial, scores: Scores, datasets: Sequence[str], blocks: S
             "count": {name: one.count if one else 0 for name, one in parts.items()},
         }
     return {
-        "parameters": load_pretrained(model_of(trial)).num_parameters(),
+        "parameters": load_pretrained(trial.model).num_parameters(),
         "steps": 0 if trial.variant.only_evaluate else scores.origin["step"],
         "seconds": sum(line["seconds"] for line in events if line["kind"] == "pace"),
         "scores": by_block,
@@ -122,14 +123,14 @@ def _add_ranks(rows: Sequence[dict[str, Any]], published: Mapping[str, float]) -
     leads = {row["variant"]: row["scores"][ONE_STEP]["over_persistence"] for row in rows if row["status"] == DONE}
     ours = {name: value for name, value in leads.items() if name in published}
     theirs = {name: published[name] for name in ours}
-    columns = {
-        "rank": _ranks(leads),
-        "paper": published,
-        "paper_rank": _ranks(theirs),
-        "rank_beside_paper": _ranks(ours),
-    }
     for row in rows:
-        row |= {key: column.get(row["variant"]) for key, column in columns.items()}
+        name = row["variant"]
+        row |= {
+            "rank": _ranks(leads).get(name),
+            "paper": published.get(name),
+            "paper_rank": _ranks(theirs).get(name),
+            "rank_beside_paper": _ranks(ours).get(name),
+        }
     return spearman([*ours.values()], [*theirs.values()]) if len(ours) >= MIN_AGREEMENT else None
 
 
@@ -163,13 +164,14 @@ def sweep_document(sweep: Sweep, results: Mapping[str, Any]) -> Document:
     head += ["paper", "paper's rank", "our rank beside it"] if sweep.published else []
     tables = [Table("Variants", head, lines)]
     for index, block in enumerate(blocks if done else []):
+        scores = [row["scores"][block] for row in done]
         lines = []
         for name, reference in references.items():
             persistence, mean_field = reference[block]["persistence"], reference[block]["mean_field"]
-            cells = []
-            for score in (row["scores"][block] for row in done):
-                marks = _diverged(score["diverged"][name], score["count"][name])
-                cells.append(_score(score["vrmse"][name], persistence is not None, marks))
+            cells = [
+                _score(one["vrmse"][name], persistence is not None, one["diverged"][name], one["count"][name])
+                for one in scores
+            ]
             lines.append([name, *cells, persistence, mean_field])
         lines.append(["geometric mean / persistence", *(ratios[row["variant"]][index] for row in done), None, None])
         head = ["dataset", *(row["variant"] for row in done), "persistence", "mean field"]
@@ -183,20 +185,18 @@ def _rank(rank: float | None) -> Cell:
 
 def _ratio(score: Mapping[str, Any], covered: bool) -> Cell:
     """Return a variant's geometric mean in a block, with its spread and its divergences."""
-    marks = [f"± {format_number(score['spread'])}"] if score["spread"] is not None else []
-    marks += _diverged(sum(score["diverged"].values()), sum(score["count"].values()))
-    return _score(score["over_persistence"], covered, marks)
+    diverged, count = sum(score["diverged"].values()), sum(score["count"].values())
+    return _score(score["over_persistence"], covered, diverged, count, score["spread"])
 
 
-def _diverged(diverged: int, count: int) -> list[str]:
-    return [f"{diverged} of {count} diverged"] if diverged else []
-
-
-def _score(value: float | None, covered: bool, marks: Sequence[str]) -> Cell:
-    """Return a score with its marks, or the reason why there is none."""
-    if marks and covered:
+def _score(value: float | None, covered: bool, diverged: int, count: int, spread: float | None = None) -> Cell:
+    if not covered:
+        return DASH if value is None else value
+    marks = [f"± {format_number(spread)}"] if spread is not None else []
+    marks += [f"{diverged} of {count} diverged"] if diverged else []
+    if marks:
         return Marked(value, ", ".join(marks))
-    return value if value is not None else "diverged" if covered else DASH
+    return "diverged" if value is None else value
 
 
 def _notes(sweep: Sweep, results: Mapping[str, Any]) -> list[str]:
@@ -217,12 +217,14 @@ def _notes(sweep: Sweep, results: Mapping[str, Any]) -> list[str]:
         for run in runs
         if run["status"] == OTHER
     ]
-    with_paper = [row for row in results["variants"] if row["paper_rank"] is not None]
-    agreement = "Spearman's rank correlation with the paper's order: "
+    compared = sum(row["paper_rank"] is not None for row in results["variants"])
     if not sweep.published:
-        return [*notes, f"{agreement}not known, the paper's numbers are not at hand."]
-    if results["spearman"] is None:
-        needed = f"it takes {MIN_AGREEMENT} variants that are done and have a number of the paper's"
-        why = f"{needed}, got {len(with_paper)}" if len(with_paper) < MIN_AGREEMENT else "all are equal"
-        return [*notes, f"{agreement}not known, {why}."]
-    return [*notes, f"{agreement}{results['spearman']:.2f} over {len(with_paper)} variants."]
+        agreement = "not known, the paper's numbers are not at hand"
+    elif compared < MIN_AGREEMENT:
+        needed = f"{MIN_AGREEMENT} variants that are done and have a number of the paper's"
+        agreement = f"not known, it takes {needed}, got {compared}"
+    elif results["spearman"] is None:
+        agreement = "not known, all are equal"
+    else:
+        agreement = f"{results['spearman']:.2f} over {compared} variants"
+    return [*notes, f"Spearman's rank correlation with the paper's order: {agreement}."]
