@@ -1,23 +1,11 @@
 """The speed of hardware: data sheets of GPUs, rates measured on this machine, and what follows from them.
 
-Three models use these figures. None of them is a measurement.
-
-- `AssumedSpeed`, for `fm plan`: the time of a step on a GPU that reaches an assumed share of its peak.
-- `roofline`, for `fm benchmark`: the least time of a step at given ceilings.
-- `Interconnect`: the time to average gradients over processes, and the part that the backward pass hides.
-
-GPUs of one node sum their gradients in a ring over its links. Then each GPU sums its part with the other nodes over its
-own network card, in a ring's time but with the hops of a tree (NCCL's double binary tree). Then the sums go back. For b
-bytes, n GPUs in a node and m nodes:
-
-    2 (n - 1) / n x b / link + 2 (n - 1) hops  +  2 (m - 1) / m x b / n / network + 2 log2(m) hops
-
-DistributedDataParallel sends gradients in buckets, each as soon as it is full, one after the other.
+Three models use these figures: `AssumedSpeed` and `Interconnect` for `fm plan`, `roofline` for `fm benchmark`. None of
+them is a measurement.
 """
 
 import os
 import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, log2
@@ -25,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from data_pipeline.files import UserError
 from data_pipeline.schema import nearest
@@ -98,7 +87,16 @@ FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes that DistributedDataParallel f
 
 @dataclass(frozen=True)
 class Interconnect:
-    """GB/s of each GPU, each way: to the others of its node, and to other nodes."""
+    """GB/s of each GPU, each way: to the others of its node, and to other nodes.
+
+    GPUs of one node sum their gradients in a ring over its links. Then each GPU sums its part with the other nodes over
+    its own network card, in a ring's time but with the hops of a tree (NCCL's double binary tree). Then the sums go
+    back. For b bytes, n GPUs in a node and m nodes:
+
+        2 (n - 1) / n x b / link + 2 (n - 1) hops  +  2 (m - 1) / m x b / n / network + 2 log2(m) hops
+
+    DistributedDataParallel sends gradients in buckets, each as soon as it is full, one after the other.
+    """
 
     link: float
     network: float = INFINIBAND
@@ -131,7 +129,6 @@ def buckets(size: float) -> list[float]:
 
 
 CEILING_SECONDS = 0.3  # of each measurement, about
-LEAST_CALLS = 5  # of each measurement
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices
 COPIED = {"cpu": 1 << 27, "cuda": 1 << 30}  # bytes, far more than caches hold
 
@@ -165,7 +162,7 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 
     def product_rate(dtype: torch.dtype) -> float:
         left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-        return 2 * side**3 / _best_seconds(lambda: linear(left, right), device)
+        return 2 * side**3 / _best_seconds(lambda: linear(left, right))
 
     rates = {"float32": product_rate(torch.float32), "bfloat16": product_rate(torch.bfloat16)}
     if device.type == "cuda":
@@ -173,24 +170,12 @@ def measure_ceilings(device: torch.device) -> Ceilings:
             rates["tf32"] = product_rate(torch.float32)
     source = torch.randn(size // FLOAT_BYTES, device=device)
     target = torch.empty_like(source)
-    return Ceilings(rates, 2 * size / _best_seconds(lambda: target.copy_(source), device), "measured in this run")
+    return Ceilings(rates, 2 * size / _best_seconds(lambda: target.copy_(source)), "measured in this run")
 
 
-def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of the fastest of many calls."""
-
-    def call() -> float:
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    call()  # the first call touches new memory
-    times: list[float] = []
-    while len(times) < LEAST_CALLS or sum(times) < CEILING_SECONDS:
-        times.append(call())
-    return min(times)
+def _best_seconds(work: Callable[[], object]) -> float:
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return float(min(timer.blocked_autorange(min_run_time=CEILING_SECONDS).times))
 
 
 PARTS = ("linear", "attention", "depthwise", "optimizer")  # of a step: kinds of products, then the optimizer

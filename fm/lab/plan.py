@@ -1,17 +1,17 @@
 """`fm plan`: what a run will cost before it is launched: work, time and memory, by dataset and for the mixture.
 
-Work and memory are counted (fm/lab/workload.py). The seconds of a step are either estimated from a GPU's data sheet
+Work and memory are counted (fm/lab/workload.py). The seconds of a step are estimated from a GPU's data sheet
 (fm/lab/hardware.py), or measured on this machine by dry runs (fm/lab/dry_runs.py).
 """
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from pydantic_core import to_jsonable_python
 from tqdm import tqdm
 
 from data_pipeline.registry import PATCH
@@ -20,7 +20,7 @@ from fm.config import Recipe
 from fm.distributed import autocast_dtype
 from fm.lab.dry_runs import SizedDryRuns, StepTime
 from fm.lab.hardware import INFINIBAND, STATE_TOUCHES, AssumedSpeed, Interconnect, buckets, device_name
-from fm.lab.workload import FLOAT_BYTES, Footprint, Workload, WorkloadDataset, footprint, kept_bytes, read_workload
+from fm.lab.workload import FLOAT_BYTES, Footprint, Workload, WorkloadDataset, footprint, read_workload
 from fm.training.flops import BACKWARD, forward_flops, forward_passes, held_calls
 from fm.training.objective import Unroll, unroll_length
 
@@ -95,6 +95,10 @@ class Plan:
         """Return a quantity of a step, averaged over datasets at their shares."""
         return sum(dataset.share * getattr(dataset, quantity) for dataset in self.datasets.values())
 
+    def with_mean(self, quantity: str) -> list[float]:
+        """Return a quantity of a step for each dataset, then its mean."""
+        return [*(getattr(dataset, quantity) for dataset in self.datasets.values()), self.mean(quantity)]
+
     @property
     def training_seconds(self) -> float:
         """Return the seconds of all steps, without validations."""
@@ -129,9 +133,8 @@ class Plan:
         """Return all fields, and the sums that the tables show."""
         sums = ("training_seconds", "validation_seconds", "seconds", "needed_bytes", "fits")
         mixture = {name: self.mean(name) for name in ("tokens", "flops", "read_bytes", "seconds")}
-        derived = {"mixture": mixture, **{name: getattr(self, name) for name in sums}}
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self) | derived))
-        return plain
+        plain: dict[str, Any] = to_jsonable_python(self)
+        return plain | {"mixture": mixture, **{name: getattr(self, name) for name in sums}}
 
 
 def estimated_plan(
@@ -145,12 +148,11 @@ def estimated_plan(
 
     Raises UserError if the processes cannot share the global batch, and for missing shards (`read_workload`).
     """
-    planner = _Planner(read_workload(recipe, require_shards), processes, speed.bf16, traffic=True)
+    planner = _Planner(read_workload(recipe, require_shards), processes, speed.bf16)
     gpu, train = speed.gpu, recipe.train
     links, sent = Interconnect(gpu.link, network), buckets(float(FLOAT_BYTES * planner.parameters))
     times = {}
     for name, window in planner.windows.items():
-        assert window.footprint is not None
         calls = window.passes / forward_passes(1, None)  # model calls with as many forward and backward passes
         micro_batches = train.draws * -(-train.batch // processes // planner.micro_batch)
         windows = train.global_batch / processes
@@ -178,7 +180,7 @@ def measured_plan(recipe: Recipe, seconds: float, processes: int = 1, require_sh
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = autocast_dtype(recipe.train.precision, torch.device(device)) is not None
     workload = read_workload(recipe, require_shards)
-    planner = _Planner(workload, processes, bf16, traffic=False)
+    planner = _Planner(workload, processes, bf16)
     if device == "cuda":
         memory = float(torch.cuda.get_device_properties(0).total_memory)
     else:
@@ -203,14 +205,14 @@ class _WindowCount:
     passes: float  # forward passes, where a backward pass counts two
     call_bytes: float  # activations of one model call
     held_bytes: float  # activations held at once, at the full length of the unroll
-    footprint: Footprint | None  # of one model call with `counted_windows` windows
+    footprint: Footprint  # of one model call with `counted_windows` windows
 
 
 class _Planner:
     """Makes the plan of a workload whose steps are shared by `processes` processes."""
 
-    def __init__(self, workload: Workload, processes: int, bf16: bool, traffic: bool) -> None:
-        """Count the step of every dataset, with a progress bar; `traffic` also counts the bytes that are moved."""
+    def __init__(self, workload: Workload, processes: int, bf16: bool) -> None:
+        """Count the step of every dataset, with a progress bar."""
         self.workload, self.processes, recipe = workload, processes, workload.recipe
         self.schedule, train = workload.schedule(), workload.recipe.train
         division = Division(self.schedule, 0, processes, train.draws, recipe.sampling.draw, train.micro_batch)
@@ -220,21 +222,21 @@ class _Planner:
         self.parameters = self.model.num_parameters()
         one_call = Unroll(self.model, recipe.loss, None, torch.bfloat16 if bf16 else None)
         self.windows = {
-            name: self._count(one_call, dataset, traffic)
+            name: self._count(one_call, dataset)
             for name, dataset in tqdm(workload.datasets.items(), desc="count", unit="dataset", leave=False)
         }
 
-    def _count(self, one_call: Unroll, dataset: WorkloadDataset, traffic: bool) -> _WindowCount:
-        recipe, name, counted = self.workload.recipe, dataset.name, self.counted_windows
-        moved = footprint(one_call, name, dataset.grid, counted) if traffic else None
-        kept = (moved.kept_bytes if moved else kept_bytes(one_call, name, dataset.grid, counted)) / counted
+    def _count(self, one_call: Unroll, dataset: WorkloadDataset) -> _WindowCount:
+        recipe, name = self.workload.recipe, dataset.name
+        found = footprint(one_call, name, dataset.grid, self.counted_windows)
+        kept = found.kept_bytes / self.counted_windows
         return _WindowCount(
             forward_flops=forward_flops(self.model, name, dataset.grid),
             calls=_mean_over_run(recipe, name, float),
             passes=_mean_over_run(recipe, name, lambda calls: forward_passes(calls, recipe.finetune)),
             call_bytes=kept,
             held_bytes=kept * held_calls(recipe.window_length(name) - 1, recipe.finetune),
-            footprint=moved,
+            footprint=found,
         )
 
     def plan(

@@ -6,7 +6,7 @@ from textwrap import fill
 from data_pipeline.tables import digits, markdown
 from fm.lab.hardware import HOP_SECONDS, LAUNCH_SECONDS, NODE
 from fm.lab.plan import USABLE, Plan
-from fm.lab.workload import PAPER_BATCH, PAPER_DATASETS, PAPER_HOURS, PAPER_PARAMETERS, PAPER_STEPS
+from fm.lab.workload import PAPER_BATCH, PAPER_HOURS, PAPER_STEPS
 
 WIDTH = 110
 PREFIXES = {1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k"}
@@ -30,27 +30,28 @@ def plan_text(plan: Plan) -> str:
 def _work_table(plan: Plan) -> str:
     datasets, windows = plan.datasets.values(), sum(dataset.windows for dataset in plan.datasets.values())
     columns = [
+        ["dataset", *plan.datasets, "mixture"],
         ["grid", *(f"{dataset.grid[0]} x {dataset.grid[1]}" for dataset in datasets), ""],
         ["windows", *(f"{dataset.windows:,}" for dataset in datasets), f"{windows:,}"],
         ["share %", *(f"{100 * dataset.share:.1f}" for dataset in datasets), "100"],
         ["draws", *(f"{dataset.draws:,}" for dataset in datasets), f"{sum(dataset.draws for dataset in datasets):,}"],
         ["passes", *(digits(dataset.passes) for dataset in datasets), digits(plan.steps * plan.global_batch / windows)],
-        _scaled("tokens", [*(dataset.tokens for dataset in datasets), plan.mean("tokens")]),
-        _scaled("FLOP", [*(dataset.flops for dataset in datasets), plan.mean("flops")]),
-        _scaled("B read", [*(dataset.read_bytes for dataset in datasets), plan.mean("read_bytes")]),
+        _scaled("tokens", plan.with_mean("tokens")),
+        _scaled("FLOP", plan.with_mean("flops")),
+        _scaled("B read", plan.with_mean("read_bytes")),
     ]
-    return _table(plan, columns)
+    return _table(columns)
 
 
 def _machine_table(plan: Plan) -> str:
     datasets, count = plan.datasets.values(), _digits_known(plan)
-    seconds = [*(dataset.seconds for dataset in datasets), plan.mean("seconds")]
+    seconds, flops = plan.with_mean("seconds"), plan.with_mean("flops")
     marks = [*("~" if dataset.extrapolated else "" for dataset in datasets), ""]
-    flops = [*(dataset.flops for dataset in datasets), plan.mean("flops")]
     activations = [dataset.activation_bytes for dataset in datasets]
     activations.append(max(activations))
     unit, size = ("s", 1.0) if seconds[-1] >= 10 else ("ms", 1e-3)
     columns = [
+        ["dataset", *plan.datasets, "mixture"],
         [f"{unit}/step", *(mark + digits(one / size, count) for mark, one in zip(marks, seconds, strict=True))],
         ["windows/s", *(digits(plan.global_batch / one, count) for one in seconds)],
         _scaled("FLOP/s", [one / time for one, time in zip(flops, seconds, strict=True)], count),
@@ -58,12 +59,11 @@ def _machine_table(plan: Plan) -> str:
         ["GB in all", *(digits((one + plan.state_bytes + plan.input_bytes) / 1e9) for one in activations)],
         ["own parameters", *(f"{dataset.own_parameters:,}" for dataset in datasets), f"{plan.parameters:,} in all"],
     ]
-    return _table(plan, columns)
+    return _table(columns)
 
 
-def _table(plan: Plan, columns: Sequence[Sequence[str]]) -> str:
-    """Return columns, each with its header, beside the names of datasets."""
-    head, *rows = zip(["dataset", *plan.datasets, "mixture"], *columns, strict=True)
+def _table(columns: Sequence[Sequence[str]]) -> str:
+    head, *rows = zip(*columns, strict=True)
     return markdown(head, rows)
 
 
@@ -113,7 +113,12 @@ def _sentences(plan: Plan) -> list[str]:
         lines.append("~: too large for a dry run; two smaller steps were measured, and a line in FLOPs extrapolated")
     if plan.processes > 1 and plan.exchange is None:
         lines.append("not counted: the exchange of gradients; each process is assumed to have a device of its own")
-    return [*lines, _paper(plan)]
+    pace = 3600 * PAPER_HOURS / PAPER_STEPS
+    lines.append(
+        f"the paper: {PAPER_HOURS} h on one B200 for 1M steps of batch {PAPER_BATCH} with 10M parameters in JAX, "
+        f"{1e3 * pace:.0f} ms a step; at that pace these {plan.steps:,} steps take {_duration(pace * plan.steps, 3)}"
+    )
+    return lines
 
 
 def _memory(plan: Plan) -> str:
@@ -131,24 +136,6 @@ def _memory(plan: Plan) -> str:
         other = f", or {way}" if plan.fitting_micro_batch else " and plan again"
         way = f"set finetune.checkpoint_activations=true{other}"
     return f"{needed}; DOES NOT FIT in {USABLE:.0%} of {digits(plan.memory_bytes / 1e9)} GB: {way}"
-
-
-def _paper(plan: Plan) -> str:
-    """Return the time of the paper's run, and for a plan of that run the time of its steps at that pace."""
-    pace = 3600 * PAPER_HOURS / PAPER_STEPS
-    line = (
-        f"the paper: {PAPER_HOURS} h on one B200 for 1M steps of batch 4 with 10M parameters in JAX, "
-        f"{1e3 * pace:.0f} ms a step"
-    )
-    is_papers_run = (
-        plan.published
-        and len(plan.datasets) == PAPER_DATASETS
-        and plan.global_batch == PAPER_BATCH
-        and abs(plan.parameters / PAPER_PARAMETERS - 1) < 0.02
-    )
-    if not is_papers_run:
-        return line
-    return f"{line}; at that pace these {plan.steps:,} steps take {_duration(pace * plan.steps, 3)}"
 
 
 def _duration(seconds: float, count: int) -> str:

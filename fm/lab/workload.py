@@ -1,10 +1,8 @@
 """The workload of a recipe: its datasets, its model, and what one training step computes, moves and keeps.
 
-`fm plan` and `fm benchmark` start from a workload. The sizes of datasets come from the manifests of the shards. A
-dataset without shards has the published grid and trajectories of its card, so a run on The Well can be planned without
-The Well. The mini-Well's simulations give small grids.
-
-A step is counted by running the model on torch's fake tensors (fm/training/flops.py).
+The sizes of datasets come from the manifests of the shards. A dataset without shards has the published grid and
+trajectories of its card, so a run on The Well can be planned without The Well. The mini-Well's simulations give small
+grids. A step is counted by running the model on torch's fake tensors (fm/training/flops.py).
 """
 
 from collections.abc import Sequence
@@ -40,7 +38,7 @@ from fm.training.objective import Unroll
 
 FLOAT_BYTES = 4
 # WaveLiT paper, section 4: the joint model was trained for PAPER_HOURS on one B200, in JAX.
-PAPER_HOURS, PAPER_STEPS, PAPER_BATCH, PAPER_PARAMETERS, PAPER_DATASETS = 41.0, 1_000_000, 4, 10.0e6, 8
+PAPER_HOURS, PAPER_STEPS, PAPER_BATCH = 41.0, 1_000_000, 4
 
 GridSize = Literal["full", "mini"]
 
@@ -195,61 +193,32 @@ class Product:
 class Footprint:
     """What a forward and backward pass of some windows computes, moves and keeps, without the weights themselves."""
 
-    kept_bytes: int  # held for the backward pass
+    kept_bytes: int  # that the forward pass holds for the backward pass
     moved_bytes: int  # read and written by operations that are no matrix products, none of them fused
     operations: int  # number of kernels, about
     products: tuple[Product, ...]  # includes depthwise convolutions, which count among the moved bytes too
 
 
 def footprint(objective: Unroll, dataset: str, grid: tuple[int, int], windows: int = 1, calls: int = 1) -> Footprint:
-    """Return the footprint of `calls` model calls; the objective holds a model of fake tensors.
+    """Return the footprint of `calls` model calls. Nothing is computed, and the parameters get no gradients."""
+    model = objective.model
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}  # each once, and held, so that no address is used twice
 
-    The gradients of the parameters stay unset.
-    """
-    parameters = list(objective.model.parameters())
-    kept = _KeptStorages(objective.model)
-    with fake_mode(objective.model), kept.hooks, _OperationCounter() as counter:
-        loss = _fake_loss(objective, dataset, grid, windows, calls)
-        torch.autograd.grad(loss, parameters, allow_unused=True)
-    return Footprint(kept.bytes, counter.bytes, counter.operations, tuple(counter.products))
-
-
-def kept_bytes(objective: Unroll, dataset: str, grid: tuple[int, int], windows: int = 1, calls: int = 1) -> int:
-    """Return the bytes that the forward pass keeps for the backward pass, without the parameters.
-
-    The objective may hold a model of fake or of real tensors; nothing is computed. This takes half as long as
-    `footprint`.
-    """
-    kept = _KeptStorages(objective.model)
-    with fake_mode(objective.model), kept.hooks:
-        _fake_loss(objective, dataset, grid, windows, calls)
-    return kept.bytes
-
-
-def _fake_loss(objective: Unroll, dataset: str, grid: tuple[int, int], windows: int, calls: int) -> Tensor:
-    fields, constants = zero_fields(objective.model, dataset, grid, windows, frames=calls + 1)
-    forced = torch.ones(windows, calls, dtype=torch.bool)
-    loss: Tensor = objective(fields, constants, forced, dataset)["loss"]
-    return loss
-
-
-class _KeptStorages:
-    """Collects the storages that autograd keeps, each once, within the context `hooks`."""
-
-    def __init__(self, model: Surrogate) -> None:
-        self._own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-        self._storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-        self.hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    @property
-    def bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self._storages.values())
-
-    def _pack(self, tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._own:
-            self._storages[storage._cdata] = storage
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
         return tensor
+
+    with fake_mode(model), _OperationCounter() as counter:
+        fields, constants = zero_fields(model, dataset, grid, windows, frames=calls + 1)
+        forced = torch.ones(windows, calls, dtype=torch.bool)
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = objective(fields, constants, forced, dataset)["loss"]
+        torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    kept_bytes = sum(storage.nbytes() for storage in kept.values())
+    return Footprint(kept_bytes, counter.bytes, counter.operations, tuple(counter.products))
 
 
 class _OperationCounter(TorchDispatchMode):
@@ -284,10 +253,7 @@ def _product(name: str, args: Any, result: Any, moved: int) -> Product | None:
         kind = "linear" if args[9] == 1 else "depthwise"
         once = 2 * args[0].numel() * args[2][0].numel()
         return Product(kind, args[1].dtype, once * sum(args[10][:2]), moved)
-    if name in ("mm", "bmm"):
-        left = args[0]
-    elif name in ("addmm", "baddbmm"):
-        left = args[1]
-    else:
+    if name not in ("mm", "bmm", "addmm", "baddbmm"):
         return None
+    left = args[1] if "add" in name else args[0]
     return Product("attention" if left.dim() == 3 else "linear", left.dtype, 2 * result.numel() * left.shape[-1], moved)

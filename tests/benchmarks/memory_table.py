@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from data_pipeline.registry import Card, load_registry
 from fm.config import Recipe, load_recipe
 from fm.distributed import ZERO_BUCKET
-from fm.lab.workload import kept_bytes
+from fm.lab.workload import footprint
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.wavelit import WaveLiTFM
 from fm.training.objective import Unroll
@@ -85,7 +85,7 @@ def scaled(config: ModelConfig, cards: list[Card], parameters: int) -> ModelConf
 def activations(recipe: Recipe, model: WaveLiTFM, card: Card, autocast: torch.dtype | None) -> int:
     """Return the bytes of one window among several, without what does not grow with them, such as casts of weights."""
     objective = Unroll(model, recipe.loss, recipe.finetune, autocast)
-    two, three = (kept_bytes(objective, card.name, card.grid, windows) for windows in (2, 3))
+    two, three = (footprint(objective, card.name, card.grid, windows).kept_bytes for windows in (2, 3))
     return three - two
 
 

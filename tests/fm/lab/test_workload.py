@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from fm.config import LossSettings
-from fm.lab.workload import Product, footprint, kept_bytes
+from fm.lab.workload import Product, footprint
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.wavelit import WaveLiTFM
 from fm.training.objective import Unroll
@@ -98,21 +98,20 @@ def test_kept_bytes_are_what_autograd_saves(windows: int, calls: int) -> None:
         fields = torch.randn(windows, calls + 1, 1, *GRID)
         objective(fields, torch.zeros(windows, 0, *GRID), torch.ones(windows, calls, dtype=torch.bool), "shear_flow")
     really = sum(storage.nbytes() for storage in saved.values())
-    counted = kept_bytes(fake_objective(), "shear_flow", GRID, windows, calls)
+    counted = footprint(fake_objective(), "shear_flow", GRID, windows, calls).kept_bytes
     assert counted == pytest.approx(really, rel=0.01)
 
 
 def test_model_steps_keep_alike_and_bf16_less() -> None:
-    one, four = (kept_bytes(fake_objective(), "shear_flow", GRID, 2, calls) for calls in (1, 4))
+    one, four = (footprint(fake_objective(), "shear_flow", GRID, 2, calls).kept_bytes for calls in (1, 4))
     assert four / one == pytest.approx(4, rel=0.1)
-    halved = kept_bytes(fake_objective(torch.bfloat16), "shear_flow", GRID, 2)
+    halved = footprint(fake_objective(torch.bfloat16), "shear_flow", GRID, 2).kept_bytes
     assert 0.5 * one < halved < 0.9 * one
 
 
 def test_a_footprint_moves_more_than_it_keeps_and_leaves_no_gradient() -> None:
     objective = fake_objective()
     found = footprint(objective, "shear_flow", GRID)
-    assert found.kept_bytes == kept_bytes(objective, "shear_flow", GRID)
     assert found.moved_bytes > found.kept_bytes
     assert all(parameter.grad is None for parameter in objective.model.parameters())
     larger = footprint(objective, "shear_flow", (64, 128))
