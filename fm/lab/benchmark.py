@@ -5,10 +5,9 @@ needed. Their work is counted (fm/lab/workload.py), and compared with what the m
 sheet of a GPU (fm/lab/hardware.py).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import patch_environment
+from pydantic_core import to_jsonable_python
 from tqdm import tqdm
 
 from data_pipeline.files import UserError
@@ -38,27 +38,19 @@ NONE = "none"  # the name of no variant
 NOISY_PERCENT = 20
 
 
-@dataclass(frozen=True)
-class BenchmarkVariant:
-    """Recipe overrides, and the devices on which they are measured unless --variants names others."""
-
-    name: str
-    overrides: tuple[str, ...]
-    default_on: tuple[str, ...] = ("cuda",)
-
-
-VARIANTS = {
-    variant.name: variant
-    for variant in (
-        BenchmarkVariant("float32", ("train.precision=float32", "train.compile=eager"), default_on=("cpu", "cuda")),
-        BenchmarkVariant("bf16", ("train.precision=bf16", "train.compile=eager"), default_on=("cpu", "cuda")),
-        BenchmarkVariant("blocks", ("train.precision=bf16", "train.compile=blocks")),
-        BenchmarkVariant("step", ("train.precision=bf16", "train.compile=step")),
-        BenchmarkVariant("graphs", ("train.precision=bf16", "train.compile=graphs")),
-        BenchmarkVariant("batch4", ("train.global_batch=4",), default_on=()),
-        BenchmarkVariant("batch8", ("train.global_batch=8",), default_on=("cpu", "cuda")),
-        BenchmarkVariant("batch16", ("train.global_batch=16",)),
-    )
+VARIANTS = {  # name -> recipe overrides
+    "float32": ("train.precision=float32", "train.compile=eager"),
+    "bf16": ("train.precision=bf16", "train.compile=eager"),
+    "blocks": ("train.precision=bf16", "train.compile=blocks"),
+    "step": ("train.precision=bf16", "train.compile=step"),
+    "graphs": ("train.precision=bf16", "train.compile=graphs"),
+    "batch4": ("train.global_batch=4",),
+    "batch8": ("train.global_batch=8",),
+    "batch16": ("train.global_batch=16",),
+}
+DEFAULT_VARIANTS = {
+    "cpu": ("float32", "bf16", "batch8"),
+    "cuda": ("float32", "bf16", "blocks", "step", "graphs", "batch8", "batch16"),
 }
 
 
@@ -144,9 +136,9 @@ class Benchmark:
     parameters: int
     shares: Mapping[str, float]  # of the draws, by dataset
     rows: tuple[Row, ...]
-    feeding: tuple[DataWait, ...] = ()
+    feeding: Sequence[DataWait] = ()
     pace: str = ""  # of the steps, while waiting for shards was measured
-    profiles: tuple[str, ...] = ()  # files
+    profiles: Sequence[str] = ()  # files
 
     def warnings(self) -> list[str]:
         """Return the reasons to doubt the figures."""
@@ -154,20 +146,20 @@ class Benchmark:
         load, cores = self.machine.get("load", 0.0), self.machine.get("cores", 1)
         if load > cores:
             found.append(f"a load of {load:.1f} on {cores} cores: other processes use this machine")
-        noise = [(row.noise_percent or 0.0, row) for row in self.rows]
-        noisy = [(percent, row) for percent, row in noise if percent > NOISY_PERCENT]
+        noise = {(row.dataset, row.variant): row.noise_percent or 0.0 for row in self.rows}
+        noisy = {place: percent for place, percent in noise.items() if percent > NOISY_PERCENT}
         if noisy:
-            percent, worst = max(noisy, key=lambda pair: pair[0])
+            dataset, variant = worst = max(noisy, key=lambda place: noisy[place])
             found.append(
-                f"{len(noisy)} of {len(self.rows)} rows vary by more than {NOISY_PERCENT}%, {worst.dataset} under "
-                f"{worst.variant} by {percent:.0f}%: measure again when the machine is idle, or longer (--seconds)"
+                f"{len(noisy)} of {len(self.rows)} rows vary by more than {NOISY_PERCENT}%, {dataset} under {variant} "
+                f"by {noisy[worst]:.0f}%: measure again when the machine is idle, or longer (--seconds)"
             )
         return found
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields and the warnings."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self) | {"warnings": self.warnings()}))
-        return plain
+        plain: dict[str, Any] = to_jsonable_python(self)
+        return plain | {"warnings": self.warnings()}
 
 
 def benchmark(options: BenchmarkOptions) -> Benchmark:
@@ -175,7 +167,7 @@ def benchmark(options: BenchmarkOptions) -> Benchmark:
     device = _chosen_device(options.device)
     variants = chosen_variants(options.variants, device)
     file, size, workload = _read_options(options, device)
-    recipes = {one.name: load_recipe(file, [*options.overrides, *one.overrides]) for one in variants}
+    recipes = {name: load_recipe(file, [*options.overrides, *VARIANTS[name]]) for name in variants}
     if options.profile is not None:
         try:
             options.profile.mkdir(parents=True, exist_ok=True)
@@ -187,18 +179,25 @@ def benchmark(options: BenchmarkOptions) -> Benchmark:
         machine, ceilings = describe_machine(device), measure_ceilings(accelerator.device)
         dtypes = {name: autocast_dtype(one.train.precision, accelerator.device) for name, one in recipes.items()}
         counts = _CountedSteps(workload, set(dtypes.values()))
-        measurements = measure_variants(
+        found = measure_variants(
             recipes, workload, accelerator, options.seconds or SECONDS[device], every=options.variants is not None
         )
-        rows = []
+        rows: list[Row] = []
         for name, recipe in recipes.items():
             counted = counts.rows(name, recipe.train.global_batch, dtypes[name], ceilings)
-            rows += measured_rows(counted, measurements[name], counts.shares, ceilings)
-        feeding = loader.measure(accelerator, options.feed_seconds) if loader else []
-        profiles = _profiles(rows, recipes, workload, accelerator, options.profile) if options.profile else []
-    found = Benchmark(str(file), size, machine, ceilings, counts.parameters, counts.shares, tuple(rows))
-    pace = loader.pace(device) if loader else ""
-    return replace(found, feeding=tuple(feeding), pace=pace, profiles=tuple(profiles))
+            rows += measured_rows(counted, found[name], counts.shares, ceilings)
+        return Benchmark(
+            recipe=str(file),
+            size=size,
+            machine=machine,
+            ceilings=ceilings,
+            parameters=counts.parameters,
+            shares=counts.shares,
+            rows=tuple(rows),
+            feeding=loader.measure(accelerator, options.feed_seconds) if loader else (),
+            pace=loader.pace(device) if loader else "",
+            profiles=_profiles(rows, recipes, workload, accelerator, options.profile) if options.profile else (),
+        )
 
 
 def floors(gpu: str, options: BenchmarkOptions) -> Benchmark:
@@ -217,7 +216,7 @@ def floors(gpu: str, options: BenchmarkOptions) -> Benchmark:
     return Benchmark(str(file), size, machine, ceilings, counts.parameters, counts.shares, tuple(rows))
 
 
-def chosen_variants(names: Sequence[str] | None, device: str) -> list[BenchmarkVariant]:
+def chosen_variants(names: Sequence[str] | None, device: str) -> list[str]:
     """Return the named variants, or the device's default ones; the name `none` alone means no variants.
 
     Raises UserError, with the nearest name, for an unknown name.
@@ -227,14 +226,14 @@ def chosen_variants(names: Sequence[str] | None, device: str) -> list[BenchmarkV
     for name in names or ():
         if name not in VARIANTS:
             raise UserError(f"--variants: no variant {name!r}. {nearest(name, [*VARIANTS, NONE])}")
-    return [one for one in VARIANTS.values() if (one.name in names if names else device in one.default_on)]
+    return [name for name in VARIANTS if name in (names or DEFAULT_VARIANTS[device])]
 
 
 def _chosen_device(name: str) -> str:
-    """Return cpu or cuda. UserError for cuda on a machine without a GPU."""
-    if name == "cuda" and not torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
         raise UserError("--device cuda: torch finds no GPU here; take --device cpu, or --gpu NAME for the floor alone")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    return name if name != "auto" else "cuda" if has_gpu else "cpu"
 
 
 def _read_options(options: BenchmarkOptions, device: str) -> tuple[Path, GridSize, Workload]:
@@ -277,7 +276,7 @@ class _CountedSteps:
             products = [
                 replace(one, flops=int(one.flops * factor), bytes=int(one.bytes * factor)) for one in found.products
             ]
-            floor = roofline(products, self.parameters, ceilings)  # seconds
+            floor = {part: 1e3 * one for part, one in roofline(products, self.parameters, ceilings).items()}
             rows.append(
                 Row(
                     dataset=name,
@@ -288,8 +287,8 @@ class _CountedSteps:
                     tokens=windows * self._calls[name] * dataset.source.tokens,
                     flops=sum(one.flops for one in products),
                     moved_bytes=found.moved_bytes * factor,
-                    floor_ms=1e3 * sum(floor[part] for part in PARTS),
-                    floor_parts_ms={part: 1e3 * seconds for part, seconds in floor.items()},
+                    floor_ms=sum(floor[part] for part in PARTS),
+                    floor_parts_ms=floor,
                 )
             )
         return rows

@@ -2,13 +2,7 @@
 
 A dry run is the trainer's own step (fm/training/step.py) on random data of a dataset's grid. Datasets take turns, as
 they do in training. The first rounds do not count: compilers, allocators and CUDA graphs make them slow.
-
-`SizedDryRuns`, for `fm plan`, replaces a step that would take too long or too much memory by a smaller one: of one
-window, then of half the sides, and so on. The time of the whole step follows from the times of two smaller steps, on a
-line in FLOPs, because a part of a step does not grow with the grid.
-
-`measure_variants`, for `fm benchmark`, measures several recipes. On a CPU they take turns too, so that other load on
-the machine affects all of them. On a GPU they come one after another, because each would take memory from the others.
+`SizedDryRuns` is for `fm plan`, `measure_variants` and `profile_step` are for `fm benchmark`.
 """
 
 import gc
@@ -70,7 +64,12 @@ class _SizedStep:
 
 
 class SizedDryRuns:
-    """Dry runs of a workload with the windows of one of `processes` processes."""
+    """Dry runs of a workload with the windows of one of `processes` processes.
+
+    A step that would take too long or too much memory is replaced by a smaller one: of one window, then of half the
+    sides, and so on. The time of the whole step follows from the times of two smaller steps, on a line in FLOPs,
+    because a part of a step does not grow with the grid.
+    """
 
     def __init__(self, workload: Workload, processes: int, token_bytes: Mapping[str, float], memory: float) -> None:
         """`token_bytes` are the bytes of activations per token, by dataset; `memory` are the bytes of this machine."""
@@ -160,13 +159,15 @@ def measure_variants(
 ) -> dict[str, dict[str, Measurement]]:
     """Measure variants, each a recipe, for about `seconds` in all; return the measurements of their datasets.
 
-    Of variants that take turns the first one is measured, and the others while there is time, or all with `every`.
+    On a CPU variants take turns too, so that other load on the machine affects all of them: the first one is measured,
+    and the others while there is time, or all with `every`. On a GPU they come one after another, because each would
+    take memory from the others.
     """
     found = {name: {dataset: Measurement() for dataset in workload.datasets} for name in recipes}
     on_gpu = accelerator.device.type == "cuda"
     groups = [{name: recipe} for name, recipe in recipes.items()] if on_gpu else [recipes]
     share = seconds / max(1, len(groups))
-    with tqdm(total=round(seconds), desc="benchmark", unit="s", leave=False) as bar:
+    with tqdm(desc="benchmark", unit="round", leave=False) as bar:
         for group in groups:
             _take_turns(_warm_up(group, found, workload, accelerator, share, every, bar), share, bar)
             gc.collect()
@@ -223,7 +224,6 @@ class _Variant:
 
         A step that fails leaves its reason.
         """
-        started = time.perf_counter()
         for _ in range(WARM_UP[self.device.type]):
             started = time.perf_counter()
             for measurement, dry_run in self.steps:
@@ -255,17 +255,15 @@ class _Variant:
 
 
 def _take_turns(variants: Sequence[_Variant], seconds: float, bar: tqdm) -> None:
-    """Take rounds of all variants for `seconds`: at least ROUNDS, but only one if ROUNDS take twice as long."""
-    if not variants:
-        return
-    begin, number, shown, left = time.perf_counter(), 0, bar.n, seconds
-    last = 0.0  # seconds of the last round
-    while left > (last if number >= ROUNDS else -seconds):
+    """Take rounds of all variants for `seconds`: at least ROUNDS, but fewer if ROUNDS take twice as long."""
+    begin = ended = time.perf_counter()
+    number, last = 0, 0.0  # last: seconds of the last round
+    while variants and ended - begin < (seconds - last if number >= ROUNDS else 2 * seconds):
         for variant in variants:
             variant.take_round()
-        left, before = begin + seconds - time.perf_counter(), left
-        number, last = number + 1, before - left
-        bar.update(min(shown + int(seconds - left), bar.total) - bar.n)
+        before, ended = ended, time.perf_counter()
+        number, last = number + 1, ended - before
+        bar.update()
 
 
 def profile_step(
