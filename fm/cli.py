@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,10 +191,10 @@ def train(options: argparse.Namespace) -> int:
 )
 def status(options: argparse.Namespace) -> None:
     """Print the state of a run: step, rate, time left, checkpoint, scores, events."""
-    from fm.lab.status import read_status, status_json, status_text
+    from fm.lab.status import read_status, status_text
 
     status = read_status(options.run)
-    print(status_json(status) if options.json else status_text(status))
+    print(json.dumps(asdict(status), indent=1) if options.json else status_text(status))
 
 
 @command(

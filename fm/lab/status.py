@@ -2,10 +2,13 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import yaml
@@ -96,11 +99,6 @@ def read_status(run: Path) -> RunStatus:
     )
 
 
-def status_json(status: RunStatus) -> str:
-    """Return the status as one JSON object."""
-    return json.dumps(asdict(status), indent=1)
-
-
 def status_text(status: RunStatus) -> str:
     """Return the status for people."""
     total = f" of {status.steps} ({100 * status.step / status.steps:.1f}%)" if status.steps else ""
@@ -109,22 +107,20 @@ def status_text(status: RunStatus) -> str:
         f"state        {status.state}: {status.why}",
         f"step         {status.step}{total}",
     ]
-    if status.rate:
-        rate = status.rate
+    if rate := status.rate:
         lines.append(f"rate         {rate.steps_per_s:.3g} steps/s, {rate.samples_per_s:.3g} samples/s while stepping")
         if rate.seconds_left is not None and rate.ends is not None:
             left = _duration(rate.seconds_left)
             lines.append(f"left         {left}, ends {_clock(rate.ends)} (validations and saves included)")
     saved = "none yet"
-    if status.checkpoint:
-        age = _duration(status.checkpoint.seconds_old)
-        saved = f"step {status.checkpoint.step}, {age} ago, sizes verified, bytes not hashed: {status.checkpoint.path}"
+    if newest := status.checkpoint:
+        age = _duration(newest.seconds_old)
+        saved = f"step {newest.step}, {age} ago, sizes verified, bytes not hashed: {newest.path}"
     lines.append(f"checkpoint   {saved}")
     sizes = sorted(((size, name) for name, size in status.disk_bytes.items() if name != "."), reverse=True)
     folders = f": {', '.join(f'{name} {size / 1e6:.1f}' for size, name in sizes)}" if sizes else ""
     lines.append(f"disk         {sum(status.disk_bytes.values()) / 1e6:.1f} MB{folders}")
-    if status.process:
-        facts = status.process
+    if facts := status.process:
         job = f", Slurm job {facts['slurm_job']}" if facts.get("slurm_job") else ""
         versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
         lines.append(
@@ -137,8 +133,7 @@ def status_text(status: RunStatus) -> str:
     lines += ["events"] if status.events else []
     for line in status.events:
         prefix = "warning: " if line["kind"] == "warning" else ""
-        text = prefix + " ".join(str(line.get("text", "")).split())
-        text = text if len(text) <= 160 else f"{text[:157]}..."
+        text = shorten(prefix + str(line.get("text", "")), 160, placeholder="...")
         lines.append(f"  {_clock(line['time'])}  step {line['step']:>7}  {text}")
     lines += ["problems", *(f"  {problem}" for problem in status.problems)] if status.problems else []
     return "\n".join(lines)
@@ -265,16 +260,13 @@ def _last_checkpoint(root: Path, problems: list[str]) -> LastCheckpoint | None:
 
 def _disk_bytes(run: Path) -> dict[str, int]:
     """Return bytes by top folder, with the files of the run directory itself under "."."""
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for file in run.rglob("*"):
-        try:
+        with suppress(OSError):  # it has been removed meanwhile
             if file.is_file() and not file.is_symlink():
-                parts = file.relative_to(run).parts
-                folder = parts[0] if len(parts) > 1 else "."
-                sizes[folder] = sizes.get(folder, 0) + file.stat().st_size
-        except OSError:  # it has been removed meanwhile
-            continue
-    return sizes
+                folder, *deeper = file.relative_to(run).parts
+                sizes[folder if deeper else "."] += file.stat().st_size
+    return dict(sizes)
 
 
 def _clock(seconds: float) -> str:
