@@ -1,15 +1,7 @@
 """Export a model as a folder that others can use: weights, dataset cards, scores, pictures, programs and a model card.
 
-    model.safetensors, model.json   the averaged weights, and the model's configuration
-    README.md                       the model card (model_card.py)
-    artefact.json                   the facts of the model, and size and SHA-256 of every file
-    recipe.yaml                     the recipe of its run, resolved
-    cards/                          the cards of its datasets, a registry folder of their own
-    scores.json, pictures/          of an evaluation of these weights, if there is one
-    programs/<dataset>.pt2          single steps for torch alone, if requested
-    LICENSE                         if the license is MIT
-
-`export_run` exports a run; fm/share/extend.py writes extended models by the same `write_export`.
+`FILES` of model_card.py lists the files. `export_run` exports a run; fm/share/extend.py writes extended models by the
+same `write_export`.
 """
 
 import copy

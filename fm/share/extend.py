@@ -2,16 +2,8 @@
 
 All parameters of a model are keyed by name, so the old ones stay where they are. An added dataset gets a task vector
 and a head, drawn as for a new model (heads start at zero: the model predicts persistence, or the mean). A channel that
-the model has is shared, with its rows of the channel embedding (`lifting.rows`). The rows of an unseen channel have one
-of four origins:
-
-    zero      zeros. They learn late: while a channel's rows and the head are both zero, neither has a gradient.
-    drawn     drawn as for a new model
-    nearest   a copy of the rows of the channel with the same unit and the most similar name, by difflib's ratio (twice
-              the letters in common over all letters), if the ratio is at least SIMILAR; else drawn
-    NEW=OLD   a copy of the rows of the channel OLD
-
-The proof compares all tensors, and the predictions for each old dataset, bit for bit.
+the model has is shared, with its rows of the channel embedding (`lifting.rows`). The proof compares all tensors, and
+the predictions for each old dataset, bit for bit.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -19,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from difflib import SequenceMatcher
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +32,7 @@ from fm.share.export import LICENSE, find_cards, write_export
 from fm.share.model_card import ExportedModel
 
 WAYS = ("zero", "nearest", "drawn")
-SIMILAR = 0.6
+SIMILAR = 0.6  # least ratio of difflib: twice the letters in common over all letters
 UNKNOWN = "unknown"  # the unit in a draft of `data-pipeline register`
 NUM_FIELDS = 4  # initial states of each dataset in the proof
 
@@ -83,7 +74,7 @@ def extend(
         "added": names,
         "rows": {channel: asdict(one) for channel, one in chosen.items()},
         "seed": seed,
-        "proof": proof.to_json(),
+        "proof": asdict(proof),
         "earlier": dict(trained.lineage) or None,
     }
     recipe = replace(
@@ -154,8 +145,15 @@ def choose_rows(
 ) -> dict[str, Rows]:
     """Return the rows of each of the unseen `channels` by name, sorted.
 
-    `given` is one of WAYS, or `NEW=OLD,...`; channels that it does not name are drawn. `known` are the model's channels
-    and `described` the registry's. Raises UserError for anything else, with the nearest valid name.
+    `known` are the model's channels and `described` the registry's. `given` is one of these:
+
+        zero      zeros. They learn late: while a channel's rows and the head are both zero, neither has a gradient.
+        drawn     drawn as for a new model
+        nearest   a copy of the rows of the channel with the same unit and the most similar name; if it is not SIMILAR,
+                  drawn
+        NEW=OLD   with commas between several: copies of the rows of the channels OLD; all others are drawn
+
+    Raises UserError for anything else, with the nearest valid name.
     """
     if given in ("zero", "drawn"):
         return {name: Rows(given) for name in sorted(channels)}
@@ -235,15 +233,15 @@ class Proof:
 
     tensors: int  # parameters and statistics of the old model, compared byte for byte
     changed: tuple[str, ...]  # those that differ or are missing
-    agreements: tuple[Agreement, ...]
+    steps: tuple[Agreement, ...]
 
     def check(self) -> None:
         """Raise UserError if anything differs."""
-        differing = [*self.changed, *(f"predictions of {one.dataset}" for one in self.agreements if not one.equal)]
+        differing = [*self.changed, *(f"predictions of {one.dataset}" for one in self.steps if not one.equal)]
         if differing:
             raise UserError(
                 f"the extended model is not the old one on the old datasets: {len(differing)} of "
-                f"{self.tensors + len(self.agreements)} comparisons differ ({', '.join(differing[:4])}). Nothing is "
+                f"{self.tensors + len(self.steps)} comparisons differ ({', '.join(differing[:4])}). Nothing is "
                 "written; this is a fault of this machine's arithmetic or of the project, please report it."
             )
 
@@ -251,16 +249,11 @@ class Proof:
         """Return the comparisons as a Markdown table."""
         rows = [
             [one.dataset, one.fields, f"{one.values:,}", one.before[:12], one.after[:12], "yes" if one.equal else "NO"]
-            for one in self.agreements
+            for one in self.steps
         ]
         head = ["dataset", "one step from", "values", "before, SHA-256", "after, SHA-256", "same bits"]
         same = self.tensors - len(self.changed)
         return f"{markdown(head, rows)}\n{same} of {self.tensors} tensors of the model are byte for byte the same."
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the comparisons as JSON types."""
-        steps = [asdict(one) for one in self.agreements]
-        return {"tensors": self.tensors, "changed": list(self.changed), "steps": steps}
 
 
 def compare(old: Surrogate, extended: Surrogate, readers: Mapping[str, ShardReader]) -> Proof:
@@ -271,14 +264,13 @@ def compare(old: Surrogate, extended: Surrogate, readers: Mapping[str, ShardRead
 
     before, after = tensors(old), tensors(extended)
     changed = [name for name in before if name not in after or not same_bits(before[name], after[name])]
-    agreements = []
+    steps = []
     for spec in old.specs.values():
         fields, state, constants = _initial_fields(spec, readers.get(spec.name))
-        first, second = (next(model.iterate(state, constants, spec.name, 1)) for model in (old, extended))
-        before_digest, after_digest = (sha256(part.contiguous().numpy().tobytes()) for part in (first, second))
-        equal = same_bits(first, second)
-        agreements.append(Agreement(spec.name, fields, first.numel(), before_digest, after_digest, equal))
-    return Proof(len(before), tuple(changed), tuple(agreements))
+        predictions = [next(model.iterate(state, constants, spec.name, 1)) for model in (old, extended)]
+        first, second = (sha256(prediction.contiguous().numpy().tobytes()) for prediction in predictions)
+        steps.append(Agreement(spec.name, fields, predictions[0].numel(), first, second, first == second))
+    return Proof(len(before), tuple(changed), tuple(steps))
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:

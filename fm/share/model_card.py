@@ -15,14 +15,13 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 import fm
-from data_pipeline.registry import Card, Registry
+from data_pipeline.registry import Registry
 from data_pipeline.tables import Cell, Table, format_number, markdown
 from fm.config import Recipe
 from fm.evaluation.scores import ONE_STEP, Scores
 from fm.evaluation.tables import vrmse_cell
 from fm.model.baselines import Baseline
 from fm.model.files import EXPORT_FORMAT, SCORES_FILE
-from fm.model.spec import DatasetSpec
 from fm.model.surrogate import Surrogate
 
 WELL = "https://polymathic-ai.org/the_well/"
@@ -31,7 +30,7 @@ FILES = {  # the first part of a path, and what is there
     "model.json": "sizes, channels and statistics of the datasets",
     "artefact.json": "what this is, and the SHA-256 of every file",
     "recipe.yaml": "the recipe, resolved and runnable",
-    "cards/": "the datasets' cards and canonical channels",
+    "cards/": "the datasets' cards and canonical channels",  # a registry folder of their own
     "programs/": "single steps for torch alone",
     "scores.json": "every score, by dataset, window and channel",
     "pictures/": "rollouts, error growth and spectra",
@@ -111,18 +110,12 @@ def model_card(exported: ExportedModel, files: Mapping[str, bytes], address: str
     template = environment.from_string(resources("fm.share").joinpath("model_card.md.j2").read_text("utf-8"))
     scores = Scores.from_json(files[SCORES_FILE], SCORES_FILE) if SCORES_FILE in files else None
     programs = [name for name in files if name.startswith("programs/")]
-    recipe, facts = exported.recipe, exported.to_json()
+    facts = exported.to_json()
     return template.render(
-        name=exported.name,
+        exported=exported,
+        recipe=exported.recipe,
         files=files,
         address=address,
-        step=f"{exported.step:,}",
-        steps=f"{recipe.train.steps:,}",
-        train=recipe.train,
-        sampling=recipe.sampling.scheme,
-        finetune=recipe.finetune,
-        lineage=exported.lineage,
-        untrained=exported.untrained,
         scores=scores,
         programs=programs,
         program=exported.model.specs[programs[0].removeprefix("programs/").removesuffix(".pt2")] if programs else None,
@@ -132,11 +125,6 @@ def model_card(exported: ExportedModel, files: Mapping[str, bytes], address: str
         **_score_context(scores),
         file_table=_file_table(files),
     )
-
-
-def is_published_grid(spec: DatasetSpec, card: Card) -> bool:
-    """Return whether the data are on the grid that the dataset is published on."""
-    return spec.grid == card.grid
 
 
 def _model_context(exported: ExportedModel) -> dict[str, Any]:
@@ -165,7 +153,7 @@ def _model_context(exported: ExportedModel) -> dict[str, Any]:
 def _dataset_context(exported: ExportedModel, channels: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     """Return the front matter, the tables of datasets and channels, and the licenses and citations of the data."""
     specs, cards = exported.model.specs, exported.registry.cards
-    other_grids = [name for name, spec in specs.items() if not is_published_grid(spec, cards[name])]
+    other_grids = [name for name, spec in specs.items() if spec.grid != cards[name].grid]  # the published one
     published = [
         f"polymathic-ai/{name}"
         for name, card in cards.items()
@@ -196,7 +184,6 @@ def _dataset_context(exported: ExportedModel, channels: Mapping[str, Mapping[str
         licenses.setdefault(card.license or "a license that its card does not name", []).append(name)
     return {
         "front_matter": yaml.safe_dump(front_matter, sort_keys=False).strip(),
-        "license": exported.license,
         "num_datasets": len(specs),
         "other_grids": other_grids,
         "dataset_table": _text_table(["dataset", "system", "state", "constants", "grid", "dt", "ends of x / y"], rows),

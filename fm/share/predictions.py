@@ -62,21 +62,19 @@ def evaluate_prediction(prediction: Path, truth: Path, protocol: str | None = No
         chosen = _adapt_protocol(chosen, predicted, true, pairs)
         pairs = [replace(pair, frames=pair.frames[: 1 + (chosen.max_steps or pair.steps)]) for pair in pairs]
         trajectories = [pair.trajectory for pair in pairs]
-        digest = sha256_file(truth, repr(trajectories).encode())  # of what was to be predicted
         origin = {"prediction": str(prediction), "truth": str(truth)}
         for name in ("model", "weights"):
             if (value := attributes.get(f"prediction_{name}")) is not None:
                 origin[name] = texts(value)[0]
         num_channels, longest = len(card.state_channels), max(pairs, key=lambda pair: pair.steps)
+        frames = [_measure(predicted, true, pair) for pair in pairs]
         errors = DatasetErrors(
-            card.state_channels,
-            np.array(trajectories, np.int64),
-            Errors.empty(len(pairs), 0, num_channels),
-            collect_errors(
-                [_measure(predicted, true, pair) for pair in pairs], trajectories, longest.steps, num_channels
-            ),
-            digest,
-            true.grid,
+            channels=card.state_channels,
+            trajectories=np.array(trajectories, np.int64),
+            one_step=Errors.empty(len(pairs), 0, num_channels),
+            rollout=collect_errors(frames, trajectories, longest.steps, num_channels),
+            data_digest=sha256_file(truth, repr(trajectories).encode()),  # of what was to be predicted
+            grid=true.grid,
         )
         measured = ErrorFile(chosen, {card.name: errors}, origin)
         sample = _sample(predicted, true, longest, measured)

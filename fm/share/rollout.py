@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from data_pipeline.files import UserError, atomic_path, disk_full_error, is_disk_full
 from data_pipeline.registry import Card, load_registry
+from data_pipeline.well.write import WellWriter
 from fm.distributed import StopSignal, precision
 from fm.evaluation.evaluate import TrainedModel
 from fm.model.fields import FieldsWarning, given_fields
@@ -30,8 +31,9 @@ from fm.model.surrogate import MIN_GRID, Surrogate
 from fm.share.rollout_files import (
     ENGINES,
     WELL_SUFFIXES,
-    FrameWriter,
     InitialStates,
+    NetcdfWriter,
+    ZarrWriter,
     import_xarray,
     open_writer,
     read_initial,
@@ -65,7 +67,10 @@ def predict_file(model: str, request: RolloutRequest, registry: str | None = Non
     cards = trained.registry() if registry is None else load_registry(registry)
     initial = read_initial(request.source, cards, request.dataset, request.trajectories, request.start)
     state, constants = _checked_fields(trained.model, initial, request.source)
-    times = initial.time_axis(request.steps, trained.model.specs[initial.setting.card.name].dt)
+    dts = initial.dts
+    if dts is None:  # a file of one frame: the model's time step, or 1
+        dts = np.full(len(state), trained.model.specs[initial.setting.card.name].dt or 1.0)
+    times = initial.times[:, None] + np.arange(1 + request.steps) * dts[:, None]
     if out.suffix in ENGINES and not (times == times[0]).all():
         raise UserError(f"--out {out}: the trajectories have times of their own; write {WELL_SUFFIXES[0]}")
     frames = _frames(trained.model, initial.setting.card, state, constants, request.steps)
@@ -154,7 +159,7 @@ def _frames(model: Surrogate, card: Card, state: Tensor, constants: Tensor, step
 
 @precision(exact=True)
 def _write(
-    file: FrameWriter,
+    file: WellWriter | NetcdfWriter | ZarrWriter,
     initial: InitialStates,
     frames: Iterator[np.ndarray],
     stop: StopSignal,

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -41,11 +41,6 @@ class InitialStates:
     state: np.ndarray  # (n, C, X, Y) float32
     times: np.ndarray  # (n,) physical
     dts: np.ndarray | None  # (n,) time between the file's frames; None if it has one frame
-
-    def time_axis(self, steps: int, step: float | None) -> np.ndarray:
-        """Return the times (n, 1 + steps) of a rollout; frames are `step` apart (1 if None) if the file has one."""
-        dts = np.full(len(self.times), 1.0 if step is None else step) if self.dts is None else self.dts
-        return self.times[:, None] + np.arange(1 + steps) * dts[:, None]
 
 
 def read_initial(
@@ -177,19 +172,9 @@ def _stack(frame: Any, names: Sequence[str], counter: str) -> np.ndarray:
     return stacked
 
 
-class FrameWriter(Protocol):
-    """A file that is written frame by frame; WellWriter is one, too."""
-
-    def write(self, index: int, frame: np.ndarray) -> None:
-        """Write frame number `index` of all trajectories (n, C, X, Y); frames come in order."""
-
-    def describe(self, attributes: Mapping[str, Any]) -> None:
-        """Write attributes of the file."""
-
-
 def open_writer(
     suffix: str, path: Path, initial: InitialStates, times: np.ndarray, registry: Registry
-) -> AbstractContextManager[FrameWriter]:
+) -> AbstractContextManager[WellWriter | NetcdfWriter | ZarrWriter]:
     """Open a file for n trajectories of T frames in the format of `suffix`; times (n, T).
 
     netCDF and zarr have one time axis: all rows of `times` must be equal.

@@ -19,6 +19,7 @@ from data_pipeline.registry import Card
 from data_pipeline.windows.reader import ShardReader
 from fm.datasets import check_channels
 from fm.evaluation.evaluate import TrainedModel
+from fm.evaluation.samples import evenly_spaced
 from fm.lab.diagnosis.growth import Growth, Stability, largest_singular_value, tangent_growth
 from fm.lab.diagnosis.quantities import (
     Bands,
@@ -178,9 +179,7 @@ def _stability(
         start = torch.from_numpy(difference / np.abs(difference).max()).float()[None]
         distance = twin_distance(twins, std)  # (T,)
         true_flow = (distance[1:] / distance[:-1])[None]
-    frames: list[int] = []
-    if row == 0:
-        frames = np.unique(np.linspace(0, num_steps - 1, NUM_JACOBIANS).round().astype(int)).tolist()
+    frames = evenly_spaced(num_steps, NUM_JACOBIANS) if row == 0 else []
     growth, largest = [], []
     for path in (part.to(subject.device) for part in paths):
         states = tqdm(path[:, :-1].unbind(1), desc=f"growth along trajectory {trajectory}", leave=False)
@@ -213,8 +212,7 @@ def _floors(subject: Subject, train: ShardReader) -> Floors:
 
 def _window_batches(reader: ShardReader, count: int) -> list[np.ndarray]:
     """Return the ids of up to `count` evenly spaced windows of two frames, in batches."""
-    total = len(reader.index(2))
-    ids = np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
+    ids = np.array(evenly_spaced(len(reader.index(2)), count))
     return np.array_split(ids, -(-len(ids) // BATCH))
 
 

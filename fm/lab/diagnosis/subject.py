@@ -20,6 +20,7 @@ from data_pipeline.miniwell.system import ParameterSet
 from data_pipeline.miniwell.twins import twin_states
 from data_pipeline.remote import is_url
 from data_pipeline.windows.reader import ShardReader
+from fm.evaluation.samples import evenly_spaced
 from fm.lab.diagnosis.growth import Step
 from fm.model.surrogate import Surrogate
 
@@ -61,8 +62,7 @@ def choose_trajectories(reader: ShardReader, count: int) -> tuple[int, ...]:
     """Choose up to `count` of the longest trajectories, evenly spaced, because parameters change along the list."""
     frames = [reader.num_frames(index) for index in range(reader.num_trajectories)]
     longest = [index for index, length in enumerate(frames) if length == max(frames)]
-    places = np.unique(np.linspace(0, len(longest) - 1, min(count, len(longest))).round().astype(int))
-    return tuple(longest[place] for place in places)
+    return tuple(longest[place] for place in evenly_spaced(len(longest), count))
 
 
 def sibling_well(shards: str | Path) -> Path | None:

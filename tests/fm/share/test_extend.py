@@ -132,11 +132,11 @@ def test_old_datasets_keep_every_bit_and_the_new_one_begins_at_the_simplest_pred
     said = capsys.readouterr().out
     assert proof.tensors == len(before) + 6 * len(OLD)  # six statistics of each dataset
     assert f"{proof.tensors} of {proof.tensors} tensors of the model are byte for byte the same." in said
-    assert [one.dataset for one in proof.agreements] == list(OLD)
-    assert all(one.fields == "4 windows" and one.equal and one.before == one.after for one in proof.agreements)
-    assert len({one.before for one in proof.agreements}) == len(OLD)
-    assert proof.agreements[2].values == 4 * one_step(old, tiny_shards, "shear_flow")[0].numel()
-    assert all(f"| {one.dataset} " in said and one.before[:12] in said for one in proof.agreements)
+    assert [one.dataset for one in proof.steps] == list(OLD)
+    assert all(one.fields == "4 windows" and one.equal and one.before == one.after for one in proof.steps)
+    assert len({one.before for one in proof.steps}) == len(OLD)
+    assert proof.steps[2].values == 4 * one_step(old, tiny_shards, "shear_flow")[0].numel()
+    assert all(f"| {one.dataset} " in said and one.before[:12] in said for one in proof.steps)
 
 
 def test_where_there_are_no_old_shards_the_proof_takes_random_fields(
@@ -146,11 +146,11 @@ def test_where_there_are_no_old_shards_the_proof_takes_random_fields(
     (tmp_path / "shards" / "rayleigh_benard").symlink_to(tiny_shards / "rayleigh_benard")
     (tmp_path / "shards" / "shear_flow").symlink_to(tiny_shards / "shear_flow")
     proof = extend(str(trained), ["rayleigh_benard"], str(tmp_path / "shards"), tmp_path / "new", "zero")
-    assert [one.fields for one in proof.agreements] == ["4 random fields", "4 random fields", "4 windows"]
+    assert [one.fields for one in proof.steps] == ["4 random fields", "4 random fields", "4 windows"]
     grid = load_pretrained(trained).specs["helmholtz_staircase"].grid
     assert grid is not None
-    assert proof.agreements[1].values == 4 * 2 * grid[0] * grid[1]
-    assert all(one.equal for one in proof.agreements)
+    assert proof.steps[1].values == 4 * 2 * grid[0] * grid[1]
+    assert all(one.equal for one in proof.steps)
 
 
 def test_the_proof_finds_one_changed_bit(tiny_shards: Path, trained: Path) -> None:
@@ -162,7 +162,7 @@ def test_the_proof_finds_one_changed_bit(tiny_shards: Path, trained: Path) -> No
         head[0] = torch.nextafter(head[0], torch.tensor(9.0))
     proof = compare(old, new, readers)
     assert proof.changed == ("heads.shear_flow.linear.bias",)
-    assert [one.dataset for one in proof.agreements if not one.equal] == ["shear_flow"]
+    assert [one.dataset for one in proof.steps if not one.equal] == ["shear_flow"]
     with pytest.raises(UserError, match=r"not the old one .*: 2 of \d+ comparisons differ \(heads\.shear_flow\.linear"):
         proof.check()
     assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
