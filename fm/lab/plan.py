@@ -84,10 +84,8 @@ class Plan:
     exchange: Exchange | None  # None for one process, or if times were measured
     validations: int
     checkpoint_bytes: float  # of one checkpoint
-    checkpoints: int  # kept at the end
     micro_batch: int  # most windows at once on one process
     fitting_micro_batch: int  # most windows that would fit; 0 if one does not
-    checkpointing_helps: bool  # finetune.checkpoint_activations would save memory
     datasets: dict[str, DatasetPlan]
     notes: tuple[str, ...]
 
@@ -203,7 +201,6 @@ class _WindowCount:
     forward_flops: int  # of one model call
     calls: float  # model calls
     passes: float  # forward passes, where a backward pass counts two
-    call_bytes: float  # activations of one model call
     held_bytes: float  # activations held at once, at the full length of the unroll
     footprint: Footprint  # of one model call with `counted_windows` windows
 
@@ -234,7 +231,6 @@ class _Planner:
             forward_flops=forward_flops(self.model, name, dataset.grid),
             calls=_mean_over_run(recipe, name, float),
             passes=_mean_over_run(recipe, name, lambda calls: forward_passes(calls, recipe.finetune)),
-            call_bytes=kept,
             held_bytes=kept * held_calls(recipe.window_length(name) - 1, recipe.finetune),
             footprint=found,
         )
@@ -251,7 +247,6 @@ class _Planner:
         recipe, train, datasets = self.workload.recipe, self.workload.recipe.train, self.workload.datasets
         state = FLOAT_BYTES * self.parameters * (COPIES + (self.processes > 1))
         held = max(self.windows[name].held_bytes + dataset.window_bytes for name, dataset in datasets.items())
-        one_call = max(self.windows[name].call_bytes + dataset.window_bytes for name, dataset in datasets.items())
         draws = self.schedule.counts(train.steps * train.draws)
         return Plan(
             run=recipe.run.name,
@@ -268,10 +263,8 @@ class _Planner:
             exchange=exchange,
             validations=_num_validations(recipe),
             checkpoint_bytes=4 * FLOAT_BYTES * self.parameters,  # weights, average, two moments
-            checkpoints=_num_checkpoints(recipe),
             micro_batch=self.micro_batch,
             fitting_micro_batch=int(max(0.0, USABLE * memory - state) // held),
-            checkpointing_helps=recipe.finetune is not None and one_call < 0.9 * held,
             datasets={name: self._dataset(dataset, draws[name], times[name]) for name, dataset in datasets.items()},
             notes=self.workload.notes,
         )
@@ -313,11 +306,3 @@ def _num_validations(recipe: Recipe) -> int:
     """Return the number of validations: every `validation.every` steps, and at the end of a longer run."""
     every, steps = recipe.validation.every, recipe.train.steps
     return steps // every + (steps > every and steps % every > 0) if every else 0
-
-
-def _num_checkpoints(recipe: Recipe) -> int:
-    """Return the number of checkpoints on disk at the end."""
-    settings, steps = recipe.checkpoint, recipe.train.steps
-    saved = {*range(settings.every, steps + 1, settings.every), steps}
-    newest = sorted(saved)[-settings.keep :]
-    return len({*newest, *(step for step in saved if settings.keep_every and step % settings.keep_every == 0)})

@@ -91,8 +91,7 @@ def _sentences(plan: Plan) -> list[str]:
         "calls alone)"
         if plan.validations
         else "validation: none",
-        f"checkpoints: {plan.checkpoints} of {digits(plan.checkpoint_bytes / 1e6)} MB stay on disk; "
-        "written while training goes on",
+        f"checkpoint: {digits(plan.checkpoint_bytes / 1e6)} MB on disk, written while training goes on",
         f"memory: {_memory(plan)}",
     ]
     if plan.exchange is not None:
@@ -129,12 +128,9 @@ def _memory(plan: Plan) -> str:
     )
     if plan.fits:
         return f"{needed}; fits in {digits(plan.memory_bytes / 1e9)} GB"
-    way = "not even one window fits: a smaller model, or a larger machine"
-    if plan.fitting_micro_batch:
-        way = f"set train.micro_batch={plan.fitting_micro_batch}"
-    if plan.checkpointing_helps:
-        other = f", or {way}" if plan.fitting_micro_batch else " and plan again"
-        way = f"set finetune.checkpoint_activations=true{other}"
+    way = f"set train.micro_batch={plan.fitting_micro_batch}"
+    if not plan.fitting_micro_batch:
+        way = "not even one window fits: checkpoint activations (finetuning), a smaller model, or a larger machine"
     return f"{needed}; DOES NOT FIT in {USABLE:.0%} of {digits(plan.memory_bytes / 1e9)} GB: {way}"
 
 
