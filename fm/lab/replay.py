@@ -88,13 +88,16 @@ def replay(run: Path, step: int, shards: str | None = None) -> Replay:
 
         taken = trainer.take_step(step - 1, keep_norms)
         draws = [_statistics(trainer, *one) for one in zip(taken.draws, taken.metrics.losses, strict=True)]
-    return Replay(step, state, again, draws, gradient, _logged_loss(run / "log.jsonl", step))
+    log = run / "log.jsonl"
+    lines, _ = parse_lines(log.read_text(errors="replace")) if log.is_file() else ([], 0)
+    logged = next((line.get("loss") for line in lines if line["step"] == step), None)
+    return Replay(step, state, again, draws, gradient, logged)
 
 
 def _state_before(run: Path, step: int) -> Path:
     """Return the newest whole checkpoint after fewer than `step` steps."""
     found = [*list_checkpoints(run / "incidents").items(), *list_checkpoints(run / "checkpoints").items()]
-    for _, path in sorted(((done, path) for done, path in found if done < step), reverse=True):
+    for _, path in sorted((one for one in found if one[0] < step), reverse=True):
         try:
             verify_checkpoint(path)
             return path
@@ -162,11 +165,6 @@ def _finite_range(values: Tensor) -> tuple[float, float]:
     return (float(finite.min()), float(finite.max())) if finite.numel() else (math.nan, math.nan)
 
 
-def _logged_loss(log: Path, step: int) -> float | None:
-    lines, _ = parse_lines(log.read_text(errors="replace")) if log.is_file() else ([], 0)
-    return next((line.get("loss") for line in lines if line["step"] == step), None)
-
-
 def replay_text(result: Replay) -> str:
     """Return the replay as text."""
     logged = "none that is finite" if result.logged is None else f"{result.logged:.6g}"
@@ -176,23 +174,18 @@ def replay_text(result: Replay) -> str:
         f"gradient norm  {math.hypot(*result.gradient.values()):.4g} before clipping",
         *(f"  {part:<24} {norm:.4g}" for part, norm in result.gradient.items()),
     ]
+    head = ["channel", "input", "target", "prediction", "rms error / std"]
     for draw in result.draws:
-        table = _channel_table(draw.channels)
+        rows = []
+        for channel in draw.channels:
+            counts = [f" ({count} not finite)" if count else "" for count in channel.nonfinite.values()]
+            ranges = zip(channel.ranges.values(), counts, strict=True)
+            cells = [f"{low:.4g} .. {high:.4g}{count}" for (low, high), count in ranges]
+            rows.append([channel.name, *cells, f"{channel.rms_error:.4g}"])
+        table = indent(plain(head, rows, text_columns=head), "  ")
         lines += ["", f"{draw.dataset}, loss {draw.loss:.6g}", table, "windows, largest error first"]
         lines += [
             f"  window {window}: trajectory {trajectory}, from frame {frame}, mean squared error {error:.4g}"
             for window, trajectory, frame, error in draw.windows[:SHOWN_WINDOWS]
         ]
     return "\n".join(lines)
-
-
-def _channel_table(channels: Sequence[ChannelStatistics]) -> str:
-    """Return ranges in physical units, with the number of cells that are not finite, if there are any."""
-    head = ["channel", "input", "target", "prediction", "rms error / std"]
-    rows = []
-    for channel in channels:
-        counts = [f" ({count} not finite)" if count else "" for count in channel.nonfinite.values()]
-        ranges = zip(channel.ranges.values(), counts, strict=True)
-        cells = [f"{low:.4g} .. {high:.4g}{count}" for (low, high), count in ranges]
-        rows.append([channel.name, *cells, f"{channel.rms_error:.4g}"])
-    return indent(plain(head, rows, text_columns=head), "  ")
