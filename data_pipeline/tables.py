@@ -7,7 +7,7 @@ hold numbers in full precision, and an empty cell or null for a missing one.
 import csv
 import io
 import json
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -73,6 +73,12 @@ def digits(value: float, count: int = 3) -> str:
     """Return a number of at least 0 with `count` significant digits and no exponent."""
     rounded = float(f"{value:.{count}g}")
     return f"{rounded:,.0f}" if rounded >= 10 ** (count - 1) else f"{rounded:#.{count}g}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names as prose lists them: a, b and c."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def cell_text(cell: Cell, percent: bool = False) -> str:

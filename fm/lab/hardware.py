@@ -9,7 +9,6 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, log2
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from data_pipeline.workers import available_cores
 from fm.distributed import precision
 from fm.lab.workload import FLOAT_BYTES, Product
 from fm.model.attention import linear
+from fm.training.runlog import processor_name
 
 LAUNCH_SECONDS = 5e-6  # from one kernel to the next if the host limits the speed; an assumption
 STATE_TOUCHES = 13  # float32 numbers read and written per parameter: clip 3, AdamW 7, averaged weights 3
@@ -207,7 +207,7 @@ def describe_machine(device: str) -> dict[str, Any]:
     """Return this machine's device, cores, load and versions, as JSON."""
     found = {
         "device": device_name(device),
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "cores": available_cores(),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
@@ -216,11 +216,3 @@ def describe_machine(device: str) -> dict[str, Any]:
     if device == "cuda":
         found |= {"cuda": torch.version.cuda, "memory_gb": torch.cuda.get_device_properties(0).total_memory / 1e9}
     return found
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

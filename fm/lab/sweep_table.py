@@ -123,14 +123,14 @@ def _add_ranks(rows: Sequence[dict[str, Any]], published: Mapping[str, float]) -
     leads = {row["variant"]: row["scores"][ONE_STEP]["over_persistence"] for row in rows if row["status"] == DONE}
     ours = {name: value for name, value in leads.items() if name in published}
     theirs = {name: published[name] for name in ours}
+    columns = {
+        "rank": _ranks(leads),
+        "paper": published,
+        "paper_rank": _ranks(theirs),
+        "rank_beside_paper": _ranks(ours),
+    }
     for row in rows:
-        name = row["variant"]
-        row |= {
-            "rank": _ranks(leads).get(name),
-            "paper": published.get(name),
-            "paper_rank": _ranks(theirs).get(name),
-            "rank_beside_paper": _ranks(ours).get(name),
-        }
+        row |= {key: column.get(row["variant"]) for key, column in columns.items()}
     return spearman([*ours.values()], [*theirs.values()]) if len(ours) >= MIN_AGREEMENT else None
 
 

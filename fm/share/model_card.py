@@ -5,7 +5,7 @@ channels, its limits, its training, its files. This file computes what the templ
 """
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files as resources
 from typing import Any
@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 
 import fm
 from data_pipeline.registry import Registry
-from data_pipeline.tables import Cell, Table, format_number, markdown
+from data_pipeline.tables import Cell, Table, format_number, listed, markdown
 from fm.config import Recipe
 from fm.evaluation.scores import ONE_STEP, Scores
 from fm.evaluation.tables import vrmse_cell
@@ -224,9 +224,3 @@ def _file_table(files: Mapping[str, bytes]) -> str:
 
 def _text_table(head: list[str], rows: list[list[str]]) -> str:
     return markdown(head, rows, num_text_columns=len(head))
-
-
-def listed(names: Iterable[str]) -> str:
-    """Return names as prose lists them: a, b and c."""
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last

@@ -79,7 +79,7 @@ def environment(device: torch.device, spread: str) -> dict[str, str]:
         "torch": str(torch.__version__),
         "accelerate": version("accelerate"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processor": f"{_processor_name()}, {os.cpu_count()} threads",
+        "processor": f"{processor_name()}, {os.cpu_count()} threads",
         "processes": f"{os.environ.get('WORLD_SIZE', '1')} ({spread})",
         "system": platform.platform(),
     }
@@ -87,7 +87,7 @@ def environment(device: torch.device, spread: str) -> dict[str, str]:
     return facts | {"commit": commit} if commit else facts
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
     """Return the name that the Linux kernel gives the CPU; on other systems, the kind of CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.files import write_whole
-from data_pipeline.tables import Table
+from data_pipeline.tables import Table, listed
 from fm.evaluation.page import Facts, PageTable, Picture, Section, render_page
 from fm.evaluation.plots import encode, rasterize
 from fm.lab.diagnosis.figures import DPI, draw, draw_sheet, figure_names
@@ -275,9 +275,9 @@ def _conservation(drifts: tuple[Drift, ...]) -> str:
             verb = "is" if drift.kind == "divergence" else "drifts by"
             broken.append(f"the {drift.label} {verb} up to {number(worst)} {drift.unit} (truth: {number(floor)})")
     if not broken:
-        return f"The rollout keeps {_listed(kept)}, as the equations do." if kept else ""
-    text = f"The rollout does not keep what the equations do: {_listed(broken)}."
-    return f"{text} It keeps {_listed(kept)}." if kept else text
+        return f"The rollout keeps {listed(kept)}, as the equations do." if kept else ""
+    text = f"The rollout does not keep what the equations do: {listed(broken)}."
+    return f"{text} It keeps {listed(kept)}." if kept else text
 
 
 def _one_step(floors: Floors) -> str:
@@ -303,8 +303,4 @@ def _last_crossing(condition: np.ndarray) -> int:
 
 
 def _at(steps: list[int]) -> str:
-    return f"at step {_listed([str(step) for step in sorted(set(steps))])}"
-
-
-def _listed(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return f"at step {listed([str(step) for step in sorted(set(steps))])}"
