@@ -9,8 +9,8 @@ FullySharded  FSDP2, in fm/training/sharded.py: every process holds a slice of e
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Parallel(ABC):
     """An objective and its optimizer, and this process's share of both.
 
+    The methods here are those of a process that holds the whole model; the subclasses override what they divide.
     Parameters are named as in the model, and their whole tensors do not depend on the number of processes. Checkpoints
     hold these whole tensors. All processes must call the methods marked "Collective" together.
     """
@@ -38,8 +39,8 @@ class Parallel(ABC):
     holds_whole_model = True  # False if a forward pass needs the other processes
     takes_found_inf = False  # whether `step` accepts a flag on the device
 
-    def __init__(self, objective: Unroll, optimizer: GroupedAdamW) -> None:
-        self.model, self.optimizer = objective.model, optimizer
+    def __init__(self, accelerator: Accelerator, objective: Unroll, optimizer: GroupedAdamW) -> None:
+        self.model, self.optimizer, self._accelerator = objective.model, optimizer, accelerator
         self.objective: nn.Module = objective  # its forward computes the loss
 
     @abstractmethod
@@ -50,17 +51,17 @@ class Parallel(ABC):
         """Add the gradient of `loss` to the gradients of the step's earlier micro-batches."""
         loss.backward()
 
-    def skip_unused(self, datasets: Collection[str], alone: bool = False) -> None:
-        """Skip the parameters that a step on `datasets` does not use (`GroupedAdamW.skip_unused`)."""
-        self.optimizer.skip_unused(datasets, alone)
-
-    @abstractmethod
     def grad_norm(self) -> Tensor:
         """Return the norm of the gradient without skipped parameters, a scalar on the device. Collective."""
+        for group in self.optimizer.param_groups:
+            if group["skipped"]:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        return get_total_norm([one.grad for one in self.model.parameters() if one.grad is not None])
 
-    @abstractmethod
     def clip(self, norm: Tensor, max_norm: float) -> None:
         """Scale the gradient, whose norm is `norm`, to a norm of at most `max_norm`. Collective."""
+        clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
 
     def step(self, found_inf: Tensor | None = None) -> None:
         """Take an optimizer step unless `found_inf`, a scalar on the device, is 1. Collective."""
@@ -70,37 +71,31 @@ class Parallel(ABC):
         """Drop the gradients. Collective."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    @abstractmethod
     def shards(self) -> dict[str, Tensor]:
         """Return this process's part of each parameter, detached; the averaged weights have the same parts."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
-    @abstractmethod
     def shard(self, name: str, whole: Tensor) -> Tensor:
         """Return a copy of this process's part of `whole`, a tensor of the shape of parameter `name`."""
+        return whole.detach().clone()
 
-    @abstractmethod
     def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the whole tensors of `shards` on the main process, {} on the others. Collective."""
+        return dict(shards) if self._accelerator.is_main_process else {}
 
-    @abstractmethod
     def moments(self) -> dict[str, Tensor]:
         """Return AdamW's state as {"<parameter>/<moment>": whole tensor} on the main process, {} on the others.
 
         A parameter that no step has changed yet has no entry. Collective.
         """
+        return named_state(self.model, self.optimizer) if self._accelerator.is_main_process else {}
 
-    @abstractmethod
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         """Load what `moments` returned, on all processes. Collective."""
-
-
-def used_gradients(model: nn.Module, optimizer: GroupedAdamW) -> list[Tensor]:
-    """Drop the gradients of skipped groups, so that they do not count in the norm, and return the others."""
-    for group in optimizer.param_groups:
-        if group["skipped"]:
-            for parameter in group["params"]:
-                parameter.grad = None
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        parameters = dict(self.model.named_parameters())
+        for key, tensor in moments.items():
+            name, _, moment = key.rpartition("/")
+            self.optimizer.state[parameters[name]][moment] = tensor.to(parameters[name].device)
 
 
 class Replicated(Parallel):
@@ -109,68 +104,22 @@ class Replicated(Parallel):
     takes_found_inf = True
 
     def __init__(self, accelerator: Accelerator, objective: Unroll, optimizer: GroupedAdamW) -> None:
-        super().__init__(objective, optimizer)
+        super().__init__(accelerator, objective, optimizer)
         self.name = "DDP" if accelerator.num_processes > 1 else "one process"
-        self._accelerator = accelerator
         self.objective = accelerator.prepare_model(objective)
         if isinstance(self.objective, DistributedDataParallel):
             # The buffers are constants. torch 2.13 warns if this is passed to the constructor.
             self.objective.broadcast_buffers = False
 
     @override
-    @contextmanager
-    def accumulate(self, last: bool) -> Iterator[None]:
-        if last:
-            yield
-        else:
-            with self._accelerator.no_sync(self.objective):
-                yield
-
-    @override
-    def grad_norm(self) -> Tensor:
-        return get_total_norm(used_gradients(self.model, self.optimizer))
-
-    @override
-    def clip(self, norm: Tensor, max_norm: float) -> None:
-        clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
-
-    @override
-    def shards(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-
-    @override
-    def shard(self, name: str, whole: Tensor) -> Tensor:
-        return whole.detach().clone()
-
-    @override
-    def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(shards) if self._accelerator.is_main_process else {}
-
-    @override
-    def moments(self) -> dict[str, Tensor]:
-        return named_state(self.model, self.optimizer) if self._accelerator.is_main_process else {}
-
-    @override
-    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        load_named_state(self.model, self.optimizer, moments)
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        return nullcontext() if last else self._accelerator.no_sync(self.objective)
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's state as {"<parameter>/<moment>": tensor}."""
     state = {name: optimizer.state.get(parameter, {}) for name, parameter in model.named_parameters()}
     return {f"{name}/{key}": value for name, moments in state.items() for key, value in moments.items()}
-
-
-def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Load what `named_state` returned; the optimizer moves each tensor to its parameter's device."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    listed = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    index = {names[id(parameter)]: number for number, parameter in enumerate(listed)}
-    state: dict[int, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
-        name, _, moment = key.rpartition("/")
-        state.setdefault(index[name], {})[moment] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class Zero(Parallel):
@@ -181,9 +130,11 @@ class Zero(Parallel):
     """
 
     def __init__(self, accelerator: Accelerator, objective: Unroll, optimizer: GroupedAdamW) -> None:
-        super().__init__(objective, optimizer)
-        self._is_main = accelerator.is_main_process
-        self._zero_skippedused_gradients()
+        super().__init__(accelerator, objective, optimizer)
+        for group in optimizer.param_groups:
+            if group["rate"] == 0 or not group["learns_alone"]:
+                for parameter in group["params"]:  # DeepSpeed has no way to skip a group
+                    parameter.register_hook(partial(_zero_if_skipped, group))
         self._engine = self.objective = accelerator.prepare(objective, optimizer)[0]
         self._stage = int(self._engine.zero_optimization_stage())
         self.name, self.holds_whole_model = f"DeepSpeed ZeRO-{self._stage}", self._stage < 3
@@ -191,10 +142,9 @@ class Zero(Parallel):
         self._make_moments()
 
     @override
-    @contextmanager
-    def accumulate(self, last: bool) -> Iterator[None]:
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
         self._engine.set_gradient_accumulation_boundary(last)
-        yield
+        return nullcontext()
 
     @override
     def backward(self, loss: Tensor) -> None:
@@ -226,19 +176,19 @@ class Zero(Parallel):
     @override
     def zero_grad(self) -> None:
         if self._has_gradients:  # only its own step makes DeepSpeed drop gradients
-            self.skip_unused(())
+            self.optimizer.skip_unused(())
             self.step()
 
     @override
     def shards(self) -> dict[str, Tensor]:
         if self.holds_whole_model:
-            return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+            return super().shards()
         return {name: parameter.ds_tensor.detach() for name, parameter in self._parameters().items()}
 
     @override
     def shard(self, name: str, whole: Tensor) -> Tensor:
         if self.holds_whole_model:
-            return whole.detach().clone()
+            return super().shard(name, whole)
         slot = self._parameters()[name].ds_tensor
         flat = nn.functional.pad(whole.detach().flatten(), (0, slot.numel() * self._engine.world_size - whole.numel()))
         return flat.narrow(0, slot.numel() * self._engine.global_rank, slot.numel()).to(slot, copy=True).view_as(slot)
@@ -246,13 +196,13 @@ class Zero(Parallel):
     @override
     def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.holds_whole_model:
-            return dict(shards) if self._is_main else {}
+            return super().gather(shards)
         whole = {}
         for name, shard in shards.items():
             parameter = self._parameters()[name]
             parts = [torch.empty_like(shard) for _ in range(self._engine.world_size)]
             torch.distributed.all_gather(parts, shard.contiguous())
-            if self._is_main:
+            if self._accelerator.is_main_process:
                 whole[name] = torch.cat(parts).flatten()[: parameter.ds_numel].view(parameter.ds_shape).cpu()
         return whole
 
@@ -273,9 +223,9 @@ class Zero(Parallel):
             moments[f"{name}/step"] = torch.tensor(steps[name], dtype=torch.float32)
             for moment in MOMENTS:
                 whole = safe_get_full_optimizer_state(parameter, moment)
-                if self._is_main:
+                if self._accelerator.is_main_process:
                     moments[f"{name}/{moment}"] = whole.cpu()
-        return moments if self._is_main else {}
+        return moments if self._accelerator.is_main_process else {}
 
     @override
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
@@ -295,13 +245,6 @@ class Zero(Parallel):
     def _parameters(self) -> dict[str, Any]:
         """Return the parameters by name; DeepSpeed gives those of stage 3 attributes of its own (`ds_...`)."""
         return dict(self.model.named_parameters())
-
-    def _zero_skippedused_gradients(self) -> None:
-        """Make gradients of skipped groups zero before DeepSpeed reads them; it has no way to skip a group."""
-        for group in self.optimizer.param_groups:
-            if group["rate"] == 0 or not group["learns_alone"]:
-                for parameter in group["params"]:
-                    parameter.register_hook(partial(_zero_if_skipped, group))
 
     def _make_moments(self) -> None:
         """Make the moments of all groups; DeepSpeed would make a group's at its first step, after `load_moments`."""

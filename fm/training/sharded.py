@@ -4,8 +4,8 @@ This file stands apart from fm/training/parallel.py since torch's FSDP2 takes a 
 launch/fsdp.yaml need.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 from accelerate import Accelerator
@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from typing_extensions import override
 
 from fm.config import AdaptSettings, TrainSettings
 from fm.training.objective import Unroll
 from fm.training.optim import GroupedAdamW, parameter_groups
-from fm.training.parallel import MOMENTS, Parallel, load_named_state, named_state, used_gradients
+from fm.training.parallel import MOMENTS, Parallel, named_state
 
 
 class FullySharded(Parallel):
@@ -40,29 +39,26 @@ class FullySharded(Parallel):
         adapt: AdaptSettings | None,
         reshard_after_forward: bool,
     ) -> None:
-        self._is_main = accelerator.is_main_process
         self._mesh: DeviceMesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         for part in (*objective.model.blocks, objective):
             fully_shard(part, mesh=self._mesh, reshard_after_forward=reshard_after_forward)
         # The optimizer is made after fully_shard, so that it gets the slices.
-        super().__init__(objective, GroupedAdamW(parameter_groups(objective.model, adapt), settings))
+        super().__init__(accelerator, objective, GroupedAdamW(parameter_groups(objective.model, adapt), settings))
 
     @override
-    @contextmanager
-    def accumulate(self, last: bool) -> Iterator[None]:
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
         cast(FSDPModule, self.objective).set_requires_gradient_sync(last)
-        yield
+        return nullcontext()
 
     @override
     def grad_norm(self) -> Tensor:
-        norm = get_total_norm(used_gradients(self.model, self.optimizer))
+        norm = super().grad_norm()
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @override
     def clip(self, norm: Tensor, max_norm: float) -> None:
         # Slices can be scaled only by a DTensor on the same mesh.
-        everywhere = DTensor.from_local(norm, self._mesh, [Replicate()], run_check=False)
-        clip_grads_with_norm_(self.model.parameters(), max_norm, everywhere)
+        super().clip(DTensor.from_local(norm, self._mesh, [Replicate()], run_check=False), max_norm)
 
     @override
     def shards(self) -> dict[str, Tensor]:
@@ -76,14 +72,14 @@ class FullySharded(Parallel):
     def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parameters = self._parameters()
         whole = {name: self._whole(_like(parameters[name], shards[name])) for name in parameters}
-        return whole if self._is_main else {}
+        return whole if self._accelerator.is_main_process else {}
 
     @override
     def moments(self) -> dict[str, Tensor]:
         # Gathering is collective, so all processes need one order; a file of tensors that was loaded has another.
         own = sorted(named_state(self.model, self.optimizer).items())
         whole = {key: self._whole(value) for key, value in own}
-        return whole if self._is_main else {}
+        return whole if self._accelerator.is_main_process else {}
 
     @override
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
@@ -92,7 +88,7 @@ class FullySharded(Parallel):
             name, _, moment = key.rpartition("/")
             if moment in MOMENTS:
                 own[key] = _like(parameters[name], self._slice(parameters[name], moments[key]))
-        load_named_state(self.model, self.optimizer, own)
+        super().load_moments(own)
 
     def _parameters(self) -> dict[str, DTensor]:
         return {name: cast(DTensor, parameter) for name, parameter in self.model.named_parameters()}
@@ -106,7 +102,7 @@ class FullySharded(Parallel):
     def _whole(self, tensor: Tensor) -> Tensor:
         """Return the whole tensor in the main process's memory, not on its GPU; an empty tensor on the others."""
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        return whole.cpu() if self._is_main else whole.new_empty(0)
+        return whole.cpu() if self._accelerator.is_main_process else whole.new_empty(0)
 
 
 def _like(parameter: DTensor, local: Tensor) -> DTensor:

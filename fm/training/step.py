@@ -153,7 +153,7 @@ def train_step(
     parallel, draws = state.parallel, division.draws_of(step)
     rate = learning_rate(step, recipe.train)
     parallel.optimizer.set_learning_rate(rate)
-    parallel.skip_unused([draw.dataset for draw in draws], alone=learns_alone(recipe.adapt, step))
+    parallel.optimizer.skip_unused([draw.dataset for draw in draws], alone=learns_alone(recipe.adapt, step))
 
     losses, data_seconds = torch.zeros(division.draws, 3, device=accelerator.device), 0.0
     micro_batches = division.micro_batches(step)
