@@ -19,12 +19,6 @@ from fm.model.surrogate import MIN_GRID, Surrogate
 from fm.model.wavelit import WaveLiTFM
 
 
-def check_names(names: Sequence[str] | None, registry: Registry) -> None:
-    """Raise UserError, with the nearest valid name, where a dataset has no card; None means all in the shards."""
-    for name in names or ():
-        registry.card(name)
-
-
 def dataset_specs(readers: Mapping[str, ShardReader], registry: Registry) -> list[DatasetSpec]:
     """Return one specification per dataset, sorted by name, from the manifests of its shards.
 

@@ -23,7 +23,6 @@ from fm.checkpoint import list_checkpoints, verify_checkpoint
 from fm.config import load_recipe
 from fm.distributed import StopSignal, make_accelerator
 from fm.model.surrogate import Surrogate
-from fm.training.record import NullRecord
 from fm.training.runlog import parse_lines
 from fm.training.step import StepMetrics
 from fm.training.trainer import Trainer
@@ -113,14 +112,13 @@ def _state_before(run: Path, step: int) -> Path:
 def _train_to(trainer: Trainer, step: int) -> int:
     """Train until `step` steps are taken; return how many were missing."""
     missing = step - trainer.step
-    record = NullRecord()
     with tqdm(total=step, initial=trainer.step, desc="replay", unit="step", disable=not missing) as bar:
         while True:
             if trainer.mixing.changes_at(trainer.step):  # adaptive shares follow the validation
-                trainer.validate(record)
+                trainer.validate()
             if trainer.step == step:
                 return missing
-            trainer.train_steps(StopSignal(), record)
+            trainer.train_steps(StopSignal())
             bar.update()
 
 

@@ -28,7 +28,7 @@ from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Schedule, Source
 from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.config import Recipe
-from fm.datasets import check_names, check_unrolls, dataset_specs, new_model, open_split
+from fm.datasets import check_unrolls, dataset_specs, new_model, open_split
 from fm.model.baselines import BaselineConfig
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.surrogate import Surrogate
@@ -89,7 +89,7 @@ def read_workload(recipe: Recipe, require_shards: bool = False) -> Workload:
     Raises UserError for a dataset that has neither shards nor published sizes, or no shards if `require_shards`.
     """
     registry = load_registry(recipe.data.registry)
-    check_names(recipe.data.datasets, registry)
+    registry.select(recipe.data.datasets)  # raises UserError for an unknown name
     readers = _open_shards(recipe, registry, require_shards)
     check_unrolls(recipe, readers)
     datasets = {}

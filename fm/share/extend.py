@@ -23,7 +23,7 @@ from data_pipeline.schema import nearest
 from data_pipeline.tables import markdown
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
-from fm.datasets import check_names, dataset_specs
+from fm.datasets import dataset_specs
 from fm.evaluation.evaluate import TrainedModel
 from fm.model.spec import DatasetSpec
 from fm.model.surrogate import MIN_GRID, Surrogate
@@ -51,7 +51,7 @@ def extend(
         raise UserError(f"--out {out}: expected a folder that is not there yet; remove it, or choose another")
     folders, names = _find_folders(datasets, registry)
     described = load_folders(folders)
-    check_names(names, described)
+    described.select(names)  # raises UserError for an unknown name
     trained = TrainedModel.open(source)
     model = _check_extendable(source, trained.model, names)
     cards = find_cards([(model.specs, trained.card_folders()), ([*model.specs, *names], folders)])

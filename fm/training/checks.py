@@ -33,8 +33,13 @@ from fm.training.step import DryRun, resized
 WINDOWS = 4  # of each dataset
 
 
-def check_gradient_cosines(recipe: Recipe, parallel: Parallel, datasets: Sequence[str]) -> None:
-    """Raise UserError if the recipe asks for cosines that the run's datasets or launch configuration do not allow."""
+def check_launch(recipe: Recipe, parallel: Parallel, datasets: Sequence[str]) -> None:
+    """Raise UserError if the recipe asks for what the launch configuration or the run's datasets do not allow."""
+    if recipe.sampling.draw == "per_rank" and not parallel.holds_whole_model:
+        raise UserError(
+            "sampling.draw: per_rank gives processes different numbers of forward passes, but with "
+            f"{parallel.name} each needs all processes; use launch/ddp.yaml, or sampling.draw=global"
+        )
     if not recipe.tracking.gradient_cosine_every:
         return
     if len(datasets) < 2:

@@ -18,13 +18,12 @@ import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from data_pipeline.files import UserError
+from data_pipeline.windows.schedule import Draw
 from fm.config import FinetuneSettings, GuardSettings, ValidationSettings
-from fm.distributed import broadcast_from_main
 from fm.evaluation.evaluate import ValidationResult
 from fm.evaluation.scores import geometric_mean
 
@@ -42,6 +41,14 @@ class RefusedStep:
     action: str  # guard.action
     windows: Mapping[str, Sequence[int]]  # dataset -> window ids in the global batch
 
+    @classmethod
+    def of(cls, step: int, reason: str, action: str, draws: Sequence[Draw]) -> "RefusedStep":
+        """Return the refusal of a step of these draws; several may be of one dataset."""
+        windows: dict[str, list[int]] = {}
+        for draw in draws:
+            windows.setdefault(draw.dataset, []).extend(draw.windows.tolist())
+        return cls(step, reason, action, windows)
+
     @property
     def text(self) -> str:
         """Return a sentence for people."""
@@ -52,6 +59,23 @@ class RefusedStep:
         }
         ids = "; ".join(f"{name} windows {', '.join(map(str, ids))}" for name, ids in self.windows.items())
         return f"step {self.step} refused: {self.reason}: {end[self.action]} ({ids})"
+
+    def advice(self, run: Path) -> str:
+        """Return what the user can do after the step has ended the run in this folder."""
+        return (
+            f"step {self.step}: {self.reason}. The optimizer did not move; the newest checkpoint in "
+            f"{run / 'checkpoints'} is from before it.\nLook at the step with `fm replay {run} --step {self.step}`. "
+            "Lower train.learning_rate or train.clip, or let the run go on without such steps (guard.action=skip, or "
+            "rollback)."
+        )
+
+
+class RollBack(Exception):
+    """The run must go back to its last checkpoint and pass over the steps in `refused`."""
+
+    def __init__(self, refusal: RefusedStep, refused: set[int]) -> None:
+        super().__init__(f"step {refusal.step} refused")
+        self.refusal, self.refused = refusal, refused
 
 
 class AnomalyDetector:
@@ -157,7 +181,7 @@ class RegressionLimit:
         self._scored = [validation.protocol, validation.windows, validation.rollouts]
         self._before: dict[str, float | None] | None = None  # one-step VRMSE of the pretrained model, by dataset
         self._best: dict[str, float] | None = None  # worsening, diverged and score of the best validation
-        self._failed = False  # whether the last validation exceeded the limit
+        self.failed = False  # whether the last validation exceeded the limit
 
     @property
     def knows_pretrained(self) -> bool:
@@ -167,7 +191,7 @@ class RegressionLimit:
     @property
     def ends_run(self) -> bool:
         """Return whether the run is over, since its last validation exceeded the limit."""
-        return self.active and self._stops and self._failed
+        return self.active and self._stops and self.failed
 
     def judge(self, result: ValidationResult) -> Verdict:
         """Return the verdict on a validation, on the main process; the first must be that of the pretrained model."""
@@ -179,26 +203,19 @@ class RegressionLimit:
         worsening = geometric_mean(list(ratios.values())) or math.inf
         diverged, score = _rollout_score(result)
         found = {"worsening": worsening, "diverged": diverged, "score": score}
-        self._failed = worsening > self.limit
-        best = not self._failed and (self._best is None or _order(found) < _order(self._best))
+        self.failed = worsening > self.limit
+        best = not self.failed and (self._best is None or _order(found) < _order(self._best))
         if best:
             self._best = found
         worst = max(ratios, key=lambda name: ratios[name] or math.inf)
         return Verdict(worsening, worst, self.limit, diverged, best)
-
-    def share(self, verdict: Verdict | None, accelerator: Accelerator) -> bool:
-        """Give the main process's verdict to all processes and return whether it is the best so far. Collective."""
-        verdict = broadcast_from_main(accelerator, lambda: verdict)
-        assert verdict is not None
-        self._failed = not verdict.within_limit
-        return verdict.best
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, as JSON."""
         return {
             "before": self._before,
             "best": self._best,
-            "failed": self._failed,
+            "failed": self.failed,
             "limit": self.limit,
             "scored": self._scored,
         }
@@ -223,7 +240,7 @@ class RegressionLimit:
                 "start afresh in another folder with run.dir=..."
             )
         self._before = saved["before"]
-        self._failed = saved["failed"] and saved["limit"] == self.limit
+        self.failed = saved["failed"] and saved["limit"] == self.limit
         found = [state["best"] for state in (saved, best) if state is not None and state["best"] is not None]
         within = [one for one in found if one["worsening"] <= (self.limit or math.inf)]
         self._best = min(within, key=_order, default=None)

@@ -8,7 +8,7 @@ With the recipe's section `adapt`, only the new datasets are drawn in the first 
 have the share `share`, and the other datasets are drawn again.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,28 +105,22 @@ class Mixing:
         return adaptive_shares(base, self._scores, self._sampling.power, self._sampling.floor)
 
 
-def check_new_datasets(adapt: AdaptSettings | None, datasets: Collection[str]) -> None:
-    """Raise UserError if `adapt` names a dataset that the run does not have, or the run has no other datasets."""
-    if adapt is None:
-        return
-    for name in adapt.datasets:
-        if name not in datasets:
-            raise UserError(f"adapt.datasets: no dataset {name!r} in this run. {nearest(name, sorted(datasets))}")
-    if adapt.share is not None and set(datasets) <= set(adapt.datasets):
-        raise UserError(
-            "adapt.share: expected datasets beside the new ones to divide the other draws among, got "
-            f"{', '.join(sorted(datasets))} alone; name more in data.datasets, or set adapt.share=null"
-        )
-
-
 def with_new_datasets(schedule: Schedule, adapt: AdaptSettings, draws: int) -> Schedule:
     """Return the schedule with the shares that `adapt` asks for; a step has `draws` draws.
 
-    Raises UserError if the schedule gives the new datasets, or all others, no share.
+    Raises UserError if the run does not have the new datasets, or if it gives them, or all others, no share.
     """
+    shares = schedule.shares
+    for name in adapt.datasets:
+        if name not in shares:
+            raise UserError(f"adapt.datasets: no dataset {name!r} in this run. {nearest(name, sorted(shares))}")
+    if adapt.share is not None and set(shares) <= set(adapt.datasets):
+        raise UserError(
+            "adapt.share: expected datasets beside the new ones to divide the other draws among, got "
+            f"{', '.join(sorted(shares))} alone; name more in data.datasets, or set adapt.share=null"
+        )
     if not adapt.alone_steps and adapt.share is None:
         return schedule
-    shares = schedule.shares
     new = {name: share for name, share in shares.items() if name in adapt.datasets}
     others = {name: share for name, share in shares.items() if name not in adapt.datasets}
     if not sum(new.values()):

@@ -32,12 +32,14 @@ from fm.model.surrogate import Surrogate
 SIGMOID_STEEPNESS = 10.0
 
 
-def unroll_length(step: int, steps: int, settings: FinetuneSettings, dataset: str) -> int:
-    """Return the model steps K of a window of `dataset` at optimizer step `step` of `steps`.
+def unroll_length(step: int, steps: int, settings: FinetuneSettings | None, dataset: str) -> int:
+    """Return the model steps K of a window of `dataset` at optimizer step `step` of `steps`; 1 in pretraining.
 
     With unroll_start, K grows by one at a time. Each length lasts an equal part of the first `unroll_growth` of the
     run.
     """
+    if settings is None:
+        return 1
     full = settings.unroll_of(dataset)
     if settings.unroll_start is None or settings.unroll_start >= full:
         return full
@@ -46,13 +48,13 @@ def unroll_length(step: int, steps: int, settings: FinetuneSettings, dataset: st
     return min(settings.unroll_start + grown, full)
 
 
-def forcing_prob(step: int, steps: int, settings: FinetuneSettings) -> float:
+def forcing_prob(step: int, steps: int, settings: FinetuneSettings | None) -> float:
     """Return the probability that an input is the truth at optimizer step `step` of `steps`.
 
     It is 0 except for scheduled sampling. There it goes from forcing_start at the first step to forcing_end at the
     last: linearly, by half a cosine, or by the inverse sigmoid of Bengio et al. (2015), shifted and scaled.
     """
-    if settings.objective != "scheduled_sampling":
+    if settings is None or settings.objective != "scheduled_sampling":
         return 0.0
     fraction = min(step / max(steps - 1, 1), 1.0)
     if settings.forcing == "linear":

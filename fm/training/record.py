@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
-from data_pipeline.files import atomic_file
+from data_pipeline.files import atomic_file, sha256
+from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Schedule
 from fm.config import Recipe, dump_recipe, recipe_to_dict
 from fm.distributed import peak_memory_bytes
@@ -24,8 +25,10 @@ from fm.model.surrogate import Surrogate
 from fm.training.console import Console
 from fm.training.flops import forward_flops, forward_passes
 from fm.training.guard import RefusedStep
+from fm.training.objective import unroll_length
 from fm.training.optim import part_rates
 from fm.training.runlog import EventLog, JsonLog, environment, write_process
+from fm.training.step import PendingStep
 from fm.training.tensorboard import Dashboard, flat_settings, start_trackers
 
 
@@ -47,6 +50,27 @@ class StepResult:
     data_seconds: float
     seconds: float
     stop: bool  # a process received a signal to stop
+
+    @classmethod
+    def of(cls, taken: PendingStep, seconds: float, recipe: Recipe, readers: Mapping[str, ShardReader]) -> "StepResult":
+        """Return the result of a step that took `seconds`; `readers` are those of the training data."""
+        names, metrics, length = [draw.dataset for draw in taken.draws], taken.metrics, recipe.train.steps
+        return cls(
+            step=taken.step + 1,
+            datasets=tuple(names),
+            grids=tuple(readers[name].manifest.grid for name in names),
+            windows=sha256("".join(draw.digest() for draw in taken.draws).encode())[:16],
+            losses=tuple(metrics.losses),
+            mse=metrics.mse,
+            wavelet_l1=metrics.wavelet_l1,
+            grad_norm=metrics.grad_norm,
+            lr=taken.learning_rate,
+            samples=recipe.train.global_batch,
+            model_calls=tuple(unroll_length(taken.step, length, recipe.finetune, name) for name in names),
+            data_seconds=taken.data_seconds,
+            seconds=seconds,
+            stop=metrics.stop_requested,
+        )
 
     @property
     def loss(self) -> float:
@@ -247,13 +271,6 @@ class RunRecord(AbstractContextManager["RunRecord"]):
                     warning = f"at the present shares, {warning}"
                 self._log_text("warning", warning, step)
                 self.print(f"warning: {warning}")
-
-
-def open_record(
-    recipe: Recipe, schedule: Schedule, model: Surrogate | None, step: int, spread: str
-) -> RunRecord | NullRecord:
-    """Return the record of this process; `model` is None on processes other than the main one."""
-    return NullRecord() if model is None else RunRecord(recipe, schedule, model, step, spread)
 
 
 class Meter:

@@ -133,20 +133,18 @@ def train_step(
     batches: Iterator[Batch],
     accelerator: Accelerator,
     step: int,
-    *,
-    stop_requested: bool = False,
     skip_update: Callable[[StepMetrics], bool | Tensor] = lambda metrics: False,
+    stop_requested: bool = False,
     end_phase: Callable[[str], None] = lambda phase: None,
 ) -> PendingStep:
     """Take the step after `step` optimizer steps. Collective.
 
     `batches` yields this process's batches of the step, in the order of `division.micro_batches(step)`.
-    `stop_requested` says whether this process was asked to stop.
 
     `skip_update` is called with the metrics while the parameters have their gradients, not clipped yet. It returns True
     to leave weights and averages as they are, False to update them, or a scalar on the device that is 1 to leave them
-    (`PendingSteps.found_inf`). `end_phase` is called with the name of a phase, one of PHASES, when the host has queued
-    all of its work.
+    (`PendingSteps.found_inf`). `stop_requested` says whether this process was asked to stop. `end_phase` is called with
+    the name of a phase, one of PHASES, when the host has queued all of its work.
     """
     started = time.perf_counter()
     torch.manual_seed(recipe.run.seed * 1_000_003 + step)  # a random layer draws the same numbers in a continued run
@@ -192,11 +190,9 @@ def train_step(
 
 def _objective_inputs(recipe: Recipe, step: int, micro_batch: MicroBatch, batch: Batch) -> dict[str, Any]:
     """Return the objective's arguments: windows as long as the step's unroll, their coins and their noise."""
-    seed, train, finetune, device = recipe.run.seed, recipe.train, recipe.finetune, batch.fields.device
-    length, prob = 1, 0.0
-    if finetune is not None:
-        length = unroll_length(step, train.steps, finetune, batch.dataset)
-        prob = forcing_prob(step, train.steps, finetune)
+    seed, train, device = recipe.run.seed, recipe.train, batch.fields.device
+    length = unroll_length(step, train.steps, recipe.finetune, batch.dataset)
+    prob = forcing_prob(step, train.steps, recipe.finetune)
     coins = torch.from_numpy(forcing_coins(seed, batch.draw, train.batch, length, prob)[micro_batch.places])
     if device.type == "cuda":  # a GPU copies without making the host wait only from page-locked memory
         coins = coins.pin_memory()

@@ -12,20 +12,14 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor
 
-from data_pipeline.files import UserError, only_process, sha256
+from data_pipeline.files import UserError, only_process
 from data_pipeline.registry import load_registry
 from data_pipeline.windows.loader import scheduled_batches, sources
 from data_pipeline.windows.reader import Batch
 from data_pipeline.windows.schedule import Division
-from fm.checkpoint import (
-    CheckpointWriter,
-    keep_best,
-    keep_incident,
-    newest_checkpoint,
-    read_state,
-)
+from fm.checkpoint import CheckpointWriter, keep_best, keep_incident, newest_checkpoint, read_state
 from fm.config import Recipe, changed_settings, recipe_to_dict, resolve
-from fm.datasets import build_model, check_names, check_same_shards, check_unrolls, open_split, shard_digests
+from fm.datasets import build_model, check_same_shards, check_unrolls, open_split, shard_digests
 from fm.distributed import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
@@ -35,26 +29,18 @@ from fm.distributed import (
     make_accelerator,
 )
 from fm.evaluation.evaluate import ValidationResult, validate
-from fm.training.checks import check_gradient_cosines, check_memory, gradient_cosines
-from fm.training.guard import AnomalyDetector, RefusedStep, RegressionLimit
-from fm.training.mixing import Mixing, check_new_datasets
+from fm.training.checks import check_launch, check_memory, gradient_cosines
+from fm.training.guard import AnomalyDetector, RefusedStep, RegressionLimit, RollBack
+from fm.training.mixing import Mixing
 from fm.training.objective import unroll_length
 from fm.training.optim import learns_alone
-from fm.training.record import NullRecord, RunRecord, StepResult, open_record
+from fm.training.record import NullRecord, RunRecord, StepResult
 from fm.training.runlog import lacks_validation
 from fm.training.state import TrainingState
 from fm.training.step import PendingStep, PendingSteps, StepMetrics, train_step
 from fm.training.tensorboard import check_trackers
 
 READ_EVERY = 10  # steps between synchronizations with a GPU, which computes while the host goes on
-
-
-class RollBack(Exception):
-    """The run must go back to its last checkpoint and pass over the steps in `refused`."""
-
-    def __init__(self, refusal: RefusedStep, refused: set[int]) -> None:
-        super().__init__(f"step {refusal.step} refused")
-        self.refusal, self.refused = refusal, refused
 
 
 def train(recipe: Recipe) -> int:
@@ -94,10 +80,10 @@ def _train_from_checkpoint(recipe: Recipe, accelerator: Accelerator, stop: StopS
     alone = only_process(trainer.directory, "training") if accelerator.is_main_process else nullcontext()
     with detect_lost_processes():
         # The inner context names a lost process while the record can still write it down.
-        with alone, trainer.open_record() as record, trainer.writer, detect_lost_processes():
+        with alone, trainer.open_record() as trainer.record, trainer.writer, detect_lost_processes():
             if back is not None:
-                record.log_refusal(back.refusal, trainer.step)
-            code = trainer.train(stop, record)
+                trainer.record.log_refusal(back.refusal, trainer.step)
+            code = trainer.train(stop)
         accelerator.wait_for_everyone()  # a launcher ends all processes as soon as the first has ended
     return code
 
@@ -117,16 +103,16 @@ class Trainer:
         checkpoint: Path | None = None,
     ) -> None:
         self.recipe, self.accelerator = recipe, accelerator
+        self.record: RunRecord | NullRecord = NullRecord()
         self.directory = recipe.run.directory
         self.registry = load_registry(recipe.data.registry)
         self.checkpoints = self.directory / "checkpoints"
         self.writer = CheckpointWriter(self.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
-        check_names(recipe.data.datasets, self.registry)
+        self.registry.select(recipe.data.datasets)  # raises UserError for an unknown name
         check_trackers(recipe.tracking.log_with or ())
         self.readers = open_split(recipe, self.registry, "train")
         self.valid_readers = open_split(recipe, self.registry, "valid") if recipe.validation.every else {}
         check_unrolls(recipe, self.readers)
-        check_new_datasets(recipe.adapt, self.readers)
         self.lengths = {name: recipe.window_length(name) for name in self.readers}  # frames
         self.mixing = Mixing(recipe, sources(self.readers, self.lengths))
         self.anomalies = AnomalyDetector(recipe.guard)
@@ -135,18 +121,22 @@ class Trainer:
         self.saved: int | None = None  # the step of the last save
         model = build_model(recipe, self.readers, self.registry)
         if checkpoint is None and recipe.checkpoint.resume == "auto":
-            checkpoint = self._newest_checkpoint()
+            checkpoint = broadcast_from_main(
+                accelerator, lambda: newest_checkpoint(self.checkpoints, accelerator.print)
+            )
         self.state = TrainingState(recipe, model, self.accelerator, checkpoint)
         if checkpoint is not None and self.state.facts is not None:
             self._restore(checkpoint, self.state.facts)
         self.anomalies.refused.update(passed_over)
+        check_launch(recipe, self.state.parallel, list(self.readers))
         self.division = self._divide()
         self._batches: Iterator[Batch] | None = None
         # FSDP and DeepSpeed take no flag on the device, and whether a loss is a spike depends on the step before.
         self._judges_first = not self.state.parallel.takes_found_inf or recipe.guard.spike is not None
         self._read_every = recipe.train.read_every or (1 if accelerator.device.type == "cpu" else READ_EVERY)
-        check_gradient_cosines(recipe, self.state.parallel, list(self.readers))
-        self.validation_pending = broadcast_from_main(self.accelerator, self._was_killed_in_last_validation)
+        ended = self.step == recipe.train.steps and self._validated_at(self.step)
+        log = self.directory / "events.jsonl"  # lacks its last validation if the run was killed in it
+        self.validation_pending = broadcast_from_main(accelerator, lambda: ended and lacks_validation(log, self.step))
 
     @property
     def step(self) -> int:
@@ -167,52 +157,54 @@ class Trainer:
     def open_record(self) -> RunRecord | NullRecord:
         """Return the record of this run from the present step on; only the main process writes one."""
         model = self.state.averaged_model()
-        return open_record(self.recipe, self.mixing.schedule, model, self.step, self.state.parallel.name)
+        if model is None:
+            return NullRecord()
+        return RunRecord(self.recipe, self.mixing.schedule, model, self.step, self.state.parallel.name)
 
-    def train(self, stop: StopSignal, record: RunRecord | NullRecord) -> int:
+    def train(self, stop: StopSignal) -> int:
         """Take the steps to the end of the run, save and validate; return the exit code."""
         steps, every = self.recipe.train.steps, self.recipe.checkpoint.every
-        self._before_first_step(record)
+        self._before_first_step()
         while self.step < steps and not self.regression_limit.ends_run:
-            interrupted = self.train_steps(stop, record)
+            interrupted = self.train_steps(stop)
             last = self.step == steps
             stopped = interrupted or self.step == self.recipe.run.stop_at
             if last or stopped or self.step % every == 0:
-                self.save(record, wait=last or stopped)
+                self.save(wait=last or stopped)
             if stopped and not last:
                 why = "interrupted" if interrupted else "run.stop_at"
-                record.print(f"{why}: saved step {self.step}; the same command continues from here.")
+                self.record.print(f"{why}: saved step {self.step}; the same command continues from here.")
                 return EXIT_INTERRUPTED if interrupted else EXIT_DONE
-            self.compare_gradients(record)
+            self.compare_gradients()
             if self._validated_at(self.step):
-                self.validate(record)
+                self.validate()
         if self.regression_limit.ends_run:
             if self.saved != self.step:
-                self.save(record, wait=True)
-            record.end_reason = f"ended by finetune.gate after step {self.step}"
+                self.save(wait=True)
+            self.record.end_reason = f"ended by finetune.gate after step {self.step}"
         return EXIT_DONE
 
-    def _before_first_step(self, record: RunRecord | NullRecord) -> None:
+    def _before_first_step(self) -> None:
         """Check the memory, and make up for comparisons and validations that came after the checkpoint."""
         adapt, every = self.recipe.adapt, self.recipe.validation.every
         if self.recipe.finetune and self.recipe.finetune.rehearse and self.step < self.recipe.train.steps:
-            record.print(check_memory(self.recipe, self.state, self.division, self.readers, self.accelerator))
+            self.record.print(check_memory(self.recipe, self.state, self.division, self.readers, self.accelerator))
         if adapt is not None and learns_alone(adapt, self.step):
             which = f"only {', '.join(adapt.datasets)} is drawn, and only parts of its own move"
-            record.print(f"up to step {adapt.alone_steps} {which} (adapt.alone_steps)")
-        self.compare_gradients(record)
+            self.record.print(f"up to step {adapt.alone_steps} {which} (adapt.alone_steps)")
+        self.compare_gradients()
         needs_pretrained = self.regression_limit.active and not self.regression_limit.knows_pretrained
         if needs_pretrained or self.validation_pending or (every and self.step and self.step % every == 0):
-            self.validate(record)
+            self.validate()
 
-    def train_steps(self, stop: StopSignal, record: RunRecord | NullRecord) -> bool:
+    def train_steps(self, stop: StopSignal) -> bool:
         """Take the steps up to the next synchronization with the device, and record them. Collective.
 
         On a CPU that is one step, on a GPU up to train.read_every. A refused step ends the sequence: the weights are
         those before it, and the steps that follow are taken again. Returns whether a process was asked to stop. Raises
         RollBack or UserError if a refused step ends this attempt or the run.
         """
-        self._report_save(self.writer.failure(), record)
+        self._report_save(self.writer.failure())
         pending, reasons = PendingSteps(), dict[int, str | None]()
         for step in range(self.step, self.recipe.train.steps):
             skip_update = partial(self._skip_update, step, pending, reasons)
@@ -224,12 +216,11 @@ class Trainer:
         for one in taken:
             reason = reasons[one.step] if one.step in reasons else self._judge(one.step, one.metrics)
             if reason is not None:
-                self._refuse(one, reason, record)
-            record.log_step(self._result(one, seconds))
+                self._refuse(one, reason)
+            self.record.log_step(StepResult.of(one, seconds, self.recipe, self.readers))
             self.state.step = one.step + 1
-            if reason is not None:
-                if one is not taken[-1]:
-                    self._batches = None  # read again from the step after the refused one
+            if reason is not None and one is not taken[-1]:
+                self._batches = None  # read again from the step after the refused one
                 break
         return any(one.metrics.stop_requested for one in taken)
 
@@ -240,14 +231,7 @@ class Trainer:
         if self._batches is None:
             self._batches = self._scheduled_batches()
         return train_step(
-            self.recipe,
-            self.state,
-            self.division,
-            self._batches,
-            self.accelerator,
-            step,
-            stop_requested=stop_requested,
-            skip_update=skip_update,
+            self.recipe, self.state, self.division, self._batches, self.accelerator, step, skip_update, stop_requested
         )
 
     def _skip_update(
@@ -270,67 +254,32 @@ class Trainer:
             names = [f"{name} over {self._unroll_length(step, name)} model steps" for name in names]
         return self.anomalies.find(names, metrics.losses, metrics.grad_norm)
 
-    def _refuse(self, taken: PendingStep, reason: str, record: RunRecord | NullRecord) -> None:
+    def _refuse(self, taken: PendingStep, reason: str) -> None:
         """Keep and record the state before a refused step. Raises RollBack or UserError, as guard.action says."""
         action, number = self.recipe.guard.action, taken.step + 1
-        windows: dict[str, list[int]] = {}
-        for draw in taken.draws:  # several may be of one dataset
-            windows.setdefault(draw.dataset, []).extend(draw.windows.tolist())
-        refusal = RefusedStep(number, reason, action, windows)
+        refusal = RefusedStep.of(number, reason, action, taken.draws)
         snapshot = self.state.snapshot(self._facts())
         if snapshot is not None:
             keep_incident(self.directory / "incidents", snapshot, self.accelerator.print)
         if action == "stop":
-            record.log_refusal(refusal, number)
-            raise UserError(
-                f"step {number}: {reason}. The optimizer did not move; the newest checkpoint in {self.checkpoints} "
-                f"is from before it.\nLook at the step with `fm replay {self.directory} --step {number}`. Lower "
-                "train.learning_rate or train.clip, or let the run go on without such steps (guard.action=skip, or "
-                "rollback)."
-            )
+            self.record.log_refusal(refusal, number)
+            raise UserError(refusal.advice(self.directory))
         self.anomalies.count_refused(number)
         if action == "rollback":
-            self._report_save(self.writer.wait(), record)
+            self._report_save(self.writer.wait())
             self.accelerator.wait_for_everyone()  # until the checkpoint that all go back to is on disk
             raise RollBack(refusal, self.anomalies.refused)
-        record.log_refusal(refusal, number)
-
-    def _result(self, taken: PendingStep, seconds: float) -> StepResult:
-        """Return what the record needs of a step."""
-        names, metrics = tuple(draw.dataset for draw in taken.draws), taken.metrics
-        return StepResult(
-            step=taken.step + 1,
-            datasets=names,
-            grids=tuple(self.readers[name].manifest.grid for name in names),
-            windows=sha256("".join(draw.digest() for draw in taken.draws).encode())[:16],
-            losses=tuple(metrics.losses),
-            mse=metrics.mse,
-            wavelet_l1=metrics.wavelet_l1,
-            grad_norm=metrics.grad_norm,
-            lr=taken.learning_rate,
-            samples=self.recipe.train.global_batch,
-            model_calls=tuple(self._unroll_length(taken.step, name) for name in names),
-            data_seconds=taken.data_seconds,
-            seconds=seconds,
-            stop=metrics.stop_requested,
-        )
+        self.record.log_refusal(refusal, number)
 
     def _divide(self) -> Division:
         """Return what each process takes of the steps of the present schedule."""
-        train, process, way = self.recipe.train, self.accelerator, self.recipe.sampling.draw
-        if way == "per_rank" and not self.state.parallel.holds_whole_model:
-            raise UserError(
-                f"sampling.draw: per_rank gives processes different numbers of forward passes, but with "
-                f"{self.state.parallel.name} each needs all processes; use launch/ddp.yaml, or sampling.draw=global"
-            )
-        rank, world_size = process.process_index, process.num_processes
-        schedule, calls = self.mixing.schedule, self._unroll_length
-        return Division(schedule, rank, world_size, train.draws, way, train.micro_batch, calls)
+        train, way, schedule = self.recipe.train, self.recipe.sampling.draw, self.mixing.schedule
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        return Division(schedule, rank, processes, train.draws, way, train.micro_batch, self._unroll_length)
 
     def _unroll_length(self, step: int, dataset: str) -> int:
         """Return the model steps of a window of `dataset` in the step after `step` steps."""
-        finetune = self.recipe.finetune
-        return unroll_length(step, self.recipe.train.steps, finetune, dataset) if finetune else 1
+        return unroll_length(step, self.recipe.train.steps, self.recipe.finetune, dataset)
 
     def _scheduled_batches(self) -> Iterator[Batch]:
         """Yield this process's batches from the next step to the last.
@@ -349,14 +298,14 @@ class Trainer:
                 pin_memory=self.accelerator.device.type == "cuda",
             )
 
-    def save(self, record: RunRecord | NullRecord, wait: bool) -> None:
+    def save(self, wait: bool) -> None:
         """Begin to write a checkpoint on the main process, once the one before it is written. Collective.
 
         With `wait`, return only when it is on disk: no later step could report that the write failed.
         """
         if self.accelerator.is_main_process:
-            self._report_save(self.writer.wait(), record)
-            record.flush(self.step)
+            self._report_save(self.writer.wait())
+            self.record.flush(self.step)
         snapshot, self.saved = self.state.snapshot(self._facts()), self.step
         if snapshot is not None:
             self.writer.start(snapshot)
@@ -364,57 +313,53 @@ class Trainer:
                 raise failure  # even with checkpoint.on_error: continue, since no later save follows
         self.accelerator.wait_for_everyone()
 
-    def validate(self, record: RunRecord | NullRecord) -> None:
+    def validate(self) -> None:
         """Score the averaged weights on the valid split, on the main process. Collective."""
         result, model = None, self.state.averaged_model()
         if model is not None:
             result = validate(model, self.valid_readers, self.recipe.validation, self.accelerator.device)
         if self.regression_limit.active:
-            self._check_regression(result, record)
+            self._check_regression(result)
         if result is not None:
-            record.log_validation(result, self.step)  # last, so that a run killed before it validates again
+            self.record.log_validation(result, self.step)  # last, so that a run killed before it validates again
         if self.mixing.changes_at(self.step):
             unscored = self.mixing.follow(result.ratios() if result else None, self.step, self.accelerator)
             self.division = self._divide()
-            record.log_shares(self.mixing.schedule, unscored, self.step)
+            self.record.log_shares(self.mixing.schedule, unscored, self.step)
         self.accelerator.wait_for_everyone()
 
-    def compare_gradients(self, record: RunRecord | NullRecord) -> None:
+    def compare_gradients(self) -> None:
         """Log the cosines between the datasets' gradients every tracking.gradient_cosine_every steps. Collective."""
         every = self.recipe.tracking.gradient_cosine_every
         if not every or not self.step or self.step % every:
             return
         if self.accelerator.is_main_process:
             parallel, device = self.state.parallel, self.accelerator.device
-            record.log_cosines(gradient_cosines(self.recipe, parallel, self.readers, self.step, device), self.step)
+            self.record.log_cosines(gradient_cosines(self.recipe, parallel, self.readers, self.step, device), self.step)
         self.accelerator.wait_for_everyone()
 
-    def _check_regression(self, result: ValidationResult | None, record: RunRecord | NullRecord) -> None:
+    def _check_regression(self, result: ValidationResult | None) -> None:
         """Compare a validation with finetune.gate on the main process, and keep the best checkpoint. Collective."""
-        verdict = self.regression_limit.judge(result) if result else None
-        if verdict is not None:
-            record.log_verdict(verdict.text, self.step)
-        if self.regression_limit.share(verdict, self.accelerator):
-            snapshot = self.state.snapshot(self._facts())
-            if snapshot is not None:
-                try:
-                    keep_best(self.directory / "best", snapshot)
-                except UserError as failure:
-                    self._report_save(failure, record)
+        limit = self.regression_limit
+        verdict = broadcast_from_main(self.accelerator, lambda: limit.judge(result) if result else None)
+        assert verdict is not None
+        limit.failed = not verdict.within_limit
+        self.record.log_verdict(verdict.text, self.step)
+        snapshot = self.state.snapshot(self._facts()) if verdict.best else None
+        if snapshot is not None:
+            try:
+                keep_best(self.directory / "best", snapshot)
+            except UserError as failure:
+                self._report_save(failure)
 
-    def _report_save(self, failure: UserError | None, record: RunRecord | NullRecord) -> None:
+    def _report_save(self, failure: UserError | None) -> None:
         """Raise the failure of a save, or report it and go on (checkpoint.on_error)."""
         if failure is None:
             return
         if self.recipe.checkpoint.on_error == "stop":
             raise failure
         note = "Training goes on (checkpoint.on_error: continue); the next save tries again."
-        record.log_message(f"{failure}\n{note}", self.step)
-
-    def _newest_checkpoint(self) -> Path | None:
-        return broadcast_from_main(
-            self.accelerator, lambda: newest_checkpoint(self.checkpoints, self.accelerator.print)
-        )
+        self.record.log_message(f"{failure}\n{note}", self.step)
 
     def _facts(self) -> dict:
         """Return what state.json holds beside the step, as JSON."""
@@ -438,16 +383,9 @@ class Trainer:
         before = resolve(facts["recipe"], str(checkpoint / "state.json"))
         self.changes = changed_settings(recipe_to_dict(before), recipe_to_dict(self.recipe))
 
-    def _was_killed_in_last_validation(self) -> bool:
-        """Return whether the run took all its steps and its last validation is missing."""
-        steps = self.recipe.train.steps
-        due = self.step == steps and self._validated_at(steps)
-        return due and lacks_validation(self.directory / "events.jsonl", steps)
-
     def _needs_state(self, step: int) -> bool:
         """Return whether the state after `step` steps is saved, validated or compared, or is the run's last."""
-        cosines = self.recipe.tracking.gradient_cosine_every
-        every = self.recipe.checkpoint.every
+        every, cosines = self.recipe.checkpoint.every, self.recipe.tracking.gradient_cosine_every
         ends = step in (self.recipe.train.steps, self.recipe.run.stop_at)
         return ends or step % every == 0 or self._validated_at(step) or (cosines > 0 and step % cosines == 0)
 

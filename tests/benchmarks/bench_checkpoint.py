@@ -50,18 +50,18 @@ def measure(trainer: Trainer, rounds: int, steps: int) -> tuple[dict, dict]:
     """
     blocks, stalls = defaultdict(list), defaultdict(list)
     stop = StopSignal()
-    with trainer.open_record() as record, trainer.writer:
+    with trainer.open_record() as trainer.record, trainer.writer:
         for _ in range(WARM_UP):
-            trainer.train_steps(stop, record)
+            trainer.train_steps(stop)
         for round_ in range(rounds):
             for way in WAYS[round_ % 3 :] + WAYS[: round_ % 3]:
                 taken, before = [], (time.perf_counter(), time.process_time())
                 if way != "never":
-                    trainer.save(record, wait=way == "waited for")
+                    trainer.save(wait=way == "waited for")
                     stalls[way].append(time.perf_counter() - before[0])
                 for _ in range(steps):
                     dataset = trainer.division.draws_of(trainer.step)[0].dataset
-                    trainer.train_steps(stop, record)
+                    trainer.train_steps(stop)
                     now = time.perf_counter(), time.process_time()
                     taken.append((dataset, now[0] - before[0], now[1] - before[1]))
                     before = now

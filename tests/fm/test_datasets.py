@@ -12,7 +12,7 @@ from data_pipeline.registry import VARIABLE, Field, load_registry
 from data_pipeline.shards.build import build_shards
 from data_pipeline.well.register import open_registry, register
 from data_pipeline.windows.loader import open_readers
-from fm.datasets import check_names, dataset_specs
+from fm.datasets import dataset_specs
 
 NAME = "gray_scott_reaction_diffusion"
 
@@ -50,13 +50,6 @@ def test_an_odd_grid_is_refused_by_name(tiny_well: Path, tmp_path: Path) -> None
     readers = open_readers(tmp_path / "shards", None, "train")
     with pytest.raises(UserError, match=rf"{NAME}: the shards have a grid of 32 x 31"):
         dataset_specs(readers, load_registry())
-
-
-def test_an_unknown_dataset_gets_the_nearest_name() -> None:
-    check_names(None, load_registry())
-    check_names([NAME], load_registry())
-    with pytest.raises(UserError, match="shear_flow"):
-        check_names(["shear_flwo"], load_registry())
 
 
 def test_shards_of_another_card_are_refused_with_both_lists(tiny_shards: Path) -> None:

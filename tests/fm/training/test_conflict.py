@@ -14,7 +14,7 @@ from whole_runs import DATASETS, accelerate, finish, last_weights, log, small, s
 from data_pipeline.files import UserError
 from fm.distributed import make_accelerator
 from fm.evaluation.plots import Cosines, cosine_figure, mean_cosines
-from fm.training.checks import WINDOWS, check_gradient_cosines, cosines_of, gradient_cosines, sampled_windows
+from fm.training.checks import WINDOWS, check_launch, cosines_of, gradient_cosines, sampled_windows
 from fm.training.objective import Unroll
 from fm.training.sharded import FullySharded
 from fm.training.trainer import Trainer, train
@@ -190,6 +190,6 @@ def test_slices_of_a_model_have_no_gradient_of_one_process(tiny_shards: Path, tm
     try:
         sharded = FullySharded(accelerator, Unroll(model, recipe.loss), recipe.train, None, reshard_after_forward=True)
         with pytest.raises(UserError, match=r"with FSDP2 none holds the whole model; use launch/ddp.yaml or DeepSpeed"):
-            check_gradient_cosines(recipe, sharded, sorted(model.specs))
+            check_launch(recipe, sharded, sorted(model.specs))
     finally:
         torch.distributed.destroy_process_group()

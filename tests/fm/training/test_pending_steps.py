@@ -99,8 +99,8 @@ def test_a_stop_is_seen_at_the_next_read(tiny_shards: Path, tmp_path: Path) -> N
     recipe = small(tiny_shards, tmp_path / "run", train={"read_every": 3})
     trainer, stop = Trainer(recipe, make_accelerator(recipe.train.clip)), StopSignal()
     stop.received = True
-    with trainer.open_record() as record, trainer.writer:
-        assert trainer.train_steps(stop, record)
+    with trainer.open_record() as trainer.record, trainer.writer:
+        assert trainer.train_steps(stop)
     assert trainer.step == 3
 
 
@@ -138,10 +138,10 @@ class _Reads(TorchDispatchMode):
 def _reads_before_steps(trainer: Trainer, steps: int) -> list[bool]:
     """Return, for each of the next steps, whether the host read a number from the device since the step before."""
     found: list[bool] = []
-    with trainer.open_record() as record, trainer.writer, _Reads() as reads:
+    with trainer.open_record() as trainer.record, trainer.writer, _Reads() as reads:
         trainer._batches = _noting(reads, found, trainer)
         while trainer.step < steps:
-            trainer.train_steps(StopSignal(), record)
+            trainer.train_steps(StopSignal())
     return found[:steps]
 
 
