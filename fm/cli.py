@@ -1,71 +1,24 @@
-"""The `fm` command: one function for each subcommand, with its arguments above it.
+"""The `fm` command: one function for each subcommand, with its arguments above it (fm/parser.py).
 
 The functions import what they need when they run, so that `--help` does not load torch. Exit codes: 0 done, 2 a mistake
-of the user (one message on stderr), 130 interrupted; `train` and `evaluate` have more (fm/recipe.py). The parser is
-argparse: options with several values, such as `--datasets NAME NAME`, are not possible with click, and so with typer.
+of the user (one message on stderr), 130 interrupted; `train` and `evaluate` have more (fm/recipe.py).
 """
 
-import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import UserError, write_whole
-
-Run = Callable[[argparse.Namespace], int | None]  # returns the exit code, None for 0
-Argument = tuple[tuple[str, ...], dict[str, Any]]  # names and parameters for ArgumentParser.add_argument
-
-COMMANDS: dict[str, tuple[Run, Sequence[Argument], str | None]] = {}  # name -> function, arguments, usage
-
-
-def arg(*names: str, **parameters: Any) -> Argument:
-    """Return an argument of a command; its default, if it has one, is added to the help."""
-    if "default" in parameters:
-        parameters["help"] += " (default: %(default)s)"
-    return names, parameters
-
-
-def command(*arguments: Argument, usage: str | None = None) -> Callable[[Run], Run]:
-    """Make the decorated function a command: its name is the command's name and its docstring the help."""
-
-    def register(run: Run) -> Run:
-        COMMANDS[run.__name__.replace("_", "-")] = (run, arguments, usage)
-        return run
-
-    return register
-
-
-class CommandParser(argparse.ArgumentParser):
-    """The parser of a command. `overrides`, if it has any, may stand before, between and after options.
-
-    argparse by itself expects all positional arguments next to each other.
-    """
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Return the options and the words that belong to none."""
-        options, rest = super().parse_known_args(args, namespace)
-        if hasattr(options, "overrides"):
-            found = [word for word in rest if "=" in word and not word.startswith("-")]
-            options.overrides = [*options.overrides, *found]
-            rest = [word for word in rest if word not in found]
-        return options, rest
+from fm.parser import PARSER, arg, command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
-    parser = argparse.ArgumentParser(prog="fm", description="Train and evaluate WaveLiT-FM.")
-    commands = parser.add_subparsers(required=True, metavar="command", parser_class=CommandParser)
-    for name, (run, its_arguments, usage) in COMMANDS.items():
-        text = run.__doc__ or ""
-        summary = text.partition("\n")[0].removesuffix(".")
-        subparser = commands.add_parser(name, help=summary, description=text, usage=usage)
-        for names, parameters in its_arguments:
-            subparser.add_argument(*names, **parameters)
-        subparser.set_defaults(command=run)
-    options = parser.parse_args(arguments)
+    options = PARSER.parse_args(arguments)
     try:
         return options.command(options) or 0
     except UserError as error:
@@ -89,9 +42,7 @@ def _write_results(content: dict[str, Any], file: Path | None) -> None:
 OVERRIDES = arg("overrides", nargs="*", help="section.key=value")
 MODEL_HELP = "run directory, checkpoint, exported model, or hf://organization/name"
 JSON_FILE = arg("--json", type=Path, metavar="FILE", help="also write every number to this file")
-LAUNCH_CONFIG = arg(
-    "--launch-config", type=Path, metavar="FILE", help="train with this configuration of accelerate launch"
-)
+LAUNCH_CONFIG = arg("--launch-config", type=Path, metavar="FILE", help="configuration of accelerate launch")
 
 
 @command(
@@ -106,7 +57,7 @@ LAUNCH_CONFIG = arg(
     JSON_FILE,
     usage="fm plan [-h] [options] RECIPE [section.key=value ...]",
 )
-def plan(options: argparse.Namespace) -> None:
+def plan(options: Namespace) -> None:
     """Estimate the work, time and memory of a run before it is launched."""
     from fm.config import load_recipe
     from fm.lab.hardware import AssumedSpeed, find_gpu
@@ -147,7 +98,7 @@ def plan(options: argparse.Namespace) -> None:
     arg("--markdown", type=Path, metavar="FILE", help="also write the tables to this file"),
     usage="fm benchmark [-h] [options] [section.key=value ...]",
 )
-def benchmark(options: argparse.Namespace) -> None:
+def benchmark(options: Namespace) -> None:
     """Measure how fast this machine trains on each dataset, and what limits the speed."""
     from fm.lab.benchmark import BenchmarkOptions, benchmark, floors
     from fm.lab.benchmark_tables import benchmark_text
@@ -178,7 +129,7 @@ def benchmark(options: argparse.Namespace) -> None:
 
 
 @command(arg("recipe", help="a recipe, such as recipes/quickstart.yaml"), OVERRIDES)
-def train(options: argparse.Namespace) -> int:
+def train(options: Namespace) -> int:
     """Run a recipe in this process; `accelerate launch RECIPE` runs it in several."""
     from fm.recipe import main as run_recipe
 
@@ -189,7 +140,7 @@ def train(options: argparse.Namespace) -> int:
     arg("run", type=Path, help="run directory"),
     arg("--json", action="store_true", help="print one JSON object"),
 )
-def status(options: argparse.Namespace) -> None:
+def status(options: Namespace) -> None:
     """Print the state of a run: step, rate, time left, checkpoint, scores, events."""
     from fm.lab.status import read_status, status_text
 
@@ -202,7 +153,7 @@ def status(options: argparse.Namespace) -> None:
     arg("--step", type=int, required=True, metavar="N", help="number of the step, counted from 1"),
     arg("--shards", help="folder or URL of the shards (default: the recipe's)"),
 )
-def replay(options: argparse.Namespace) -> None:
+def replay(options: Namespace) -> None:
     """Run one step of a run again, and print its data, losses and gradient norms."""
     from fm.lab.replay import replay, replay_text
 
@@ -217,7 +168,7 @@ def replay(options: argparse.Namespace) -> None:
     arg("--push", metavar="ORG/NAME", help="also upload to the Hugging Face Hub (`hf auth login`)"),
     arg("--licence", default="MIT", metavar="SPDX", help="license of the weights"),
 )
-def export(options: argparse.Namespace) -> None:
+def export(options: Namespace) -> None:
     """Write a run's averaged weights with cards, scores and a model card, for others to use.
 
     The folder needs no shards and none of your cards: WaveLiTFM.from_pretrained(DIR), fm evaluate DIR and
@@ -227,9 +178,8 @@ def export(options: argparse.Namespace) -> None:
     from fm.model.files import upload
     from fm.share.export import export_run
 
-    address = f"hf://{options.push}" if options.push else None
-    programs = options.program or []
-    folder = export_run(options.run, options.folder, options.report, programs, options.licence, address)
+    what, address = (options.run, options.folder, options.report), f"hf://{options.push}" if options.push else None
+    folder = export_run(*what, options.program or [], options.licence, address)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{folder}: {size / 1e6:.1f} MB; read {folder / 'README.md'}")
     if options.push:
@@ -250,7 +200,7 @@ def export(options: argparse.Namespace) -> None:
     arg("--registry", metavar="FOLDER", help="folder of your own cards (default: the model's cards)"),
     arg("--force", action="store_true", help="replace PRED if it exists"),
 )
-def rollout(options: argparse.Namespace) -> None:
+def rollout(options: Namespace) -> None:
     """Predict from the states of a file, into a file.
 
     The input is one frame of a Well HDF5, netCDF (.nc) or zarr file. The output, in the format of its suffix, holds
@@ -271,38 +221,27 @@ def rollout(options: argparse.Namespace) -> None:
 
 @command(
     arg("model", metavar="MODEL", help=MODEL_HELP),
-    arg(
-        "--dataset",
-        action="append",
-        required=True,
-        dest="datasets",
-        metavar="NAME_OR_CARD",
-        help="dataset with a card, or the card itself, FOLDER/datasets/NAME.yaml; may be repeated",
-    ),
+    arg("--dataset", action="append", required=True, metavar="NAME_OR_CARD", help="name or card; may be repeated"),
     arg("--shards", required=True, metavar="DIR", help="folder or URL with shards of their train split"),
     arg("--out", type=Path, required=True, metavar="DIR", help="folder to write, whole or not at all"),
-    arg(
-        "--rows",
-        default="nearest",
-        metavar="zero|nearest|drawn|NEW=OLD,...",
-        help="rows of new channels, see above",
-    ),
+    arg("--rows", default="nearest", metavar="zero|nearest|drawn|NEW=OLD,...", help="rows of new channels, see above"),
     arg("--seed", type=int, default=0, help="seed of what is drawn"),
     arg("--registry", metavar="DIR", help="folders of your own cards (default: WAVELIT_REGISTRY)"),
 )
-def extend(options: argparse.Namespace) -> None:
+def extend(options: Namespace) -> None:
     """Add datasets and their channels to a trained model.
 
-    On the datasets that the model knows, its predictions stay the same bit for bit. This is checked with one step on
-    each of them, and if a bit differs nothing is written. The added datasets begin at persistence or the mean. DIR is
-    an exported model: finetune.pretrained=DIR trains it. --rows sets the embedding of channels that are new to the
-    model: zeros, the row of the nearest channel (same unit, similar name), random rows as in a new model, or the rows
-    of channels that you name. Channels without a nearest channel that you do not name get random rows.
+    A dataset is the name of a card, or the card itself: FOLDER/datasets/NAME.yaml. On the datasets that the model
+    knows, its predictions stay the same bit for bit. This is checked with one step on each of them, and if a bit
+    differs nothing is written. The added datasets begin at persistence or the mean. DIR is an exported model:
+    finetune.pretrained=DIR trains it. --rows sets the embedding of channels that are new to the model: zeros, the row
+    of the nearest channel (same unit, similar name), random rows as in a new model, or the rows of channels that you
+    name. Channels without a nearest channel that you do not name get random rows.
     """
     from fm.share.extend import extend
 
-    out, rows = options.out, options.rows
-    extend(options.model, options.datasets, options.shards, out, rows, seed=options.seed, registry=options.registry)
+    out, rows, seed = options.out, options.rows, options.seed
+    extend(options.model, options.dataset, options.shards, out, rows, seed, options.registry)
 
 
 @command(
@@ -314,7 +253,7 @@ def extend(options: argparse.Namespace) -> None:
     arg("--split", help="split to score (default: the protocol's, test)"),
     arg("--windows", type=int, metavar="N", help="number of one-step windows per dataset (default: the protocol's)"),
 )
-def evaluate(options: argparse.Namespace) -> int:
+def evaluate(options: Namespace) -> int:
     """Score a run's averaged weights, one step and rolled out, or a file of predictions.
 
     A report is written. If the command is interrupted, the same command continues. Several processes share the work:
@@ -323,7 +262,12 @@ def evaluate(options: argparse.Namespace) -> int:
     mistake, 3 another process is lost, 130 interrupted.
     """
     if options.truth is not None or Path(options.run).suffix in (".hdf5", ".h5", ".nc", ".zarr"):
-        _score_prediction(options)
+        from fm.share.predictions import evaluate_prediction
+
+        others = [name for name in ("shards", "split", "windows") if getattr(options, name) is not None]
+        if others:
+            raise UserError(f"--{others[0]}: is of an evaluation of a run; with --truth the two files say all")
+        evaluate_prediction(Path(options.run), options.truth, options.protocol, options.out)
         return 0
     from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED, EXIT_LOST, ProcessLost
     from fm.evaluation.evaluate import evaluate_run
@@ -339,27 +283,13 @@ def evaluate(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _score_prediction(options: argparse.Namespace) -> None:
-    from fm.share.predictions import evaluate_prediction
-
-    prediction = Path(options.run)
-    if prediction.suffix not in (".hdf5", ".h5"):
-        raise UserError(f"{prediction}: expected the rollouts in a Well file: `fm rollout --out PRED.hdf5` writes one")
-    if options.truth is None:
-        raise UserError(f"{prediction}: expected --truth FILE, the file that holds what was predicted")
-    others = [name for name in ("shards", "split", "windows") if getattr(options, name) is not None]
-    if others:
-        raise UserError(f"--{others[0]}: is of an evaluation of a run; with --truth the two files say all")
-    evaluate_prediction(prediction, options.truth, options.protocol, options.out)
-
-
 @command(
     arg("errors", type=Path, help="errors.npz, a report folder, or a run that was evaluated"),
     arg("--protocol", metavar="NAME_OR_FILE", help="name, or .yaml file with a protocol (default: the errors' own)"),
     arg("--eps", type=float, help="number added to the variance of the target (default: the protocol's)"),
     arg("--out", type=Path, metavar="DIR", help="folder for a report: errors, scores, tables, pictures"),
 )
-def score(options: argparse.Namespace) -> None:
+def score(options: Namespace) -> None:
     """Print scores from the stored errors of an evaluation, without the model."""
     from fm.evaluation.report import rescore_errors
 
@@ -375,7 +305,7 @@ def score(options: argparse.Namespace) -> None:
     arg("--out", type=Path, metavar="FILE", help="file to write instead of printing"),
     arg("--published", action="store_true", help="only list the published scores, with their sources"),
 )
-def compare(options: argparse.Namespace) -> None:
+def compare(options: Namespace) -> None:
     """Print scores of evaluated runs side by side, and beside published ones."""
     from data_pipeline.files import atomic_file
     from fm.evaluation.published import comparison
@@ -401,7 +331,7 @@ def compare(options: argparse.Namespace) -> None:
     arg("--trajectories", type=int, default=4, metavar="N", help="number of test trajectories to roll out"),
     arg("--well", type=Path, help="simulated HDF5 files, for twins of the flow (default: `well` beside the shards)"),
 )
-def diagnose(options: argparse.Namespace) -> None:
+def diagnose(options: Namespace) -> None:
     """Show why rollouts of one dataset diverge, in numbers and on a page of pictures."""
     from fm.lab.diagnosis.measure import diagnose_run
 
@@ -417,7 +347,7 @@ def diagnose(options: argparse.Namespace) -> None:
     LAUNCH_CONFIG,
     usage="fm sweep [-h] [options] FILE [section.key=value ...]",
 )
-def sweep(options: argparse.Namespace) -> int:
+def sweep(options: Namespace) -> int:
     """Train and score the variants of a recipe, resumable, and print their table."""
     from fm.lab.sweep import run_sweep
     from fm.lab.sweep_file import load_sweep
@@ -435,17 +365,12 @@ def sweep(options: argparse.Namespace) -> int:
     arg("overrides", nargs="*", help="section.key=value, for all runs"),
     arg("--dataset", required=True, metavar="NAME", help="the dataset to learn; no other is drawn"),
     arg("--trajectories", default="1,4,16,all", metavar="N,...", help="numbers of trajectories to train on"),
-    arg(
-        "--scratch-learning-rate",
-        type=float,
-        metavar="RATE",
-        help="peak learning rate from scratch (default: the pretrained arm's)",
-    ),
+    arg("--scratch-learning-rate", type=float, metavar="RATE", help="peak from scratch (default: the other arm's)"),
     arg("--out", type=Path, metavar="DIR", help="folder (default: runs/few_shot/NAME)"),
     LAUNCH_CONFIG,
     usage="fm few-shot [-h] --dataset NAME [options] RECIPE [section.key=value ...]",
 )
-def few_shot(options: argparse.Namespace) -> int:
+def few_shot(options: Namespace) -> int:
     """Measure the error on a dataset for few training trajectories, pretrained and from scratch.
 
     Train on 1, 4, 16 and all trajectories of a dataset, each time from the pretrained model of the recipe and from
@@ -465,7 +390,7 @@ def few_shot(options: argparse.Namespace) -> int:
     arg("--out", type=Path, help="folder of the report (default: FM_RUN/report/transfer)"),
     arg("--format", default="md", help="format of the printed table: md, csv, json or latex"),
 )
-def transfer(options: argparse.Namespace) -> None:
+def transfer(options: Namespace) -> None:
     """Compare a joint run with runs of one dataset each: which datasets gain, and which lose."""
     from fm.lab.transfer import transfer
 

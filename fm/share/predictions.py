@@ -43,13 +43,19 @@ class Pair:
         return len(self.frames) - 1
 
 
-def evaluate_prediction(prediction: Path, truth: Path, protocol: str | None = None, out: Path | None = None) -> Path:
+def evaluate_prediction(
+    prediction: Path, truth: Path | None, protocol: str | None = None, out: Path | None = None
+) -> Path:
     """Score a Well file of rollouts against the one with the truth; print the table, write a report, return its folder.
 
     `protocol` is a name or a file; `out` is by default `<prediction>_report` beside the prediction. Raises UserError if
     the files are missing, damaged or do not fit together, or if the rollouts start from another frame than the
     protocol's.
     """
+    if prediction.suffix not in (".hdf5", ".h5"):
+        raise UserError(f"{prediction}: expected the rollouts in a Well file: `fm rollout --out PRED.hdf5` writes one")
+    if truth is None:
+        raise UserError(f"{prediction}: expected --truth FILE, the file that holds what was predicted")
     chosen = load_protocol(protocol or DEFAULT_PROTOCOL)
     if chosen.context != 1:
         raise UserError(f"protocol {chosen.name}: expected context 1, one initial frame; got {chosen.context}")

@@ -6,14 +6,15 @@ import sys
 
 import pytest
 
-from fm.cli import COMMANDS, main
+from fm.cli import main
+from fm.parser import COMMANDS
 
 HEAVY = {"torch", "numpy", "rich", "yaml", "accelerate", "matplotlib", "tensorboard", "h5py"}
 
 
 def test_help_loads_no_heavy_package_for_any_command() -> None:
     code = (
-        "import contextlib, io, sys\nfrom fm.cli import COMMANDS, main\n"
+        "import contextlib, io, sys\nfrom fm.cli import main\nfrom fm.parser import COMMANDS\n"
         "for arguments in [[], *([name] for name in COMMANDS)]:\n"
         "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
         "        main([*arguments, '--help'])\n"
