@@ -26,8 +26,9 @@ from fm.lab.data_wait import DataWait, ShardLoader
 from fm.lab.dry_runs import Measurement, measure_variants, profile_step
 from fm.lab.hardware import PARTS, Ceilings, data_sheet, describe_machine, find_gpu, measure_ceilings, roofline
 from fm.lab.workload import PAPER_STEPS, Footprint, GridSize, Workload, footprint, sized_workload
+from fm.training.dry_run import StepSeconds
 from fm.training.objective import Unroll
-from fm.training.step import PHASES, StepSeconds
+from fm.training.step import PHASES
 
 RECIPES = {"cpu": Path("recipes/quickstart.yaml"), "cuda": Path("recipes/fm_pretrain.yaml")}
 SIZES: dict[str, GridSize] = {"cpu": "mini", "cuda": "full"}

@@ -25,9 +25,9 @@ from fm.config import Recipe
 from fm.distributed import make_accelerator
 from fm.lab.workload import Workload, WorkloadDataset
 from fm.model.surrogate import MIN_GRID
+from fm.training.dry_run import DryRun, StepSeconds, resized
 from fm.training.flops import forward_passes
 from fm.training.state import TrainingState
-from fm.training.step import DryRun, StepSeconds, resized
 
 ROUNDS = 3  # that count, at least
 MOST_ROUNDS = 12  # that count, of `SizedDryRuns`

@@ -24,11 +24,11 @@ from data_pipeline.windows.schedule import Division
 from fm.config import Recipe
 from fm.distributed import autocast_dtype, peak_memory_bytes
 from fm.evaluation.plots import Cosines
+from fm.training.dry_run import DryRun, resized
 from fm.training.flops import held_calls
 from fm.training.objective import Unroll
 from fm.training.parallel import Parallel
 from fm.training.state import TrainingState
-from fm.training.step import DryRun, resized
 
 WINDOWS = 4  # of each dataset
 

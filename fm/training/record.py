@@ -93,8 +93,7 @@ class NullRecord(AbstractContextManager["NullRecord"]):
     def _ignore(self, *arguments: Any) -> None:
         pass
 
-    __exit__ = print = log_message = log_refusal = log_step = log_validation = log_verdict = _ignore
-    log_cosines = log_shares = flush = _ignore
+    __exit__ = print = log_text = log_refusal = log_step = log_validation = log_cosines = log_shares = flush = _ignore
 
 
 class RunRecord(AbstractContextManager["RunRecord"]):
@@ -120,7 +119,8 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         write_process(directory / "run.json", spread)
         self._log = JsonLog(directory / "log.jsonl", lambda line: line["step"] <= step)
         self._events = EventLog(directory / "events.jsonl", step)
-        self._meter = Meter(model, recipe, self._events.saved["pending"] if step else ())
+        pending = self._events.saved["pending"] if step else ()
+        self._meter = Meter(model, recipe, [StepResult(**saved) for saved in pending])
 
         settings = flat_settings(recipe_to_dict(resolved), names)
         others = recipe.tracking.log_with or ()
@@ -169,10 +169,10 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         """Print a message."""
         self._console.print(message)
 
-    def log_message(self, message: str, step: int) -> None:
-        """Print a message and add it to TensorBoard's events."""
-        self._log_text("message", message, step)
-        self.print(f"step {step}: {message}")
+    def log_text(self, kind: str, text: str, step: int) -> None:
+        """Print a text of a kind of events.jsonl, and add it there and to TensorBoard's events."""
+        self._log_text(kind, text, step)
+        self.print(f"step {step}: {text}")
 
     def log_refusal(self, refusal: RefusedStep, step: int) -> None:
         """Log a refused step; `step` is the last step of the record, or the step that a run rolls back to."""
@@ -185,7 +185,7 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         entry = {"step": result.step, "dataset": "+".join(result.datasets), "windows": result.windows}
         loss = result.loss if math.isfinite(result.loss) else None
         self._log.write({**entry, "loss": loss, "lr": result.lr})
-        self._meter.add(result)
+        self._meter.results.append(result)
         self._step = result.step
         self._console.update_losses(result.step, dict(zip(result.datasets, result.losses, strict=True)))
         if result.step % self._recipe.tracking.every == 0 or result.step == self._recipe.train.steps:
@@ -202,11 +202,6 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         self._log_event("validation", step, mean_ratio=ratio, datasets=result.one_step())
         scores = f"valid one-step VRMSE / persistence, geometric mean {ratio:.3f}" if ratio else "validated"
         self.print(f"step {step}: {scores}")
-
-    def log_verdict(self, text: str, step: int) -> None:
-        """Log whether the validation after `step` steps is within finetune.gate."""
-        self._log_text("gate", text, step)
-        self.print(f"step {step}: {text}")
 
     def log_cosines(self, cosines: Cosines, step: int) -> None:
         """Log the cosines between the gradients of the datasets after `step` steps."""
@@ -230,7 +225,7 @@ class RunRecord(AbstractContextManager["RunRecord"]):
     def flush(self, step: int) -> None:
         """Write everything to the files, so that a run which continues from the checkpoint of `step` finds it."""
         self._board.text("saves", f"checkpoint of step {step}", step)
-        self._log_event("save", step, **self._board.flush(step), pending=self._meter.pending())
+        self._log_event("save", step, **self._board.flush(step), pending=[asdict(one) for one in self._meter.results])
 
     def _log_event(self, kind: str, step: int, **facts: Any) -> None:
         """Write a line to events.jsonl."""
@@ -274,30 +269,21 @@ class RunRecord(AbstractContextManager["RunRecord"]):
 
 
 class Meter:
-    """Collects optimizer steps and returns their means and their speed."""
+    """Returns the means and the speed of the optimizer steps in `results`, those since the last reading."""
 
-    def __init__(self, model: Surrogate, recipe: Recipe, pending: Iterable[Mapping[str, Any]]) -> None:
-        """`pending` is what `pending()` returned where the run continues."""
+    def __init__(self, model: Surrogate, recipe: Recipe, results: Iterable[StepResult]) -> None:
         self._model, self._num_steps, self._finetune = model, recipe.train.steps, recipe.finetune
-        self._results = [StepResult(**saved) for saved in pending]  # since the last reading
+        self.results = list(results)
         self._flops: dict[str, int] = {}  # dataset -> FLOPs of one model call on one window
         self._first: tuple[float, int] | None = None  # time.monotonic() and step of this process's first reading
 
-    def add(self, result: StepResult) -> None:
-        """Add one step."""
-        self._results.append(result)
-
-    def pending(self) -> list[dict[str, Any]]:
-        """Return the steps since the last reading, as JSON."""
-        return [asdict(result) for result in self._results]
-
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return TensorBoard's values by tag and the facts of a `pace` event, for the steps since the last reading.
+        """Return TensorBoard's values by tag and the facts of a `pace` event, and drop the results.
 
-        At least one step must have been added. Speed is measured over steps alone; the hours left are measured from
+        Speed is measured over steps alone; the hours left are measured from
         the first reading on, so they include validations and checkpoints.
         """
-        results, self._results = self._results, []
+        results, self.results = self.results, []
         count, seconds = len(results), sum(s.seconds for s in results)
         samples, last = sum(s.samples for s in results), results[-1]
         losses = defaultdict(list)

@@ -344,7 +344,7 @@ class Trainer:
         verdict = broadcast_from_main(self.accelerator, lambda: limit.judge(result) if result else None)
         assert verdict is not None
         limit.failed = not verdict.within_limit
-        self.record.log_verdict(verdict.text, self.step)
+        self.record.log_text("gate", verdict.text, self.step)
         snapshot = self.state.snapshot(self._facts()) if verdict.best else None
         if snapshot is not None:
             try:
@@ -359,7 +359,7 @@ class Trainer:
         if self.recipe.checkpoint.on_error == "stop":
             raise failure
         note = "Training goes on (checkpoint.on_error: continue); the next save tries again."
-        self.record.log_message(f"{failure}\n{note}", self.step)
+        self.record.log_text("message", f"{failure}\n{note}", self.step)
 
     def _facts(self) -> dict:
         """Return what state.json holds beside the step, as JSON."""

@@ -36,8 +36,8 @@ from fm.datasets import new_model
 from fm.distributed import make_accelerator
 from fm.lab.workload import read_workload
 from fm.model.spec import ModelConfig
+from fm.training.dry_run import DryRun, resized
 from fm.training.state import TrainingState
-from fm.training.step import DryRun, resized
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 DATASET = "shear_flow"

@@ -27,7 +27,7 @@ from fm.lab.benchmark import (
 )
 from fm.lab.benchmark_tables import benchmark_text
 from fm.lab.workload import PAPER_HOURS, sized_workload
-from fm.training.step import StepSeconds
+from fm.training.dry_run import StepSeconds
 
 ROW_KEYS = {
     *("dataset", "variant", "dtype", "grid", "windows", "tokens", "flops", "moved_bytes", "steps", "reason"),

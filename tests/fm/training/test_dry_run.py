@@ -11,10 +11,11 @@ from fm.datasets import new_model
 from fm.distributed import make_accelerator
 from fm.model.spec import DatasetSpec
 from fm.model.surrogate import Surrogate
+from fm.training.dry_run import DryRun, StepTimer, resized
 from fm.training.objective import Unroll
 from fm.training.optim import learning_rate
 from fm.training.state import TrainingState
-from fm.training.step import PHASES, DryRun, StepTimer, resized
+from fm.training.step import PHASES
 
 NAME = "shear_flow"
 STATS = {key: {"tracer": 1.0} for key in ("mean", "std", "mean_delta", "std_delta")}

@@ -1,0 +1,121 @@
+"""Dry runs: training steps on random data, for the time and the memory of a step.
+
+`fm plan`, `fm benchmark` and the memory check before a finetuning use them.
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import Accelerator
+
+from data_pipeline.registry import PATCH
+from data_pipeline.windows.reader import Batch
+from data_pipeline.windows.schedule import Division, MicroBatch, Schedule, Source
+from fm.config import FinetuneSettings, Recipe
+from fm.model.spec import DatasetSpec
+from fm.training.state import TrainingState
+from fm.training.step import PHASES, train_step
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Seconds of one step on this process, by phase."""
+
+    data: float  # the copy of the windows to the device
+    forward: float
+    backward: float
+    optimizer: float  # gradient norm, exchange of the metrics, clipping, AdamW, averaged weights
+    whole: float  # from the beginning of the first phase to the end of the last
+
+
+class StepTimer:
+    """Records when the phases of a step end on the device. The host waits for the device only in `read`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._phases: list[str] = []
+        self._times: list[float] = []
+        self._events: list[torch.cuda.Event] = []
+        self._record()
+
+    def end_phase(self, phase: str) -> None:
+        """Add the time since the last call, or since the timer was made, to `phase`, one of PHASES."""
+        self._phases.append(phase)
+        self._record()
+
+    def read(self) -> StepSeconds:
+        """Wait for the last phase and return the seconds of each phase. Raises KeyError for an unknown phase."""
+        if self._on_gpu:
+            self._events[-1].synchronize()
+            times = [1e-3 * self._events[0].elapsed_time(event) for event in self._events]
+        else:
+            times = self._times
+        seconds = dict.fromkeys(PHASES, 0.0)
+        for phase, begin, end in zip(self._phases, times[:-1], times[1:], strict=True):
+            seconds[phase] += end - begin
+        return StepSeconds(**seconds, whole=times[-1] - times[0])
+
+    def _record(self) -> None:
+        if self._on_gpu:
+            self._events.append(torch.cuda.Event(enable_timing=True))
+            self._events[-1].record()
+        else:
+            self._times.append(time.perf_counter())
+
+
+class DryRun:
+    """Training steps on random data of one dataset's shapes: standard normal numbers, the same in every step.
+
+    The step is the last of the recipe, where unrolls have their full length. Processes share its windows as in
+    training.
+    """
+
+    def __init__(self, recipe: Recipe, spec: DatasetSpec, grid: tuple[int, int], accelerator: Accelerator) -> None:
+        """Make the windows of `recipe` (see `resized`) on `grid` (H, W)."""
+        self.recipe, self._accelerator, self._step = recipe, accelerator, recipe.train.steps - 1
+        train = recipe.train
+        source = Source(spec.name, train.batch, grid[0] * grid[1] // PATCH, (train.batch,))
+        schedule = Schedule([source], train.batch, seed=SEED)
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        self._division = Division(schedule, rank, processes, train.draws, micro_batch=train.micro_batch)
+        frames = recipe.window_length(spec.name)
+        self.batches = [self._random(one, spec, frames, grid) for one in self._division.micro_batches(self._step)]
+
+    def step(self, state: TrainingState, update: bool = True) -> StepTimer:
+        """Take the step without waiting for the device; with `update`, noise moves the weights. Collective."""
+        timer = StepTimer(self._accelerator.device)
+        train_step(
+            self.recipe,
+            state,
+            self._division,
+            iter(self.batches),
+            self._accelerator,
+            self._step,
+            skip_update=lambda metrics: not update,
+            end_phase=timer.end_phase,
+        )
+        return timer
+
+    def _random(self, micro_batch: MicroBatch, spec: DatasetSpec, frames: int, grid: tuple[int, int]) -> Batch:
+        windows, numbers = len(micro_batch.places), torch.Generator().manual_seed(SEED)
+        fields = torch.randn(windows, frames, len(spec.state_channels), *grid, generator=numbers)
+        constants = torch.randn(windows, len(spec.constant_channels), *grid, generator=numbers)
+        batch = Batch(spec.name, fields, constants, torch.arange(windows), micro_batch.draw)
+        return batch.pin_memory() if self._accelerator.device.type == "cuda" else batch
+
+
+def resized(recipe: Recipe, windows: int, draws: int = 1, calls: int | None = None) -> Recipe:
+    """Return the recipe with `windows` windows in each of `draws` draws, and unrolls of `calls` model steps.
+
+    With `calls` None the unrolls keep their lengths. Otherwise the objective is the one of the recipe's finetune
+    section, or bptt if it has none.
+    """
+    train = replace(recipe.train, global_batch=windows * draws, draws=draws)
+    finetune = recipe.finetune
+    if calls is not None and (finetune is not None or calls > 1):
+        finetune = finetune or FinetuneSettings("", objective="bptt")
+        finetune = replace(finetune, unroll_steps=calls, unroll_override={}, unroll_start=None)
+    return replace(recipe, train=train, finetune=finetune)
