@@ -16,7 +16,8 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,24 +126,29 @@ class ErrorFile:
     @classmethod
     def load(cls, path: Path) -> "ErrorFile":
         """Read a file of `save`; UserError if it is missing, damaged, or of another format."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
-            head = json.loads(str(arrays["head"]))
-            if head["format"] != FORMAT:
-                raise UserError(
-                    f"{path}: expected an error file of format {FORMAT}, got {head['format']}: evaluate again"
-                )
+        with stored_arrays(path, ERRORS_FILE, FORMAT) as (head, arrays):
             datasets = {name: _unpack(arrays, name) for name in head["datasets"]}
             if not isinstance(head["origin"], dict):
                 raise ValueError(f"origin: expected a mapping, got {head['origin']!r}")
             return cls(Protocol.from_json(head["protocol"]), datasets, head["origin"])
-        except FileNotFoundError:
-            raise UserError(f"{path}: expected an error file, found none: `fm evaluate RUN` writes it") from None
-        except DAMAGED as error:
-            raise UserError(
-                f"{path}: expected the errors.npz of an evaluation, got {error!r}; evaluate again"
-            ) from None
+
+
+@contextmanager
+def stored_arrays(path: Path, name: str, version: int) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+    """Give the head and the arrays of an .npz of this format. UserError if it is damaged, which the block may find."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        head = json.loads(str(arrays["head"]))
+        if head["format"] != version:
+            raise ValueError(f"format {head['format']}, not {version}")
+        yield head, arrays
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: expected the {name} of an evaluation, found none: `fm evaluate RUN` writes it"
+        ) from None
+    except DAMAGED as error:
+        raise UserError(f"{path}: expected the {name} of an evaluation, got {error!r}; evaluate again") from None
 
 
 def find_errors(place: Path) -> Path:

@@ -27,21 +27,18 @@ from fm.checkpoint import find_checkpoint, load_pretrained, verify_model
 from fm.config import Recipe, ValidationSettings, load_recipe, resolve
 from fm.datasets import check_channels
 from fm.distributed import broadcast_from_main, detect_lost_processes, make_accelerator
-from fm.evaluation.errors import ERRORS_FILE, FORMAT, DatasetErrors, ErrorFile, check_names
+from fm.evaluation.errors import ERRORS_FILE, FORMAT, TASKS, DatasetErrors, ErrorFile, check_names
 from fm.evaluation.measure import (
-    collect_errors,
-    longest_recorder,
-    make_recorder,
+    FrameErrors,
+    choose_shown,
+    dataset_errors,
     make_sample,
     measure_rollouts,
     measure_windows,
-    one_step_errors,
-    one_step_length,
     one_step_windows,
-    rollout_errors,
-    rollout_steps,
+    rollout_batches,
 )
-from fm.evaluation.parts import EvaluationPart, PartErrors, PartFolder, cut, divide, remove_parts
+from fm.evaluation.parts import EvaluationPart, PartFolder, cut, divide, remove_parts
 from fm.evaluation.protocol import Protocol, load_protocol
 from fm.evaluation.report import PAGE, write_report
 from fm.evaluation.samples import Sample
@@ -50,6 +47,7 @@ from fm.evaluation.tables import score_table
 from fm.model.files import CARDS, RECIPE_FILE, is_exported
 from fm.model.surrogate import Surrogate
 
+BATCH_SIZE = 8
 VALIDATION_STEPS_SHOWN = 16  # of one rollout, for TensorBoard's pictures
 
 
@@ -175,7 +173,7 @@ def evaluate_model(
     out: Path,
     protocol: Protocol,
     device: torch.device,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     progress: bool = True,
     origin: Mapping[str, Any] | None = None,
     domains: Mapping[str, Domain] | None = None,
@@ -287,14 +285,13 @@ class _Evaluation:
         finally:
             self.model.train(training)
 
-    def _measure(self, part: EvaluationPart, advance: Callable[[int], object]) -> PartErrors:
+    def _measure(self, part: EvaluationPart, advance: Callable[[int], object]) -> FrameErrors:
         reader = self.readers[part.dataset]
         if part.task == "one_step":
             windows = np.array(part.ids, np.int64)
-            return PartErrors(measure_windows(self.model, reader, windows, self.device, self.batch_size, advance))
-        recorder = longest_recorder(reader, self.protocol)
-        errors = measure_rollouts(self.model, reader, part.ids, self.protocol, self.device, advance, recorder)
-        return PartErrors(errors, recorder.stacked())
+            return measure_windows(self.model, reader, windows, self.device, self.batch_size, advance)
+        shown = choose_shown(reader, self.protocol)
+        return measure_rollouts(self.model, reader, part.ids, self.protocol, self.device, advance, shown)
 
     def collect(
         self, parts: Sequence[EvaluationPart], folder: PartFolder, domains: Mapping[str, Domain]
@@ -302,26 +299,15 @@ class _Evaluation:
         """Return the errors of each dataset and the samples for pictures, from all parts."""
         datasets, samples = {}, []
         for name, reader in self.readers.items():
-            results = [(part, folder.require(part)) for part in parts if part.dataset == name]
-            manifest, trajectories = reader.manifest, range(reader.num_trajectories)
-            horizon = max(rollout_steps(reader, trajectory, self.protocol) for trajectory in trajectories)
-            one_step, rollout = (
-                collect_errors(
-                    [result.errors for part, result in results if part.task == task],
-                    trajectories,
-                    num_steps,
-                    len(manifest.state_channels),
-                )
-                for task, num_steps in (("one_step", one_step_length(reader)), ("rollout", horizon))
+            one_step, rollouts = (
+                [folder.require(part) for part in parts if (part.dataset, part.task) == (name, task)] for task in TASKS
             )
-            ids = np.array(trajectories, np.int64)
-            datasets[name] = DatasetErrors(
-                manifest.state_channels, ids, one_step, rollout, manifest.digest, manifest.grid
-            )
-            recorder = longest_recorder(reader, self.protocol)
-            vrmse = rollout.vrmse("model", self.protocol.eps)[recorder.trajectory]
-            shown = [result.shown for _, result in results if result.shown is not None]
-            samples += [make_sample(reader, recorder, fields, vrmse, domains.get(name)) for fields in shown]
+            everything = range(reader.num_trajectories)
+            datasets[name] = dataset_errors(reader, everything, self.protocol, one_step, rollouts)
+            shown, eps = choose_shown(reader, self.protocol), self.protocol.eps
+            sample = make_sample(reader, shown, rollouts, datasets[name], eps, domains.get(name))
+            if sample is not None:
+                samples.append(sample)
         return datasets, samples
 
 
@@ -372,13 +358,13 @@ def validate(
     protocol = replace(load_protocol(settings.protocol), split="valid", one_step_windows=settings.windows)
     datasets, samples = {}, {}
     for name, reader in sorted(readers.items()):
-        trajectories = list(range(min(settings.rollouts, reader.num_trajectories)))
-        recorder = make_recorder(reader, 0, protocol, VALIDATION_STEPS_SHOWN)
-        one_step = one_step_errors(model, reader, one_step_windows(reader, protocol), device)
-        rollouts = rollout_errors(model, reader, trajectories, protocol, device, watch=recorder)
-        manifest, ids = reader.manifest, np.array(trajectories, np.int64)
-        datasets[name] = DatasetErrors(manifest.state_channels, ids, one_step, rollouts, manifest.digest, manifest.grid)
-        fields = recorder.stacked()
-        if fields is not None:
-            samples[name] = make_sample(reader, recorder, fields, rollouts.vrmse("model", protocol.eps)[0])
+        trajectories = range(min(settings.rollouts, reader.num_trajectories))
+        shown = choose_shown(reader, protocol, VALIDATION_STEPS_SHOWN, trajectory=0)
+        one_step = measure_windows(model, reader, one_step_windows(reader, protocol), device, BATCH_SIZE)
+        batches = rollout_batches(reader, trajectories, protocol, BATCH_SIZE)
+        rollouts = [measure_rollouts(model, reader, ids, protocol, device, shown=shown) for ids in batches]
+        datasets[name] = dataset_errors(reader, trajectories, protocol, [one_step], rollouts)
+        sample = make_sample(reader, shown, rollouts, datasets[name], protocol.eps)
+        if sample is not None:
+            samples[name] = sample
     return ValidationResult(score(ErrorFile(protocol, datasets)), samples)

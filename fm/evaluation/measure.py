@@ -6,7 +6,7 @@ TF32. Windows, and the rollouts of different trajectories, run in batches, since
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -17,7 +17,7 @@ from data_pipeline.files import UserError
 from data_pipeline.registry import Domain
 from data_pipeline.windows.reader import ShardReader
 from fm.distributed import precision
-from fm.evaluation.errors import ERROR_NAMES, Errors
+from fm.evaluation.errors import ERROR_NAMES, DatasetErrors, Errors
 from fm.evaluation.protocol import Protocol
 from fm.evaluation.samples import Sample, evenly_spaced
 from fm.model.loss import squared_error_and_variance
@@ -25,10 +25,17 @@ from fm.model.surrogate import Surrogate
 
 SHOWN_STEPS = 24  # of the longest rollout, for the pictures of a report
 
-# Called once for each batch of rollouts and step: trajectory ids, 1-based step, prediction and truth (B, C, H, W).
-Watcher: TypeAlias = Callable[[Sequence[int], int, Tensor, Tensor], None]
 # Called with the number of predictions that were made since the last call, for a progress bar.
 Advance: TypeAlias = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class ShownRollout:
+    """What pictures show of a dataset: one channel of one trajectory's rollout, at a few 1-based steps."""
+
+    trajectory: int
+    channel: int
+    steps: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -38,11 +45,14 @@ class FrameErrors:
     trajectories: np.ndarray  # ids (N,) int64
     steps: np.ndarray  # index on the step axis (N,) int64
     values: np.ndarray  # (N, 4, C) float64: the fields of `Errors`, in their order
+    shown: np.ndarray | None = None  # (2, n, H, W): truth and prediction of the `ShownRollout`, if it is among them
 
     @classmethod
-    def joined(cls, parts: Sequence["FrameErrors"]) -> "FrameErrors":
+    def joined(cls, parts: Sequence["FrameErrors"], shown: np.ndarray | None = None) -> "FrameErrors":
         """Return the errors of all parts, one after the other."""
-        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+        trajectories = np.concatenate([part.trajectories for part in parts])
+        steps = np.concatenate([part.steps for part in parts])
+        return cls(trajectories, steps, np.concatenate([part.values for part in parts]), shown)
 
 
 def collect_errors(
@@ -63,11 +73,6 @@ def one_step_windows(reader: ShardReader, protocol: Protocol) -> np.ndarray:
     total = len(reader.index(2))
     count = total if protocol.one_step_windows is None else min(protocol.one_step_windows, total)
     return np.linspace(0, total - 1, count).round().astype(np.int64)
-
-
-def one_step_length(reader: ShardReader) -> int:
-    """Return the length of the step axis of the one-step errors: the windows of the longest trajectory."""
-    return max(reader.num_frames(index) for index in range(reader.num_trajectories)) - 1
 
 
 def rollout_steps(reader: ShardReader, trajectory: int, protocol: Protocol) -> int:
@@ -92,29 +97,26 @@ def rollout_batches(
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def one_step_errors(
-    model: Surrogate, reader: ShardReader, windows: np.ndarray, device: torch.device, batch_size: int = 8
-) -> Errors:
-    """Return the errors of the one-step windows with these ids: (R, longest trajectory - 1, C), NaN elsewhere."""
-    measured = measure_windows(model, reader, windows, device, batch_size)
-    trajectories = range(reader.num_trajectories)
-    return collect_errors([measured], trajectories, one_step_length(reader), len(reader.manifest.state_channels))
-
-
-def rollout_errors(
-    model: Surrogate,
+def dataset_errors(
     reader: ShardReader,
     trajectories: Sequence[int],
     protocol: Protocol,
-    device: torch.device,
-    batch_size: int = 8,
-    watch: Watcher = lambda trajectories, step, prediction, truth: None,
-) -> Errors:
-    """Return the errors of a rollout of each of these trajectories: (number of them, longest rollout, C)."""
-    batches = rollout_batches(reader, trajectories, protocol, batch_size)
-    measured = [measure_rollouts(model, reader, ids, protocol, device, watch=watch) for ids in batches]
-    longest = max((rollout_steps(reader, trajectory, protocol) for trajectory in trajectories), default=0)
-    return collect_errors(measured, trajectories, longest, len(reader.manifest.state_channels))
+    one_step: Sequence[FrameErrors],
+    rollouts: Sequence[FrameErrors],
+) -> DatasetErrors:
+    """Return all errors of a dataset from those of its one-step windows, and of the rollouts of `trajectories`."""
+    manifest, everything = reader.manifest, range(reader.num_trajectories)
+    num_channels = len(manifest.state_channels)
+    longest = max(reader.num_frames(trajectory) for trajectory in everything) - 1
+    horizon = max((rollout_steps(reader, trajectory, protocol) for trajectory in trajectories), default=0)
+    return DatasetErrors(
+        channels=manifest.state_channels,
+        trajectories=np.array(trajectories, np.int64),
+        one_step=collect_errors(one_step, everything, longest, num_channels),
+        rollout=collect_errors(rollouts, trajectories, horizon, num_channels),
+        data_digest=manifest.digest,
+        grid=manifest.grid,
+    )
 
 
 @precision(exact=True)
@@ -150,7 +152,7 @@ def measure_rollouts(
     protocol: Protocol,
     device: torch.device,
     advance: Advance = lambda count: None,
-    watch: Watcher = lambda trajectories, step, prediction, truth: None,
+    shown: ShownRollout | None = None,
 ) -> FrameErrors:
     """Return the errors of the rollouts of one of `rollout_batches`; UserError if data are not finite.
 
@@ -160,7 +162,7 @@ def measure_rollouts(
     first = protocol.start + protocol.context - 1
     initial = _stack([reader.trajectory_frames(index, first, 1)[0] for index in trajectories], device)  # (B, C, H, W)
     constants = _stack([reader.constants(index) for index in trajectories], device)
-    parts = []
+    parts, fields = [], []
     predictions = model.iterate(initial, constants, reader.manifest.dataset, steps[0])
     for step, prediction in enumerate(predictions, start=1):
         going = sum(length >= step for length in steps)  # the longest rollouts are the first ones
@@ -170,9 +172,11 @@ def measure_rollouts(
         part = FrameErrors(np.array(ids, np.int64), np.full(going, step - 1), values)
         _check_truth(reader, part, held=np.full(going, first), truth=part.steps + first + 1)
         parts.append(part)
-        watch(ids, step, prediction[:going], truth)
+        if shown is not None and step in shown.steps and shown.trajectory in ids:
+            row = ids.index(shown.trajectory)
+            fields.append([field[row, shown.channel].cpu().numpy() for field in (truth, prediction)])
         advance(going)
-    return FrameErrors.joined(parts)
+    return FrameErrors.joined(parts, np.stack(fields, axis=1) if fields else None)
 
 
 def _check_truth(reader: ShardReader, part: FrameErrors, held: np.ndarray, truth: np.ndarray) -> None:
@@ -205,36 +209,16 @@ def measure_frames(prediction: Tensor, held: Tensor, truth: Tensor) -> np.ndarra
     return torch.stack([columns[name] for name in ERROR_NAMES], dim=1).cpu().numpy()
 
 
-class Recorder:
-    """A watcher for `measure_rollouts` that keeps one channel of one trajectory's rollout at a few steps."""
-
-    def __init__(self, trajectory: int, channel: int, steps: tuple[int, ...]) -> None:
-        self.trajectory, self.channel, self.steps = trajectory, channel, steps
-        self.fields: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def __call__(self, trajectories: Sequence[int], step: int, prediction: Tensor, truth: Tensor) -> None:
-        """Keep truth and prediction if this is the trajectory and one of the steps."""
-        if step in self.steps and self.trajectory in trajectories:
-            row = trajectories.index(self.trajectory)
-            self.fields.append((truth[row, self.channel].cpu().numpy(), prediction[row, self.channel].cpu().numpy()))
-
-    def stacked(self) -> np.ndarray | None:
-        """Return truth and prediction, (2, n, H, W); None if nothing was kept."""
-        return np.stack(self.fields, axis=1) if self.fields else None
-
-
-def make_recorder(reader: ShardReader, trajectory: int, protocol: Protocol, num_steps: int) -> Recorder:
-    """Return a recorder of `num_steps` evenly spaced steps of a trajectory, of the channel that pictures show."""
-    shown = evenly_spaced(rollout_steps(reader, trajectory, protocol), num_steps)
+def choose_shown(
+    reader: ShardReader, protocol: Protocol, num_steps: int = SHOWN_STEPS, trajectory: int | None = None
+) -> ShownRollout:
+    """Return `num_steps` evenly spaced steps of a trajectory, by default of the one with the longest rollout."""
+    if trajectory is None:
+        trajectory = int(np.argmax([rollout_steps(reader, one, protocol) for one in range(reader.num_trajectories)]))
+    steps = evenly_spaced(rollout_steps(reader, trajectory, protocol), num_steps)
     names, stats = reader.manifest.state_channels, reader.manifest.stats
     channel = varying_channel([stats["std"][name] for name in names], [stats["rms"][name] for name in names])
-    return Recorder(trajectory, channel, tuple(index + 1 for index in shown))
-
-
-def longest_recorder(reader: ShardReader, protocol: Protocol) -> Recorder:
-    """Return the recorder of a report's pictures, which show the longest rollout of each dataset."""
-    steps = [rollout_steps(reader, trajectory, protocol) for trajectory in range(reader.num_trajectories)]
-    return make_recorder(reader, int(np.argmax(steps)), protocol, SHOWN_STEPS)
+    return ShownRollout(trajectory, channel, tuple(index + 1 for index in steps))
 
 
 def varying_channel(std: Sequence[float], rms: Sequence[float]) -> int:
@@ -247,17 +231,26 @@ def varying_channel(std: Sequence[float], rms: Sequence[float]) -> int:
 
 
 def make_sample(
-    reader: ShardReader, recorder: Recorder, shown: np.ndarray, vrmse: np.ndarray, domain: Domain | None = None
-) -> Sample:
-    """Return the sample of a recorder from `shown`, truth and prediction (2, n, H, W), and its VRMSE (S, C)."""
+    reader: ShardReader,
+    shown: ShownRollout,
+    rollouts: Sequence[FrameErrors],
+    errors: DatasetErrors,
+    eps: float,
+    domain: Domain | None = None,
+) -> Sample | None:
+    """Return what `rollouts` hold of the shown one, with its VRMSE; None if none of them holds it."""
+    fields = next((part.shown for part in rollouts if part.shown is not None), None)
+    if fields is None:
+        return None
+    channel = errors.channels[shown.channel]
     return Sample(
         dataset=reader.dataset,
-        channel=reader.manifest.state_channels[recorder.channel],
-        trajectory=recorder.trajectory,
-        dt=reader.manifest.trajectories[recorder.trajectory].dt,
-        steps=recorder.steps,
-        truth=shown[0],
-        prediction=shown[1],
-        vrmse=vrmse[np.array(recorder.steps) - 1, recorder.channel],
+        channel=channel,
+        trajectory=shown.trajectory,
+        dt=reader.manifest.trajectories[shown.trajectory].dt,
+        steps=shown.steps,
+        truth=fields[0],
+        prediction=fields[1],
+        vrmse=errors.rollout_vrmse(shown.trajectory, channel, shown.steps, eps),
         domain=domain,
     )

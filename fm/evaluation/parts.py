@@ -7,7 +7,7 @@ bit. Each finished part is a file until the report is written:
     <report>/parts/
         identity.json                           whose parts these are: model, protocol, data, batch size, device
         <dataset>-one_step-00000.npz  ...       FrameErrors: trajectories, steps, values
-        <dataset>-rollout-00000.npz  ...        one part of each dataset also has `shown`: truth and prediction
+        <dataset>-rollout-00000.npz  ...        one part of each dataset also has `shown`
 
 A file appears whole or not at all, and holds no pickled objects. Parts of another identity are removed.
 """
@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,6 @@ class EvaluationPart:
     def name(self) -> str:
         """The name of its file, without the suffix."""
         return f"{self.dataset}-{self.task}-{self.number:05d}"
-
-
-@dataclass(frozen=True)
-class PartErrors:
-    """The measurements of one part."""
-
-    errors: FrameErrors
-    shown: np.ndarray | None = None  # (2, n, H, W): truth and prediction for pictures, if the part has them
 
 
 def cut(readers: Mapping[str, ShardReader], protocol: Protocol, batch_size: int) -> list[EvaluationPart]:
@@ -126,21 +118,18 @@ class PartFolder:
         names = {path.name for path in self.folder.iterdir()}
         return [part for part in parts if self._file(part).name in names]
 
-    def save(self, part: EvaluationPart, result: PartErrors) -> None:
+    def save(self, part: EvaluationPart, result: FrameErrors) -> None:
         """Write the measurements of a part; UserError when the disk is full."""
-        arrays = {field.name: getattr(result.errors, field.name) for field in fields(FrameErrors)}
-        if result.shown is not None:
-            arrays["shown"] = result.shown
+        arrays = {name: array for name, array in vars(result).items() if array is not None}
         with atomic_file(self._file(part), durable=False) as file:  # a torn file is measured again
             np.savez(file, **arrays)
 
-    def load(self, part: EvaluationPart) -> PartErrors | None:
+    def load(self, part: EvaluationPart) -> FrameErrors | None:
         """Return the measurements of a part, or None if it has no file; a damaged file is reported and removed."""
         file = self._file(part)
         try:
             with np.load(file, allow_pickle=False) as stored:
-                arrays = dict(stored)
-            errors = FrameErrors(*(arrays[field.name] for field in fields(FrameErrors)))
+                errors = FrameErrors(**stored)
             if not len(errors.trajectories) == len(errors.steps) == len(errors.values):
                 raise ValueError("its arrays differ in length")
             if len(errors.steps) != part.frames:
@@ -151,9 +140,9 @@ class PartFolder:
             print(f"{file}: removing a damaged part ({error!r})")
             file.unlink()
             return None
-        return PartErrors(errors, arrays.get("shown"))
+        return errors
 
-    def require(self, part: EvaluationPart) -> PartErrors:
+    def require(self, part: EvaluationPart) -> FrameErrors:
         """Return the measurements of a part that must be finished by now; UserError if they are missing."""
         result = self.load(part)
         if result is None:

@@ -74,10 +74,11 @@ class Protocol(Strict):
                 raise ValueError(f"protocol {name}: expected one of {STATISTICS}, got {getattr(self, name)!r}")
         if self.order not in ORDERS:
             raise ValueError(f"protocol order: expected one of {ORDERS}, got {self.order!r}")
-        if self.one_step_windows is not None and self.one_step_windows < 1:
-            raise ValueError(f"protocol {self.name}: expected one_step_windows >= 1, got {self.one_step_windows}")
-        if self.start < 0 or self.context < 1 or self.eps < 0 or (self.max_steps is not None and self.max_steps < 1):
-            raise ValueError(f"protocol: expected start >= 0, context >= 1, eps >= 0, max_steps >= 1, got {self}")
+        counts = (self.context, self.max_steps, self.one_step_windows)
+        if self.start < 0 or self.eps < 0 or any(count is not None and count < 1 for count in counts):
+            raise ValueError(
+                f"protocol: expected start, eps >= 0 and context, max_steps, one_step_windows >= 1, got {self}"
+            )
         if not self.windows:
             raise ValueError(f"protocol {self.name}: expected at least one window, got none")
         reach = max((window.last for window in self.windows.values() if not window.parts), default=0)
@@ -136,24 +137,19 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 
 
-def get_protocol(name: str) -> Protocol:
-    """Return the protocol of that name; UserError, with the valid names, if there is none."""
-    if name not in PROTOCOLS:
-        raise UserError(
-            f"protocol: expected one of {', '.join(PROTOCOLS)}; got {name!r}. One of your own is a file that ends in "
-            ".yaml"
-        )
-    return PROTOCOLS[name]
-
-
 def load_protocol(name_or_path: str | Path) -> Protocol:
     """Return the named protocol, or the one in a file that ends in .yaml or .yml.
 
     UserError, with file, key and value, for an unknown name or a file without a valid protocol.
     """
-    if not str(name_or_path).endswith((".yaml", ".yml")):
-        return get_protocol(str(name_or_path))
     file = Path(name_or_path)
+    if file.suffix not in (".yaml", ".yml"):
+        if str(name_or_path) in PROTOCOLS:
+            return PROTOCOLS[str(name_or_path)]
+        raise UserError(
+            f"protocol: expected one of {', '.join(PROTOCOLS)}; got {str(name_or_path)!r}. One of your own is a file "
+            "that ends in .yaml"
+        )
     content = schema.read_yaml(file)
     windows: Any = content.get("windows") if isinstance(content, dict) else None
     for name, window in windows.items() if isinstance(windows, dict) else ():

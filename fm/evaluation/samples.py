@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.files import UserError, atomic_file
+from data_pipeline.files import atomic_file
 from data_pipeline.registry import Domain
-from fm.evaluation.errors import DAMAGED, check_names
+from fm.evaluation.errors import check_names, stored_arrays
 
 FORMAT = 1
 SAMPLES_FILE = "samples.npz"
@@ -86,17 +86,8 @@ def save_samples(path: Path, samples: Sequence[Sample]) -> None:
 
 def load_samples(path: Path) -> list[Sample]:
     """Read a file of `save_samples`; UserError if it is missing, damaged, or of another format."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        head = json.loads(str(arrays["head"]))
-        if head["format"] != FORMAT:
-            raise ValueError(f"format {head['format']}, where {FORMAT} is known")
+    with stored_arrays(path, SAMPLES_FILE, FORMAT) as (head, arrays):
         return [_unpack(arrays, number, facts) for number, facts in enumerate(head["samples"])]
-    except FileNotFoundError:
-        raise UserError(f"{path}: expected the samples of an evaluation, found none: `fm evaluate` writes it") from None
-    except DAMAGED as error:
-        raise UserError(f"{path}: expected the samples.npz of an evaluation, got {error!r}; evaluate again") from None
 
 
 def _unpack(arrays: Mapping[str, np.ndarray], number: int, facts: Mapping[str, Any]) -> Sample:

@@ -19,10 +19,18 @@ from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
 from fm.config import ValidationSettings
 from fm.datasets import dataset_specs
-from fm.evaluation.errors import ErrorFile
+from fm.evaluation.errors import ErrorFile, Errors
 from fm.evaluation.evaluate import ValidationResult, evaluate_model, validate
-from fm.evaluation.measure import SHOWN_STEPS, longest_recorder, one_step_errors, one_step_windows, rollout_errors
-from fm.evaluation.protocol import PROTOCOLS, get_protocol
+from fm.evaluation.measure import (
+    SHOWN_STEPS,
+    choose_shown,
+    dataset_errors,
+    measure_rollouts,
+    measure_windows,
+    one_step_windows,
+    rollout_batches,
+)
+from fm.evaluation.protocol import PROTOCOLS, Protocol
 from fm.evaluation.samples import evenly_spaced, load_samples
 from fm.evaluation.scores import Scores, score
 from fm.model.spec import DatasetSpec, ModelConfig
@@ -43,6 +51,19 @@ def make_model(readers: dict[str, ShardReader]) -> WaveLiTFM:
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     return model
+
+
+def one_step_errors(model: WaveLiTFM, reader: ShardReader, windows: np.ndarray, batch_size: int = 8) -> Errors:
+    measured = measure_windows(model, reader, windows, CPU, batch_size)
+    return dataset_errors(reader, [], THIRDS, [measured], []).one_step
+
+
+def rollout_errors(
+    model: WaveLiTFM, reader: ShardReader, trajectories: list[int], protocol: Protocol, batch_size: int = 8
+) -> Errors:
+    batches = rollout_batches(reader, trajectories, protocol, batch_size)
+    measured = [measure_rollouts(model, reader, ids, protocol, CPU) for ids in batches]
+    return dataset_errors(reader, trajectories, protocol, [], measured).rollout
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +167,9 @@ def test_the_first_step_of_a_rollout_is_the_first_one_step_window(report: tuple[
 def test_the_batch_size_does_not_matter(model: WaveLiTFM, readers: dict[str, ShardReader]) -> None:
     reader = readers["gray_scott_reaction_diffusion"]
     windows, everything = np.arange(len(reader.index(2))), list(range(reader.num_trajectories))
-    one, many = (one_step_errors(model, reader, windows, CPU, size) for size in (1, 5))
+    one, many = (one_step_errors(model, reader, windows, size) for size in (1, 5))
     np.testing.assert_allclose(one.model, many.model, rtol=1e-3)
-    one, many = (rollout_errors(model, reader, everything, THIRDS, CPU, size) for size in (1, 5))
+    one, many = (rollout_errors(model, reader, everything, THIRDS, size) for size in (1, 5))
     np.testing.assert_allclose(one.model[:, :3], many.model[:, :3], rtol=1e-2)
 
 
@@ -171,12 +192,12 @@ def test_of_a_long_rollout_some_steps_are_shown(readers: dict[str, ShardReader])
     reader, steps = readers["shear_flow"], evenly_spaced(100, SHOWN_STEPS)
     assert (len(steps), steps[0], steps[-1]) == (24, 0, 99)
     assert np.ptp(np.diff(steps)) <= 1
-    assert longest_recorder(reader, dataclasses.replace(THIRDS, max_steps=3)).steps == (1, 2, 3)
+    assert choose_shown(reader, dataclasses.replace(THIRDS, max_steps=3)).steps == (1, 2, 3)
 
 
 def test_a_subset_of_windows_leaves_the_others_out(model: WaveLiTFM, readers: dict[str, ShardReader]) -> None:
     reader = readers["shear_flow"]
-    errors = one_step_errors(model, reader, np.array([0, 9]), CPU)
+    errors = one_step_errors(model, reader, np.array([0, 9]))
     trajectories, firsts = reader.index(2).locate(np.array([0, 9]))
     assert list(zip(*np.nonzero(errors.present), strict=True)) == list(zip(trajectories, firsts, strict=True))
 
@@ -196,7 +217,7 @@ def test_a_later_start_frame_moves_the_rollout(
     model: WaveLiTFM, readers: dict[str, ShardReader], tmp_path: Path
 ) -> None:
     reader = readers["shear_flow"]
-    scores = evaluate_model(model, {"shear_flow": reader}, tmp_path, get_protocol("well"), CPU, progress=False)
+    scores = evaluate_model(model, {"shear_flow": reader}, tmp_path, PROTOCOLS["well"], CPU, progress=False)
     part, run = scores.datasets["shear_flow"], frames(reader, 0)
     assert part.horizon == len(run) - 4
     assert part.windows == {"6:12": None, "13:30": None}
@@ -242,7 +263,7 @@ def test_a_rollout_ends_before_frames_that_were_left_out(
     (damaged,) = [i for i in chosen if not np.isfinite(frames(reader, i)).all()]
     whole = [reader.num_frames(i) - 1 for i in chosen]
     expected = [max(frame - 1, 0) if i == damaged else steps for i, steps in enumerate(whole)]
-    errors = rollout_errors(make_model({"shear_flow": readers["shear_flow"]}), reader, chosen, THIRDS, CPU)
+    errors = rollout_errors(make_model({"shear_flow": readers["shear_flow"]}), reader, chosen, THIRDS)
     assert errors.steps.tolist() == expected
 
 
@@ -259,7 +280,7 @@ def test_data_that_are_not_finite_are_not_scored(
     reader = ShardReader(tmp_path, "shear_flow", "test")
     message = "shear_flow: expected finite data .* in trajectory 1, frame 4: `data-pipeline audit"
     with pytest.raises(UserError, match=message):
-        rollout_errors(make_model({"shear_flow": readers["shear_flow"]}), reader, [0, 1], THIRDS, CPU)
+        rollout_errors(make_model({"shear_flow": readers["shear_flow"]}), reader, [0, 1], THIRDS)
 
 
 def test_nothing_is_measured_in_tf32(model: WaveLiTFM, readers: dict[str, ShardReader]) -> None:
@@ -273,8 +294,8 @@ def test_nothing_is_measured_in_tf32(model: WaveLiTFM, readers: dict[str, ShardR
     try:
         torch.backends.cudnn.allow_tf32 = True
         torch.set_float32_matmul_precision("high")
-        one_step_errors(model, reader, np.array([0]), CPU)
-        rollout_errors(model, reader, [0], dataclasses.replace(THIRDS, max_steps=2), CPU)
+        one_step_errors(model, reader, np.array([0]))
+        rollout_errors(model, reader, [0], dataclasses.replace(THIRDS, max_steps=2))
         after = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     finally:
         hook.remove()

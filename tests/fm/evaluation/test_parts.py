@@ -12,8 +12,8 @@ from data_pipeline.files import UserError
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
 from fm.evaluation.measure import FrameErrors
-from fm.evaluation.parts import EvaluationPart, PartErrors, PartFolder, cut, divide, remove_parts
-from fm.evaluation.protocol import PROTOCOLS, get_protocol
+from fm.evaluation.parts import EvaluationPart, PartFolder, cut, divide, remove_parts
+from fm.evaluation.protocol import PROTOCOLS
 
 THIRDS = PROTOCOLS["thirds"]
 
@@ -46,7 +46,7 @@ def test_what_is_not_scored_is_in_no_item(readers: dict[str, ShardReader]) -> No
         ("shear_flow-one_step-00000", 3),
         ("shear_flow-rollout-00000", 2 * readers["shear_flow"].num_trajectories),
     ]
-    late = cut(chosen, dataclasses.replace(get_protocol("well"), start=8), 8)
+    late = cut(chosen, dataclasses.replace(PROTOCOLS["well"], start=8), 8)
     assert {item.task for item in late} == {"one_step"}  # no frame is left to predict
 
 
@@ -74,11 +74,11 @@ ITEM = EvaluationPart("shear_flow", "rollout", 0, (4, 1), 3, 300)
 IDENTITY = {"model": "a" * 64, "protocol": {"name": "thirds"}, "batch_size": 8}
 
 
-def make_part() -> PartErrors:
+def make_part() -> FrameErrors:
     values = np.random.default_rng(0).normal(size=(3, 4, 2))
     values[1, 1, 0] = np.inf
     shown = np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2)
-    return PartErrors(FrameErrors(np.array([4, 1, 4]), np.array([0, 0, 1]), values), shown)
+    return FrameErrors(np.array([4, 1, 4]), np.array([0, 0, 1]), values, shown)
 
 
 @pytest.fixture
@@ -94,9 +94,8 @@ def test_a_part_is_read_as_it_was_written(parts: PartFolder, tmp_path: Path) -> 
     again.prepare()
     again.check()
     part, expected = again.require(ITEM), make_part()
-    for name in ("trajectories", "steps", "values"):
-        np.testing.assert_array_equal(getattr(part.errors, name), getattr(expected.errors, name))
-    np.testing.assert_array_equal(part.shown, expected.shown)
+    for name in ("trajectories", "steps", "values", "shown"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(expected, name))
     assert again.finished([ITEM, EvaluationPart("shear_flow", "rollout", 1, (0,), 1, 100)]) == [ITEM]
 
 
@@ -106,7 +105,7 @@ def truncate(file: Path) -> None:
 
 def flip_a_bit_of_the_errors(file: Path) -> None:
     content = bytearray(file.read_bytes())
-    content[content.index(make_part().errors.values.tobytes()) + 11] ^= 1
+    content[content.index(make_part().values.tobytes()) + 11] ^= 1
     file.write_bytes(content)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.files import UserError
-from fm.evaluation.protocol import PROTOCOLS, Protocol, Window, get_protocol, load_protocol
+from fm.evaluation.protocol import PROTOCOLS, Protocol, Window, load_protocol
 
 
 def test_windows_are_one_indexed_and_inclusive() -> None:
@@ -31,7 +31,7 @@ def test_impossible_windows_are_refused(bad: tuple[int, ...]) -> None:
     [("wavelit", [(1, 20), (21, 60)]), ("appendix_g", [(2, 8), (9, 26), (27, 56)]), ("well", [(6, 12), (13, 30)])],
 )
 def test_named_protocols_have_the_published_windows(name: str, windows: list[tuple[int, int]]) -> None:
-    protocol = get_protocol(name)
+    protocol = load_protocol(name)
     assert [window.steps(10**6) for window in protocol.windows.values()] == windows
     assert protocol.trajectories == ("mean" if name == "well" else "median")
     assert Protocol.from_json(json.loads(json.dumps(protocol.to_json()))) == protocol
@@ -40,7 +40,7 @@ def test_named_protocols_have_the_published_windows(name: str, windows: list[tup
 
 def test_bad_protocols_are_refused() -> None:
     with pytest.raises(UserError, match="expected one of wavelit, appendix_g, well, thirds; got 'walrus'"):
-        get_protocol("walrus")
+        load_protocol("walrus")
     wrong = ({"trajectories": "mode"}, {"order": "both"}, {"eps": -1.0}, {"max_steps": 0}, {"one_step_windows": 0})
     for change in wrong:
         with pytest.raises(ValueError, match=next(iter(change))):
