@@ -109,8 +109,8 @@ class ErrorFile:
 
     def save(self, path: Path) -> None:
         """Write an .npz without pickled objects, whole or not at all; UserError when the disk is full."""
-        head = {"format": FORMAT, "protocol": self.protocol.to_json(), "datasets": sorted(self.datasets)}
-        head["origin"] = self.origin
+        facts = {"protocol": self.protocol.to_json(), "datasets": sorted(self.datasets), "origin": self.origin}
+        head = {"format": FORMAT, **facts}
         arrays: dict[str, Any] = {"head": np.array(json.dumps(head))}  # windows keep their order
         for name, errors in sorted(self.datasets.items()):
             arrays[f"{name}/channels"] = np.array(errors.channels, np.str_)

@@ -12,7 +12,7 @@ scores.json is written last, so a report that has one is complete.
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -23,18 +23,17 @@ import yaml
 from data_pipeline.files import UserError, write_whole
 from data_pipeline.tables import Cell, Table, render
 from fm.evaluation.errors import ERRORS_FILE, ErrorFile, find_errors
-from fm.evaluation.page import Block, Code, Facts, PageTable, Paragraph, Picture, Section, render_page
+from fm.evaluation.page import Block, Facts, PageTable, Paragraph, Picture, Section, render_page
 from fm.evaluation.pictures import gif, overview, strip
 from fm.evaluation.plots import QUANTILES, encode, growth_figure, rasterize, spectra_figure
-from fm.evaluation.protocol import PROTOCOLS, Protocol, load_protocol
+from fm.evaluation.protocol import load_protocol
 from fm.evaluation.samples import SAMPLES_FILE, Sample, load_samples, save_samples
 from fm.evaluation.scores import SCORES_FILE, Scores, WindowScores, score
-from fm.evaluation.tables import about, eps_effect, failures, score_document, score_table, vrmse_cell
+from fm.evaluation.tables import about, failures, score_document, score_table, vrmse_cell
 
 PAGE = "index.html"
 DPI = 160
 ZOOM = 0.7  # a page has 96 pixels an inch; the text in pictures should stay readable
-EPS_MATTERS = 0.01  # relative change of a score from which on the page lists it
 
 
 def write_report(out: Path, errors: ErrorFile, scores: Scores, samples: Sequence[Sample]) -> None:
@@ -135,7 +134,6 @@ def report_page(
         Section("rollouts", "Rollouts", [_score_table_block(scores, score_document(scores).tables[-1], 2)]),
         Section("pictures", "Pictures", _picture_blocks(pictures)),
         Section("datasets", "Datasets", subsections=datasets),
-        Section("eps", "Effect of eps", _eps_blocks(errors)),
         Section("again", "The same numbers again", _reproduction(errors, scores)),
     ]
     return render_page(_title(scores.origin), [Facts([*origin, ("data", data)])], sections)
@@ -282,57 +280,21 @@ def _channel_table(name: str, scores: Scores) -> PageTable:
     return PageTable(Table("", ["channel", *heads], rows), caption, "VRMSE by channel")
 
 
-def _eps_blocks(errors: ErrorFile) -> list[Block]:
-    """The scores that depend on eps, and how many do not."""
-    table = eps_effect(errors)
-    ratios = [(row, row[-1]) for row in table.rows if isinstance(row[-1], float) and row[-1] > 0]
-    rows = [row for row, ratio in ratios if abs(math.log(ratio)) > EPS_MATTERS]
-    text = (
-        "eps is added to the variance of the target, so it matters where a field is nearly constant. Published numbers "
-        f"differ in it. {len(ratios) - len(rows)} of {len(ratios)} scores change by less than {100 * EPS_MATTERS:g}%"
-    )
-    if not rows:
-        return [Paragraph(f"{text}: none is above that.")]
-    caption = f"Scores that change by more than {100 * EPS_MATTERS:g}%."
-    shown = PageTable(replace(table, rows=rows), caption, table.title, num_text_columns=3)
-    return [Paragraph(f"{text}; the others:"), shown]
-
-
 def _reproduction(errors: ErrorFile, scores: Scores) -> list[Block]:
-    """Commands, digests, versions and the protocol."""
-    protocol, predicted = errors.protocol, "prediction" in errors.origin
+    """How to score the stored errors again; digests of the data, versions and the protocol."""
     rows: list[list[Cell]] = [[name, part.data_digest] for name, part in scores.datasets.items()]
+    predicted = "prediction" in errors.origin
     what = "the truth and the numbers of its trajectories" if predicted else "the shards' manifest"
     digests = Table("", ["dataset", f"SHA-256 of {what}"], rows)
-    commands = (
-        "# from the stored errors beside this page, without the model; other windows, averages or eps with --protocol\n"
-        "# and --eps\n"
-        f"fm score errors.npz --out DIR\n\n{_commands(protocol, 'PRED --truth FILE' if predicted else 'RUN')}"
-    )
-    versions = f"Python {platform.python_version()}, NumPy {np.__version__}, matplotlib {matplotlib.__version__}"
     # As a protocol file has it: JSON's 1e-07 is a text in YAML, and no parts are left out.
-    windows = {name: {k: v for k, v in asdict(window).items() if v} for name, window in protocol.windows.items()}
-    content = {**protocol.to_json(), "windows": windows}
+    stored = errors.protocol.to_json()
+    windows = {name: {key: value for key, value in steps.items() if value} for name, steps in stored["windows"].items()}
+    content = {**stored, "windows": windows}
     written = yaml.safe_dump(content, default_flow_style=True, sort_keys=False, width=10_000).strip()
-    caption = "The same digest means the same bytes."
+    versions = f"Python {platform.python_version()}, NumPy {np.__version__}, matplotlib {matplotlib.__version__}"
+    again = "fm score errors.npz --out DIR makes this page from the errors beside it, without the model."
     return [
-        Code(commands),
-        PageTable(digests, caption, "Data", num_text_columns=2, cell_class=lambda row, column: "digest"),
+        Paragraph(f"{again} Other windows, averages or eps: --protocol and --eps."),
+        PageTable(digests, "The same digest means the same bytes.", "Data", 2, lambda row, column: "digest"),
         Facts([("page drawn by", versions), ("protocol", written)]),
     ]
-
-
-def _commands(protocol: Protocol, what: str) -> str:
-    """The commands that measure `what` again; a protocol that no name and options describe has to be in a file."""
-    named = PROTOCOLS.get(protocol.name, protocol)
-    count, eps = protocol.one_step_windows, protocol.eps  # set by options
-    known = protocol.name in PROTOCOLS and protocol == replace(
-        named, split=protocol.split, one_step_windows=count, eps=eps
-    )
-    subset = f" --windows {count}" if count else ""
-    which = f"{protocol.name} --split {protocol.split}{subset}" if known else "PROTOCOL.yaml"
-    head = "# from the weights" if known else "# from the weights, with the protocol below in a file PROTOCOL.yaml"
-    if named.eps == eps or not known:
-        return f"{head}\nfm evaluate {what} --protocol {which} --out DIR"
-    rescored = f"fm score MEASURED --eps {eps!r} --out DIR"
-    return f"{head}\nfm evaluate {what} --protocol {which} --out MEASURED\n{rescored}"

@@ -71,11 +71,7 @@ def evenly_spaced(count: int, shown: int) -> list[int]:
 
 def save_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Write an .npz without pickled objects, whole or not at all; UserError when the disk is full."""
-    heads = [
-        {"dataset": one.dataset, "channel": one.channel, "trajectory": one.trajectory, "dt": one.dt}
-        | {"steps": one.steps, "domain": one.domain}
-        for one in samples
-    ]
+    heads = [{name: value for name, value in vars(one).items() if name not in ARRAYS} for one in samples]
     arrays: dict[str, Any] = {"head": np.array(json.dumps({"format": FORMAT, "samples": heads}))}
     for number, sample in enumerate(samples):
         for name in ARRAYS:
@@ -99,14 +95,5 @@ def _unpack(arrays: Mapping[str, np.ndarray], number: int, facts: Mapping[str, A
             f"{len(steps)} steps"
         )
     check_names(facts["dataset"], [facts["channel"]])
-    return Sample(
-        facts["dataset"],
-        facts["channel"],
-        facts["trajectory"],
-        facts["dt"],
-        steps,
-        truth,
-        prediction,
-        vrmse,
-        domain and ((domain[0][0], domain[0][1]), (domain[1][0], domain[1][1])),
-    )
+    domain = domain and tuple((low, high) for low, high in domain)
+    return Sample(**{**facts, "steps": steps, "domain": domain}, truth=truth, prediction=prediction, vrmse=vrmse)

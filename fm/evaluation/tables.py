@@ -1,9 +1,8 @@
-"""Tables of scores: of one evaluation, of several side by side, and of the effect of eps.
+"""Tables of scores: of one evaluation, and of several side by side.
 
 A cell of a model with predictions that are not finite has a mark that counts them.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from fm.evaluation.scores import ONE_STEP, BlockScores, Scores, WindowScores, ge
 
 FIXED_COLUMNS = ("dataset", "steps", "change", "persistence", "mean field")  # no run may have such a label
 Runs: TypeAlias = Mapping[str, Scores]  # by label
-Pair: TypeAlias = tuple[float | None, float | None, float | None]  # a score under two values of eps, and their ratio
 
 
 def score_table(scores: Scores) -> str:
@@ -84,38 +82,6 @@ def _summary(scores: Scores) -> list[str]:
 def failures(diverged: Mapping[int, int]) -> str:
     """Return the trajectories that diverged and their first steps that are not finite, in words."""
     return ", ".join(f"trajectory {trajectory} at step {step}" for trajectory, step in diverged.items())
-
-
-def eps_effect(errors: ErrorFile, eps: tuple[float, float] = (1e-7, 1e-5)) -> Table:
-    """Return the model's scores under two values of eps and their ratio.
-
-    There is a row for all channels and one for the channel that changes most. eps is added to the target's variance, so
-    it matters where a field is nearly constant: active_matter's concentration is 1 +- 0.003, a variance of 9e-6, and
-    eps 1e-5 instead of 1e-7 lowers its VRMSE by almost a third.
-    """
-    first, second = (score(errors, replace(errors.protocol, eps=value)) for value in eps)
-    statistic = errors.protocol.trajectories
-
-    def pair(one: float | None, other: float | None) -> Pair:
-        return one, other, other / one if one and other is not None else None
-
-    rows: list[list[Cell]] = []
-    for name, part in first.datasets.items():
-        for block, one in part.blocks().items():
-            other = second.block(name, block)
-            if one is None or other is None:
-                continue
-            rows.append([name, block, "all", *pair(one.vrmse(statistic), other.vrmse(statistic))])
-            channels = {
-                channel: pair(scores.vrmse(statistic), other.per_channel[channel].vrmse(statistic))
-                for channel, scores in one.per_channel.items()
-            }
-            changes = {channel: abs(math.log(ratio)) for channel, (_, _, ratio) in channels.items() if ratio}
-            if changes:
-                most = max(changes, key=lambda channel: changes[channel])
-                rows.append([name, block, most, *channels[most]])
-    title = "Effect of eps on the model's VRMSE"
-    return Table(title, ["dataset", "scores", "channel", *(f"eps {value:g}" for value in eps), "ratio"], rows)
 
 
 def load_runs(
