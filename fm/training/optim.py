@@ -6,8 +6,7 @@ new datasets are drawn and only their own parameters are updated; then all param
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,33 +60,35 @@ def part_of(parameter: str) -> str:
     return {"lifting": "embedding", "task_vectors": "embedding", "heads": "head"}.get(parameter.split(".")[0], "trunk")
 
 
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters that are always updated together."""
+def parameter_group(
+    parameters: Iterable[nn.Parameter], datasets: frozenset[str], rate: float = 1.0, learns_alone: bool = True
+) -> dict[str, Any]:
+    """Return a group of the optimizer: parameters that are always updated together.
 
-    parameters: Sequence[nn.Parameter]
-    datasets: frozenset[str]  # whose forward passes use them
-    rate: float = 1.0  # factor on the learning rate; at 0 they are frozen
-    learns_alone: bool = True  # whether they are updated in adapt.alone_steps
+    `datasets` are those whose forward passes use them. `rate` is a factor on the learning rate; at 0 they are frozen.
+    `learns_alone` says whether they are updated in adapt.alone_steps.
+    """
+    group = {"params": list(parameters), "datasets": datasets, "rate": rate, "learns_alone": learns_alone}
+    return group | {"skipped": False}
 
 
-def parameter_groups(model: Surrogate, adapt: AdaptSettings | None) -> list[ParameterGroup]:
+def parameter_groups(model: Surrogate, adapt: AdaptSettings | None) -> list[dict[str, Any]]:
     """Return groups of parameters that the same datasets use and, with `adapt`, that belong to the same part.
 
     Raises UserError if new datasets are to learn alone and have no parameters of their own that may be updated.
     """
     by_datasets = model.parameters_by_datasets()
     if adapt is None:
-        return [ParameterGroup(parameters, datasets) for datasets, parameters in by_datasets.items()]
+        return [parameter_group(parameters, datasets) for datasets, parameters in by_datasets.items()]
     parts = {id(parameter): part_of(name) for name, parameter in model.named_parameters()}
     groups = []
     for datasets, parameters in by_datasets.items():
         for part in PARTS:
-            chosen: list[nn.Parameter] = [parameter for parameter in parameters if parts[id(parameter)] == part]
+            chosen = [parameter for parameter in parameters if parts[id(parameter)] == part]
             if chosen:
                 own = part in OWN_PARTS and datasets <= set(adapt.datasets)
-                groups.append(ParameterGroup(chosen, datasets, getattr(adapt.rates, part), learns_alone=own))
-    if adapt.alone_steps and not any(group.learns_alone and group.rate for group in groups):
+                groups.append(parameter_group(chosen, datasets, getattr(adapt.rates, part), learns_alone=own))
+    if adapt.alone_steps and not any(group["learns_alone"] and group["rate"] for group in groups):
         raise UserError(
             f"adapt.alone_steps: nothing would move in them, {', '.join(adapt.datasets)} has no part of its own with a "
             "rate above 0. Own parts are of embedding and head (adapt.rates); a baseline has none"
@@ -104,19 +105,9 @@ class GroupedAdamW(torch.optim.AdamW):
 
     found_inf: Tensor | None = None  # torch's fused AdamW changes nothing where this scalar is 1
 
-    def __init__(self, groups: Sequence[ParameterGroup], settings: TrainSettings) -> None:
-        param_groups: list[dict[str, Any]] = [
-            {
-                "params": list(group.parameters),
-                "datasets": group.datasets,
-                "rate": group.rate,
-                "learns_alone": group.learns_alone,
-                "skipped": False,
-            }
-            for group in groups
-        ]
+    def __init__(self, groups: Sequence[dict[str, Any]], settings: TrainSettings) -> None:
         betas, decay = settings.betas, settings.weight_decay
-        super().__init__(param_groups, lr=settings.learning_rate, betas=betas, weight_decay=decay, fused=True)
+        super().__init__(groups, lr=settings.learning_rate, betas=betas, weight_decay=decay, fused=True)
 
     def skip_unused(self, datasets: Collection[str], alone: bool = False) -> None:
         """Skip, in the steps that follow, the groups that none of `datasets` uses and the frozen groups.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fm.config import TrainSettings
-from fm.training.optim import EMA, GroupedAdamW, ParameterGroup, learning_rate
+from fm.training.optim import EMA, GroupedAdamW, learning_rate, parameter_group
 
 PAPER = TrainSettings(steps=1_000_000)
 
@@ -37,7 +37,7 @@ def test_cosine_falls_to_zero_at_the_last_step() -> None:
 def test_the_optimizer_takes_the_rate_it_is_given() -> None:
     layer = torch.nn.Linear(1, 1, bias=False)
     optimizer = GroupedAdamW(
-        [ParameterGroup([layer.weight], frozenset("a"))], dataclasses.replace(PAPER, weight_decay=0.0)
+        [parameter_group([layer.weight], frozenset("a"))], dataclasses.replace(PAPER, weight_decay=0.0)
     )
     optimizer.set_learning_rate(0.25)
     before = layer.weight.item()
@@ -52,7 +52,7 @@ def test_what_the_datasets_of_a_step_do_not_use_rests() -> None:
     groups = {datasets: [torch.nn.Parameter(torch.ones(2))] for datasets in names}
     alone = {datasets: [torch.nn.Parameter(torch.ones(2))] for datasets in names}
     settings = dataclasses.replace(PAPER, weight_decay=0.1)
-    optimizer = GroupedAdamW([ParameterGroup(group, datasets) for datasets, group in groups.items()], settings)
+    optimizer = GroupedAdamW([parameter_group(group, datasets) for datasets, group in groups.items()], settings)
     reference = torch.optim.AdamW([p for ps in alone.values() for p in ps], lr=1e-3, weight_decay=0.1)
     for number, drawn in enumerate(("a", "b", "b", "a", "ab")):
         for datasets in names:
@@ -70,7 +70,7 @@ def test_what_the_datasets_of_a_step_do_not_use_rests() -> None:
 
 def test_a_loaded_state_holds_no_second_copy_of_the_parameters() -> None:
     weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = GroupedAdamW([ParameterGroup([weight], frozenset("a"))], PAPER)
+    optimizer = GroupedAdamW([parameter_group([weight], frozenset("a"))], PAPER)
     optimizer.load_state_dict(optimizer.state_dict())
     (group,) = optimizer.param_groups
     assert group["params"] == [weight]
