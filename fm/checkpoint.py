@@ -4,12 +4,8 @@
         model.json  model.safetensors  ema.safetensors  optimizer.safetensors
         state.json  step, format version, recipe, registry, shard digests, size and SHA-256 of the other files
 
-No RNG state is stored: everything random in training is a function of (seed, step). Nothing is pickled. The files are
-the same whatever launched the run, however many processes it has: parameters and moments are whole and stored by name,
-moments as "<parameter>/<moment>", none for a parameter that no step has moved.
-
-A run saves while training goes on. The copy of the state is taken between two steps, so it is consistent. A thread then
-brings it to disk, verifies what is there, and only after that deletes checkpoints that are no longer wanted.
+Nothing is pickled, and no RNG state is stored: everything random is a function of (seed, step). The files do not depend
+on the launcher and the number of processes: tensors are whole and stored by name, moments as "<parameter>/<moment>".
 """
 
 import copy
@@ -31,6 +27,7 @@ from safetensors.torch import save as serialize_tensors
 
 from data_pipeline.files import TEMPORARY_SUFFIX, UserError, atomic_path, remove, sha256
 from data_pipeline.workers import Threads
+from fm.config import changed_settings
 from fm.model import files
 from fm.model.baselines import Baseline
 from fm.model.files import EMA_FILE, MODEL_FILE, WEIGHTS_FILE
@@ -115,7 +112,13 @@ def load_checkpoint(path: Path, model: Surrogate, average: Surrogate) -> tuple[d
     UserError if the architecture, the datasets or their statistics are not those of `model`.
     """
     state = read_state(path)
-    _require_same(path, files.read_description(path), model.description())
+    differences = changed_settings(files.read_description(path), model.description())
+    if differences:
+        raise UserError(
+            f"the checkpoint {path} does not fit this run: {differences[0][:200]} (there -> here).\n"
+            "Resume with the recipe, registry and shards that it was trained with, start afresh in another folder with "
+            "run.dir=..., or finetune from it (finetune.pretrained)."
+        )
     for target, name in ((model, WEIGHTS_FILE), (average, EMA_FILE)):
         target.load_state_dict(_read_tensors(path / name))
     return state, _read_tensors(path / OPTIMIZER_FILE)
@@ -124,24 +127,6 @@ def load_checkpoint(path: Path, model: Surrogate, average: Surrogate) -> tuple[d
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     with _user_errors(f"{file}: cannot be read as safetensors: "):
         return load_tensors(file.read_bytes())
-
-
-def _require_same(path: Path, saved: Any, wanted: Any, key: str = "") -> None:
-    """Raise UserError at the first place where two nested descriptions differ."""
-    if isinstance(saved, dict) and isinstance(wanted, dict):
-        for name in sorted(saved.keys() | wanted.keys()):
-            _require_same(path, saved.get(name), wanted.get(name), f"{key}.{name}" if key else name)
-    elif saved != wanted:
-        raise UserError(
-            f"the checkpoint {path} does not fit this run: {key} is {_brief(saved)} there and {_brief(wanted)} here.\n"
-            "Resume with the recipe, registry and shards that it was trained with, start afresh in another folder with "
-            "run.dir=..., or finetune from it (finetune.pretrained)."
-        )
-
-
-def _brief(value: Any) -> str:
-    text = "absent" if value is None else json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def find_checkpoint(source: Path | str) -> Path:
@@ -239,7 +224,8 @@ def write_checkpoint(root: Path, snapshot: Snapshot) -> Path:
     """
     final = root / f"step_{snapshot.step:08d}"
     try:
-        _remove_temporary(root)
+        for leftover in root.glob(f"*{TEMPORARY_SUFFIX}"):  # of a killed save or deletion
+            remove(leftover)
         # A checkpoint that was there is damaged, or of a run before this one (checkpoint.resume=never): it is replaced.
         with atomic_path(final) as folder:
             folder.mkdir()
@@ -268,13 +254,6 @@ def _write_files(folder: Path, snapshot: Snapshot) -> None:
         (folder / name).write_bytes(data)
     state = {"format_version": FORMAT_VERSION, "step": snapshot.step, **snapshot.facts, "files": listing}
     (folder / STATE_FILE).write_text(json.dumps(state, indent=1))
-
-
-def _remove_temporary(root: Path) -> None:
-    """Remove what a killed save or deletion left."""
-    for leftover in root.iterdir() if root.exists() else ():
-        if leftover.suffix == TEMPORARY_SUFFIX:
-            remove(leftover)
 
 
 def prune_checkpoints(root: Path, newest: Path, keep: int, keep_every: int | None) -> None:

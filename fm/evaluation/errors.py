@@ -1,13 +1,10 @@
 """The stored errors of one evaluation: one for each trajectory, step and channel. Every score is made from them.
 
-Of each predictor the mean squared error is stored, and of the target the variance:
-
     VRMSE = sqrt(mean over x, y of (prediction - truth)^2 / (variance of the truth over x, y + eps))
 
-with the unbiased variance, as The Well defines it. The model is compared with two predictors without any physics.
-`persistence` repeats a frame: the input of a one-step window, or the initial frame of a rollout. `mean_field` is the
-target frame's own spatial mean. Its VRMSE is 1 by definition, except for eps and the n-1 in the variance, so a model
-above 1 is worse than the best constant.
+with the unbiased variance, as The Well defines it. The model is compared with `persistence`, which repeats the input of
+a one-step window or the initial frame of a rollout, and with `mean_field`, the target frame's own spatial mean. Its
+VRMSE is 1, except for eps and the n-1 in the variance, so a model above 1 is worse than the best constant.
 
 Array legend: R trajectories, S steps, C state channels.
 """

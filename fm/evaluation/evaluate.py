@@ -1,9 +1,8 @@
 """Evaluation: measure once, store the errors, and derive scores, tables and pictures from them.
 
-`evaluate_run` is the command `fm evaluate`. `evaluate_model` evaluates one model with one or several processes: they
-divide its parts (fm/evaluation/parts.py), each finished part is stored, and the main process writes the report. If it
-is killed at any moment, the same command continues from the finished parts. `validate` scores a few windows and
-rollouts of the valid split during training.
+`evaluate_run` is the command `fm evaluate`. `evaluate_model` evaluates one model; its processes divide its parts
+(fm/evaluation/parts.py), each finished part is stored, and the main process writes the report. If it is killed at any
+moment, the same command continues. `validate` scores some windows and rollouts of the valid split during training.
 """
 
 import json

@@ -2,14 +2,9 @@
 
 A part is a range of one dataset's one-step windows, or one batch of its rollouts. Neither the parts nor the batches
 within them depend on the number of processes, so one process and several give the same errors, on one machine bit for
-bit. Each finished part is a file until the report is written:
-
-    <report>/parts/
-        identity.json                           whose parts these are: model, protocol, data, batch size, device
-        <dataset>-one_step-00000.npz  ...       FrameErrors: trajectories, steps, values
-        <dataset>-rollout-00000.npz  ...        one part of each dataset also has `shown`
-
-A file appears whole or not at all, and holds no pickled objects. Parts of another identity are removed.
+bit. Until the report is written, <report>/parts/ holds a file <dataset>-<task>-00000.npz of each finished part, with
+the fields of its FrameErrors, and identity.json: whose parts these are (model, protocol, data, batch size, device). A
+file appears whole or not at all, and holds no pickled objects. Parts of another identity are removed.
 """
 
 import heapq

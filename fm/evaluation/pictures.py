@@ -2,10 +2,8 @@
 
 x runs to the right and y upwards. A panel has the shape of the domain, or square cells if the domain is not known. The
 color limits are the same in all panels of a field. Color maps are perceptually uniform: viridis for a field of one
-sign, a diverging map of even lightness steps for a field of both signs and for errors. Values that are not finite are
-gray.
-
-The frames of a GIF share one palette of 256 colors, made of the color maps of the strips, so nothing flickers.
+sign, a diverging map for a field of both signs and for errors. Values that are not finite are gray. The frames of a GIF
+share one palette of 256 colors, made of the color maps of the strips, so nothing flickers.
 """
 
 import functools

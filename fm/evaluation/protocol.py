@@ -1,8 +1,7 @@
 """Named protocols: start frame, context, windows, eps, averages and split of a score.
 
 Published rollout scores differ in each of these, mostly without a word, so numbers of one name cannot be compared. Here
-a protocol is stored with the errors that were measured under it and with the scores made from them, and it is printed
-above every table. It is one of PROTOCOLS, or a file of the user's own:
+a protocol is stored with the errors and the scores, and printed above every table. It is one of PROTOCOLS, or a file:
 
     name: early
     version: 1

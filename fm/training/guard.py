@@ -1,17 +1,4 @@
-"""What may refuse a step or end a run: anomalous losses and gradients, and one-step accuracy lost in finetuning.
-
-Anomaly detection (the recipe's section `guard`) refuses a step whose loss or gradient norm is not finite, or is a
-spike: its logarithm exceeds the median of the recent logarithms, of the same dataset, by more than `guard.spike`
-spreads. The spread is 1.4826 x the median absolute deviation, which for normally distributed numbers is the standard
-deviation. Refused values do not enter the history.
-
-The one-step regression limit (`finetune.gate`) keeps rollout finetuning from giving up one-step accuracy. The
-pretrained model is validated before the first step. The worsening of a later validation is the geometric mean over
-datasets of its one-step VRMSE over the pretrained model's. Validations whose worsening is at most finetune.gate are
-within the limit. The best of them, the pretrained model included, has the fewest diverged rollout scores, and among
-those the lowest rollout VRMSE (geometric mean, over datasets and the protocol's windows, of the ratio to persistence).
-Its checkpoint is kept in <run>/best.
-"""
+"""What may refuse a step or end a run: anomalous losses and gradients, and one-step accuracy lost in finetuning."""
 
 import math
 import statistics
@@ -79,10 +66,14 @@ class RollBack(Exception):
 
 
 class AnomalyDetector:
-    """Finds anomalies in losses and gradient norms.
+    """Finds losses and gradient norms that are not finite, or are spikes (the recipe's section `guard`).
 
-    Its state is part of the checkpoint, so a run that continues finds the same ones. `refused` are the numbers of the
-    refused steps. After a rollback some of them are still to come; they are passed over.
+    A spike's logarithm exceeds the median of the recent logarithms, of the same dataset, by more than `guard.spike`
+    spreads. The spread is 1.4826 x the median absolute deviation, which for normally distributed numbers is the
+    standard deviation. Refused values do not enter the history.
+
+    The state is part of the checkpoint, so a run that continues finds the same anomalies. `refused` are the numbers of
+    the refused steps. After a rollback some of them are still to come; they are passed over.
     """
 
     def __init__(self, settings: GuardSettings) -> None:
@@ -168,9 +159,15 @@ class Verdict:
 
 
 class RegressionLimit:
-    """Compares validations with that of the pretrained model, if the recipe has finetune.gate (`active`).
+    """Keeps rollout finetuning from giving up one-step accuracy, if the recipe has finetune.gate (`active`).
 
-    Its state is part of the checkpoint, and of the checkpoint in <run>/best, which may be newer.
+    The pretrained model is validated before the first step. The worsening of a later validation is the geometric mean
+    over datasets of its one-step VRMSE over the pretrained model's. Validations whose worsening is at most
+    finetune.gate are within the limit. The best of them, the pretrained model included, has the fewest diverged rollout
+    scores, and among those the lowest rollout VRMSE (geometric mean, over datasets and the protocol's windows, of the
+    ratio to persistence). Its checkpoint is kept in <run>/best.
+
+    The state is part of the checkpoint, and of the checkpoint in <run>/best, which may be newer.
     """
 
     def __init__(self, settings: FinetuneSettings | None, validation: ValidationSettings) -> None:

@@ -1,18 +1,4 @@
-"""What training changes (weights, their average, the optimizer's moments, the step), and torch.compile of it.
-
-train.compile chooses what torch.compile makes faster, at the price of seconds or minutes when a shape first comes:
-
-    blocks  each block by itself: one graph for each dataset's shape. All blocks share it, so depth costs nothing
-    step    normalization, the K model calls and the loss: one graph for each dataset and K
-    graphs  as step, and the GPU replays its kernels as CUDA graphs, so the host need not launch each kernel
-
-`auto` is blocks on a GPU. It is eager on a CPU, where compiling takes longer than most runs would save, for baselines
-and under ZeRO-3. Graphs are whole (fullgraph) and have fixed shapes. What cannot be compiled so is an error, and so is
-one graph too many. Parameters keep their names, and the averaged model, which validation uses, is not compiled.
-
-For tests (`pytest --compile`), WAVELIT_COMPILE=WAY or WAY:BACKEND in the environment sets what `auto` means, and which
-backend of torch compiles in place of inductor.
-"""
+"""What training changes (weights, their average, the optimizer's moments, the step), and torch.compile of it."""
 
 import copy
 import os
@@ -107,9 +93,18 @@ def spread(
 
 
 def compile_objective(objective: Unroll, recipe: Recipe, accelerator: Accelerator) -> None:
-    """Compile the objective, or the blocks of its model, in place, as train.compile says.
+    """Compile the objective, or the blocks of its model, in place. Raises UserError where that is not possible.
 
-    Raises UserError if the device, the model or the launch configuration does not allow it.
+    train.compile makes these faster, at the price of seconds or minutes when a shape first comes:
+
+        blocks  each block by itself: one graph for each dataset's shape. All blocks share it, so depth costs nothing
+        step    normalization, the K model calls and the loss: one graph for each dataset and K
+        graphs  as step, and the GPU replays its kernels as CUDA graphs, so the host need not launch each kernel
+
+    `auto` is blocks on a GPU. It is eager on a CPU, where compiling takes longer than most runs would save, for
+    baselines and under ZeRO-3. Graphs are whole (fullgraph) and have fixed shapes. Parameters keep their names, and the
+    averaged model, which validation uses, is not compiled. For tests (`pytest --compile`), VARIABLE=WAY or WAY:BACKEND
+    in the environment sets what `auto` means, and which backend of torch compiles in place of inductor.
     """
     model, device = objective.model, accelerator.device
     way, _, backend = os.environ.get(VARIABLE, "").partition(":")

@@ -1,17 +1,9 @@
 """One optimizer step: fetch, forward, backward, reduce the metrics, clip, update, average.
 
-`train_step` is the only function that takes an optimizer step. Training (fm/training/trainer.py) and `fm replay` give
-it the windows of the schedule. `fm plan`, `fm benchmark` and the memory check before a finetuning give it random data
-of the same shapes (fm/training/dry_run.py).
-
-Windows, teacher-forcing coins, noise and learning rate of a step are functions of (recipe, step). So a run that is
-continued needs the step number and nothing else. With adaptive sampling the windows also depend on the history of
-sampling shares, which the checkpoints hold.
-
-To read a number from a GPU, the host must wait until the GPU has computed it, and the GPU gets no work meanwhile. So
-the metrics of several steps stay on the device as `PendingSteps`, and the trainer reads them together. Until it does, a
-flag on the device (`found_inf`) stops the optimizer and the averages from the first step on whose loss or gradient is
-not finite.
+`train_step` is the only function that takes an optimizer step. Training and `fm replay` give it the windows of the
+schedule, dry runs (fm/training/dry_run.py) random data. Windows, teacher-forcing coins, noise and learning rate of a
+step are functions of (recipe, step), so a run that is continued needs the step number and nothing else. With adaptive
+sampling the windows also depend on the history of sampling shares, which the checkpoints hold.
 """
 
 import time
@@ -94,7 +86,12 @@ class PendingStep:
 
 
 class PendingSteps:
-    """The steps since the last synchronization of host and device."""
+    """The steps since the last synchronization of host and device.
+
+    To read a number from a GPU, the host must wait until the GPU has computed it, and the GPU gets no work meanwhile.
+    So the metrics of several steps stay on the device and are read together. Until then, a flag on the device
+    (`found_inf`) stops the optimizer and the averages from the first step on whose loss or gradient is not finite.
+    """
 
     def __init__(self) -> None:
         self._steps: list[PendingStep] = []

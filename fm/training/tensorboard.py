@@ -1,12 +1,9 @@
 """TensorBoard's files of a run, and the other trackers that accelerate supports (`tracking.log_with: [wandb]`).
 
 `Dashboard` writes scalars, texts and pictures (tags: README, "Watch") and what two of TensorBoard's pages need: the
-charts of Custom Scalars and the settings of HParams.
-
-The pictures of a run of any length stay below 120 MB. A panel has the area of a square of 224 pixels, one byte each
-before compression, so at most 50 kB even for noise. A moving rollout, 16 steps of three panels of 64 x 64 pixels, has
-at most 205 kB. With their spectra, eight datasets make 3 MB, and 40 validations with pictures (tracking.pictures) make
-120 MB.
+charts of Custom Scalars and the settings of HParams. A panel has at most 50 kB (224 x 224 pixels of one byte), a moving
+rollout 205 kB (16 steps of three panels of 64 x 64). So the pictures of eight datasets and 40 validations
+(tracking.pictures) stay below 120 MB, for a run of any length.
 """
 
 import io
@@ -18,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from google.protobuf.json_format import ParseDict
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -229,15 +227,7 @@ class HParams:
             earlier.unlink()
         self._writer = FileWriter(str(directory), filename_suffix=HPARAMS_SUFFIX)
         self._write(metadata.EXPERIMENT_TAG, experiment=self._experiment(settings, datasets))
-        start = SessionStartInfo(start_time_secs=time.time())
-        for name, value in settings.items():
-            cell = start.hparams[name]
-            if isinstance(value, bool):
-                cell.bool_value = value
-            elif isinstance(value, str):
-                cell.string_value = value
-            else:
-                cell.number_value = value
+        start = ParseDict({"start_time_secs": time.time(), "hparams": settings}, SessionStartInfo())
         self._write(metadata.SESSION_START_INFO_TAG, session_start_info=start)
         self._writer.flush()
 
