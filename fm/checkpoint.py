@@ -107,10 +107,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(path: Path, model: Surrogate, average: Surrogate) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Fill model and averaged model from a verified checkpoint; return what state.json holds, and the moments.
-
-    UserError if the architecture, the datasets or their statistics are not those of `model`.
-    """
+    """Fill model and averaged model from a verified checkpoint that fits them; return its state and the moments."""
     state = read_state(path)
     differences = changed_settings(files.read_description(path), model.description())
     if differences:
@@ -151,10 +148,7 @@ def find_checkpoint(source: Path | str) -> Path:
 
 
 def load_pretrained(source: Path | str) -> Surrogate:
-    """Return the averaged model that `find_checkpoint` finds, in eval mode on the CPU: a WaveLiT or a baseline.
-
-    UserError where there is none or its files do not fit together.
-    """
+    """Return the averaged model that `find_checkpoint` finds, in eval mode on the CPU: a WaveLiT or a baseline."""
     checkpoint = find_checkpoint(source)
     with _user_errors(f"{checkpoint}: cannot be loaded as a model: "):
         kind = Baseline if files.BASELINE in files.read_description(checkpoint) else WaveLiTFM
@@ -162,10 +156,7 @@ def load_pretrained(source: Path | str) -> Surrogate:
 
 
 def verify_model(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Compare all files; return the SHA-256 of the averaged weights, and what state.json or artefact.json holds.
-
-    `folder` is a checkpoint or an exported model. UserError if anything differs, or it is neither.
-    """
+    """Compare all files of a checkpoint or an exported model; return the digest of its weights, and its facts."""
     if files.is_exported(folder):
         with _user_errors():
             content = files.verify_exported(folder)
@@ -257,10 +248,7 @@ def _write_files(folder: Path, snapshot: Snapshot) -> None:
 
 
 def prune_checkpoints(root: Path, newest: Path, keep: int, keep_every: int | None) -> None:
-    """Delete checkpoints older than `newest`, which is whole, but `keep` - 1 and those at multiples of `keep_every`.
-
-    UserError where one cannot be deleted.
-    """
+    """Delete checkpoints older than `newest`, which is whole, but `keep` - 1 and multiples of `keep_every`."""
     steps = list_checkpoints(root)
     newest_step = next(step for step, path in steps.items() if path == newest)
     older = [step for step in steps if step < newest_step][keep - 1 :]
@@ -287,10 +275,7 @@ def keep_incident(root: Path, snapshot: Snapshot, report: Callable[[str], None])
 
 
 def keep_best(root: Path, snapshot: Snapshot) -> None:
-    """Write the best checkpoint of a run (fm/training/guard.py) in place of the one before.
-
-    UserError as of `write_checkpoint`.
-    """
+    """Write the best checkpoint of a run (fm/training/guard.py) in place of the one before."""
     best = write_checkpoint(root, snapshot)
     # Newer ones are of a run that went back to an earlier checkpoint since.
     _delete([path for step, path in list_checkpoints(root).items() if step > snapshot.step])

@@ -329,10 +329,7 @@ class Recipe:
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply dotted overrides and check everything.
-
-    UserError gives the key's path, the value and the nearest valid name.
-    """
+    """Read a recipe, apply dotted overrides and check everything."""
     try:
         document = yaml.safe_load(path.read_text())
     except OSError as error:

@@ -83,10 +83,7 @@ def _check_attribute_names(card: Card) -> None:
 
 
 def open_split(recipe: Recipe, registry: Registry, split: str) -> dict[str, ShardReader]:
-    """Return a reader of each of the recipe's datasets, by name; data.trajectories restricts those of the train split.
-
-    UserError where there are no shards, or fewer trajectories.
-    """
+    """Return readers of the recipe's datasets, by name; data.trajectories restricts those of the train split."""
     data, sampling = recipe.data, recipe.sampling
     stream = data.stream(sampling.shuffle, sampling.shards_per_block)
     readers = open_readers(data.shards, data.datasets, split, data.verify, stream, known=tuple(registry.cards))
@@ -119,10 +116,7 @@ def check_unrolls(recipe: Recipe, readers: Mapping[str, ShardReader]) -> None:
 
 
 def build_model(recipe: Recipe, readers: Mapping[str, ShardReader], registry: Registry) -> Surrogate:
-    """Return a new model, or when finetuning the pretrained one.
-
-    UserError where the recipe, the shards and the pretrained model do not fit together.
-    """
+    """Return a new model, or when finetuning the pretrained one, for the datasets of the shards."""
     finetune, config = recipe.finetune, recipe.baseline or recipe.model
     specs = dataset_specs(readers, registry)
     if finetune is None:

@@ -13,10 +13,7 @@ Argument = tuple[tuple[str, ...], dict[str, Any]]  # names and parameters for Ar
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of a command. `overrides`, if it has any, may stand before, between and after options.
-
-    argparse by itself expects all positional arguments next to each other.
-    """
+    """The parser of a command: `overrides`, if it has any, may stand before, between and after options."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Return the options and the words that belong to none."""

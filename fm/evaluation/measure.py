@@ -76,11 +76,7 @@ def one_step_windows(reader: ShardReader, protocol: Protocol) -> np.ndarray:
 
 
 def rollout_steps(reader: ShardReader, trajectory: int, protocol: Protocol) -> int:
-    """Return the steps of a rollout of this trajectory; 0 if the trajectory ends before the first prediction.
-
-    A rollout ends before the first frame that the shards leave out of all windows (`shard --skip nonfinite`, or
-    stationary).
-    """
+    """Return the steps of a rollout, which ends before the first frame that the shards leave out of all windows."""
     stop = protocol.start
     for first, last in reader.manifest.trajectories[trajectory].segments:
         stop = max(stop, last) if first <= stop else stop

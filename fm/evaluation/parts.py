@@ -163,12 +163,9 @@ class PartFolder:
 
 
 def remove_parts(out: Path) -> None:
-    """Remove the parts of a report that is complete, or of another evaluation; files of the user's stay.
-
-    The identity is removed first: parts without an identity are never read.
-    """
+    """Remove the parts of a report that is complete, or of another evaluation; files of the user's stay."""
     folder = out / FOLDER
-    (folder / IDENTITY).unlink(missing_ok=True)
+    (folder / IDENTITY).unlink(missing_ok=True)  # first, since parts without an identity are never read
     for file in folder.iterdir() if folder.is_dir() else ():
         if _OURS.fullmatch(file.name):
             file.unlink()

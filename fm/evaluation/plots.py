@@ -176,10 +176,7 @@ def _draw_growth(axes: Axes, errors: DatasetErrors, protocol: Protocol) -> None:
 
 
 def _limits(curves: Mapping[str, tuple[np.ndarray, ...]]) -> tuple[float, float]:
-    """Limits of the log axis.
-
-    Of persistence only the first step moves the lower limit, because in a periodic flow its error returns to 0.
-    """
+    """Limits of the log axis. Persistence may return to 0 in a periodic flow: only its first step counts below."""
     values = np.concatenate([*curves["model"], curves["persistence"][0][:1]])
     lower = values[np.isfinite(values) & (values > 0)]
     values = np.concatenate([curve for three in curves.values() for curve in three])

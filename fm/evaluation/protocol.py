@@ -137,10 +137,7 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def load_protocol(name_or_path: str | Path) -> Protocol:
-    """Return the named protocol, or the one in a file that ends in .yaml or .yml.
-
-    UserError, with file, key and value, for an unknown name or a file without a valid protocol.
-    """
+    """Return the named protocol, or the one in a file that ends in .yaml or .yml."""
     file = Path(name_or_path)
     if file.suffix not in (".yaml", ".yml"):
         if str(name_or_path) in PROTOCOLS:

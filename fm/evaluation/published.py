@@ -51,10 +51,7 @@ def published_document(registry: Registry) -> Document:
 
 
 def beside_published(runs: Runs, registry: Registry) -> tuple[list[Table], list[str]]:
-    """Return a table for each block with our runs and the published models on the comparable datasets, and notes.
-
-    The notes name the sources, and for each dataset that is not comparable all the reasons.
-    """
+    """Return tables of our runs beside the published models, where comparable; and notes of sources and reasons."""
     protocol = next(iter(runs.values())).protocol
     parts = {name: part for scores in runs.values() for name, part in scores.datasets.items()}
     cards = [card for name, card in registry.cards.items() if name in parts and card.published]

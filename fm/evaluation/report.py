@@ -97,10 +97,7 @@ def rescore_errors(place: Path, protocol: str | None, eps: float | None, out: Pa
 
 
 def rescore(measured: ErrorFile, protocol: str | None, eps: float | None) -> tuple[ErrorFile, Scores]:
-    """Return the same errors under a protocol (a name or a file, their own by default) or eps, and their scores.
-
-    UserError if the protocol needs rollouts that were not measured.
-    """
+    """Return the errors under a protocol (a name or a file, their own by default) or eps, and their scores."""
     wanted = measured.protocol if protocol is None else load_protocol(protocol)
     if eps is not None:
         if not 0 <= eps < math.inf:

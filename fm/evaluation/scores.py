@@ -150,10 +150,7 @@ _ADAPTER = TypeAdapter(Scores)
 
 
 def score(errors: ErrorFile, protocol: Protocol | None = None) -> Scores:
-    """Return all scores of stored errors under `protocol`, or under the protocol that they were measured with.
-
-    UserError if the protocol needs other rollouts than the file holds.
-    """
+    """Return all scores of stored errors under `protocol`, or under the protocol that they were measured with."""
     protocol = protocol or errors.protocol
     longest = max((int(part.rollout.steps.max(initial=0)) for part in errors.datasets.values()), default=0)
     check_same_rollouts(errors.protocol, protocol, longest)
@@ -265,10 +262,7 @@ def wins(rows: Sequence[Row]) -> list[int]:
 
 
 def spearman(ours: Row, theirs: Row) -> float | None:
-    """Return Spearman's rank correlation, from -1 for the opposite order to 1 for the same order.
-
-    Equal scores share their mean rank. None if all scores of a list are equal. ValueError for lists of two lengths.
-    """
+    """Return Spearman's rank correlation, from -1 to 1; None if all scores of a list are equal."""
     if len(ours) != len(theirs):
         raise ValueError(f"spearman: expected two lists of one length, got {len(ours)} and {len(theirs)}")
     first, second = _ranks(ours), _ranks(theirs)

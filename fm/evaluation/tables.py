@@ -179,11 +179,7 @@ def _block_table(runs: Runs, block: str, names: Sequence[str], statistic: str) -
 
 
 def _comparison(runs: Runs, blocks: Sequence[str], names: Sequence[str], statistic: str) -> Table:
-    """A row for each block and run.
-
-    It has how many one-step windows or rollouts diverged, mean rank and wins among the runs, and the ratio to
-    persistence.
-    """
+    """A row for each block and run: how many diverged, mean rank, wins, and the ratio to persistence."""
     rows: list[list[Cell]] = []
     for block in blocks:
         found = [[scores.block(name, block) for scores in runs.values()] for name in names]

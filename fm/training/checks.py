@@ -133,10 +133,7 @@ def check_memory(
 
 
 def longest_unroll(recipe: Recipe, readers: Mapping[str, ShardReader]) -> tuple[str, int]:
-    """Return the dataset whose unroll of full length needs the most memory, and that length.
-
-    It has the most tokens over the model steps that are held for the backward pass.
-    """
+    """Return the dataset whose unroll holds the most tokens for the backward pass, and its length."""
     lengths = {name: recipe.window_length(name) - 1 for name in readers}
     tokens = {name: int(np.prod(readers[name].manifest.grid)) for name in readers}
     costs = {name: (tokens[name] * held_calls(lengths[name], recipe.finetune), lengths[name]) for name in readers}

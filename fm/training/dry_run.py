@@ -67,11 +67,7 @@ class StepTimer:
 
 
 class DryRun:
-    """Training steps on random data of one dataset's shapes: standard normal numbers, the same in every step.
-
-    The step is the last of the recipe, where unrolls have their full length. Processes share its windows as in
-    training.
-    """
+    """Training steps on random data of one dataset's shapes, the same in each; unrolls have their full length."""
 
     def __init__(self, recipe: Recipe, spec: DatasetSpec, grid: tuple[int, int], accelerator: Accelerator) -> None:
         """Make the windows of `recipe` (see `resized`) on `grid` (H, W)."""

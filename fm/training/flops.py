@@ -16,10 +16,7 @@ BACKWARD = 2  # FLOPs of a backward pass over those of its forward pass: gradien
 
 
 def forward_flops(model: Surrogate, dataset: str, grid: tuple[int, int]) -> int:
-    """Return the FLOPs of matrix products and convolutions in one model call on one window, two per multiply-add.
-
-    The parameters of `model` may be real or fake.
-    """
+    """Return the FLOPs of products and convolutions in a model call on one window, two per multiply-add."""
     with fake_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         state, constants = zero_fields(model, dataset, grid, windows=1, frames=1)
         model(state[:, 0], constants, dataset)

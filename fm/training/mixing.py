@@ -75,10 +75,7 @@ class Mixing:
         return {"history": history, "scores": self._scores}
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
-        """Restore the `state` of a checkpoint of `step`. Shares that the recipe has changed since begin at that step.
-
-        Raises UserError if the state does not fit the run.
-        """
+        """Restore the `state` of a checkpoint of `step`. Shares that the recipe has changed since begin there."""
         planned, draws = self.schedule, step * self._train.draws
         try:
             if any(first > draws for first, _ in saved["history"]):

@@ -73,10 +73,7 @@ def parameter_group(
 
 
 def parameter_groups(model: Surrogate, adapt: AdaptSettings | None) -> list[dict[str, Any]]:
-    """Return groups of parameters that the same datasets use and, with `adapt`, that belong to the same part.
-
-    Raises UserError if new datasets are to learn alone and have no parameters of their own that may be updated.
-    """
+    """Return groups of parameters that the same datasets use and, with `adapt`, that belong to the same part."""
     by_datasets = model.parameters_by_datasets()
     if adapt is None:
         return [parameter_group(parameters, datasets) for datasets, parameters in by_datasets.items()]
@@ -129,10 +126,7 @@ class GroupedAdamW(torch.optim.AdamW):
             group["lr"] = value * group["rate"]
 
     def step(self, closure: Any = None, *, found_inf: Tensor | None = None) -> Any:
-        """Take an optimizer step of the groups that are not skipped, unless `found_inf` is 1.
-
-        `found_inf` is a scalar on the device, so the host does not wait for it.
-        """
+        """Take a step of the groups that are not skipped, unless `found_inf`, a scalar on the device, is 1."""
         groups, self.found_inf = self.param_groups, found_inf
         self.param_groups = [group for group in groups if not group["skipped"]]
         try:
@@ -155,10 +149,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, Tensor], step: int, found_inf: Tensor | None = None) -> None:
-        """Update the average after optimizer step `step`, counted from 0, unless `found_inf` is 1.
-
-        `found_inf` is a scalar on the device, so the host does not wait for it.
-        """
+        """Update the average after optimizer step `step`, counted from 0, unless `found_inf` on the device is 1."""
         weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
         averages, current = list(self.average.values()), [parameters[name] for name in self.average]
         if found_inf is not None:  # where it is 1, average each tensor with itself

@@ -135,7 +135,7 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         if step:
             for text in self._events.refusals:
                 self._board.text("events", text, step)
-            self._log_text("start", f"continued from step {step}", step)
+            self._write_text("start", f"continued from step {step}", step)
         else:
             self._log_event("start", step, text="started")
 
@@ -171,13 +171,13 @@ class RunRecord(AbstractContextManager["RunRecord"]):
 
     def log_text(self, kind: str, text: str, step: int) -> None:
         """Print a text of a kind of events.jsonl, and add it there and to TensorBoard's events."""
-        self._log_text(kind, text, step)
+        self._write_text(kind, text, step)
         self.print(f"step {step}: {text}")
 
     def log_refusal(self, refusal: RefusedStep, step: int) -> None:
         """Log a refused step; `step` is the last step of the record, or the step that a run rolls back to."""
         facts = {"refused": refusal.step, "reason": refusal.reason, "action": refusal.action}
-        self._log_text("guard", refusal.text, step, **facts, windows=refusal.windows)
+        self._write_text("guard", refusal.text, step, **facts, windows=refusal.windows)
         self.print(refusal.text)
 
     def log_step(self, result: StepResult) -> None:
@@ -217,7 +217,7 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         largest = sorted(changes, key=lambda name: abs(after[name] - before[name]), reverse=True)[:3]
         notes = [f"no finite score of {name}: its last one stands, or else the average" for name in unscored]
         body = "\n".join(f"- {line}" for line in [*changes.values(), *notes])
-        self._log_text("shares", f"sampling shares from here on\n\n{body}", step)
+        self._write_text("shares", f"sampling shares from here on\n\n{body}", step)
         self.print(f"step {step}: sampling shares, largest changes: {', '.join(changes[name] for name in largest)}")
         for note in notes:
             self.print(f"step {step}: {note}")
@@ -231,7 +231,7 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         """Write a line to events.jsonl."""
         self._events.write({"kind": kind, "step": step, "time": time.time(), **facts})
 
-    def _log_text(self, kind: str, text: str, step: int, **facts: Any) -> None:
+    def _write_text(self, kind: str, text: str, step: int, **facts: Any) -> None:
         """Write a text to events.jsonl and to TensorBoard's events."""
         self._log_event(kind, step, text=text, **facts)
         self._board.text("events", text, step)
@@ -264,7 +264,7 @@ class RunRecord(AbstractContextManager["RunRecord"]):
                 warning = passes_warning(name, passes, limit, until)
                 if until > step and self._recipe.sampling.scheme == "adaptive":
                     warning = f"at the present shares, {warning}"
-                self._log_text("warning", warning, step)
+                self._write_text("warning", warning, step)
                 self.print(f"warning: {warning}")
 
 

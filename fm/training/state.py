@@ -70,10 +70,7 @@ class TrainingState:
 def spread(
     accelerator: Accelerator, objective: Unroll, settings: TrainSettings, adapt: AdaptSettings | None = None
 ) -> Parallel:
-    """Spread the objective, which is on its device, and a new optimizer over the processes. Collective.
-
-    Raises UserError if the model cannot be trained under the launch configuration.
-    """
+    """Spread the objective, which is on its device, and a new optimizer over the processes. Collective."""
     if not len(objective.model.blocks) and (is_launched_with("FSDP") or is_launched_with("DEEPSPEED")):
         raise UserError(
             "baselines train in one process or under DDP (launch/ddp.yaml, launch/cpu2.yaml): their networks cannot be "
