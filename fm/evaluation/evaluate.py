@@ -317,11 +317,6 @@ class ValidationResult:
     scores: Scores
     samples: Mapping[str, Sample]
 
-    @property
-    def mean_ratio(self) -> float | None:
-        """Geometric mean over datasets of one-step VRMSE over persistence; None if a prediction was not finite."""
-        return self.scores.geometric_mean_ratio_to_persistence
-
     def ratios(self) -> dict[str, float | None]:
         """Return one-step VRMSE over persistence's by dataset; None if it is not finite."""
         return {name: scores["over_persistence"] for name, scores in self.one_step().items()}
@@ -337,7 +332,8 @@ class ValidationResult:
     def scalars(self) -> dict[str, float]:
         """Return values by TensorBoard tag; NaN if a score is not finite."""
         statistic = self.scores.statistic
-        values: dict[str, float | None] = {"valid_over_persistence/geometric_mean": self.mean_ratio}
+        mean = self.scores.geometric_mean_ratio_to_persistence
+        values: dict[str, float | None] = {"valid_over_persistence/geometric_mean": mean}
         for name, part in self.scores.datasets.items():
             if part.one_step is not None:
                 values[f"valid_vrmse/{name}"] = part.one_step.vrmse(statistic)

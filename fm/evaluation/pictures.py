@@ -326,7 +326,6 @@ def _frame_layout(sample: Sample, side: int, labeled: bool) -> FrameLayout:
 
 
 def _label(frame: Image.Image, layout: FrameLayout, scales: tuple[ColorScale, ColorScale]) -> None:
-    """Draw the names and outlines of the panels, and the color bars with their limits."""
     for name, (x, y) in zip(ROWS, layout.corners, strict=True):
         frame.paste(OUTLINE, (x - 1, y - 1, x + layout.panel[0] + 1, y + layout.panel[1] + 1))
         _write(frame, (x, y - layout.line - 1), name, layout.line)

@@ -251,7 +251,6 @@ def draw_spectra(axes: Axes, sample: Sample) -> None:
 
 
 def _first_middle_last(sample: Sample) -> list[int]:
-    """Indices of the first, middle and last step, each once."""
     last = len(sample.steps) - 1
     return sorted({0, last // 2, last})
 

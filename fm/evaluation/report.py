@@ -239,7 +239,6 @@ def _dataset_blocks(
     pictures: Mapping[str, bytes],
     videos: Mapping[str, bytes],
 ) -> list[Block]:
-    """Scores by channel, the strip and the GIF of one dataset."""
     blocks: list[Block] = [_channel_table(name, scores)]
     if sample is None:
         return blocks

@@ -96,9 +96,8 @@ def _gradient(
     for fields, constants in zip(batch.fields.split(1), batch.constants.split(1), strict=True):
         loss = objective(fields, constants, forced, batch.dataset)["loss"]
         # backward() would add to .grad and make DDP and DeepSpeed exchange it.
-        found = torch.autograd.grad(loss, shared, allow_unused=True)
-        parts = [torch.zeros_like(p) if g is None else g for p, g in zip(shared, found, strict=True)]
-        mean += torch.cat([part.flatten() for part in parts]) / len(windows)
+        found = torch.autograd.grad(loss, shared, materialize_grads=True)
+        mean += torch.cat([gradient.flatten() for gradient in found]) / len(windows)
     return mean
 
 

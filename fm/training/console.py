@@ -126,7 +126,6 @@ class Console:
         return Panel(Group(*parts), title=Text(self._name), title_align="left", border_style="dim", width=columns)
 
     def _dataset_table(self, names: Sequence[str]) -> Table:
-        """Return a table with the last loss and the last validation scores of each dataset."""
 
         def number(value: float | None) -> str:
             return "-" if value is None else f"{value:.4f}"

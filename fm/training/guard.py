@@ -181,9 +181,9 @@ class RegressionLimit:
         self.failed = False  # whether the last validation exceeded the limit
 
     @property
-    def knows_pretrained(self) -> bool:
-        """Return whether the pretrained model has been validated."""
-        return self._before is not None
+    def needs_pretrained(self) -> bool:
+        """Return whether the pretrained model must be validated first."""
+        return self.active and self._before is None
 
     @property
     def ends_run(self) -> bool:

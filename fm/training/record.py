@@ -198,7 +198,7 @@ class RunRecord(AbstractContextManager["RunRecord"]):
             for sample in result.samples.values():
                 self._board.rollout(sample, step)
         self._console.update_scores(result.one_step())
-        ratio = result.mean_ratio
+        ratio = result.scores.geometric_mean_ratio_to_persistence
         self._log_event("validation", step, mean_ratio=ratio, datasets=result.one_step())
         scores = f"valid one-step VRMSE / persistence, geometric mean {ratio:.3f}" if ratio else "validated"
         self.print(f"step {step}: {scores}")
@@ -228,11 +228,9 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         self._log_event("save", step, **self._board.flush(step), pending=[asdict(one) for one in self._meter.results])
 
     def _log_event(self, kind: str, step: int, **facts: Any) -> None:
-        """Write a line to events.jsonl."""
         self._events.write({"kind": kind, "step": step, "time": time.time(), **facts})
 
     def _write_text(self, kind: str, text: str, step: int, **facts: Any) -> None:
-        """Write a text to events.jsonl and to TensorBoard's events."""
         self._log_event(kind, step, text=text, **facts)
         self._board.text("events", text, step)
 

@@ -149,7 +149,6 @@ class EventLog(JsonLog):
 
 
 def _is_past(line: Mapping[str, Any], resume_step: int) -> bool:
-    """Return whether an event came before the checkpoint of `resume_step`."""
     kind, step = line.get("kind"), line["step"]
     before_save = step == resume_step and kind not in KINDS_AFTER_A_SAVE
     return kind in KINDS_OF_A_PROCESS or step < resume_step or before_save

@@ -193,8 +193,8 @@ class Trainer:
             which = f"only {', '.join(adapt.datasets)} is drawn, and only parts of its own move"
             self.record.print(f"up to step {adapt.alone_steps} {which} (adapt.alone_steps)")
         self.compare_gradients()
-        needs_pretrained = self.regression_limit.active and not self.regression_limit.knows_pretrained
-        if needs_pretrained or self.validation_pending or (every and self.step and self.step % every == 0):
+        missed = self.regression_limit.needs_pretrained or self.validation_pending
+        if missed or (every and self.step and self.step % every == 0):
             self.validate()
 
     def train_steps(self, stop: StopSignal) -> bool:
@@ -247,7 +247,6 @@ class Trainer:
         return reasons[step] is not None
 
     def _judge(self, step: int, metrics: StepMetrics) -> str | None:
-        """Return what is wrong with a step's losses or gradient norm, or None."""
         names = [draw.dataset for draw in self.division.draws_of(step)]
         if self.recipe.finetune is not None and self.recipe.finetune.unroll_start is not None:
             # Longer unrolls have larger losses, so each length has a history of its own.
@@ -278,7 +277,6 @@ class Trainer:
         return Division(schedule, rank, processes, train.draws, way, train.micro_batch, self._unroll_length)
 
     def _unroll_length(self, step: int, dataset: str) -> int:
-        """Return the model steps of a window of `dataset` in the step after `step` steps."""
         return unroll_length(step, self.recipe.train.steps, self.recipe.finetune, dataset)
 
     def _scheduled_batches(self) -> Iterator[Batch]:
