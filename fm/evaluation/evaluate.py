@@ -172,7 +172,6 @@ def evaluate_model(
     out: Path,
     protocol: Protocol,
     device: torch.device,
-    batch_size: int = BATCH_SIZE,
     progress: bool = True,
     origin: Mapping[str, Any] | None = None,
     domains: Mapping[str, Domain] | None = None,
@@ -190,8 +189,8 @@ def evaluate_model(
     _check(model, readers, protocol)
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     wait: Callable[[], object] = accelerator.wait_for_everyone if accelerator else lambda: None
-    evaluation = _Evaluation(model, readers, protocol, device, batch_size)
-    parts, folder = cut(readers, protocol, batch_size), PartFolder(out, evaluation.identity())
+    evaluation = _Evaluation(model, readers, protocol, device)
+    parts, folder = cut(readers, protocol, BATCH_SIZE), PartFolder(out, evaluation.identity())
     with only_process(out, "evaluation") if rank == 0 else nullcontext():
         if rank == 0:
             folder.prepare()
@@ -242,7 +241,6 @@ class _Evaluation:
     readers: Mapping[str, ShardReader]
     protocol: Protocol
     device: torch.device
-    batch_size: int
 
     def identity(self) -> dict[str, Any]:
         """Return all that the errors depend on: parts of another identity must not be used."""
@@ -253,7 +251,7 @@ class _Evaluation:
             "model": sha256(*weights),
             "protocol": self.protocol.to_json(),
             "data": {name: reader.manifest.digest for name, reader in self.readers.items()},
-            "batch_size": self.batch_size,
+            "batch_size": BATCH_SIZE,
             "device": self.device.type,
         }
 
@@ -288,7 +286,7 @@ class _Evaluation:
         reader = self.readers[part.dataset]
         if part.task == "one_step":
             windows = np.array(part.ids, np.int64)
-            return measure_windows(self.model, reader, windows, self.device, self.batch_size, advance)
+            return measure_windows(self.model, reader, windows, self.device, BATCH_SIZE, advance)
         shown = choose_shown(reader, self.protocol)
         return measure_rollouts(self.model, reader, part.ids, self.protocol, self.device, advance, shown)
 

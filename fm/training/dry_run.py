@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from data_pipeline.registry import PATCH
 from data_pipeline.windows.reader import Batch
 from data_pipeline.windows.schedule import Division, MicroBatch, Schedule, Source
-from fm.config import FinetuneSettings, Recipe
+from fm.config import Recipe
 from fm.model.spec import DatasetSpec
 from fm.training.state import TrainingState
 from fm.training.step import PHASES, train_step
@@ -103,15 +103,6 @@ class DryRun:
         return batch.pin_memory() if self._accelerator.device.type == "cuda" else batch
 
 
-def resized(recipe: Recipe, windows: int, draws: int = 1, calls: int | None = None) -> Recipe:
-    """Return the recipe with `windows` windows in each of `draws` draws, and unrolls of `calls` model steps.
-
-    With `calls` None the unrolls keep their lengths. Otherwise the objective is the one of the recipe's finetune
-    section, or bptt if it has none.
-    """
-    train = replace(recipe.train, global_batch=windows * draws, draws=draws)
-    finetune = recipe.finetune
-    if calls is not None and (finetune is not None or calls > 1):
-        finetune = finetune or FinetuneSettings("", objective="bptt")
-        finetune = replace(finetune, unroll_steps=calls, unroll_override={}, unroll_start=None)
-    return replace(recipe, train=train, finetune=finetune)
+def resized(recipe: Recipe, windows: int, draws: int = 1) -> Recipe:
+    """Return the recipe with `windows` windows in each of `draws` draws."""
+    return replace(recipe, train=replace(recipe.train, global_batch=windows * draws, draws=draws))

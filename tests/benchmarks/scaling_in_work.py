@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 from data_pipeline.registry import PATCH
-from fm.config import Recipe, load_recipe
+from fm.config import FinetuneSettings, Recipe, load_recipe
 from fm.datasets import new_model
 from fm.distributed import make_accelerator
 from fm.lab.workload import read_workload
@@ -129,7 +129,8 @@ def make_sweeps(
     spec = read_workload(replace_data(recipe)).datasets[DATASET].spec
 
     def size(value: float, name: str, model: ModelConfig, side: int, windows: int = 1, calls: int = 1) -> Size:
-        step = replace(resized(recipe, windows, calls=calls), model=model)
+        finetune = FinetuneSettings("", objective="bptt", unroll_steps=calls) if calls > 1 else None
+        step = replace(resized(recipe, windows), model=model, finetune=finetune)
         state = TrainingState(step, new_model(model, [spec], 0), accelerator, None)
         return Size(value, name, DryRun(step, spec, (side, side), accelerator), state)
 
