@@ -67,11 +67,6 @@ class DataSettings:
     # are also chosen for N + 1, and they are those of `data-pipeline shard --restrict N`
     trajectories: dict[str, PositiveInt] = field(default_factory=dict)
 
-    def stream(self, shuffle: str, shards_per_block: int) -> StreamSettings:
-        """Return how shards behind a URL are read under this shuffle."""
-        cache = None if self.cache is None else Path(self.cache)
-        return StreamSettings(shuffle, shards_per_block, cache, int(self.cache_gb * 1e9), self.prefetch)
-
 
 @dataclass(frozen=True, config=STRICT)
 class SamplingSettings:
@@ -193,8 +188,8 @@ class FinetuneSettings:
 
     def ignored(self) -> list[str]:
         """Return the given settings that nothing reads, each with the reason."""
-        of_objective = {"forcing": "scheduled_sampling", "forcing_start": "scheduled_sampling"}
-        of_objective |= {"forcing_end": "scheduled_sampling", "causal_eps": "causal_bptt"}
+        of_objective = dict.fromkeys(("forcing", "forcing_start", "forcing_end"), "scheduled_sampling")
+        of_objective["causal_eps"] = "causal_bptt"
         reasons = {
             name: f"finetune.objective is {self.objective}, only {owner} reads it"
             for name, owner in of_objective.items()
@@ -322,6 +317,14 @@ class Recipe:
             raise ValueError(
                 f"adapt.alone_steps: expected fewer than the {self.train.steps} of train.steps, got {adapt.alone_steps}"
             )
+
+    def stream(self) -> StreamSettings:
+        """Return how shards behind a URL are read."""
+        data, sampling = self.data, self.sampling
+        cache = None if data.cache is None else Path(data.cache)
+        return StreamSettings(
+            sampling.shuffle, sampling.shards_per_block, cache, int(data.cache_gb * 1e9), data.prefetch
+        )
 
     def window_length(self, dataset: str) -> int:
         """Return the number of frames in a training window of a dataset: the input and one target per model step."""

@@ -84,9 +84,8 @@ def _check_attribute_names(card: Card) -> None:
 
 def open_split(recipe: Recipe, registry: Registry, split: str) -> dict[str, ShardReader]:
     """Return readers of the recipe's datasets, by name; data.trajectories restricts those of the train split."""
-    data, sampling = recipe.data, recipe.sampling
-    stream = data.stream(sampling.shuffle, sampling.shards_per_block)
-    readers = open_readers(data.shards, data.datasets, split, data.verify, stream, known=tuple(registry.cards))
+    data, known = recipe.data, tuple(registry.cards)
+    readers = open_readers(data.shards, data.datasets, split, data.verify, recipe.stream(), known)
     for name, count in data.trajectories.items() if split == "train" else ():
         if name not in readers:
             raise UserError(f"data.trajectories: no dataset {name!r} in this run. {nearest(name, sorted(readers))}")

@@ -93,8 +93,7 @@ class TrainedModel:
 
     def readers(self, datasets: Sequence[str], split: str, shards: str | Path | None = None) -> dict[str, ShardReader]:
         """Return readers of `shards`, the recipe's by default; UserError if there are none."""
-        stream = self.recipe.data.stream(self.recipe.sampling.shuffle, self.recipe.sampling.shards_per_block)
-        return open_readers(shards or self.recipe.data.shards, datasets, split, stream=stream)
+        return open_readers(shards or self.recipe.data.shards, datasets, split, stream=self.recipe.stream())
 
 
 def evaluate_run(

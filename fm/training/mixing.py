@@ -11,14 +11,13 @@ have the share `share`, and the other datasets are drawn again.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 
 from data_pipeline.files import UserError
 from data_pipeline.schema import nearest
 from data_pipeline.windows.schedule import Schedule, Source, adaptive_shares, carry_scores, sampling_shares
 from fm.config import AdaptSettings, Recipe
+from fm.distributed import broadcast_from_main
 
 
 class Mixing:
@@ -58,14 +57,11 @@ class Mixing:
         `ratios` are one-step VRMSE over persistence's by dataset on the main process, None on the others. A dataset
         without a usable score keeps its last one, or counts as the average if it never had one.
         """
-        shares = self.schedule.shares
         unscored: list[str] = []
         if ratios is not None:
-            self._scores, unscored = carry_scores(self._scores, {name: ratios.get(name) for name in shares})
-            shares = self._adaptive_shares()
-        if accelerator.num_processes > 1:
-            values = torch.tensor(list(shares.values()), dtype=torch.float64, device=accelerator.device)
-            shares = dict(zip(shares, broadcast(values).tolist(), strict=True))
+            scores = {name: ratios.get(name) for name in self.schedule.shares}
+            self._scores, unscored = carry_scores(self._scores, scores)
+        shares = broadcast_from_main(accelerator, self._adaptive_shares)
         self.schedule = self.schedule.with_shares(step * self._train.draws, shares)
         return unscored
 
