@@ -192,17 +192,12 @@ def _stack(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
 
 
 def measure_frames(prediction: Tensor, held: Tensor, truth: Tensor) -> np.ndarray:
-    """Return the errors (B, 4, C) of a batch (B, C, H, W); `held` is the frame that persistence predicts."""
+    """Return the ERROR_NAMES (B, 4, C) of a batch (B, C, H, W); `held` is the frame that persistence predicts."""
     squared, variance = squared_error_and_variance(prediction, truth)  # (B, C)
     persistence, _ = squared_error_and_variance(held, truth)
     cells = truth.shape[-2] * truth.shape[-1]
-    columns = {
-        "variance": variance,
-        "model": squared,
-        "persistence": persistence,
-        "mean_field": variance * (cells - 1) / cells,  # the biased variance: mean squared distance from the own mean
-    }
-    return torch.stack([columns[name] for name in ERROR_NAMES], dim=1).cpu().numpy()
+    mean_field = variance * (cells - 1) / cells  # the biased variance: mean squared distance from the own mean
+    return torch.stack([variance, squared, persistence, mean_field], dim=1).cpu().numpy()
 
 
 def choose_shown(
