@@ -211,23 +211,11 @@ def _check(model: Surrogate, readers: Mapping[str, ShardReader], protocol: Proto
         raise UserError(
             f"protocol {protocol.name}: expected context 1, the frames this model sees; got {protocol.context}"
         )
-    if not readers:
-        raise UserError("evaluate: expected at least one dataset, got none")
     for name, reader in readers.items():
-        manifest = reader.manifest
         try:
-            check_names(name, manifest.state_channels)
+            check_names(name, reader.manifest.state_channels)
         except ValueError as error:
             raise UserError(f"{reader.folder}: {error}: pictures and errors are kept under it") from error
-        if manifest.split != protocol.split:
-            raise UserError(
-                f"{reader.folder}: protocol {protocol.name} scores the split {protocol.split}, this is {manifest.split}"
-            )
-        if name not in model.specs:
-            raise UserError(
-                f"evaluate: expected datasets that the model was trained on ({', '.join(model.specs)}), got {name}: "
-                "leave that one out"
-            )
         spec = model.specs[name]
         check_channels(reader, spec.state_channels, spec.constant_channels, "the model was trained on")
 

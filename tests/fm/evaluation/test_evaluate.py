@@ -362,13 +362,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
             evaluate_model(model, readers, tmp_path / "out", dataclasses.replace(THIRDS, **change), CPU, progress=False)
         assert not (tmp_path / "out").exists()
 
-    refused("scores the split valid, this is test", model, {"shear_flow": reader}, split="valid")
     refused("expected another name for a dataset than overview, growth", model, {"growth": reader})
     refused(r"letters, digits, .* got '\.\./up'", model, {"../up": reader})
     refused("expected context 1", model, {"shear_flow": reader}, context=4)
-    refused("expected at least one dataset", model, {})
-    other = make_model({"active_matter": readers["active_matter"]})
-    refused("model was trained on .active_matter., got shear_flow", other, {"shear_flow": reader})
     refused("trained on the state channels concentration", model, {"active_matter": reader})
 
 
