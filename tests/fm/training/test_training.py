@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"model": {"width": 32}}, "config.width is 16 there and 32 here"),
+        ({"model": {"width": 32}}, "config.width: 16 -> 32"),
         ({"data": {"datasets": ["shear_flow"]}}, "does not fit this run: datasets"),
     ],
 )
