@@ -73,20 +73,22 @@ class ShardLoader:
         return [self._measure(accelerator, state, workers, steps) for workers in bar]
 
     def _measure(self, accelerator: Accelerator, state: TrainingState | None, workers: int, steps: int) -> DataWait:
-        batches = _TimedBatches(
-            scheduled_batches(
-                self._readers,
-                self._division,
-                length=self._lengths,
-                start=0,
-                stop=WARM_UP_STEPS + steps,
-                workers=workers,
-                pin_memory=accelerator.device.type == "cuda",
-            )
+        loader = scheduled_batches(
+            self._readers,
+            self._division,
+            length=self._lengths,
+            start=0,
+            stop=WARM_UP_STEPS + steps,
+            workers=workers,
+            pin_memory=accelerator.device.type == "cuda",
         )
+        found: list[tuple[float, int, int]] = []
+        batches = _timed(loader, found)
+        started, started_cpu = time.perf_counter(), time.process_time()
         for step in range(WARM_UP_STEPS + steps):
             if step == WARM_UP_STEPS:
-                batches.reset()
+                found.clear()
+                started, started_cpu = time.perf_counter(), time.process_time()
             if state is None:
                 for _ in islice(batches, len(self._division.micro_batches(step))):
                     pass
@@ -94,37 +96,27 @@ class ShardLoader:
             else:
                 train_step(self.recipe, state, self._division, batches, accelerator, step)
                 torch.cuda.synchronize(accelerator.device)
-        spent = time.perf_counter() - batches.started
+        spent = time.perf_counter() - started
+        waits, sizes, windows = zip(*found, strict=True)
         return DataWait(
             workers=workers,
             steps=steps,
-            waited=sum(batches.waits) / spent,
-            median_wait=median(batches.waits),
-            bytes_per_s=batches.bytes / spent,
-            windows_per_s=batches.windows / spent,
-            cores=(time.process_time() - batches.started_cpu) / spent,
+            waited=sum(waits) / spent,
+            median_wait=median(waits),
+            bytes_per_s=sum(sizes) / spent,
+            windows_per_s=sum(windows) / spent,
+            cores=(time.process_time() - started_cpu) / spent,
         )
 
 
-class _TimedBatches(Iterator[Batch]):
-    """Batches of an iterator, with the time to wait for each of them, and their sizes."""
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self._batches = batches
-        self.reset()
-
-    def reset(self) -> None:
-        self.started, self.started_cpu = time.perf_counter(), time.process_time()
-        self.waits: list[float] = []  # seconds
-        self.bytes = self.windows = 0
-
-    def __next__(self) -> Batch:
+def _timed(batches: Iterator[Batch], found: list[tuple[float, int, int]]) -> Iterator[Batch]:
+    """Yield the batches; append to `found` for each the seconds of waiting, its bytes and its number of windows."""
+    while True:
         started = time.perf_counter()
-        batch = next(self._batches)
-        self.waits.append(time.perf_counter() - started)
-        self.bytes += batch.fields.nbytes + batch.constants.nbytes
-        self.windows += len(batch.windows)
-        return batch
+        batch = next(batches)
+        waited = time.perf_counter() - started
+        found.append((waited, batch.fields.nbytes + batch.constants.nbytes, len(batch.windows)))
+        yield batch
 
 
 def data_wait_text(waits: Sequence[DataWait], pace: str) -> str:

@@ -173,12 +173,10 @@ def find_cards(sources: Sequence[tuple[Iterable[str], Sequence[Traversable]]]) -
         for name in found:
             cards[name] = registry.cards[name]
             origins[name] = next(file for folder in folders if (file := folder / "datasets" / f"{name}.yaml").is_file())
-        # The channels of the cards, and those that they are duplicates of, in the registry's order.
-        named: set[str] = set()
-        more = {channel for name in found for field in cards[name].fields for channel in field.channels}
-        while more:
-            named |= more
-            more = {twin for name in more if (twin := registry.channel_cards[name].duplicate_of) is not None} - named
+        named = {channel for name in found for field in cards[name].fields for channel in field.channels}
+        for channel in list(registry.channel_cards.values())[::-1]:  # a duplicate is listed below its original
+            if channel.name in named and channel.duplicate_of is not None:
+                named.add(channel.duplicate_of)
         for name, channel in registry.channel_cards.items():
             if name in named:
                 channels.setdefault(name, channel)

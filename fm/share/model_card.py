@@ -35,6 +35,7 @@ FILES = {  # the first part of a path, and what is there
     "scores.json": "every score, by dataset, window and channel",
     "pictures/": "rollouts, error growth and spectra",
 }
+DATASET_FACTS = ("grid", "dt", "boundary", "state_channels", "constant_channels")  # of a specification, exported
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,7 @@ class ExportedModel:
             "step": self.step,
             "licence": self.license,
             "datasets": {
-                spec.name: {
-                    "shards": self.shards.get(spec.name),
-                    "grid": spec.grid,
-                    "dt": spec.dt,
-                    "boundary": spec.boundary,
-                    "state_channels": spec.state_channels,
-                    "constant_channels": spec.constant_channels,
-                }
+                spec.name: {"shards": self.shards.get(spec.name), **{key: getattr(spec, key) for key in DATASET_FACTS}}
                 for spec in specs
             },
             "channels": {
