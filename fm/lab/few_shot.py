@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import yaml
@@ -30,12 +30,14 @@ from fm.evaluation.evaluate import TrainedModel
 from fm.evaluation.page import Facts, PageTable, Paragraph, Picture, Section, render_page
 from fm.evaluation.plots import BLUE, DOTTED, GRAY, ORANGE, encode, log_ticks, panel_figure, rasterize, style_panel
 from fm.evaluation.protocol import load_protocol
+from fm.evaluation.scores import ONE_STEP
 from fm.lab.sweep import EXIT_FAILED, finish_trials
 from fm.lab.sweep_file import Sweep, plan
-from fm.lab.sweep_table import sweep_results
+from fm.lab.sweep_table import DONE, sweep_results
 from fm.model.spec import to_json
 
 PRETRAINED, SCRATCH = ARMS = ("pretrained", "from scratch")
+Curves: TypeAlias = Mapping[str, Mapping[str, Sequence[float | None]]]  # arm -> block -> VRMSE at each count
 LENGTH = 2  # frames of a window of one-step training
 DPI = 160
 # Settings that a run of one dataset cannot have, or does not need: shares and protection of others, validations.
@@ -63,15 +65,6 @@ class FewShot:
     rates: dict[str, float]  # arm -> peak learning rate
 
 
-@dataclass(frozen=True)
-class Curves:
-    """VRMSE of both arms on the test split, against the number of training trajectories."""
-
-    vrmse: Mapping[str, Mapping[str, Sequence[float | None]]]  # arm -> block -> value at each count
-    persistence: Mapping[str, float | None]  # by block; None if no trajectory covers it
-    unfinished: Sequence[str]  # runs that have failed
-
-
 def run_few_shot(
     file: Path,
     dataset: str,
@@ -92,7 +85,7 @@ def run_few_shot(
     if failed is None:
         return EXIT_INTERRUPTED
     results = sweep_results(study.sweep, trials, failed)
-    print(write_report(out, study, curves_of(study, results)), end="")
+    print(write_report(out, study, results), end="")
     return EXIT_FAILED if failed else EXIT_DONE
 
 
@@ -172,30 +165,29 @@ def _checked_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def curves_of(study: FewShot, results: Mapping[str, Any]) -> Curves:
-    """Return the results of the sweep as curves; None stands for a run without a finite score."""
-    rows = {row["variant"]: row for row in results["variants"]}
+def write_report(out: Path, study: FewShot, results: Mapping[str, Any]) -> str:
+    """Write few_shot.md, .png, .json and index.html into `out`; return the table as Markdown.
 
-    def score(arm: str, count: int, block: str) -> float | None:
-        row = rows[variant_name(arm, count)]
-        return row["scores"][block]["vrmse"].get(study.dataset) if row["status"] == "done" else None
+    `results` are the sweep's. None stands for the score of a run that has failed or is not finite.
+    """
+    rows = {row["variant"]: row for row in results["variants"]}
+    unfinished = [name for name, row in rows.items() if row["status"] != DONE]
+
+    def score(name: str, block: str) -> float | None:
+        return None if name in unfinished else rows[name]["scores"][block]["vrmse"].get(study.dataset)
 
     blocks, references = results["blocks"], results["references"].get(study.dataset, {})
-    return Curves(
-        vrmse={arm: {block: [score(arm, count, block) for count in study.counts] for block in blocks} for arm in ARMS},
-        persistence={block: references.get(block, {}).get("persistence") for block in blocks},
-        unfinished=tuple(name for name, row in rows.items() if row["status"] != "done"),
-    )
-
-
-def write_report(out: Path, study: FewShot, curves: Curves) -> str:
-    """Write few_shot.md, .png, .json and index.html into `out`; return the table as Markdown."""
-    title, document = study.sweep.title, describe(study, curves)
+    vrmse: Curves = {
+        arm: {block: [score(variant_name(arm, count), block) for count in study.counts] for block in blocks}
+        for arm in ARMS
+    }
+    persistence = {block: references.get(block, {}).get("persistence") for block in blocks}
+    title, document = study.sweep.title, describe(study, vrmse, persistence, unfinished)
     text = f"# {title}\n\n{render(document, 'md')}"
     subtitle = f"{study.steps} steps and {study.seen} windows of {study.dataset} each, same architecture"
-    figure = few_shot_figure(study.counts, curves.vrmse, curves.persistence, subtitle)
-    picture = encode(rasterize(figure, DPI))
-    content = {"title": title, "protocol": load_protocol(study.sweep.protocol).to_json(), **vars(study), **vars(curves)}
+    picture = encode(rasterize(few_shot_figure(study.counts, vrmse, persistence, subtitle), DPI))
+    content = {"title": title, "protocol": load_protocol(study.sweep.protocol).to_json(), **vars(study)}
+    content |= {"vrmse": vrmse, "persistence": persistence, "unfinished": unfinished}
     del content["sweep"]
     # few_shot.json is removed first and written last: a folder that has it is complete.
     (out / "few_shot.json").unlink(missing_ok=True)
@@ -206,19 +198,21 @@ def write_report(out: Path, study: FewShot, curves: Curves) -> str:
     return f"{text}\npage: {out / 'index.html'}\n"
 
 
-def describe(study: FewShot, curves: Curves) -> Document:
+def describe(
+    study: FewShot, vrmse: Curves, persistence: Mapping[str, float | None], unfinished: Sequence[str]
+) -> Document:
     """Return a table for each kind of score, and notes on what is compared."""
     tables = []
-    for block in (block for block, value in curves.persistence.items() if value is not None):
+    for block in (block for block, value in persistence.items() if value is not None):
         rows = []
         for place, (count, windows) in enumerate(zip(study.counts, study.windows, strict=True)):
-            ours, theirs = (curves.vrmse[arm][block][place] for arm in ARMS)
+            ours, theirs = (vrmse[arm][block][place] for arm in ARMS)
             change = None if ours is None or not theirs else ours / theirs - 1
             scores = [Marked(None, "none") if value is None else value for value in (ours, theirs)]
             passes = f"{study.seen / windows:.1f}"
-            rows.append([str(count), windows, passes, *scores, change, curves.persistence[block]])
+            rows.append([str(count), windows, passes, *scores, change, persistence[block]])
         head = ["trajectories", "windows", "passes", *ARMS, "change", "persistence"]
-        tables.append(Table("One step" if block == "one step" else f"Rollout, {block}", head, rows, ("change",)))
+        tables.append(Table("One step" if block == ONE_STEP else f"Rollout, {block}", head, rows, ("change",)))
     notes = [
         f"Both arms: {study.steps} steps, {study.seen} windows of {study.dataset} alone, the same windows in the same "
         "order, one step at a time; one architecture, with as many parameters. Fewer trajectories are passed over more "
@@ -227,17 +221,14 @@ def describe(study: FewShot, curves: Curves) -> Document:
         f"{study.rates[PRETRAINED]:g}. From scratch: peak learning rate {study.rates[SCRATCH]:g}.",
         "Normalization statistics are those of the whole train split, for both. One seed.",
     ]
-    if curves.unfinished:
-        notes.append(f"No scores, see train.out there: {', '.join(curves.unfinished)}.")
+    if unfinished:
+        notes.append(f"No scores, see train.out there: {', '.join(unfinished)}.")
     about = f"VRMSE of {study.dataset}, lower is better. {load_protocol(study.sweep.protocol).describe()}."
     return Document(about, tables, notes)
 
 
 def few_shot_figure(
-    counts: Sequence[int],
-    curves: Mapping[str, Mapping[str, Sequence[float | None]]],
-    persistence: Mapping[str, float | None],
-    subtitle: str,
+    counts: Sequence[int], curves: Curves, persistence: Mapping[str, float | None], subtitle: str
 ) -> Figure:
     """Draw VRMSE by arm against the number of trajectories `counts`, a panel a block; `persistence` is a line."""
     shown = {block: value for block, value in persistence.items() if value is not None}
