@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
 from typing import Any
 
 import torch
@@ -312,9 +312,9 @@ def measured_rows(
     if all(row.step_ms is not None for row in rows):
         weights = [shares[row.dataset] for row in rows]
         typical = [medians(found[row.dataset].times) for row in rows]
-        means = {name: _mean([getattr(one, name) for one in typical], weights) for name in (*PHASES, "whole")}
+        means = {name: fmean([getattr(one, name) for one in typical], weights) for name in (*PHASES, "whole")}
         rounds = zip(*([step.whole for step in found[row.dataset].times] for row in rows), strict=True)
-        noise = 100 * spread([_mean(steps, weights) for steps in rounds])
+        noise = 100 * spread([fmean(steps, weights) for steps in rounds])
         memory = max((row.peak_memory_gb for row in rows if row.peak_memory_gb), default=None)
         mixed = mixed.timed(StepSeconds(**means), ceilings, noise, sum(row.steps for row in rows), memory)
     return [*rows, mixed]
@@ -324,8 +324,8 @@ def mixture(rows: Sequence[Row], shares: Mapping[str, float]) -> Row:
     """Return the mixture of a variant's rows without times, and if a row has no times, the reason."""
     first, weights = rows[0], [shares[row.dataset] for row in rows]
     counted = ("windows", "tokens", "flops", "moved_bytes", "floor_ms")
-    means: dict[str, Any] = {name: _mean([getattr(row, name) for row in rows], weights) for name in counted}
-    parts = {part: _mean([row.floor_parts_ms[part] for row in rows], weights) for part in first.floor_parts_ms}
+    means: dict[str, Any] = {name: fmean([getattr(row, name) for row in rows], weights) for name in counted}
+    parts = {part: fmean([row.floor_parts_ms[part] for row in rows], weights) for part in first.floor_parts_ms}
     missing = [row.dataset for row in rows if row.step_ms is None]
     alike = len({row.reason for row in rows}) == 1
     reason = first.reason if alike else f"without {', '.join(missing)}"
@@ -343,11 +343,6 @@ def spread(values: Sequence[float]) -> float:
         return 0.0
     low, middle, high = quantiles(values, n=4, method="inclusive")
     return (high - low) / 2 / middle
-
-
-def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
-    """Return the mean for weights that add up to 1."""
-    return sum(weight * value for weight, value in zip(weights, values, strict=True))
 
 
 def _profiles(

@@ -151,31 +151,33 @@ def sweep_document(sweep: Sweep, results: Mapping[str, Any]) -> Document:
     # A block has no score on a dataset whose trajectories are shorter than its window.
     covered = {block: all(part[block]["persistence"] is not None for part in references.values()) for block in blocks}
     done = [row for row in rows if row["status"] == DONE]
-    ratios = {row["variant"]: [_ratio(row["scores"][block], covered[block]) for block in blocks] for row in done}
     lines = []
     for row in rows:
-        cells = [row["status"], None, None, None, *(None for _ in blocks)]
-        if row["status"] == DONE:
-            costs = [round(row[key]) for key in ("parameters", "steps", "seconds")]
-            cells = [_rank(row["rank"]), *costs, *ratios[row["variant"]]]
-        paper = [row["paper"], _rank(row["paper_rank"]), _rank(row["rank_beside_paper"])]
-        lines.append([row["variant"], *cells, *(paper if sweep.published else [])])
-    head = ["variant", "rank", "parameters", "steps", "seconds", *blocks]
-    head += ["paper", "paper's rank", "our rank beside it"] if sweep.published else []
-    tables = [Table("Variants", head, lines)]
-    for index, block in enumerate(blocks if done else []):
+        scored = row in done
+        columns: dict[str, Cell] = {
+            "variant": row["variant"],
+            "rank": _rank(row["rank"]) if scored else row["status"],
+            **{key: round(row[key]) if scored else None for key in ("parameters", "steps", "seconds")},
+            **{block: _ratio(row["scores"][block], covered[block]) if scored else None for block in blocks},
+        }
+        if sweep.published:
+            ranks = {"paper's rank": _rank(row["paper_rank"]), "our rank beside it": _rank(row["rank_beside_paper"])}
+            columns |= {"paper": row["paper"], **ranks}
+        lines.append(columns)
+    tables = [Table("Variants", list(lines[0]), [list(line.values()) for line in lines])]
+    for block in blocks if done else []:
         scores = [row["scores"][block] for row in done]
-        lines = []
+        body: list[list[Cell]] = []
         for name, reference in references.items():
             persistence, mean_field = reference[block]["persistence"], reference[block]["mean_field"]
             cells = [
                 _score(one["vrmse"][name], persistence is not None, one["diverged"][name], one["count"][name])
                 for one in scores
             ]
-            lines.append([name, *cells, persistence, mean_field])
-        lines.append(["geometric mean / persistence", *(ratios[row["variant"]][index] for row in done), None, None])
+            body.append([name, *cells, persistence, mean_field])
+        body.append(["geometric mean / persistence", *(_ratio(one, covered[block]) for one in scores), None, None])
         head = ["dataset", *(row["variant"] for row in done), "persistence", "mean field"]
-        tables.append(Table("One step" if block == ONE_STEP else f"Rollout, {block}", head, lines))
+        tables.append(Table("One step" if block == ONE_STEP else f"Rollout, {block}", head, body))
     return Document(about, tables, _notes(sweep, results))
 
 

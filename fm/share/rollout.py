@@ -131,9 +131,9 @@ def _checked_fields(model: Surrogate, initial: InitialStates, source: Path) -> t
         raise UserError(
             f"{source}: expected an even number of at least {MIN_GRID} points along x and y, got {grid[0]} x {grid[1]}"
         )
-    fields = {name: torch.from_numpy(initial.state[:, index]) for index, name in enumerate(card.state_channels)}
-    constants = initial.setting.constants
-    fields |= {name: torch.from_numpy(constants[:, index]) for index, name in enumerate(card.constant_channels)}
+    state, constants = torch.from_numpy(initial.state), torch.from_numpy(initial.setting.constants)
+    fields = dict(zip(card.state_channels, state.unbind(1), strict=True))
+    fields |= zip(card.constant_channels, constants.unbind(1), strict=True)
     dt = None if initial.dts is None else float(np.median(initial.dts))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FieldsWarning)
