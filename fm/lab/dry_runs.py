@@ -176,6 +176,39 @@ def measure_variants(
     return found
 
 
+@dataclass
+class _VariantStep:
+    """A dry run of one dataset under one variant. The steps of a variant share its model, optimizer and averages."""
+
+    measurement: Measurement
+    dry_run: DryRun
+    state: TrainingState
+    device: torch.device
+
+    def warm_up(self) -> None:
+        """Take a step that does not count. If it fails, the reason is kept and no other step is taken."""
+        if self.measurement.reason is not None:
+            return
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            self.dry_run.step(self.state).read()
+        except RuntimeError as error:  # out of memory, or no compiler
+            first_line = str(error).strip().partition("\n")[0][:100]
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            self.measurement.reason = "out of memory" if out_of_memory else f"{type(error).__name__}: {first_line}"
+            self.state.parallel.zero_grad()
+            return
+        if on_gpu:
+            self.measurement.memory = float(torch.cuda.max_memory_allocated(self.device))
+
+    def take_turn(self) -> None:
+        """Take the steps of one round."""
+        timers = [self.dry_run.step(self.state) for _ in range(TURN[self.device.type])]
+        self.measurement.times.extend(timer.read() for timer in timers)
+
+
 def _warm_up(
     recipes: Mapping[str, Recipe],
     found: Mapping[str, Mapping[str, Measurement]],
@@ -184,83 +217,43 @@ def _warm_up(
     seconds: float,
     every: bool,
     bar: tqdm,
-) -> list["_Variant"]:
-    """Return the variants that work here and for which there is time, ready to be measured. The others get a reason."""
-    variants: list[_Variant] = []
-    end, round_seconds = time.perf_counter() + seconds, 0.0
+) -> list[_VariantStep]:
+    """Return the steps of variants that work here and for which there is time. The other variants get a reason."""
+    ready: list[_VariantStep] = []
+    end, round_seconds, device = time.perf_counter() + seconds, 0.0, accelerator.device
     for name, recipe in recipes.items():
         bar.set_postfix_str(name)
-        wanted, reason = every or not variants, "no time for it within the seconds given"
+        wanted, reason = every or not ready, "no time for it within the seconds given"
         try:
-            variant = _Variant(recipe, found[name], workload, accelerator)
+            state = TrainingState(recipe, workload.model(), accelerator, None)
+            steps = [
+                _VariantStep(found[name][one.name], DryRun(recipe, one.spec, one.grid, accelerator), state, device)
+                for one in workload.datasets.values()
+            ]
             if wanted or end - time.perf_counter() > ROUNDS * round_seconds:
-                own = variant.warm_up()
+                for _ in range(WARM_UP[device.type]):
+                    started = time.perf_counter()
+                    for step in steps:
+                        step.warm_up()
+                own = time.perf_counter() - started  # of the last round
                 if wanted or end - time.perf_counter() >= ROUNDS * (round_seconds + own):
-                    variants.append(variant)
+                    ready += [step for step in steps if step.measurement.reason is None]
                     round_seconds += own
                     continue
         except UserError as error:  # this device, model or recipe does not allow it
             reason = str(error).partition("\n")[0]
         for measurement in found[name].values():
             measurement.reason = reason
-    return variants
+    return ready
 
 
-class _Variant:
-    """A variant's own model, optimizer and averages, and a dry run of every dataset."""
-
-    def __init__(
-        self, recipe: Recipe, found: Mapping[str, Measurement], workload: Workload, accelerator: Accelerator
-    ) -> None:
-        self.device = accelerator.device
-        self.state = TrainingState(recipe, workload.model(), accelerator, None)
-        self.steps = [
-            (found[name], DryRun(recipe, dataset.spec, dataset.grid, accelerator))
-            for name, dataset in workload.datasets.items()
-        ]
-
-    def warm_up(self) -> float:
-        """Take the rounds that do not count, and return the seconds of the last one.
-
-        A step that fails leaves its reason.
-        """
-        for _ in range(WARM_UP[self.device.type]):
-            started = time.perf_counter()
-            for measurement, dry_run in self.steps:
-                if measurement.reason is None:
-                    self._try(measurement, dry_run)
-        return time.perf_counter() - started
-
-    def _try(self, measurement: Measurement, dry_run: DryRun) -> None:
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        try:
-            dry_run.step(self.state).read()
-        except RuntimeError as error:  # out of memory, or no compiler
-            first_line = str(error).strip().partition("\n")[0][:100]
-            out_of_memory = isinstance(error, torch.OutOfMemoryError)
-            measurement.reason = "out of memory" if out_of_memory else f"{type(error).__name__}: {first_line}"
-            self.state.parallel.zero_grad()
-            return
-        if on_gpu:
-            measurement.memory = float(torch.cuda.max_memory_allocated(self.device))
-
-    def take_round(self) -> None:
-        """Take a turn of each dataset."""
-        for measurement, dry_run in self.steps:
-            if measurement.reason is None:
-                timers = [dry_run.step(self.state) for _ in range(TURN[self.device.type])]
-                measurement.times.extend(timer.read() for timer in timers)
-
-
-def _take_turns(variants: Sequence[_Variant], seconds: float, bar: tqdm) -> None:
-    """Take rounds of all variants for `seconds`: at least ROUNDS, but fewer if ROUNDS take twice as long."""
+def _take_turns(steps: Sequence[_VariantStep], seconds: float, bar: tqdm) -> None:
+    """Take rounds of all steps for `seconds`: at least ROUNDS, but fewer if ROUNDS take twice as long."""
     begin = ended = time.perf_counter()
     number, last = 0, 0.0  # last: seconds of the last round
-    while variants and ended - begin < (seconds - last if number >= ROUNDS else 2 * seconds):
-        for variant in variants:
-            variant.take_round()
+    while steps and ended - begin < (seconds - last if number >= ROUNDS else 2 * seconds):
+        for step in steps:
+            step.take_turn()
         before, ended = ended, time.perf_counter()
         number, last = number + 1, ended - before
         bar.update()
