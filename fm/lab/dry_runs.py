@@ -92,14 +92,12 @@ class SizedDryRuns:
         smaller = [name for name, step in steps.items() if step.work < sizes[name][0].work]
         smallest = {name: median(self._take(sizes[name][-1]) for _ in range(ROUNDS)) for name in smaller}
         times: dict[str, list[float]] = {name: [] for name in steps}
-        with tqdm(total=1 + MOST_ROUNDS, desc="dry run", unit="round", leave=False) as bar:
-            for number in range(1 + MOST_ROUNDS):
-                left = started + seconds - time.perf_counter()
-                if number > ROUNDS and left < sum(taken[-1] for taken in times.values()):
-                    break
-                for name, step in steps.items():
-                    times[name].append(self._take(step))
-                bar.update()
+        for number in tqdm(range(1 + MOST_ROUNDS), desc="dry run", unit="round", leave=False):
+            left = started + seconds - time.perf_counter()
+            if number > ROUNDS and left < sum(taken[-1] for taken in times.values()):
+                break
+            for name, step in steps.items():
+                times[name].append(self._take(step))
         found = {name: StepTime(median(taken[1:])) for name, taken in times.items()}  # the first round is slow
         for name in smaller:
             whole, step, least = sizes[name][0], steps[name], sizes[name][-1]
