@@ -37,6 +37,14 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Code:
+    """Lines of commands or of a file, printed as they are."""
+
+    kind: ClassVar[str] = "code"
+    text: str
+
+
+@dataclass(frozen=True)
 class PageTable:
     """A table with a caption. Rows with the same first cell are grouped: the cell is printed once.
 
@@ -92,7 +100,7 @@ class Picture:
         return round(width * self.zoom), round(height * self.zoom)
 
 
-Block: TypeAlias = Paragraph | Facts | PageTable | Picture
+Block: TypeAlias = Paragraph | Facts | Code | PageTable | Picture
 
 
 @dataclass(frozen=True)

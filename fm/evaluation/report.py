@@ -12,7 +12,7 @@ scores.json is written last, so a report that has one is complete.
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -23,10 +23,10 @@ import yaml
 from data_pipeline.files import UserError, write_whole
 from data_pipeline.tables import Cell, Table, render
 from fm.evaluation.errors import ERRORS_FILE, ErrorFile, find_errors
-from fm.evaluation.page import Block, Facts, PageTable, Paragraph, Picture, Section, render_page
+from fm.evaluation.page import Block, Code, Facts, PageTable, Paragraph, Picture, Section, render_page
 from fm.evaluation.pictures import gif, overview, strip
 from fm.evaluation.plots import QUANTILES, encode, growth_figure, rasterize, spectra_figure
-from fm.evaluation.protocol import load_protocol
+from fm.evaluation.protocol import PROTOCOLS, Protocol, load_protocol
 from fm.evaluation.samples import SAMPLES_FILE, Sample, load_samples, save_samples
 from fm.evaluation.scores import SCORES_FILE, Scores, WindowScores, score
 from fm.evaluation.tables import about, failures, score_document, score_table, vrmse_cell
@@ -277,20 +277,40 @@ def _channel_table(name: str, scores: Scores) -> PageTable:
 
 
 def _reproduction(errors: ErrorFile, scores: Scores) -> list[Block]:
-    """How to score the stored errors again; digests of the data, versions and the protocol."""
+    """Commands, digests, versions and the protocol."""
+    protocol, predicted = errors.protocol, "prediction" in errors.origin
     rows: list[list[Cell]] = [[name, part.data_digest] for name, part in scores.datasets.items()]
-    predicted = "prediction" in errors.origin
     what = "the truth and the numbers of its trajectories" if predicted else "the shards' manifest"
     digests = Table("", ["dataset", f"SHA-256 of {what}"], rows)
-    # As a protocol file has it: JSON's 1e-07 is a text in YAML, and no parts are left out.
-    stored = errors.protocol.to_json()
-    windows = {name: {key: value for key, value in steps.items() if value} for name, steps in stored["windows"].items()}
-    content = {**stored, "windows": windows}
-    written = yaml.safe_dump(content, default_flow_style=True, sort_keys=False, width=10_000).strip()
+    commands = (
+        "# from the stored errors beside this page, without the model; other windows, averages or eps with --protocol\n"
+        "# and --eps\n"
+        f"fm score errors.npz --out DIR\n\n{_commands(protocol, 'PRED --truth FILE' if predicted else 'RUN')}"
+    )
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}, matplotlib {matplotlib.__version__}"
-    again = "fm score errors.npz --out DIR makes this page from the errors beside it, without the model."
+    # As a protocol file has it: JSON's 1e-07 is a text in YAML, and no parts are left out.
+    windows = {name: {k: v for k, v in asdict(window).items() if v} for name, window in protocol.windows.items()}
+    content = {**protocol.to_json(), "windows": windows}
+    written = yaml.safe_dump(content, default_flow_style=True, sort_keys=False, width=10_000).strip()
+    caption = "The same digest means the same bytes."
     return [
-        Paragraph(f"{again} Other windows, averages or eps: --protocol and --eps."),
-        PageTable(digests, "The same digest means the same bytes.", "Data", 2, lambda row, column: "digest"),
+        Code(commands),
+        PageTable(digests, caption, "Data", num_text_columns=2, cell_class=lambda row, column: "digest"),
         Facts([("page drawn by", versions), ("protocol", written)]),
     ]
+
+
+def _commands(protocol: Protocol, what: str) -> str:
+    """The commands that measure `what` again; a protocol that no name and options describe has to be in a file."""
+    named = PROTOCOLS.get(protocol.name, protocol)
+    count, eps = protocol.one_step_windows, protocol.eps  # set by options
+    known = protocol.name in PROTOCOLS and protocol == replace(
+        named, split=protocol.split, one_step_windows=count, eps=eps
+    )
+    subset = f" --windows {count}" if count else ""
+    which = f"{protocol.name} --split {protocol.split}{subset}" if known else "PROTOCOL.yaml"
+    head = "# from the weights" if known else "# from the weights, with the protocol below in a file PROTOCOL.yaml"
+    if named.eps == eps or not known:
+        return f"{head}\nfm evaluate {what} --protocol {which} --out DIR"
+    rescored = f"fm score MEASURED --eps {eps!r} --out DIR"
+    return f"{head}\nfm evaluate {what} --protocol {which} --out MEASURED\n{rescored}"

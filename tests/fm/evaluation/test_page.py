@@ -7,7 +7,7 @@ from html_reader import Reader
 from PIL import Image
 
 from data_pipeline.tables import Marked, Table
-from fm.evaluation.page import Block, Facts, PageTable, Paragraph, Picture, Section, render_page
+from fm.evaluation.page import Block, Code, Facts, PageTable, Paragraph, Picture, Section, render_page
 
 
 def read(*blocks: Block) -> Reader:
@@ -47,10 +47,12 @@ def test_a_picture_is_part_of_the_page() -> None:
 
 def test_a_page_is_whole_and_escapes_its_texts() -> None:
     inner = Section("z", "Z", [Paragraph("a & b", alarm="<alarm>", items=["1 < 2"])])
-    text = render_page("a <b> & c", [Facts([("<name>", "a & b")])], [Section("x", "X & Y", [], [inner])])
+    text = render_page(
+        "a <b> & c", [Facts([("<name>", "a & b")])], [Section("x", "X & Y", [Code("1 <\n  2")], [inner])]
+    )
     page = Reader(text)
     assert text.startswith("<!doctype html>")
     assert [link["href"] for link in page.of("a")] == ["#x", "#z"]
-    assert {"X & Y", "<name>", "a & b", "<alarm>", "1 < 2"} <= set(page.texts)
+    assert {"X & Y", "<name>", "a & b", "<alarm>", "1 < 2", "1 <\n  2"} <= set(page.texts)
     assert page.texts.count("a <b> & c") == 2  # of the window, of the page
     assert page.of("html")[0]["lang"] == "en"

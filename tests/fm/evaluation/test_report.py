@@ -81,8 +81,16 @@ def test_ratios_are_shaded_by_the_side_of_1_they_are_on(whole: str) -> None:
     assert Reader(whole).texts.count("1 of 2") == 2 * 4  # below persistence, below the mean field, in each block
 
 
-def test_digests_tell_which_data_were_scored(whole: str) -> None:
+def test_digests_and_commands_give_the_numbers_again(whole: str) -> None:
     assert {"digest of shear_flow", "digest of active_matter"} <= set(Reader(whole).texts)
+    assert "fm score errors.npz --out DIR" in whole
+    assert "fm evaluate RUN --protocol thirds --split test --out DIR" in whole
+    subset = replace(PROTOCOLS["thirds"], one_step_windows=8)
+    assert "--split test --windows 8 --out DIR" in page_of(error_file(subset, shear_flow=0.25))
+    rescored = page_of(error_file(replace(subset, eps=1.25e-5), shear_flow=0.25))
+    assert "--windows 8 --out MEASURED\nfm score MEASURED --eps 1.25e-05 --out DIR" in rescored
+    mine = page_of(error_file(replace(subset, name="mine"), shear_flow=0.25))
+    assert "with the protocol below in a file PROTOCOL.yaml\nfm evaluate RUN --protocol PROTOCOL.yaml --out DIR" in mine
 
 
 @pytest.mark.parametrize("change", [{}, {"one_step_windows": 8}, {"name": "mine", "split": "valid"}, {"eps": 1.25e-5}])
@@ -91,7 +99,7 @@ def test_the_printed_command_scores_the_stored_errors(
 ) -> None:
     errors = error_file(replace(PROTOCOLS["thirds"], **change), shear_flow=0.25)
     write_report(tmp_path, errors, score(errors), [])
-    (command,) = re.findall(r"fm (score errors.npz --out DIR)", (tmp_path / "index.html").read_text())
+    (command,) = re.findall(r"^fm (score errors.*)$", (tmp_path / "index.html").read_text(), re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     assert main(command.split()) == 0
     assert Scores.load(tmp_path / "DIR" / "scores.json") == score(errors)
