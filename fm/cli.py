@@ -379,6 +379,7 @@ def few_shot(options: Namespace) -> int:
     """
     from fm.lab.few_shot import run_few_shot
 
+    _check_above_zero("--scratch-learning-rate", options.scratch_learning_rate)
     out = options.out or Path("runs/few_shot") / options.dataset
     settings = (options.overrides, options.scratch_learning_rate, options.launch_config)
     return run_few_shot(options.recipe, options.dataset, options.trajectories, out, *settings)

@@ -100,8 +100,6 @@ def plan_few_shot(
             "finetune.unroll_steps=1), since training from scratch takes one step at a time too"
         )
     given = _checked_overrides(overrides)
-    if scratch_rate is not None and not 0 < scratch_rate < float("inf"):
-        raise UserError(f"--scratch-learning-rate: expected a number above 0, got {scratch_rate}")
     pretrained = load_pretrained(recipe.finetune.pretrained)
     reader = open_readers(recipe.data.shards, [dataset], "train")[dataset]
     counts = parse_counts(trajectories, reader)

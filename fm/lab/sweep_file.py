@@ -1,21 +1,7 @@
-"""A sweep: a YAML file that names variants of a recipe, the runs made of them, and the files of these runs.
+"""A sweep: a YAML file that names variants of a recipe, the runs made of them, and the state of these runs.
 
-    title: The parts of the block
-    base: ../quickstart.yaml         # a recipe, relative to this file
-    overrides: {train.steps: 400}    # of all variants, keys as on the command line
-    variants:
-      full: {}
-      no ridge: {model.ridge: none}
-      another model: {base: ../baselines/fno.yaml, train.learning_rate: 1.0e-3}
-      pretrained: {only_evaluate: true}  # not trained: the model that finetune.pretrained names
-
-`SweepFile` lists the other keys. A setting of the command line precedes the variant's, then come `overrides` and
-recipe. The progress of a sweep is read from its files alone, so it may be killed at any time, and its folder moved:
-
-    DIR/<variant>_seed<k>/      a run directory; train.out and evaluate.out hold what was printed
-    DIR/<variant>/              the report of a variant that is only evaluated
-    DIR/probes/<variant>.json   the pace that train.steps was chosen by, if the sweep gives seconds
-    DIR/table.{md,json}         the table
+A setting of the command line precedes the variant's, then come the overrides of all variants and the recipe. The
+progress of a sweep is read from its files alone, so it may be killed at any time, and its folder moved.
 """
 
 import json
@@ -61,12 +47,22 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepFile(Strict):
-    """The keys of a sweep file."""
+    """The keys of a sweep file.
+
+    title: The parts of the block
+    base: ../quickstart.yaml
+    overrides: {train.steps: 400}
+    variants:
+      full: {}
+      no ridge: {model.ridge: none}
+      another model: {base: ../baselines/fno.yaml, train.learning_rate: 1.0e-3}
+      pretrained: {only_evaluate: true}  # not trained: the model that finetune.pretrained names
+    """
 
     title: Line
     variants: Annotated[dict[Key, dict[Key, Any]], checked(bool, "at least one variant")]  # name -> its settings
     base: Line | None = None  # recipe of the variants that name none, relative to the file
-    overrides: dict[Key, Any] = field(default_factory=dict)  # of all variants, dotted keys
+    overrides: dict[Key, Any] = field(default_factory=dict)  # of all variants, keys as on the command line
     paper: Line | None = None  # where the paper's numbers are from
     note: Line | None = None  # a remark that is printed with the table
     seeds: Annotated[
@@ -102,7 +98,15 @@ class Sweep(SweepFile):
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep: a variant with a seed."""
+    """One run of a sweep: a variant with a seed.
+
+    The sweep's folder DIR holds:
+
+    DIR/<variant>_seed<k>/      a run directory; train.out and evaluate.out hold what was printed
+    DIR/<variant>/              the report of a variant that is only evaluated
+    DIR/probes/<variant>.json   the pace that train.steps was chosen by, if the sweep gives seconds
+    DIR/table.{md,json}         the table
+    """
 
     variant: Variant
     seed: int
