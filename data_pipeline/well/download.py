@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from data_pipeline.files import UserError, is_disk_full, only_process, sync
 from data_pipeline.registry import Registry
-from data_pipeline.remote import Missing, RemoteFile, RemoteFolder, Retries, check_name
+from data_pipeline.remote import RemoteFile, RemoteFolder, Retries, check_name
 from data_pipeline.schema import Line, Mismatch, Name, Strict, nearest, read_yaml, validate
+from data_pipeline.transport import Missing
 from data_pipeline.well.hdf5 import SPLITS, WellFile
 from data_pipeline.well.layout import plain_dataset, plain_group, texts
 from data_pipeline.well.stats import parse_stats, read_stats

@@ -19,7 +19,8 @@ import pytest
 from faulty_server import FaultyServer
 
 from data_pipeline.files import UserError
-from data_pipeline.remote import RangesUnsupported, RemoteFile, RemoteFolder, Retries, is_url, transport
+from data_pipeline.remote import RangesUnsupported, RemoteFile, RemoteFolder, Retries, is_url
+from data_pipeline.transport import transport
 
 QUICK = Retries(attempts=3, first_wait_seconds=0.01, timeout_seconds=0.5)
 CONTENT = np.random.default_rng(0).bytes(700_001)
@@ -136,7 +137,7 @@ def test_links_of_a_page_lead_nowhere_else(server: FaultyServer) -> None:
     (server.folder / "evil").write_text(page)
     server.fail("folder", "html")
     assert RemoteFolder(f"{server.url}/folder", QUICK).names() == []
-    from data_pipeline.remote import _children
+    from data_pipeline.transport import _children
 
     names = _children(page, "http://host/sub/")
     assert names == {"../../x"}
@@ -368,7 +369,7 @@ def test_a_store_goes_by_the_same_calls(tmp_path: Path) -> None:
     """fsspec's own store in memory stands in for s3, gs and hf: the methods that those have, too."""
     import fsspec
 
-    from data_pipeline.remote import Missing, _Store
+    from data_pipeline.transport import Missing, _Store
 
     fsspec.filesystem("memory").pipe({"/bucket/a/file.bin": CONTENT, "/bucket/a/sub/x": b"x"})
     store, url = _Store("memory"), "memory://bucket/a/file.bin"
@@ -384,7 +385,7 @@ def test_a_store_goes_by_the_same_calls(tmp_path: Path) -> None:
 
 
 def test_hf_needs_no_extra() -> None:
-    from data_pipeline.remote import _Store
+    from data_pipeline.transport import _Store
 
     assert _Store("hf")._fs.protocol == "hf"
 
