@@ -142,6 +142,13 @@ class RemoteFile(_Location):
         """Return the size in bytes; None if the server does not give it. UserError if there is no such file."""
         return self._retry(lambda: self._transport.size(self.url))
 
+    def known_size(self) -> int:
+        """Return the size in bytes. UserError if the server does not give it."""
+        size = self.size()
+        if size is None:
+            raise UserError(f"{self}: the server does not tell the file's size; download the file first")
+        return size
+
     def exists(self) -> bool:
         """Return whether the server has the file. UserError if the server does not answer."""
         try:
@@ -217,10 +224,7 @@ class RemoteFile(_Location):
 
     def open(self) -> BinaryIO:
         """Return a seekable file for h5py that keeps the blocks read last. UserError if the server gives no size."""
-        size = self.size()
-        if size is None:
-            raise UserError(f"{self}: the server does not tell the file's size; download the file first")
-        return cast(BinaryIO, _RangeFile(self, size))
+        return cast(BinaryIO, _RangeFile(self, self.known_size()))
 
 
 class _RangeFile(io.RawIOBase):

@@ -47,12 +47,7 @@ def child_file(folder: Folder, name: str) -> File:
 
 def file_bytes(file: File) -> int:
     """Return the size of a file. UserError when a server does not give it."""
-    if isinstance(file, Path):
-        return file.stat().st_size
-    size = file.size()
-    if size is None:
-        raise UserError(f"{file}: the server does not tell the file's size; download the file first")
-    return size
+    return file.stat().st_size if isinstance(file, Path) else file.known_size()
 
 
 def read_range(file: File, start: int, stop: int) -> bytes:

@@ -16,8 +16,9 @@ import numpy as np
 from data_pipeline.files import UserError
 from data_pipeline.remote import RemoteFolder, is_url
 from data_pipeline.shards.format import MANIFEST_NAME
+from data_pipeline.windows.division import Division
 from data_pipeline.windows.reader import Batch, ShardReader
-from data_pipeline.windows.schedule import Division, Draw, Source
+from data_pipeline.windows.schedule import Draw, Source
 from data_pipeline.windows.streaming import StreamSettings, open_remote_shards
 from data_pipeline.workers import Threads
 

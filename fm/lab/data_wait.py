@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from data_pipeline.registry import load_registry
 from data_pipeline.tables import digits, markdown
+from data_pipeline.windows.division import Division
 from data_pipeline.windows.loader import scheduled_batches, sources
 from data_pipeline.windows.reader import Batch
-from data_pipeline.windows.schedule import Division
 from fm.config import Recipe
 from fm.datasets import build_model, open_split
 from fm.training.mixing import Mixing

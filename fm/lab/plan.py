@@ -15,7 +15,7 @@ from pydantic_core import to_jsonable_python
 from tqdm import tqdm
 
 from data_pipeline.registry import PATCH
-from data_pipeline.windows.schedule import Division
+from data_pipeline.windows.division import Division
 from fm.config import Recipe
 from fm.distributed import autocast_dtype
 from fm.lab.dry_runs import SizedDryRuns, StepTime

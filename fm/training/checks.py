@@ -9,8 +9,8 @@ from torch import Tensor
 
 from data_pipeline.files import UserError
 from data_pipeline.hashing import stream_key, uniform
+from data_pipeline.windows.division import Division
 from data_pipeline.windows.reader import ShardReader
-from data_pipeline.windows.schedule import Division
 from fm.config import Recipe
 from fm.distributed import autocast_dtype, peak_memory_bytes
 from fm.evaluation.plots import Cosines

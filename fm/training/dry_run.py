@@ -10,8 +10,9 @@ import torch
 from accelerate import Accelerator
 
 from data_pipeline.registry import PATCH
+from data_pipeline.windows.division import Division, MicroBatch
 from data_pipeline.windows.reader import Batch
-from data_pipeline.windows.schedule import Division, MicroBatch, Schedule, Source
+from data_pipeline.windows.schedule import Schedule, Source
 from fm.config import Recipe
 from fm.model.spec import DatasetSpec
 from fm.training.state import TrainingState

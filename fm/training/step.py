@@ -15,8 +15,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from data_pipeline.windows.division import Division, MicroBatch
 from data_pipeline.windows.reader import Batch
-from data_pipeline.windows.schedule import Division, Draw, MicroBatch
+from data_pipeline.windows.schedule import Draw
 from fm.config import Recipe
 from fm.distributed import autocast_dtype, precision
 from fm.training.objective import forcing_coins, forcing_prob, input_noise, unroll_length

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from data_pipeline.files import UserError, only_process
 from data_pipeline.registry import load_registry
+from data_pipeline.windows.division import Division
 from data_pipeline.windows.loader import scheduled_batches, sources
 from data_pipeline.windows.reader import Batch
-from data_pipeline.windows.schedule import Division
 from fm.checkpoint import CheckpointWriter, keep_best, keep_incident, newest_checkpoint, read_state
 from fm.config import Recipe, changed_settings, recipe_to_dict, resolve
 from fm.datasets import build_model, check_same_shards, check_unrolls, open_split, shard_digests

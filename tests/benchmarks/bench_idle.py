@@ -29,8 +29,9 @@ import torch.multiprocessing
 from data_pipeline.miniwell.generate import PRESETS, simulate
 from data_pipeline.registry import load_registry
 from data_pipeline.shards.build import build_shards
+from data_pipeline.windows.division import WAYS, Division, MicroBatch
 from data_pipeline.windows.loader import open_readers, scheduled_batches, sources
-from data_pipeline.windows.schedule import WAYS, Division, MicroBatch, Schedule
+from data_pipeline.windows.schedule import Schedule
 from fm.config import load_recipe
 from fm.datasets import dataset_specs
 from fm.model.wavelit import WaveLiTFM

@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 
 from data_pipeline.registry import load_registry
+from data_pipeline.windows.division import Division
 from data_pipeline.windows.loader import open_readers, scheduled_batches, sources
-from data_pipeline.windows.schedule import Division, Schedule
+from data_pipeline.windows.schedule import Schedule
 from data_pipeline.windows.streaming import StreamSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))

@@ -3,7 +3,7 @@
     python tests/benchmarks/simulate_ranks.py [--ranks 8 64 1024] [--windows 1 4 16] [--overhead-ms 5] [--bandwidth 25]
 
 No data and no GPU: grids and window counts are the cards', the draws are those of the real schedule (sqrt shares), and
-who takes which windows comes from data_pipeline/windows/schedule.py. What a step costs is a model:
+who takes which windows comes from data_pipeline/windows/division.py. What a step costs is a model:
 
     busy time of a rank = pieces x overhead + tokens of its windows / tokens per second
     all-reduce          = 2 (R - 1) / R x bytes / bandwidth + 2 log2(R) x latency
@@ -36,7 +36,8 @@ import numpy as np
 
 from data_pipeline.inspect import DATASETS
 from data_pipeline.registry import Card, load_registry
-from data_pipeline.windows.schedule import Division, Schedule, Source, assign_by_cost, sampling_shares
+from data_pipeline.windows.division import Division, assign_by_cost
+from data_pipeline.windows.schedule import Schedule, Source, sampling_shares
 from fm.config import Recipe, load_recipe
 from fm.model.spec import DatasetSpec
 from fm.model.wavelit import WaveLiTFM

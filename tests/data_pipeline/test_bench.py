@@ -18,17 +18,13 @@ GRAY_SCOTT = "gray_scott_reaction_diffusion"
 def test_synthetic_data(tmp_path: Path) -> None:
     table = bench(synthetic="16x32x2", seconds=0.1, json_file=tmp_path / "bench.json")
     report = json.loads((tmp_path / "bench.json").read_text())
-    speeds, ratios = report["windows_per_s"], report["ratios"]
+    speeds = report["windows_per_s"]
     assert set(KEYS) <= set(speeds)
     assert all(math.isfinite(speed) and speed > 0 for speed in speeds.values())
-    assert ratios["indexed_over_welldataset"] == speeds["indexed"] / speeds["welldataset"]
-    assert ratios["indexed_over_memcpy"] == speeds["indexed"] / speeds["memcpy"]
-    assert ratios["loader_2_over_indexed_x_workers"] == speeds["loader_2"] / speeds["indexed"] / 2
     assert report["data"]["window_bytes"] == 2 * 2 * 16 * 32 * 4
     for name, speed in speeds.items():
         low, high = report["spread"].get(name, (speed, speed))
         assert low <= speed <= high
-        assert report["mb_per_s"][name] == pytest.approx(speed * 8192 / 1e6)
     cold = report["streaming_cold"]
     assert cold["blocks"]["bytes_fetched"] >= report["data"]["shard_bytes"]  # whole shards, whatever was used
     assert cold["global"]["bytes_used"] == cold["global"]["windows"] * 8192
@@ -42,7 +38,6 @@ def test_shards_without_their_well(tiny_shards: Path, tmp_path: Path) -> None:
     table = bench(tiny_shards, datasets=[GRAY_SCOTT], seconds=0.05, windows_per_s=3, json_file=tmp_path / "b.json")
     report = json.loads((tmp_path / "b.json").read_text())
     assert report["windows_per_s"]["welldataset"] is report["windows_per_s"]["h5py"] is None
-    assert report["ratios"]["indexed_over_welldataset"] is None
     assert report["data"]["dataset"] == GRAY_SCOTT
     assert "not measured: welldataset, h5py" in table
 

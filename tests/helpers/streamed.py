@@ -14,9 +14,10 @@ import torch
 from data_pipeline.remote import Retries
 from data_pipeline.shards.format import Manifest, Shard, SourceFile, Trajectory
 from data_pipeline.well.stats import DELTA_STATISTICS, VALUE_STATISTICS
+from data_pipeline.windows.division import Division
 from data_pipeline.windows.loader import open_readers, scheduled_batches, sources
 from data_pipeline.windows.reader import Batch, ShardReader
-from data_pipeline.windows.schedule import Division, Schedule
+from data_pipeline.windows.schedule import Schedule
 from data_pipeline.windows.streaming import StreamSettings
 
 MAZE = "acoustic_scattering_maze"

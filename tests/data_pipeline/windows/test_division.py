@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.files import UserError
-from data_pipeline.windows.schedule import Division, Schedule, Source, assign_by_cost
+from data_pipeline.windows.division import Division, assign_by_cost
+from data_pipeline.windows.schedule import Schedule, Source
 
 
 def schedule(batch: int) -> Schedule:

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from data_pipeline.files import UserError
+from data_pipeline.windows.division import Division
 from data_pipeline.windows.loader import open_readers, scheduled_batches, sources
 from data_pipeline.windows.reader import Batch, ShardReader
-from data_pipeline.windows.schedule import Division, Schedule
+from data_pipeline.windows.schedule import Schedule
 
 NAMES = ["active_matter", "helmholtz_staircase", "shear_flow"]
 
