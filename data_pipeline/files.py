@@ -43,6 +43,11 @@ def disk_full_error(path: object, error: OSError) -> UserError:
     )
 
 
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk that holds a folder, or will hold it when it is made."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.resolve().parents) if path.is_dir())).free
+
+
 @contextmanager
 def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
     """Give a temporary path beside `path` to write a file or a folder to; it becomes `path` when the block ends.

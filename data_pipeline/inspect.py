@@ -1,11 +1,10 @@
 """Tables of `shard --dry-run` and `inspect`: shards to come, shards that are there, and tables 7 and 8 of the paper."""
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_pipeline.files import UserError
+from data_pipeline.files import UserError, free_bytes
 from data_pipeline.registry import Card, Registry, load_registry
 from data_pipeline.remote import RemoteFolder, is_url
 from data_pipeline.shards.build import finished_manifest
@@ -44,7 +43,7 @@ def forecast(
     pending = [plan for plan in plans if finished_manifest(plan) is None]
     rows = [_forecast_row(plan, plan in pending) for plan in plans]
     needed = sum(plan.stored_bytes for plan in pending)
-    free = shutil.disk_usage(next(path for path in (out, *out.resolve().parents) if path.exists())).free
+    free = free_bytes(out)
     verdict = "" if needed < free else ": NOT ENOUGH, choose another --out or fewer --datasets"
     lines = [
         plain(FORECAST_COLUMNS, rows, TEXT_COLUMNS),

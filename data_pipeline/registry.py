@@ -17,7 +17,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict
 
 from data_pipeline.files import UserError
 from data_pipeline.schema import (
@@ -109,20 +109,15 @@ class _Trajectories(Strict):
     frames: Annotated[int, at_least(2)]
 
 
-def _check_range(ends: tuple[float | None, float | None]) -> tuple[float | None, float | None]:
-    lowest, highest = ends
-    if lowest is None and highest is None:
-        raise Mismatch("at least one limit, [lowest or null, highest or null]")
-    if lowest is not None and highest is not None and lowest > highest:
-        raise Mismatch("the lowest value first")
-    return ends
-
-
 # Types as the code uses them. Where the file has another form, Stored names it and converts.
 Fields = tuple[Field, ...]
 Boundary = tuple[tuple[Side, Side], tuple[Side, Side]]  # ((x lower, x upper), (y lower, y upper))
 Domain = tuple[Interval, Interval]  # (lower, upper end) of x, of y, in physical units
-Range = Annotated[tuple[Real | None, Real | None], AfterValidator(_check_range)]  # both included; None: no limit
+Range = Annotated[  # both included; None: no limit
+    tuple[Real | None, Real | None],
+    checked_list(lambda ends: ends != (None, None), "at least one limit, [lowest or null, highest or null]"),
+    checked_list(lambda ends: None in ends or ends[0] <= ends[1], "the lowest value first"),
+]
 
 
 @dataclass(frozen=True)
@@ -168,9 +163,8 @@ class Card(Strict):
 
     name: Name  # official name
     description: Line
-    state: Annotated[
-        Fields, Stored(_FieldsByOrder, lambda one: one.with_role("state"))
-    ]  # in the Well's order: t0, t1, t2
+    # In the Well's order: t0, t1, t2.
+    state: Annotated[Fields, Stored(_FieldsByOrder, lambda one: one.with_role("state"))]
     boundary: Annotated[Boundary, Stored(_Sides, lambda sides: (sides.x, sides.y))]
     grid: tuple[Annotated[int, at_least(2)], Annotated[int, at_least(2)]]  # published points along x and y
     dt: Positive | None  # time between frames; None: differs from file to file
@@ -181,9 +175,8 @@ class Card(Strict):
     ] = ()
     abbreviation: Name = ""  # the name where the card gives none
     equations: Line = ""
-    domain: Annotated[Domain, Stored(_Extent, lambda extent: (extent.x, extent.y))] | None = (
-        None  # of the published grid
-    )
+    # Of the published grid.
+    domain: Annotated[Domain, Stored(_Extent, lambda extent: (extent.x, extent.y))] | None = None
     train: Annotated[  # published training split: (trajectories, frames of each); () if not known
         tuple[tuple[int, int], ...],
         Stored(tuple[_Trajectories, ...], lambda groups: tuple((one.trajectories, one.frames) for one in groups)),
@@ -231,11 +224,6 @@ class Card(Strict):
         """Published training examples: pairs of neighboring frames."""
         return sum(trajectories * (frames - 1) for trajectories, frames in self.train)
 
-    def published_scores(self, protocol: str, window: str) -> dict[str, float]:
-        """Return VRMSE by model of the published tables that follow `protocol` and report `window`."""
-        tables = [table for table in self.published if table.protocol == protocol]
-        return {model: score for table in tables for model, score in table.vrmse.get(window, {}).items()}
-
     def check_fields(self, state: Mapping[str, int], constants: Mapping[str, int], where: str) -> None:
         """Compare the fields of a file (name -> tensor order) with the card's; `where` names file and dataset.
 
@@ -248,7 +236,6 @@ class Card(Strict):
                     f"{where}: its {role} fields are not those of the card {self.name!r}.\n"
                     f"  the card names: {_listing(named)}\n"
                     f"  the file holds: {_listing(found)}\n"
-                    f"  {_difference(named, found)}\n"
                     f"Use the files of {self.name}, or write a card that names the fields these files hold."
                 )
 
@@ -309,21 +296,9 @@ def _check_card(card: Card, name: str, channels: Mapping[str, Channel]) -> None:
 
 
 def _listing(fields: Mapping[str, int]) -> str:
-    return ", ".join(f"{_shown(name)} (t{order})" for name, order in fields.items()) or "none"
-
-
-def _difference(named: Mapping[str, int], found: Mapping[str, int]) -> str:
-    parts = {
-        "missing": [name for name in named if name not in found],
-        "unknown": [name for name in found if name not in named],
-        "of another tensor order": [name for name in named if name in found and named[name] != found[name]],
-    }
-    return "; ".join(f"{what}: {', '.join(map(_shown, names))}" for what, names in parts.items() if names)
-
-
-def _shown(name: str) -> str:
-    """Return a name for a message; a file may hold names that a terminal should not print."""
-    return name if name.isprintable() else ascii(name)
+    """Return fields for a message; a file may hold names that a terminal should not print."""
+    shown = {name if name.isprintable() else ascii(name): order for name, order in fields.items()}
+    return ", ".join(f"{name} (t{order})" for name, order in shown.items()) or "none"
 
 
 VARIABLE = "WAVELIT_REGISTRY"
@@ -402,36 +377,23 @@ def holds_cards(folder: Path) -> bool:
 def load_folders(folders: Sequence[Traversable]) -> Registry:
     """Return one registry from the `channels.yaml` and `datasets/*.yaml` of folders; later ones add to earlier ones."""
     channels: dict[str, Channel] = {}
-    origin: dict[str, str] = {}  # channel -> the file it comes from
-    for folder in folders:
-        if (folder / "channels.yaml").is_file():
-            _add_channels(folder / "channels.yaml", channels, origin)
+    origin: dict[str, Traversable] = {}  # channel -> the file it comes from
+    for file in (folder / "channels.yaml" for folder in folders):
+        for name, channel in read_channels(file, channels).items() if file.is_file() else ():
+            if channels.setdefault(name, channel) != channel:  # folders to be combined may have the same channel
+                raise UserError(
+                    f"{file}: {name}: a channel of this name, with another description, unit or duplicate_of, is in "
+                    f"{origin[name]}. If it is the same quantity, leave it out here; if not, give it another name."
+                )
+            origin.setdefault(name, file)
     cards: dict[str, Card] = {}
     taken: dict[str, Traversable] = {}  # name or abbreviation -> the card's file
-    for folder in folders:
-        for file in _card_files(folder):
+    for folder in (folder / "datasets" for folder in folders):
+        listed = folder.iterdir() if folder.is_dir() else ()
+        for file in sorted((file for file in listed if file.name.endswith(".yaml")), key=lambda file: file.name):
             card = read_card(file, file.name.removesuffix(".yaml"), channels)
             for key, name in (("name", card.name), ("abbreviation", card.abbreviation)):
                 if taken.setdefault(name, file) is not file:
                     raise UserError(f"{file}: {key}: {name!r} is taken by {taken[name]}. Choose another.")
             cards[card.name] = card
     return Registry(channels, dict(sorted(cards.items())))
-
-
-def _add_channels(file: Traversable, channels: dict[str, Channel], origin: dict[str, str]) -> None:
-    """Add the file's channels. Several folders may have the same channel, so that folders can be combined."""
-    for name, channel in read_channels(file, channels).items():
-        first = channels.setdefault(name, channel)
-        if first != channel:
-            raise UserError(
-                f"{file}: {name}: a channel of this name, with another description, unit or duplicate_of, is in "
-                f"{origin[name]}. If it is the same quantity, leave it out here; if not, give it another name."
-            )
-        origin.setdefault(name, str(file))
-
-
-def _card_files(folder: Traversable) -> list[Traversable]:
-    datasets = folder / "datasets"
-    if not datasets.is_dir():
-        return []
-    return sorted((file for file in datasets.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)

@@ -4,7 +4,6 @@ The addresses come from the_well's registry.yaml, or from a server's listing of 
 `<name>.part` and gets its final name once it is known to be whole, so every file with a final name is good.
 """
 
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
@@ -18,13 +17,13 @@ from urllib.parse import unquote
 import h5py
 from tqdm import tqdm
 
-from data_pipeline.files import UserError, is_disk_full, only_process, sync
+from data_pipeline.files import UserError, free_bytes, is_disk_full, only_process, sync
 from data_pipeline.registry import Registry
 from data_pipeline.remote import RemoteFile, RemoteFolder, Retries, check_name
 from data_pipeline.schema import Line, Mismatch, Name, Strict, nearest, read_yaml, validate
 from data_pipeline.transport import Missing
 from data_pipeline.well.hdf5 import SPLITS, WellFile
-from data_pipeline.well.layout import plain_dataset, plain_group, texts
+from data_pipeline.well.layout import contradiction
 from data_pipeline.well.stats import parse_stats, read_stats
 from data_pipeline.workers import Threads
 
@@ -111,18 +110,15 @@ def download(
     chosen = [split for split in SPLITS if splits is None or split in splits]
     wanted: list[Wanted] = []
     for name in sorted(set(registry.cards if datasets is None else datasets)):
-        found = (
-            _from_urls(name, known, chosen, retries)
-            if source is None
-            else _from_folder(name, RemoteFolder(source, retries), known, chosen)
-        )
+        base = None if source is None else RemoteFolder(source, retries)
+        found = _from_urls(name, known, chosen, retries) if base is None else _from_folder(name, base, known, chosen)
         folder = out / "datasets" / name
         wanted.append(Wanted(name, found["stats"]["stats.yaml"], folder / "stats.yaml"))
         for split in chosen:
-            paths = [(folder / "data" / split / file, remote) for file, remote in found[split].items()]
-            wanted += [Wanted(name, remote, path) for path, remote in paths[: 1 if first_only else None]]
+            files_of_split = list(found[split].items())[: 1 if first_only else None]
+            wanted += [Wanted(name, remote, folder / "data" / split / file) for file, remote in files_of_split]
     looked, failures = _look(wanted)
-    need, free = sum(one.missing for one in looked), shutil.disk_usage(_existing(out)).free
+    need, free = sum(one.missing for one in looked), free_bytes(out)
     _print_estimate(looked, out, need, free)
     if dry_run:
         _raise_failures(failures)
@@ -265,7 +261,7 @@ def damage(path: Path, size: int | None) -> str | None:
             content = parse_stats(path)
             return None if isinstance(content, dict) and content else "it is no YAML mapping"
         with h5py.File(path, "r") as opened:
-            return _layout_damage(opened)
+            return contradiction(opened)
     except UserError as error:
         return str(error)
     except (OSError, RuntimeError) as error:
@@ -274,34 +270,12 @@ def damage(path: Path, size: int | None) -> str | None:
         return f"it is not in the Well's layout ({error})"
 
 
-def _layout_damage(file: h5py.File) -> str | None:
-    """Compare each field's shape with the trajectories, frames and grid that the file itself declares."""
-    dimensions = plain_group(file, "dimensions", "dimensions")
-    axes = texts(dimensions.attrs["spatial_dims"])
-    num_trajectories = int(file.attrs["n_trajectories"])
-    num_frames, *grid = (plain_dataset(dimensions, name, name).shape[-1] for name in ("time", *axes))
-    if min(num_trajectories, num_frames, *grid) < 1:
-        return f"it declares {num_trajectories} trajectories of {num_frames} frames on the grid {grid}"
-    for order in range(3):
-        group = plain_group(file, f"t{order}_fields", f"t{order}_fields")
-        for name in texts(group.attrs["field_names"]):
-            data = plain_dataset(group, name, f"field {name!r}")
-            shape = (num_trajectories,) * bool(data.attrs["sample_varying"])
-            shape += (num_frames,) * bool(data.attrs["time_varying"])
-            shape += tuple(size for size, varies in zip(grid, data.attrs["dim_varying"], strict=True) if varies)
-            shape += (len(grid),) * order
-            if data.shape != shape:
-                return f"its field {name!r} has the shape {data.shape} where the file declares {shape}"
-    return None
-
-
 def _fetch_all(wanted: Sequence[Wanted], jobs: int) -> list[Failure]:
     """Fetch and verify files; return those that could not be had, with the reason."""
     failures = []
     stop, lock = threading.Event(), threading.Lock()
     held, total = sum(one.held for one in wanted), sum(one.size or 0 for one in wanted)
-    unit = {"unit": "B", "unit_scale": True, "unit_divisor": 1000}
-    with tqdm(total=total, initial=held, desc="download", disable=None, **unit) as bar:
+    with tqdm(total=total, initial=held, desc="download", disable=None, unit="B", unit_scale=True) as bar:
 
         def on_bytes(num_bytes: int) -> None:
             if stop.is_set():
@@ -322,7 +296,7 @@ class _Stopped(Exception):
     """The run has ended, so this transfer does."""
 
 
-class _DiskFull(Exception):
+class _DiskFull(UserError):
     """No other file can arrive either, so the run ends."""
 
 
@@ -339,16 +313,16 @@ def _fetch(one: Wanted, on_bytes: Callable[[int], None]) -> None:
         one.partial.replace(one.path)
         sync(one.path.parent)
     except OSError as error:
-        if is_disk_full(error):
-            raise _DiskFull(
-                f"{one.path}: the disk or the quota is full ({error.strerror}); what has come is kept; free some space "
-                "and run the same command again, it goes on from there"
-            ) from error
-        raise
+        if not is_disk_full(error):
+            raise
+        raise _DiskFull(
+            f"{one.path}: the disk or the quota is full ({error.strerror}); what has come is kept; free some space and "
+            "run the same command again"
+        ) from error
 
 
 def _in_threads(function: Callable[[T], R], items: Sequence[T], jobs: int) -> Iterator[tuple[T, R | UserError]]:
-    """Yield (item, function(item) or the UserError it raised) as they end; any other error is raised.
+    """Yield (item, function(item) or the UserError it raised) as they end. _DiskFull and other errors are raised.
 
     When the caller stops, on Ctrl-C say, what has not begun is dropped, and a server that does not answer is not
     waited for.
@@ -357,9 +331,7 @@ def _in_threads(function: Callable[[T], R], items: Sequence[T], jobs: int) -> It
     futures = {threads.submit(function, item): item for item in items}
     for future in as_completed(futures):
         error = future.exception()
-        if isinstance(error, _DiskFull):
-            raise UserError(str(error)) from error
-        if error is not None and not isinstance(error, UserError):
+        if error is not None and (isinstance(error, _DiskFull) or not isinstance(error, UserError)):
             raise error
         yield futures[future], future.result() if error is None else error
 
@@ -418,13 +390,7 @@ def _raise_failures(failures: Sequence[Failure]) -> None:
     )
 
 
-def _existing(path: Path) -> Path:
-    """Return the folder itself, or the nearest one above that exists: it is on the disk that will hold the files."""
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
-
-
 def _readable(num_bytes: int) -> str:
     """Return bytes in decimal units: 12.3 GB."""
     power = min((len(str(num_bytes)) - 1) // 3, 4)
-    return f"{num_bytes / 1000**power:.1f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}" if power else f"{num_bytes} B"
+    return f"{num_bytes / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -134,6 +134,27 @@ def check_extent(data: h5py.Dataset, where: str) -> None:
         )
 
 
+def contradiction(file: h5py.File) -> str | None:
+    """Return the first field whose shape is not what the file itself declares (trajectories, frames, grid), or None."""
+    dimensions = plain_group(file, "dimensions", "dimensions")
+    axes = texts(dimensions.attrs["spatial_dims"])
+    num_trajectories = int(file.attrs["n_trajectories"])
+    num_frames, *grid = (plain_dataset(dimensions, name, name).shape[-1] for name in ("time", *axes))
+    if min(num_trajectories, num_frames, *grid) < 1:
+        return f"it declares {num_trajectories} trajectories of {num_frames} frames on the grid {grid}"
+    for order in range(3):
+        group = plain_group(file, f"t{order}_fields", f"t{order}_fields")
+        for name in texts(group.attrs["field_names"]):
+            data = plain_dataset(group, name, f"field {name!r}")
+            shape = (num_trajectories,) * bool(data.attrs["sample_varying"])
+            shape += (num_frames,) * bool(data.attrs["time_varying"])
+            shape += tuple(size for size, varies in zip(grid, data.attrs["dim_varying"], strict=True) if varies)
+            shape += (len(grid),) * order
+            if data.shape != shape:
+                return f"its field {name!r} has the shape {data.shape} where the file declares {shape}"
+    return None
+
+
 @dataclass(frozen=True)
 class BoundaryMask:
     """One boundary group of the Well: `mask` is True where the condition holds, over the axes `dims`."""

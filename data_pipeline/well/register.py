@@ -2,27 +2,20 @@
 
 Fields are matched to canonical channels by name alone. A near match (`rho`, `vel`, `Density`) is suggested in a comment
 and never taken. The draft is valid at once, so data can be converted and trained on before the prose is written.
-
-All but the fields is read by WellFile with a provisional card, so a dataset that can be surveyed can also be converted.
 """
 
 import difflib
 import os
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
-import numpy as np
 import yaml
 
 from data_pipeline.files import UserError, write_whole
 from data_pipeline.registry import (
     VARIABLE,
-    Boundary,
-    Card,
     Channel,
     Field,
     Registry,
@@ -33,16 +26,8 @@ from data_pipeline.registry import (
     read_channels,
 )
 from data_pipeline.schema import NAME
-from data_pipeline.well.hdf5 import SPLITS, WellFile, dataset_folders
-from data_pipeline.well.layout import check_extent, plain_dataset, plain_group, texts
-from data_pipeline.well.stats import Moments, pool
-
-SAMPLE_TRAJECTORIES = 8  # spread evenly over all files
-SAMPLE_FRAMES = 4  # of each, spread evenly from the first to the last
-COMPONENTS = (("",), ("_x", "_y"), ("_xx", "_xy", "_yx", "_yy"))  # by tensor order
-_SAME_DT = 1e-3  # relative difference that rounding of float32 times may leave
-_SAME_SPACING = 1e-2  # the same for the points of an axis
-
+from data_pipeline.well.hdf5 import SPLITS, dataset_folders
+from data_pipeline.well.survey import COMPONENTS, Survey, survey
 
 ALIASES = {  # what papers and codes call the quantities of the packaged channels, in lower case
     **dict.fromkeys(("u", "ux", "vx"), "velocity_x"),
@@ -147,208 +132,6 @@ def _find_files(source: Path, name: str | None) -> _Files:
 
 def _hdf5_files(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted([*folder.glob("*.hdf5"), *folder.glob("*.h5")]))
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Moments and extremes of one channel over the sampled frames."""
-
-    mean: float
-    std: float
-    lowest: float
-    highest: float
-
-
-@dataclass(frozen=True)
-class SampledFrames:
-    """Statistics of a few frames of a few trajectories."""
-
-    num_frames: int  # without NaN and Inf; the figures are taken over these
-    figures: Mapping[str, Figures]  # by channel; empty if there was no such frame
-    twins: Mapping[str, str]  # C_yx -> C_xy where they were equal in every frame
-    nonfinite: tuple[str, ...]  # channels that held NaN or Inf
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What the files hold. Channels have the names their fields suggest: `density`, `velocity_x`, `C_xy`."""
-
-    fields: tuple[Field, ...]  # state then constant, t0 to t2, each in the first file's order
-    grid: tuple[int, int]
-    uneven: tuple[str, ...]  # axes along which the points are not equally spaced
-    boundary: Boundary
-    scalars: tuple[str, ...]
-    dts: tuple[float, float]  # least and greatest time between frames
-    lengths: tuple[tuple[int, int], ...]  # (trajectories, frames of each), shortest first; of the train files if any
-    sample: SampledFrames
-
-    @property
-    def dt(self) -> float | None:
-        """Time between frames; None if it differs, or if times do not increase."""
-        least, greatest = self.dts
-        return greatest if least > 0 and greatest - least <= _SAME_DT * greatest else None
-
-
-def survey(name: str, files: Sequence[Path], train: Sequence[Path]) -> Survey:
-    """Read the headers of all `files`, and a bounded sample of `train` (or of all of them where that is empty).
-
-    `name` is the dataset's. UserError for a file that is not 2D cartesian data in the Well's layout, naming it
-    and what was found, and for files that differ in fields, grid or boundaries: one card cannot describe them all.
-    """
-    fields, uneven = read_header(files[0])
-    card = _provisional_card(name, fields)
-    with WellFile(files[0], card) as first:
-        grid, boundary, scalars = first.grid, first.boundary, tuple(first.scalars(0))
-    _check_periodic(boundary, files[0])
-    shapes: dict[Path, tuple[int, int]] = {}  # (trajectories, frames)
-    dts: list[float] = []
-    for path in files:
-        with WellFile(path, card) as file:
-            if (file.grid, file.boundary) != (grid, boundary):
-                raise UserError(
-                    f"{path}: expected grid and boundaries as in {files[0]}, {grid} and {boundary}, got {file.grid} "
-                    f"and {file.boundary}; a card describes one of them, so put the others into a dataset of their own"
-                )
-            shapes[path] = file.num_trajectories, file.num_frames
-            if file.num_frames > 1:
-                dts += [file.dt(trajectory) for trajectory in range(file.num_trajectories)]
-    counted = train or files
-    lengths = Counter[int]()
-    for path in counted:
-        lengths[shapes[path][1]] += shapes[path][0]
-    return Survey(
-        fields=fields,
-        grid=grid,
-        uneven=uneven,
-        boundary=boundary,
-        scalars=scalars,
-        dts=(min(dts, default=0.0), max(dts, default=0.0)),
-        lengths=tuple((lengths[frames], frames) for frames in sorted(lengths)),
-        sample=_sample(counted, shapes, card),
-    )
-
-
-def read_header(path: Path) -> tuple[tuple[Field, ...], tuple[str, ...]]:
-    """Return the fields of a file, and its axes of unequal spacing.
-
-    UserError for what is no HDF5 file, not the Well's layout, or not 2D cartesian data.
-    """
-    try:
-        with h5py.File(path, "r") as file:
-            _check_axes(file, path)
-            found: list[Field] = []
-            for order in range(3):
-                found += _group_fields(file, order, path)
-            uneven = tuple(axis for axis in ("x", "y") if not _evenly_spaced(file, axis, path))
-    except (KeyError, AttributeError, TypeError, ValueError) as error:  # the last three: an attribute of another kind
-        raise UserError(f"{path}: not in the Well's layout: {error.args[0]}") from error
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be read, so it is truncated or no HDF5 file ({error})") from error
-    fields = (*(f for f in found if f.role == "state"), *(f for f in found if f.role == "constant"))
-    if not fields or fields[0].role != "state":
-        raise UserError(
-            f"{path}: expected fields that change in time, listed by the attribute field_names of t0_fields, t1_fields "
-            "or t2_fields, got none; there is nothing to predict"
-        )
-    channels = Counter(channel for field in fields for channel in field.channels)
-    for twice in (channel for channel, count in channels.items() if count > 1):
-        owners = " and ".join(field.name for field in fields if twice in field.channels)
-        raise UserError(f"{path}: the fields {owners} would both be the channel {twice}; rename one in the files")
-    return fields, uneven
-
-
-def _provisional_card(name: str, fields: tuple[Field, ...]) -> Card:
-    """Return a card that lets WellFile read fields that no card describes yet."""
-    state = tuple(field for field in fields if field.role == "state")
-    constant = tuple(field for field in fields if field.role == "constant")
-    ends = ("OPEN", "OPEN")
-    return Card(name, "", state, boundary=(ends, ends), grid=(2, 2), dt=None, constant=constant)
-
-
-def _check_axes(file: h5py.File, path: Path) -> None:
-    axes = texts(plain_group(file, "dimensions", f"{path}: dimensions").attrs["spatial_dims"])
-    grid_type = texts(file.attrs.get("grid_type", "cartesian"))
-    if axes != ["x", "y"] or [kind.lower() for kind in grid_type] != ["cartesian"]:
-        raise UserError(
-            f"{path}: expected 2D data on a cartesian grid, axes x, y; got {len(axes)}D data on the grid "
-            f"{', '.join(grid_type)!a}, axes {', '.join(axes)!a}; only the former can be registered"
-        )
-
-
-def _check_periodic(boundary: Boundary, path: Path) -> None:
-    for axis, ends in zip("xy", boundary, strict=True):
-        if ends.count("PERIODIC") == 1:
-            raise UserError(
-                f"{path}: boundary_conditions: {axis} is {ends[0]} at its lower and {ends[1]} at its upper end; "
-                "expected PERIODIC at both or at neither, so let the mask hold at both ends"
-            )
-
-
-def _group_fields(file: h5py.File, order: int, path: Path) -> list[Field]:
-    where = f"{path}: t{order}_fields"
-    group = plain_group(file, f"t{order}_fields", where)
-    fields = []
-    for name in texts(group.attrs["field_names"]):
-        if not NAME.fullmatch(name):
-            raise UserError(
-                f"{where}: field {name[:80]!a}: expected up to 64 letters, digits and underscores, a letter first; "
-                "rename it in the files"
-            )
-        time_varying = plain_dataset(group, name, f"{where}/{name}").attrs["time_varying"]
-        channels = tuple(name + component for component in COMPONENTS[order])
-        fields.append(Field(name, order, "state" if time_varying else "constant", channels))
-    return fields
-
-
-def _evenly_spaced(file: h5py.File, axis: str, path: Path) -> bool:
-    where = f"{path}: dimensions/{axis}"
-    points = plain_dataset(plain_group(file, "dimensions", f"{path}: dimensions"), axis, where)
-    check_extent(points, where)
-    steps = np.diff(np.asarray(points[(0,) * (points.ndim - 1)], np.float64))
-    return bool(steps.size == 0 or np.ptp(steps) <= _SAME_SPACING * np.abs(steps).mean())
-
-
-def _sample(files: Sequence[Path], shapes: Mapping[Path, tuple[int, int]], card: Card) -> SampledFrames:
-    channels = card.state_channels + card.constant_channels
-    moments: list[Moments] = []
-    lowest, highest = np.full(len(channels), np.inf), np.full(len(channels), -np.inf)
-    twins = {field.channels[2]: field.channels[1] for field in card.fields if field.order == 2}
-    nonfinite: set[str] = set()
-    for frame in _sampled_frames(files, shapes, card):
-        finite = np.isfinite(frame).all(axis=(0, 2, 3))
-        nonfinite |= {name for name, good in zip(channels, finite, strict=True) if not good}
-        by_name = dict(zip(channels, frame[0], strict=True))
-        twins = {yx: xy for yx, xy in twins.items() if np.array_equal(by_name[yx], by_name[xy])}
-        if finite.all():
-            moments.append(Moments.of(frame, (0, 2, 3)))
-            lowest = np.minimum(lowest, frame.min(axis=(0, 2, 3)))
-            highest = np.maximum(highest, frame.max(axis=(0, 2, 3)))
-    figures = {}
-    if moments:
-        pooled = pool(moments)
-        each = zip(channels, pooled.mean, pooled.std, lowest, highest, strict=True)
-        figures = {name: Figures(*map(float, of_channel)) for name, *of_channel in each}
-    ordered = tuple(name for name in channels if name in nonfinite)
-    return SampledFrames(len(moments), figures, twins, ordered)
-
-
-def _sampled_frames(files: Sequence[Path], shapes: Mapping[Path, tuple[int, int]], card: Card) -> Iterator[np.ndarray]:
-    """Yield single frames with the constant fields behind: (1, C + K, H, W)."""
-    for path, trajectory in _spread(files, shapes):
-        with WellFile(path, card) as file:
-            constants = file.constants(trajectory)[None]
-            for time_index in np.unique(
-                np.linspace(0, file.num_frames - 1, SAMPLE_FRAMES).round().astype(int)
-            ).tolist():
-                yield np.concatenate([file.read(trajectory, time_index, time_index + 1), constants], axis=1)
-
-
-def _spread(files: Sequence[Path], shapes: Mapping[Path, tuple[int, int]]) -> list[tuple[Path, int]]:
-    """Return at most SAMPLE_TRAJECTORIES of all trajectories, evenly spread: (file, trajectory in it)."""
-    first = np.cumsum([0, *(shapes[path][0] for path in files)])
-    chosen = np.unique(np.linspace(0, first[-1] - 1, SAMPLE_TRAJECTORIES).round().astype(int))
-    owners = np.searchsorted(first, chosen, side="right") - 1
-    return [(files[owner], int(index - first[owner])) for index, owner in zip(chosen, owners, strict=True)]
 
 
 def _fresh_channels(found: Survey, registry: Registry) -> list[Channel]:
@@ -477,8 +260,8 @@ def _fields_text(found: Survey, role: str) -> list[str]:
 def _figures(found: Survey, name: str) -> str:
     if name not in found.sample.figures:
         return "no frame without NaN or Inf"
-    one = found.sample.figures[name]
-    return f"mean {one.mean:.4g}, std {one.std:.4g}, from {one.lowest:.4g} to {one.highest:.4g}"
+    mean, std, lowest, highest = found.sample.figures[name]
+    return f"mean {mean:.4g}, std {std:.4g}, from {lowest:.4g} to {highest:.4g}"
 
 
 def _plain(name: str) -> str:

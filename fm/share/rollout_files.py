@@ -24,7 +24,7 @@ from data_pipeline.files import UserError
 from data_pipeline.registry import Card, Registry
 from data_pipeline.well.hdf5 import Setting, WellFile, read_attributes, read_setting, stored_card
 from data_pipeline.well.layout import edges
-from data_pipeline.well.register import COMPONENTS
+from data_pipeline.well.survey import COMPONENTS
 from data_pipeline.well.write import WellWriter
 
 WELL_SUFFIXES = (".hdf5", ".h5")

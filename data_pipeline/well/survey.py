@@ -1,0 +1,215 @@
+"""What the HDF5 files of a dataset without a card hold: fields, grid, boundary, times, and figures over a few frames.
+
+All but the fields is read by WellFile with a provisional card, so a dataset that can be surveyed can also be converted.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from data_pipeline.files import UserError
+from data_pipeline.registry import Boundary, Card, Field
+from data_pipeline.schema import NAME
+from data_pipeline.well.hdf5 import WellFile
+from data_pipeline.well.layout import check_extent, plain_dataset, plain_group, texts
+from data_pipeline.well.stats import Moments, pool
+
+SAMPLE_TRAJECTORIES = 8  # spread evenly over all files
+SAMPLE_FRAMES = 4  # of each, spread evenly from the first to the last
+COMPONENTS = (("",), ("_x", "_y"), ("_xx", "_xy", "_yx", "_yy"))  # by tensor order
+_SAME_DT = 1e-3  # relative difference that rounding of float32 times may leave
+_SAME_SPACING = 1e-2  # the same for the points of an axis
+
+
+@dataclass(frozen=True)
+class SampledFrames:
+    """Statistics of a few frames of a few trajectories."""
+
+    num_frames: int  # without NaN and Inf; the figures are taken over these
+    figures: Mapping[str, tuple[float, float, float, float]]  # channel -> mean, std, lowest, highest; may be empty
+    twins: Mapping[str, str]  # C_yx -> C_xy where they were equal in every frame
+    nonfinite: tuple[str, ...]  # channels that held NaN or Inf
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the files hold. Channels have the names their fields suggest: `density`, `velocity_x`, `C_xy`."""
+
+    fields: tuple[Field, ...]  # state then constant, t0 to t2, each in the first file's order
+    grid: tuple[int, int]
+    uneven: tuple[str, ...]  # axes along which the points are not equally spaced
+    boundary: Boundary
+    scalars: tuple[str, ...]
+    dts: tuple[float, float]  # least and greatest time between frames
+    lengths: tuple[tuple[int, int], ...]  # (trajectories, frames of each), shortest first; of the train files if any
+    sample: SampledFrames
+
+    @property
+    def dt(self) -> float | None:
+        """Time between frames; None if it differs, or if times do not increase."""
+        least, greatest = self.dts
+        return greatest if least > 0 and greatest - least <= _SAME_DT * greatest else None
+
+
+def survey(name: str, files: Sequence[Path], train: Sequence[Path]) -> Survey:
+    """Read the headers of all `files`, and a bounded sample of `train` (or of all of them where that is empty).
+
+    `name` is the dataset's. UserError for a file that is not 2D cartesian data in the Well's layout, naming it
+    and what was found, and for files that differ in fields, grid or boundaries: one card cannot describe them all.
+    """
+    fields, uneven = read_header(files[0])
+    card = _provisional_card(name, fields)
+    with WellFile(files[0], card) as first:
+        grid, boundary, scalars = first.grid, first.boundary, tuple(first.scalars(0))
+    _check_periodic(boundary, files[0])
+    shapes: dict[Path, tuple[int, int]] = {}  # (trajectories, frames)
+    dts: list[float] = []
+    for path in files:
+        with WellFile(path, card) as file:
+            if (file.grid, file.boundary) != (grid, boundary):
+                raise UserError(
+                    f"{path}: expected grid and boundaries as in {files[0]}, {grid} and {boundary}, got {file.grid} "
+                    f"and {file.boundary}; a card describes one of them, so put the others into a dataset of their own"
+                )
+            shapes[path] = file.num_trajectories, file.num_frames
+            if file.num_frames > 1:
+                dts += [file.dt(trajectory) for trajectory in range(file.num_trajectories)]
+    counted = train or files
+    lengths = Counter[int]()
+    for path in counted:
+        lengths[shapes[path][1]] += shapes[path][0]
+    return Survey(
+        fields=fields,
+        grid=grid,
+        uneven=uneven,
+        boundary=boundary,
+        scalars=scalars,
+        dts=(min(dts, default=0.0), max(dts, default=0.0)),
+        lengths=tuple((lengths[frames], frames) for frames in sorted(lengths)),
+        sample=_sample(counted, shapes, card),
+    )
+
+
+def read_header(path: Path) -> tuple[tuple[Field, ...], tuple[str, ...]]:
+    """Return the fields of a file, and its axes of unequal spacing.
+
+    UserError for what is no HDF5 file, not the Well's layout, or not 2D cartesian data.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            _check_axes(file, path)
+            found: list[Field] = []
+            for order in range(3):
+                found += _group_fields(file, order, path)
+            uneven = tuple(axis for axis in ("x", "y") if not _evenly_spaced(file, axis, path))
+    except (KeyError, AttributeError, TypeError, ValueError) as error:  # the last three: an attribute of another kind
+        raise UserError(f"{path}: not in the Well's layout: {error.args[0]}") from error
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be read, so it is truncated or no HDF5 file ({error})") from error
+    fields = (*(f for f in found if f.role == "state"), *(f for f in found if f.role == "constant"))
+    if not fields or fields[0].role != "state":
+        raise UserError(
+            f"{path}: expected fields that change in time, listed by the attribute field_names of t0_fields, t1_fields "
+            "or t2_fields, got none; there is nothing to predict"
+        )
+    channels = Counter(channel for field in fields for channel in field.channels)
+    for twice in (channel for channel, count in channels.items() if count > 1):
+        owners = " and ".join(field.name for field in fields if twice in field.channels)
+        raise UserError(f"{path}: the fields {owners} would both be the channel {twice}; rename one in the files")
+    return fields, uneven
+
+
+def _provisional_card(name: str, fields: tuple[Field, ...]) -> Card:
+    """Return a card that lets WellFile read fields that no card describes yet."""
+    state = tuple(field for field in fields if field.role == "state")
+    constant = tuple(field for field in fields if field.role == "constant")
+    ends = ("OPEN", "OPEN")
+    return Card(name, "", state, boundary=(ends, ends), grid=(2, 2), dt=None, constant=constant)
+
+
+def _check_axes(file: h5py.File, path: Path) -> None:
+    axes = texts(plain_group(file, "dimensions", f"{path}: dimensions").attrs["spatial_dims"])
+    grid_type = texts(file.attrs.get("grid_type", "cartesian"))
+    if axes != ["x", "y"] or [kind.lower() for kind in grid_type] != ["cartesian"]:
+        raise UserError(
+            f"{path}: expected 2D data on a cartesian grid, axes x, y; got {len(axes)}D data on the grid "
+            f"{', '.join(grid_type)!a}, axes {', '.join(axes)!a}; only the former can be registered"
+        )
+
+
+def _check_periodic(boundary: Boundary, path: Path) -> None:
+    for axis, ends in zip("xy", boundary, strict=True):
+        if ends.count("PERIODIC") == 1:
+            raise UserError(
+                f"{path}: boundary_conditions: {axis} is {ends[0]} at its lower and {ends[1]} at its upper end; "
+                "expected PERIODIC at both or at neither, so let the mask hold at both ends"
+            )
+
+
+def _group_fields(file: h5py.File, order: int, path: Path) -> list[Field]:
+    where = f"{path}: t{order}_fields"
+    group = plain_group(file, f"t{order}_fields", where)
+    fields = []
+    for name in texts(group.attrs["field_names"]):
+        if not NAME.fullmatch(name):
+            raise UserError(
+                f"{where}: field {name[:80]!a}: expected up to 64 letters, digits and underscores, a letter first; "
+                "rename it in the files"
+            )
+        time_varying = plain_dataset(group, name, f"{where}/{name}").attrs["time_varying"]
+        channels = tuple(name + component for component in COMPONENTS[order])
+        fields.append(Field(name, order, "state" if time_varying else "constant", channels))
+    return fields
+
+
+def _evenly_spaced(file: h5py.File, axis: str, path: Path) -> bool:
+    where = f"{path}: dimensions/{axis}"
+    points = plain_dataset(plain_group(file, "dimensions", f"{path}: dimensions"), axis, where)
+    check_extent(points, where)
+    steps = np.diff(np.asarray(points[(0,) * (points.ndim - 1)], np.float64))
+    return bool(steps.size == 0 or np.ptp(steps) <= _SAME_SPACING * np.abs(steps).mean())
+
+
+def _sample(files: Sequence[Path], shapes: Mapping[Path, tuple[int, int]], card: Card) -> SampledFrames:
+    channels = card.state_channels + card.constant_channels
+    moments: list[Moments] = []
+    extremes: list[tuple[np.ndarray, np.ndarray]] = []
+    twins = {field.channels[2]: field.channels[1] for field in card.fields if field.order == 2}
+    nonfinite: set[str] = set()
+    for frame in _sampled_frames(files, shapes, card):
+        finite = np.isfinite(frame).all(axis=(1, 2))
+        nonfinite |= {name for name, good in zip(channels, finite, strict=True) if not good}
+        by_name = dict(zip(channels, frame, strict=True))
+        twins = {yx: xy for yx, xy in twins.items() if np.array_equal(by_name[yx], by_name[xy])}
+        if finite.all():
+            moments.append(Moments.of(frame, (1, 2)))
+            extremes.append((frame.min(axis=(1, 2)), frame.max(axis=(1, 2))))
+    figures = {}
+    if moments:
+        pooled, (lowest, highest) = pool(moments), zip(*extremes, strict=True)
+        table = np.stack([pooled.mean, pooled.std, np.min(lowest, axis=0), np.max(highest, axis=0)], axis=1)
+        figures = dict(zip(channels, map(tuple, table.tolist()), strict=True))
+    ordered = tuple(name for name in channels if name in nonfinite)
+    return SampledFrames(len(moments), figures, twins, ordered)
+
+
+def _sampled_frames(files: Sequence[Path], shapes: Mapping[Path, tuple[int, int]], card: Card) -> Iterator[np.ndarray]:
+    """Yield single frames with the constant fields behind: (C + K, H, W)."""
+    first = np.cumsum([0, *(shapes[path][0] for path in files)])  # the number of each file's first trajectory
+    for number in _spread(first[-1], SAMPLE_TRAJECTORIES):
+        owner = int(np.searchsorted(first, number, side="right")) - 1
+        trajectory = int(number - first[owner])
+        with WellFile(files[owner], card) as file:
+            constants = file.constants(trajectory)
+            for time_index in _spread(file.num_frames, SAMPLE_FRAMES):
+                yield np.concatenate([file.read(trajectory, time_index, time_index + 1)[0], constants])
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Return at most `most` of the numbers 0 to count - 1, evenly spread, both ends among them."""
+    found: list[int] = np.unique(np.linspace(0, count - 1, most).round().astype(int)).tolist()
+    return found
