@@ -29,7 +29,7 @@ ERROR_OFF = 1.0  # mean off by a whole std, or std by a factor of 2
 _HUGE = float(np.finfo(np.float32).max)  # in place of infinity, which JSON has not
 
 Interval = tuple[float | None, float | None]  # lowest, highest good value
-_Moments = tuple[int, tuple[float, ...], tuple[float, ...]]  # number of frames, mean and variance of each channel
+ChannelMoments = tuple[int, tuple[float, ...], tuple[float, ...]]  # frames; mean, variance of each channel
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,8 @@ class Summary(Strict):
     lowest: tuple[float, ...]  # above `highest` where there was no finite frame
     highest: tuple[float, ...]
     equal: tuple[tuple[int, int], ...]  # pairs of channels that hold the same values everywhere
-    count: int  # frames
-    mean: tuple[float, ...]
-    variance: tuple[float, ...]
-    delta_count: int
-    delta_mean: tuple[float, ...]
-    delta_variance: tuple[float, ...]
-
-    @property
-    def moments(self) -> _Moments:
-        """Of the values."""
-        return self.count, self.mean, self.variance
-
-    @property
-    def delta_moments(self) -> _Moments:
-        """Of the changes from one frame to the next."""
-        return self.delta_count, self.delta_mean, self.delta_variance
+    moments: ChannelMoments  # of the values
+    delta_moments: ChannelMoments  # of the changes from one frame to the next
 
 
 def merge(summaries: Sequence[Summary]) -> Summary:
@@ -66,12 +52,12 @@ def merge(summaries: Sequence[Summary]) -> Summary:
         tuple(map(min, zip(*(one.lowest for one in summaries), strict=True))),
         tuple(map(max, zip(*(one.highest for one in summaries), strict=True))),
         tuple(pair for pair in summaries[0].equal if all(pair in one.equal for one in summaries)),
-        *_pooled([one.moments for one in summaries]),
-        *_pooled([one.delta_moments for one in summaries]),
+        _pooled([one.moments for one in summaries]),
+        _pooled([one.delta_moments for one in summaries]),
     )
 
 
-def _pooled(parts: Sequence[_Moments]) -> _Moments:
+def _pooled(parts: Sequence[ChannelMoments]) -> ChannelMoments:
     total = pool([Moments(count, np.array(mean), np.array(variance)) for count, mean, variance in parts])
     return total.count, tuple(total.mean.tolist()), tuple(total.variance.tolist())
 
@@ -194,8 +180,8 @@ class TrajectoryAudit:
     def findings(self, file: str, trajectory: int) -> list[Finding]:
         """Return all findings about this trajectory, at most one for each kind and channel."""
         low, high = np.concatenate(self._low), np.concatenate(self._high)
-        found = [*self._nonfinite(low, high), *self._duplicate(), *self._stationary(low, high)]
-        found += [*self._zero_variance(), *self._out_of_range(low, high)]
+        found = self._nonfinite(low, high) + self._duplicate() + self._stationary(low, high)
+        found += self._zero_variance() + self._out_of_range(low, high)
         return [replace(finding, file=file, trajectory=trajectory) for finding in found]
 
     def _nonfinite(self, low: np.ndarray, high: np.ndarray) -> list[Finding]:
@@ -257,9 +243,8 @@ class TrajectoryAudit:
             outside |= highs > (np.inf if highest is None else highest)
             if outside.any():
                 bounds = ["any" if bound is None else f"{bound:g}" for bound in (lowest, highest)]
-                detail = (
-                    f"values from {np.nanmin(lows):g} to {np.nanmax(highs):g}, the card says {bounds[0]} to {bounds[1]}"
-                )
+                got = f"values from {np.nanmin(lows):g} to {np.nanmax(highs):g}"
+                detail = f"{got}, the card says {bounds[0]} to {bounds[1]}"
                 frames = frame_ranges(np.flatnonzero(outside).tolist()) if name in self.state else ()
                 found.append(_finding("out_of_range", "warning", name, detail, frames))
         return found
@@ -269,10 +254,7 @@ class TrajectoryAudit:
         low, high = np.concatenate(self._low), np.concatenate(self._high)
         good = np.isfinite(low) & np.isfinite(high)
         lowest, highest = np.where(good, low, _HUGE).min(axis=0), np.where(good, high, -_HUGE).max(axis=0)
-        limits = [
-            (one.min(), one.max()) if np.isfinite(one).all() else (_HUGE, -_HUGE)
-            for one in self._constants[: len(self.constant)]
-        ]
+        limits = [(one.min(), one.max()) if np.isfinite(one).all() else (_HUGE, -_HUGE) for one in self._constants]
         shift = len(self.state)
         equal_constants = [
             (shift + a, shift + b)
@@ -284,11 +266,11 @@ class TrajectoryAudit:
             (*map(float, lowest), *(float(a) for a, _ in limits)),
             (*map(float, highest), *(float(b) for _, b in limits)),
             (*self._equal, *equal_constants),
-            *self._moments(self._sums, whole, self._origin),
-            *self._moments(self._delta_sums, whole[1:] & whole[:-1], 0.0),
+            self._moments(self._sums, whole, self._origin),
+            self._moments(self._delta_sums, whole[1:] & whole[:-1], 0.0),
         )
 
-    def _moments(self, sums: Sequence[np.ndarray], chosen: np.ndarray, origin: np.ndarray | float) -> _Moments:
+    def _moments(self, sums: Sequence[np.ndarray], chosen: np.ndarray, origin: np.ndarray | float) -> ChannelMoments:
         """Return the moments of the subsample of the chosen frames (T,)."""
         good = np.concatenate(sums, axis=1)[:, chosen]  # (2, frames, C)
         count, num_sampled = good.shape[1], max(1, self._last_points.shape[2] if self._last_points is not None else 1)
@@ -347,7 +329,7 @@ def split_findings(
         known = first == channels[second].duplicate_of or second == channels[first].duplicate_of
         detail = f"equals {first} at every point of every frame" + (", as channels.yaml says" if known else "")
         found.append(_finding("duplicated_channel", "note" if known else "warning", second, detail))
-    if stats is not None and summary.count:
+    if stats is not None and summary.moments[0]:
         # stats.yaml describes the published training split; `download --first-only` gets a part of it.
         published = sum(trajectories for trajectories, _ in card.train) if grid == card.grid else 0
         found += _stats_disagree(card, summary, stats, max(0, published - len(lengths)))
@@ -366,25 +348,23 @@ def _stats_disagree(card: Card, summary: Summary, stats: Stats, missing: int) ->
     It is no error where trajectories are missing: the statistics are of all of them.
     """
     found = []
-    moments = [("", summary.moments)] + [("_delta", summary.delta_moments)] * bool(summary.delta_count)
+    moments = {"": summary.moments, "_delta": summary.delta_moments}
     for number, name in enumerate(card.state_channels):
         worst, details = 0.0, []
-        for suffix, (_, means, variances) in moments:
+        for suffix, (count, means, variances) in moments.items():
+            if not count:
+                continue
             mean, std = means[number], float(np.sqrt(variances[number]))
             stated_mean, stated_std = stats["mean" + suffix][name], stats["std" + suffix][name]
             off = _distance(mean, std, stated_mean, stated_std)
-            if off > WARN_OFF:
-                details.append(
-                    f"mean{suffix} {stated_mean:.4g} and std{suffix} {stated_std:.4g} stated, "
-                    f"{mean:.4g} and {std:.4g} in the data"
-                )
             worst = max(worst, off)
+            if off > WARN_OFF:
+                stated = f"mean{suffix} {stated_mean:.4g} and std{suffix} {stated_std:.4g} stated"
+                details.append(f"{stated}, {mean:.4g} and {std:.4g} in the data")
         if details:
             severity = "error" if worst > ERROR_OFF and not missing else "warning"
-            detail = "; ".join(details)
-            if missing:
-                detail += f" ({missing} of the published trajectories are not here, which may be why)"
-            found.append(_finding("stats_disagree", severity, name, detail))
+            why = f" ({missing} of the published trajectories are not here, which may be why)" if missing else ""
+            found.append(_finding("stats_disagree", severity, name, "; ".join(details) + why))
     return found
 
 
