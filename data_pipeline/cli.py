@@ -106,12 +106,12 @@ def _built_line(built: Any) -> str:
 def _audit(options: argparse.Namespace) -> int:
     from data_pipeline.registry import load_registry
     from data_pipeline.schema import canonical
-    from data_pipeline.shards.review import as_json, as_text, audit
+    from data_pipeline.shards.review import as_text, audit
 
     reviews = audit(options.location, load_registry(options.registry), options.datasets, options.splits, options.jobs)
     print(as_text(reviews))
     if options.json is not None:
-        write_whole(options.json, canonical(as_json(reviews)))
+        write_whole(options.json, canonical(reviews))
     return 2 if any(found.severity == "error" for review in reviews for found in review.findings) else 0
 
 

@@ -18,7 +18,6 @@ from data_pipeline.well.layout import Folder
 from data_pipeline.well.stats import read_stats
 from data_pipeline.windows.reader import WindowIndex
 from data_pipeline.windows.schedule import Source, sampling_shares
-from data_pipeline.windows.streaming import load_manifest
 from data_pipeline.workers import available_cores
 
 FORECAST_COLUMNS = ("dataset", "split", "files", "trajectories", "windows", "shards", "MB", "state")
@@ -128,7 +127,7 @@ def _manifests_behind(url: str, known: Sequence[str]) -> Mapping[RemoteFolder, M
     """Return what `find_manifests` does, for the known datasets behind a URL."""
     folders = [RemoteFolder(url) / name / split for name in sorted(known) for split in SPLITS]
     found = {folder: folder.file(MANIFEST_NAME) for folder in folders}
-    manifests = {folder: load_manifest(file) for folder, file in found.items() if file.exists()}
+    manifests = {folder: Manifest.load(file) for folder, file in found.items() if file.exists()}
     if not manifests:
         raise UserError(
             f"{url}: expected <dataset>/<split>/{MANIFEST_NAME} of {', '.join(sorted(known))}, got none; upload shards "

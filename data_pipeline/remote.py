@@ -159,16 +159,20 @@ class RemoteFile(_Location):
 
     def read(self, limit: int) -> bytes:
         """Return the whole file. UserError if it is longer than `limit` bytes."""
+        total, content = self.size(), bytearray()
+        too_long = UserError(f"{self}: expected at most {limit} bytes, got more; is this the right file?")
+        if total is not None and total > limit:
+            raise too_long
 
-        def request() -> bytes:
-            content = bytearray()
-            for chunk in self._transport.chunks(self.url, 0, None):
-                content += chunk
+        def request() -> None:
+            content.clear()
+            for chunk in self._transport.chunks(self.url, 0, total):
+                content.extend(chunk)
                 if len(content) > limit:
-                    raise UserError(f"{self}: expected at most {limit} bytes, got more; is this the right file?")
-            return bytes(content)
+                    raise too_long
 
-        return self._retry(request)
+        self._retry(request)
+        return bytes(content)
 
     def read_range(self, start: int, stop: int) -> bytes:
         """Return exactly the bytes [start, stop).

@@ -1,5 +1,6 @@
 """Write one shard from its plan: trajectory after trajectory, a few MiB of frames in memory at a time."""
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -121,48 +122,45 @@ def _copy_all(
         for source, numbers in groupby(in_shard, lambda number: plan.trajectories[number].source):
             with WellFile(plan.files[source], plan.card) as file:
                 for number in numbers:
-                    copies.append(_Copy(task, number, encoder))
-                    copies[-1].run(file, writer, on_bytes)
+                    copies.append(_Copy(task, number, encoder, writer, on_bytes))
+                    copies[-1].run(file)
         return writer.finish(shard_name(task.shard)), copies
 
 
 class _Copy:
     """The copy of one trajectory from its HDF5 file into the shard, with its audit and its checksums."""
 
-    def __init__(self, task: ShardTask, number: int, encoder: Encoder | None) -> None:
+    def __init__(
+        self, task: ShardTask, number: int, encoder: Encoder | None, writer: ShardWriter, on_bytes: OnBytes
+    ) -> None:
         self.task, self.plan, self.number, self.encoder = task, task.plan, number, encoder
+        self.writer, self.on_bytes = writer, on_bytes
         self.planned = self.plan.trajectories[number]
         self.shape = (len(self.plan.card.state_channels), *self.plan.grid)
         self.crcs: list[Future[str]] = []
         self.constants_crc = ""
 
-    def run(self, file: WellFile, writer: ShardWriter, on_bytes: OnBytes) -> None:
+    def run(self, file: WellFile) -> None:
         """Copy all frames and the constant fields."""
-        card, planned = self.plan.card, self.planned
-        audit = TrajectoryAudit(
-            card.state_channels, card.constant_channels, self.plan.grid, self.task.stats["std"], card.ranges
-        )
-        times = file.times(planned.source_index)
+        card, source_index = self.plan.card, self.planned.source_index
+        stds = self.task.stats["std"]
+        audit = TrajectoryAudit(card.state_channels, card.constant_channels, self.plan.grid, stds, card.ranges)
+        times = file.times(source_index)
         for first, stop in self._chunks():
-            key = sample_key(self.number, first)
-            frames = self._frames(file, writer, audit, first, stop, on_bytes)
-            writer.add_array(f"{key}.fields.npy", (stop - first, *self.shape), self.plan.dtype, frames)
+            key, shape = sample_key(self.number, first), (stop - first, *self.shape)
+            self.writer.add_array(f"{key}.fields.npy", shape, self.plan.dtype, self._frames(file, audit, first, stop))
             if first == 0 and card.constant_channels:
                 constants = self._constants(file, audit)
-                writer.add_array(f"{key}.constants.npy", constants.shape, "float32", [constants])
-            writer.add_json(f"{key}.meta.json", self._meta(first, times[first:stop].tolist()))
-        self.findings = audit.findings(self.plan.sources[planned.source].name, planned.source_index)
+                self.writer.add_array(f"{key}.constants.npy", constants.shape, "float32", [constants])
+            self.writer.add_json(f"{key}.meta.json", self._meta(first, times[first:stop].tolist()))
+        self.findings = audit.findings(self.plan.sources[self.planned.source].name, source_index)
         self.summary = audit.summary()
 
     def record(self, offsets: dict[str, int]) -> Trajectory:
         """Return the trajectory's entry in the manifest; `offsets` are those of the shard's arrays, by name."""
         keys = [sample_key(self.number, first) for first, _ in self._chunks()]
         return Trajectory(
-            source=self.planned.source,
-            source_index=self.planned.source_index,
-            frames=self.planned.frames,
-            dt=self.planned.dt,
-            scalars=self.planned.scalars,
+            **vars(self.planned),
             shard=self.task.shard,
             offsets=tuple(offsets[f"{key}.fields.npy"] for key in keys),
             crc32="".join(crcs.result() for crcs in self.crcs),
@@ -176,21 +174,19 @@ class _Copy:
         frames, per_chunk = self.planned.frames, self.plan.frames_per_chunk
         return ((first, min(first + per_chunk, frames)) for first in range(0, frames, per_chunk))
 
-    def _frames(
-        self, file: WellFile, writer: ShardWriter, audit: TrajectoryAudit, start: int, end: int, on_bytes: OnBytes
-    ) -> Iterator[np.ndarray]:
+    def _frames(self, file: WellFile, audit: TrajectoryAudit, start: int, end: int) -> Iterator[np.ndarray]:
         """Read and check the frames of a chunk; yield them as they are stored, a few MiB at a time."""
-        step = block_frames(4 * int(np.prod(self.shape)))
+        source_index, step = self.planned.source_index, block_frames(4 * math.prod(self.shape))
         for first in range(start, end, step):
-            frames = file.read(self.planned.source_index, first, min(first + step, end))
+            frames = file.read(source_index, first, min(first + step, end))
             audit.add(frames)
             if not self.task.keep_nonfinite and not audit.finite:
-                file.check_finite(frames, self.planned.source_index, first)
-            on_bytes(frames.nbytes)
+                file.check_finite(frames, source_index, first)
+            self.on_bytes(frames.nbytes)
             if self.encoder is not None:
-                where = f"{file.path}: trajectory {self.planned.source_index}, frames from {first} on"
+                where = f"{file.path}: trajectory {source_index}, frames from {first} on"
                 frames = self.encoder.encode(frames, where)
-            self.crcs.append(writer.crcs(frames))
+            self.crcs.append(self.writer.crcs(frames))
             yield frames
 
     def _constants(self, file: WellFile, audit: TrajectoryAudit) -> np.ndarray:

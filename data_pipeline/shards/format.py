@@ -10,7 +10,7 @@ reported and every window is kept, so that counts equal the published ones. Wind
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from pydantic_core import to_jsonable_python
 
 from data_pipeline.files import UserError, write_whole
 from data_pipeline.registry import Boundary
+from data_pipeline.remote import RemoteFile
 from data_pipeline.schema import Strict, canonical, digest, parse_json, read_json, validate
 from data_pipeline.well.stats import DELTA_STATISTICS, VALUE_STATISTICS
 
@@ -43,6 +44,7 @@ SKIPPABLE = ("nonfinite", "duplicates", "stationary")
 FORMAT = "wavelit-shards"
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+MAX_REMOTE_BYTES = 64 * 2**20  # of a manifest behind a URL
 ITEM_BYTES = {"float32": 4, "float16": 2}  # types of stored state fields
 
 Range = tuple[int, int]  # frames [first, stop)
@@ -80,11 +82,11 @@ class Finding(Strict):
         return ", ".join(parts) or "whole split"
 
 
-def frame_ranges(frames: Sequence[int]) -> tuple[Range, ...]:
-    """Return ascending frame numbers as ranges: 3, 4, 5, 9 -> (3, 6), (9, 10)."""
+def frame_ranges(frames: Iterable[int], starts: Collection[int] = ()) -> tuple[Range, ...]:
+    """Return ascending frame numbers as ranges: 3, 4, 5, 9 -> (3, 6), (9, 10). A frame in `starts` begins a range."""
     ranges: list[Range] = []
     for frame in frames:
-        if ranges and ranges[-1][1] == frame:
+        if ranges and ranges[-1][1] == frame and frame not in starts:
             ranges[-1] = (ranges[-1][0], frame + 1)
         else:
             ranges.append((frame, frame + 1))
@@ -97,7 +99,7 @@ def usable_segments(num_frames: int, findings: Sequence[Finding], skip: Sequence
     A window must lie inside one segment. A duplicate frame may not share a window with the frame before it. A
     stationary tail and frames with NaN or Inf are in no window.
     """
-    removed, starts = set[int](), {0}
+    removed, starts = set[int](), set[int]()
     for finding in findings:
         if finding.kind not in skip:
             continue
@@ -106,16 +108,7 @@ def usable_segments(num_frames: int, findings: Sequence[Finding], skip: Sequence
                 starts.update(range(first, stop))
             else:
                 removed.update(range(first, stop))
-                starts.add(stop)
-    segments: list[Range] = []
-    for frame in range(num_frames):
-        if frame in removed:
-            continue
-        if segments and segments[-1][1] == frame and frame not in starts:
-            segments[-1] = (segments[-1][0], frame + 1)
-        else:
-            segments.append((frame, frame + 1))
-    return tuple(segments)
+    return frame_ranges((frame for frame in range(num_frames) if frame not in removed), starts)
 
 
 @dataclass(frozen=True)
@@ -220,10 +213,6 @@ class Manifest(Strict):
         every = sum(max(0, trajectory.frames - length + 1) for trajectory in self.trajectories)
         return every - self.num_windows(length)
 
-    def count_frames(self, kind: str) -> int:
-        """Return the number of frames that findings of one kind concern."""
-        return sum(finding.num_frames for finding in self.findings if finding.kind == kind)
-
     def chunk_frames(self, trajectory: int, chunk: int) -> int:
         """Return the number of frames in one chunk of a trajectory."""
         return min(self.frames_per_chunk, self.trajectories[trajectory].frames - chunk * self.frames_per_chunk)
@@ -241,17 +230,10 @@ class Manifest(Strict):
         write_whole(path, canonical({**self._to_json(), "digest": self.digest}))
 
     @classmethod
-    def load(cls, path: Path) -> "Manifest":
+    def load(cls, file: Path | RemoteFile) -> "Manifest":
         """Read and check a manifest. Raises UserError if it is missing, damaged, altered or of another format."""
-        return cls._from_json(read_json(path), str(path))
-
-    @classmethod
-    def parse(cls, content: bytes, where: str) -> "Manifest":
-        """Check the text of a manifest as `load` does; messages name `where` it comes from."""
-        return cls._from_json(parse_json(content, where), where)
-
-    @classmethod
-    def _from_json(cls, content: dict[str, Any], where: str) -> "Manifest":
+        where = str(file)
+        content = read_json(file) if isinstance(file, Path) else parse_json(file.read(MAX_REMOTE_BYTES), where)
         kind, version = content.pop("format", None), content.pop("version", None)
         if kind != FORMAT or version != FORMAT_VERSION:
             raise UserError(

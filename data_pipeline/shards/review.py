@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from pydantic_core import to_jsonable_python
 
 from data_pipeline.files import UserError
 from data_pipeline.registry import Card, Registry
@@ -312,11 +311,6 @@ def count_severities(findings: Sequence[Finding]) -> str:
     """Return `1 error, 2 warnings, 3 notes`, without those that are none; empty if there are none."""
     counts = Counter(finding.severity for finding in findings)
     return ", ".join(f"{counts[one]} {one}{'s' * (counts[one] > 1)}" for one in SEVERITIES if counts[one])
-
-
-def as_json(reviews: Sequence[Review]) -> list[Mapping[str, object]]:
-    """Return one entry per dataset and split, with its findings."""
-    return [to_jsonable_python(review) for review in reviews]
 
 
 def as_text(reviews: Sequence[Review]) -> str:

@@ -7,8 +7,8 @@ each file's fields are put into the order of the dataset's card, so files may li
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,7 @@ from data_pipeline.well.layout import (
     check_extent,
     child_file,
     child_names,
-    open_for_hdf5,
+    hdf5_errors,
     plain_dataset,
     plain_group,
     texts,
@@ -118,10 +118,8 @@ class WellFile:
     def __init__(self, path: File, card: Card) -> None:
         self.path, self.card = path, card
         self._scratch = np.empty(0, np.float32)
-        with ExitStack() as opened, self._readable():
-            source = open_for_hdf5(path)
-            if not isinstance(source, Path):
-                opened.enter_context(source)
+        with ExitStack() as opened, hdf5_errors(self._where):
+            source = path if isinstance(path, Path) else opened.enter_context(path.open())
             self._file = opened.enter_context(h5py.File(source, "r", rdcc_nbytes=_CHUNK_CACHE_BYTES))
             self._read_header()
             self._opened = opened.pop_all()
@@ -163,15 +161,11 @@ class WellFile:
                 time_varying = self._dataset(f"t{order}_fields", name).attrs["time_varying"]
                 found["state" if time_varying else "constant"][name] = order
         self.card.check_fields(found["state"], found["constant"], self._where)
-        return self._order_fields(self.card.state), self._order_fields(self.card.constant)
-
-    def _order_fields(self, fields: tuple[Field, ...]) -> list[_Stored]:
-        stored: list[_Stored] = []
-        channel = 0
-        for field in fields:
-            stored.append(self._find_field(field, channel))
-            channel += len(field.channels)
-        return stored
+        stored: dict[str, list[_Stored]] = {"state": [], "constant": []}
+        for field in self.card.fields:
+            before = sum(len(one.field.channels) for one in stored[field.role])
+            stored[field.role].append(self._find_field(field, before))
+        return stored["state"], stored["constant"]
 
     def _find_field(self, field: Field, channel: int) -> _Stored:
         data = self._dataset(f"t{field.order}_fields", field.name)
@@ -211,7 +205,7 @@ class WellFile:
         num_channels = len(stored.field.channels)
         channels = slice(stored.channel, stored.channel + num_channels)
         sides = [size if varying else 1 for size, varying in zip(self.grid, stored.dim_varying, strict=True)]
-        with self._readable():
+        with hdf5_errors(self._where):
             if num_channels == 1 and stored.field.role == "state" and all(stored.dim_varying):
                 stored.data.read_direct(out, index, np.s_[:, stored.channel])
                 return
@@ -233,22 +227,18 @@ class WellFile:
             return
         bad = ~np.isfinite(values if first is not None else values[None]).all(axis=(2, 3))  # (T, C)
         time_index, channel = (int(axis[0]) for axis in np.nonzero(bad))
-        channels = self.card.constant_channels if first is None else self.card.state_channels
-        raise self.nonfinite_error(trajectory, channels[channel], None if first is None else first + time_index)
-
-    def nonfinite_error(self, trajectory: int, channel: str, frame: int | None) -> UserError:
-        """Return the error for NaN or Inf in a channel; `frame` is None for a constant field."""
-        field = next(field for field in self.card.fields if channel in field.channels)
-        where = "" if frame is None else f", frame {frame}"
-        return UserError(
-            f"{self._where}: trajectory {trajectory}, field {field.name} ({channel}){where}: "
+        name = (self.card.constant_channels if first is None else self.card.state_channels)[channel]
+        field = next(field for field in self.card.fields if name in field.channels)
+        frame = "" if first is None else f", frame {first + time_index}"
+        raise UserError(
+            f"{self._where}: trajectory {trajectory}, field {field.name} ({name}){frame}: "
             "expected finite numbers, got NaN or Inf; get this file again, leave it out of the folder, or leave out "
             "the windows with `--skip nonfinite`"
         )
 
     def times(self, trajectory: int) -> np.ndarray:
         """Return the physical times of the stored frames of one trajectory, float64 (T,)."""
-        with self._readable():
+        with hdf5_errors(self._where):
             time = self._dataset("dimensions", "time")
             return np.asarray(time[trajectory] if time.ndim == 2 else time[:], np.float64)
 
@@ -262,20 +252,20 @@ class WellFile:
 
     def axes(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the points along x and y, float64 (X,) and (Y,)."""
-        with self._readable():
+        with hdf5_errors(self._where):
             stored = [self._dataset("dimensions", axis) for axis in "xy"]
             x, y = (np.asarray(points[0] if points.ndim == 2 else points[:], np.float64) for points in stored)
         return x, y
 
     def boundary_masks(self) -> tuple[BoundaryMask, ...]:
         """Return the boundary conditions as the file stores them."""
-        with self._readable():
+        with hdf5_errors(self._where):
             return boundary_masks(self._group("boundary_conditions"), self._where)
 
     def scalars(self, trajectory: int) -> dict[str, float]:
         """Return the constant scalars of one trajectory, by the Well's names. UserError if one varies in time."""
         scalars = {}
-        with self._readable():
+        with hdf5_errors(self._where):
             for name in texts(self._file["scalars"].attrs["field_names"]):
                 data = self._dataset("scalars", name)
                 if data.attrs["time_varying"]:
@@ -296,18 +286,6 @@ class WellFile:
     @property
     def _where(self) -> str:
         return f"{self.path} (dataset {self.card.name})"
-
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        """Turn h5py's errors into one that names the file."""
-        try:
-            yield
-        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-            raise UserError(f"{self._where}: not in the Well's layout: {error.args[0]}") from error
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"{self._where}: cannot be read, so it is truncated or no HDF5 file ({error}); download it again"
-            ) from error
 
     def __enter__(self) -> WellFile:
         return self
@@ -359,11 +337,8 @@ def read_attributes(path: Path) -> dict[str, Any]:
     if not path.is_file():
         found = "a folder" if path.is_dir() else "none"
         raise UserError(f"{path}: expected an HDF5 file in the Well's layout, found {found}")
-    try:
-        with h5py.File(path, "r") as file:
-            return dict(file.attrs)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be read, so it is truncated or no HDF5 file ({error})") from error
+    with hdf5_errors(str(path)), h5py.File(path, "r") as file:
+        return dict(file.attrs)
 
 
 def stored_card(path: Path, registry: Registry, dataset: str | None, attributes: Mapping[str, Any]) -> Card:

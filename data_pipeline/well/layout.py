@@ -6,10 +6,10 @@ anything is read.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import h5py
 import numpy as np
@@ -23,10 +23,8 @@ File = Path | RemoteFile
 MAX_TEXT_BYTES = 16 * 2**20
 
 
-def folder_at(location: str | Path | RemoteFolder) -> Folder:
+def folder_at(location: str | Path) -> Folder:
     """Return the folder at a local path or a URL. UserError for a URL of a kind that is not opened."""
-    if isinstance(location, RemoteFolder):
-        return location
     return RemoteFolder(str(location)) if is_url(location) else Path(location)
 
 
@@ -68,9 +66,17 @@ def read_small(file: File) -> bytes:
     return file.read_bytes()
 
 
-def open_for_hdf5(file: File) -> Path | BinaryIO:
-    """Return what h5py.File takes."""
-    return file if isinstance(file, Path) else file.open()
+@contextmanager
+def hdf5_errors(where: str) -> Iterator[None]:
+    """Turn the errors of h5py, and of attributes of an unexpected kind, into a UserError that names the file."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"{where}: not in the Well's layout: {error.args[0]}") from error
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{where}: cannot be read, so it is truncated or no HDF5 file ({error}); get it again"
+        ) from error
 
 
 DEFLATE_RATIO = 1032  # deflate's best: 258 bytes for two bits (RFC 1951)

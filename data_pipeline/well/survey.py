@@ -15,7 +15,7 @@ from data_pipeline.files import UserError
 from data_pipeline.registry import Boundary, Card, Field
 from data_pipeline.schema import NAME
 from data_pipeline.well.hdf5 import WellFile
-from data_pipeline.well.layout import check_extent, plain_dataset, plain_group, texts
+from data_pipeline.well.layout import check_extent, hdf5_errors, plain_dataset, plain_group, texts
 from data_pipeline.well.stats import Moments, pool
 
 SAMPLE_TRAJECTORIES = 8  # spread evenly over all files
@@ -99,17 +99,10 @@ def read_header(path: Path) -> tuple[tuple[Field, ...], tuple[str, ...]]:
 
     UserError for what is no HDF5 file, not the Well's layout, or not 2D cartesian data.
     """
-    try:
-        with h5py.File(path, "r") as file:
-            _check_axes(file, path)
-            found: list[Field] = []
-            for order in range(3):
-                found += _group_fields(file, order, path)
-            uneven = tuple(axis for axis in ("x", "y") if not _evenly_spaced(file, axis, path))
-    except (KeyError, AttributeError, TypeError, ValueError) as error:  # the last three: an attribute of another kind
-        raise UserError(f"{path}: not in the Well's layout: {error.args[0]}") from error
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be read, so it is truncated or no HDF5 file ({error})") from error
+    with hdf5_errors(str(path)), h5py.File(path, "r") as file:
+        _check_axes(file, path)
+        found = [field for order in range(3) for field in _group_fields(file, order, path)]
+        uneven = tuple(axis for axis in ("x", "y") if not _evenly_spaced(file, axis, path))
     fields = (*(f for f in found if f.role == "state"), *(f for f in found if f.role == "constant"))
     if not fields or fields[0].role != "state":
         raise UserError(

@@ -33,11 +33,7 @@ class WindowIndex:
     """
 
     def __init__(self, segments: Sequence[Sequence[Range]], length: int, shard_of_trajectory: Sequence[int]) -> None:
-        if length < 1:
-            raise ValueError(f"length: expected at least 1 frame, got {length}")
         shards = np.asarray(shard_of_trajectory, np.int64)
-        if len(shards) != len(segments) or (np.diff(shards) < 0).any():
-            raise ValueError("shard_of_trajectory: expected one shard for each trajectory, in ascending order")
         bounds = np.array([one for trajectory in segments for one in trajectory], np.int64).reshape(-1, 2)
         windows = np.maximum(bounds[:, 1] - bounds[:, 0] - length + 1, 0)
         counts = [len(trajectory) for trajectory in segments]

@@ -29,7 +29,6 @@ from data_pipeline.windows.cache import BlobCache
 from data_pipeline.windows.reader import Shards, Traffic, Windows
 from data_pipeline.workers import Threads
 
-MANIFEST_LIMIT_BYTES = 64 * 2**20
 THREADS = 8  # requests in flight, per process; of whole shards half as many
 GAP_BYTES = 256 * 1024  # two ranges closer than this are one request: less than what a round trip costs
 REQUEST_BYTES = 16 * 2**20  # a request that grew to this takes no further range
@@ -81,18 +80,6 @@ def open_remote_shards(
             "datasets out"
         )
     return opened
-
-
-def load_manifest(file: RemoteFile) -> Manifest:
-    """Return the manifest behind a URL. Raises UserError if there is none, or one that `Manifest.parse` refuses."""
-    size = file.size()
-    if size is None:
-        content = file.read(MANIFEST_LIMIT_BYTES)
-    elif size > MANIFEST_LIMIT_BYTES:
-        raise UserError(f"{file}: expected a manifest of at most {MANIFEST_LIMIT_BYTES} bytes, the server has {size}")
-    else:
-        content = file.read_range(0, size)  # unlike `read`, this notices a body that ends early
-    return Manifest.parse(content, str(file))
 
 
 @dataclass(frozen=True)
@@ -226,7 +213,7 @@ class RemoteShards(Shards):
 
     def __init__(self, folder: RemoteFolder, fetcher: Fetcher, cache: BlobCache | None, draws_ahead: int) -> None:
         self.folder: RemoteFolder = folder
-        self.manifest = load_manifest(folder.file(MANIFEST_NAME))
+        self.manifest = Manifest.load(folder.file(MANIFEST_NAME))
         self.traffic, self.draws_ahead = Traffic(), draws_ahead
         self._fetcher, self._cache = fetcher, cache
         self._sizes_checked: set[int] = set()

@@ -17,7 +17,7 @@ from streamed import BATCHES, LENGTH, MAZE, NAMES, QUICK, assert_all_same, asser
 from data_pipeline.files import UserError
 from data_pipeline.remote import Retries
 from data_pipeline.schema import canonical, digest
-from data_pipeline.windows import streaming
+from data_pipeline.shards.format import MAX_REMOTE_BYTES
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.streaming import StreamSettings
 
@@ -144,8 +144,8 @@ def test_hostile_manifest_is_refused(spoilt: FaultyServer, tmp_path: Path, shuff
 
 def test_a_manifest_without_end_is_not_read(spoilt: FaultyServer) -> None:
     with (spoilt.folder / MAZE / "train" / "manifest.json").open("ab") as file:
-        file.truncate(streaming.MANIFEST_LIMIT_BYTES + 1)  # a hole: it takes no space here
-    with pytest.raises(UserError, match=r"manifest.json: expected a manifest of at most 67108864 bytes"):
+        file.truncate(MAX_REMOTE_BYTES + 1)  # a hole: it takes no space here
+    with pytest.raises(UserError, match=r"manifest.json: expected at most 67108864 bytes"):
         open_readers(spoilt.url, [MAZE], "train", stream=StreamSettings(retries=QUICK))
     assert spoilt.total_sent == 0
 
