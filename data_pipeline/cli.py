@@ -75,13 +75,13 @@ def _shard(options: argparse.Namespace) -> int:
 
     registry = load_registry(options.registry)
     what = (options.well, options.out, options.datasets, options.splits, options.jobs)
-    how = (options.frames_per_chunk, options.shard_size, options.dtype, options.restrict)
+    settings = Settings(options.frames_per_chunk, options.shard_size, options.dtype, options.restrict)
     if options.dry_run:
         from data_pipeline.inspect import forecast  # loads torch: 180 MiB that a conversion does without
 
-        print(forecast(*what, Settings(*how), registry))
+        print(forecast(*what, settings, registry))
         return 0
-    for built in build_shards(*what, *how, options.skip, registry):
+    for built in build_shards(*what, settings, options.skip, registry):
         print(_built_line(built))
     return 0
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_pipeline.files import UserError, free_bytes
-from data_pipeline.registry import Card, Registry, load_registry
+from data_pipeline.registry import Card, Registry
 from data_pipeline.remote import RemoteFolder, is_url
 from data_pipeline.shards.build import finished_manifest
 from data_pipeline.shards.convert import measure_speed
@@ -27,18 +27,18 @@ PROBE_BYTES = 128 * 2**20  # read, audited and checksummed for the estimate of t
 def forecast(
     well: str | Path,
     out: Path,
-    datasets: Sequence[str] | None = None,
-    splits: Sequence[str] | None = None,
-    jobs: int | None = None,
-    settings: Settings | None = None,
-    registry: Registry | None = None,
+    datasets: Sequence[str] | None,
+    splits: Sequence[str] | None,
+    jobs: int | None,
+    settings: Settings,
+    registry: Registry,
 ) -> str:
     """Return a table of what `build_shards` would write, the free disk, and the time from a short dry run.
 
     UserError where `build_shards` would before it writes: for files that are damaged or not the cards', and for
     shards of other files or settings.
     """
-    folders, plans = plan_all(well, out, datasets, splits, settings or Settings(), registry or load_registry())
+    folders, plans = plan_all(well, out, datasets, splits, settings, registry)
     pending = [plan for plan in plans if finished_manifest(plan) is None]
     rows = [_forecast_row(plan, plan in pending) for plan in plans]
     needed = sum(plan.stored_bytes for plan in pending)

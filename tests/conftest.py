@@ -7,6 +7,7 @@ import pytest
 
 from data_pipeline.miniwell.generate import simulate
 from data_pipeline.shards.build import build_shards
+from data_pipeline.shards.plan import Settings
 
 # Files that take minutes are begun first, so that the workers of launch/test end together.
 SLOW = (
@@ -53,5 +54,5 @@ def tiny_well(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_shards(tiny_well: Path) -> Path:
     """Shards of the tiny mini-Well, with more than one chunk per trajectory. Read only."""
     shards = tiny_well.parent / "shards"
-    build_shards(tiny_well, shards, jobs=1, frames_per_chunk=4)
+    build_shards(tiny_well, shards, jobs=1, settings=Settings(frames_per_chunk=4))
     return shards

@@ -23,7 +23,7 @@ from data_pipeline.schema import canonical, read_json, validate
 from data_pipeline.shards.audit import condense, merge, split_findings
 from data_pipeline.shards.convert import PARTIAL, ShardRecord, ShardTask, saved_record, write_shard
 from data_pipeline.shards.format import MANIFEST_NAME, SKIPPABLE, Finding, Manifest, usable_segments
-from data_pipeline.shards.plan import Settings, SplitPlan, plan_all, stats_file
+from data_pipeline.shards.plan import DEFAULTS, Settings, SplitPlan, plan_all, stats_file
 from data_pipeline.shards.tar import check_shard, encoding_of
 from data_pipeline.well.hdf5 import split_files
 from data_pipeline.well.layout import File, Folder, file_bytes
@@ -50,37 +50,17 @@ def build_shards(
     datasets: Sequence[str] | None = None,
     splits: Sequence[str] | None = None,
     jobs: int | None = None,
-    frames_per_chunk: int = Settings.frames_per_chunk,
-    shard_bytes: int = Settings.shard_bytes,
-    dtype: str = Settings.dtype,
-    restrict: int | None = None,
+    settings: Settings = DEFAULTS,
     skip: Sequence[str] = (),
     registry: Registry | None = None,
 ) -> list[Built]:
-    """Convert a Well folder, `<well>/<dataset>/data/<split>/*.hdf5`, to `<out>/<dataset>/<split>/`.
+    """Convert a folder or URL of a Well, `<well>/<dataset>/data/<split>/*.hdf5`, to `<out>/<dataset>/<split>/`.
 
-    What is finished is kept, whatever its `skip`. After a kill the same call continues, and the bytes are the same.
-    A job holds a few MiB of frames in memory.
-
-    Args:
-        well: A local folder, or the URL of one.
-        out: A local folder.
-        datasets: Names; None takes every dataset with a card.
-        splits: Names; None takes every split that has files.
-        jobs: Processes; None takes one per core.
-        frames_per_chunk: Frames of a sample.
-        shard_bytes: A shard ends with the trajectory that would take it over this size.
-        dtype: `float32`, or `float16`, which halves the fields and is refused where it blurs them.
-        restrict: Use only so many trajectories of each split. The subsets are nested: the trajectories chosen for N
-            are also chosen for N + 1.
-        skip: Kinds of findings whose windows are left out.
-        registry: The cards; None loads them as `load_registry` does.
-
-    Raises:
-        UserError: Something is wrong with the files or the arguments, or the disk is full. No half-written file is
-            kept.
+    `datasets` None takes those with a card, `splits` None those with files, `jobs` None a process for each core.
+    `skip` names the kinds of findings whose windows are left out. What is finished is kept, whatever its `skip`. After
+    a kill the same call continues, and the bytes are the same. A job holds a few MiB of frames in memory. Raises
+    UserError if something is wrong with the files or the arguments, or if the disk is full; no half-written file stays.
     """
-    settings = Settings(frames_per_chunk, shard_bytes, dtype, restrict)
     if jobs is not None and jobs < 1:
         raise UserError(f"jobs: expected at least 1, got {jobs}")
     for kind in skip:

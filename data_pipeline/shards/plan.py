@@ -31,10 +31,10 @@ _FINGERPRINT_BLOCKS, _FINGERPRINT_BYTES = 16, 2**16  # of a source file that are
 class Settings:
     """How shards are cut and stored."""
 
-    frames_per_chunk: int = 16
+    frames_per_chunk: int = 16  # of a sample
     shard_bytes: int = 512 * 2**20  # a shard ends with the trajectory that would take it over this
-    dtype: str = "float32"  # a key of format.ITEM_BYTES
-    restrict: int | None = None  # trajectories of each split; None: all
+    dtype: str = "float32"  # or float16, which halves the fields and is refused where it blurs them
+    restrict: int | None = None  # use so many trajectories of each split, which are also among those of N + 1
 
     def __post_init__(self) -> None:
         for name in ("frames_per_chunk", "shard_bytes", "restrict"):
@@ -43,6 +43,9 @@ class Settings:
                 raise UserError(f"{name}: expected at least 1, got {value}")
         if self.dtype not in ITEM_BYTES:
             raise UserError(f"dtype: expected {' or '.join(ITEM_BYTES)}, got {self.dtype!r}")
+
+
+DEFAULTS = Settings()
 
 
 @dataclass(frozen=True)

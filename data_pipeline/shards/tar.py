@@ -104,13 +104,16 @@ def array_crcs(values: np.ndarray) -> str:
 class ShardWriter:
     """Appends samples to a tar file whose bytes depend on nothing but the samples: no dates, owners or padding.
 
-    Use it as a context manager. The tar is made by `tarfile`. `webdataset.TarWriter` makes the same tar, but it holds
-    each member in memory, and importing it loads torch: 180 MiB more for every job.
+    Use it as a context manager. Writing and hashing, the slowest part of a conversion, have a thread each.
+    `webdataset.TarWriter` makes the same tar, but it holds each member in memory, and importing it loads torch: 180 MiB
+    more for every job.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._output = _HashedFile(file)
-        self._tar = tarfile.TarFile(fileobj=self._output, mode="w", copybufsize=_PIECE_BYTES)  # type: ignore[arg-type]
+        self._file, self._hash, self._position, self._unsynced = file, hashlib.sha256(), 0, 0
+        self._is_plain = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        self._threads = {name: ThreadPoolExecutor(1, name) for name in ("io", "sha256", "crc")}
+        self._running: deque[Future[Any]] = deque()
 
     def add_array(self, name: str, shape: tuple[int, ...], dtype: str, blocks: Iterable[np.ndarray]) -> None:
         """Add an array of this shape in NPY format; `blocks`, along its first axis, are of the stored type."""
@@ -125,26 +128,57 @@ class ShardWriter:
 
     def crcs(self, values: np.ndarray) -> "Future[str]":
         """Return `array_crcs` of arrays that stay as they are, computed in a thread."""
-        return self._output.start("crc", array_crcs, values)
+        return self._start("crc", array_crcs, values)
 
     def finish(self, name: str) -> Shard:
         """End the archive and return its record under `name`. Raises OSError where a write failed."""
         # Two empty blocks end a tar. TarFile.close() would add zeros up to 10 KiB, which no reader needs.
-        self._output.write(bytes(2 * tarfile.BLOCKSIZE))
-        return Shard(name, self._output.tell(), self._output.finish())
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        for running in self._running:
+            running.result()
+        return Shard(name, self._position, self._hash.hexdigest())
 
     def _add(self, name: str, num_bytes: int, pieces: Iterable[bytes | memoryview]) -> None:
         info = tarfile.TarInfo(name)  # mode 0644, owner 0, time 0
         info.size = num_bytes
         # USTAR holds sizes below 8 GiB; a larger chunk is an extension of GNU's that readers understand.
-        self._tar.format = tarfile.USTAR_FORMAT if num_bytes < 2**33 else tarfile.GNU_FORMAT
-        self._tar.addfile(info, _Pieces(pieces))  # type: ignore[arg-type]
+        self._write(info.tobuf(tarfile.USTAR_FORMAT if num_bytes < 2**33 else tarfile.GNU_FORMAT))
+        start = self._position
+        for piece in pieces:
+            self._write(piece)
+        assert self._position == start + num_bytes, (name, num_bytes)
+        self._write(bytes(-num_bytes % tarfile.BLOCKSIZE))
+
+    def _write(self, content: bytes | memoryview) -> None:
+        view = memoryview(content).cast("B")
+        self._position += len(view)
+        for first in range(0, len(view), _PIECE_BYTES):
+            self._start("io", self._put, view[first : first + _PIECE_BYTES])
+            self._start("sha256", self._hash.update, view[first : first + _PIECE_BYTES])
+
+    def _start(self, thread: str, function: Callable[..., T], *arguments: object) -> "Future[T]":
+        """Run a function in one of the threads; raise the OSError of an earlier write that failed."""
+        future = self._threads[thread].submit(function, *arguments)
+        self._running.append(future)
+        while len(self._running) > _MAX_RUNNING:
+            self._running.popleft().result()
+        return future
+
+    def _put(self, content: memoryview) -> None:
+        """Write to the file. The disk gets the content as it comes, so that little is left to wait for at the end."""
+        self._file.write(content)
+        self._unsynced += len(content)
+        if self._is_plain and self._unsynced >= _SYNC_BYTES:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._unsynced = 0
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._output.close()
+        for thread in self._threads.values():
+            thread.shutdown(cancel_futures=True)
 
 
 def _npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
@@ -155,70 +189,6 @@ def _npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
     text = f"{{'descr': '{_DTYPES[dtype]}', 'fortran_order': False, 'shape': {shape!r}, }}"
     size = NPY_HEADER_BYTES - 10
     return b"\x93NUMPY\x01\x00" + size.to_bytes(2, "little") + text.ljust(size - 1).encode("ascii") + b"\n"
-
-
-class _Pieces:
-    """A file to read whose content is made piece by piece while it is read."""
-
-    def __init__(self, pieces: Iterable[bytes | memoryview]) -> None:
-        self._pieces, self._rest = iter(pieces), memoryview(b"")
-
-    def read(self, size: int) -> bytes | memoryview:
-        """Return exactly `size` bytes, without a copy unless they are of two pieces."""
-        if not self._rest:
-            self._rest = memoryview(next(self._pieces)).cast("B")
-        content, self._rest = self._rest[:size], self._rest[size:]
-        return content if len(content) == size else b"".join([content, self.read(size - len(content))])
-
-
-class _HashedFile:
-    """A file to write, with the SHA-256 of its content.
-
-    Writing and hashing, the slowest part of a conversion, have a thread each. The disk gets the content as it comes, so
-    that little is left to wait for at the end.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._hash, self._position, self._unsynced = file, hashlib.sha256(), 0, 0
-        self._is_plain = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-        self._threads = {name: ThreadPoolExecutor(1, name) for name in ("io", "sha256", "crc")}
-        self._running: deque[Future[Any]] = deque()
-
-    def tell(self) -> int:
-        return self._position
-
-    def write(self, content: bytes | memoryview) -> int:
-        self._position += len(content)
-        self.start("io", self._put, content)
-        self.start("sha256", self._hash.update, content)
-        return len(content)
-
-    def start(self, thread: str, function: Callable[..., T], *arguments: object) -> "Future[T]":
-        """Run a function in one of the threads; raise the OSError of an earlier write that failed."""
-        future = self._threads[thread].submit(function, *arguments)
-        self._running.append(future)
-        while len(self._running) > _MAX_RUNNING:
-            self._running.popleft().result()
-        return future
-
-    def finish(self) -> str:
-        """Return the SHA-256 when all is written. Raises OSError if a write failed."""
-        for running in self._running:
-            running.result()
-        return self._hash.hexdigest()
-
-    def close(self) -> None:
-        """End the threads."""
-        for thread in self._threads.values():
-            thread.shutdown(cancel_futures=True)
-
-    def _put(self, content: bytes | memoryview) -> None:
-        self._file.write(content)
-        self._unsynced += len(content)
-        if self._is_plain and self._unsynced >= _SYNC_BYTES:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._unsynced = 0
 
 
 def array_offsets(path: Path) -> dict[str, int]:

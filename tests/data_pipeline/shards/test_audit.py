@@ -18,6 +18,7 @@ from data_pipeline.registry import load_registry
 from data_pipeline.shards.audit import STILL_FRAMES, TrajectoryAudit, condense
 from data_pipeline.shards.build import build_shards
 from data_pipeline.shards.format import Finding
+from data_pipeline.shards.plan import Settings
 from data_pipeline.shards.review import Review, audit, findings_table
 from data_pipeline.well.hdf5 import split_files
 
@@ -308,7 +309,7 @@ def test_stats_file_that_is_no_good_is_reported(well: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_shards_are_audited_from_their_own_bytes(well: Path, tmp_path: Path, dtype: str) -> None:
-    build_shards(well, tmp_path / "shards", jobs=1, frames_per_chunk=4, dtype=dtype)
+    build_shards(well, tmp_path / "shards", jobs=1, settings=Settings(frames_per_chunk=4, dtype=dtype))
     folder = tmp_path / "shards" / "shear_flow" / "test"
     content = bytearray((folder / "shard-000000.tar").read_bytes())
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -20,6 +20,7 @@ from data_pipeline.files import UserError, only_process
 from data_pipeline.registry import load_registry
 from data_pipeline.shards.build import build_shards
 from data_pipeline.shards.format import Manifest
+from data_pipeline.shards.plan import Settings
 from data_pipeline.well.hdf5 import split_files
 from data_pipeline.windows.reader import ShardReader
 
@@ -127,7 +128,7 @@ def test_manifest_says_what_the_data_are(tiny_shards: Path) -> None:
 def test_bytes_do_not_depend_on_jobs(tiny_well: Path, tmp_path: Path) -> None:
     names = ["acoustic_scattering_maze", "gray_scott_reaction_diffusion"]
     for jobs in (1, 2):
-        build_shards(tiny_well, tmp_path / str(jobs), names, ["train", "test"], jobs, shard_bytes=1)
+        build_shards(tiny_well, tmp_path / str(jobs), names, ["train", "test"], jobs, settings=Settings(shard_bytes=1))
     one, two = contents(tmp_path / "1"), contents(tmp_path / "2")
     assert one == two
     assert sum(name.endswith(".tar") for name in one) > 4
@@ -149,7 +150,7 @@ def test_duplicate_frames_are_found_across_chunks(tiny_well: Path, tmp_path: Pat
             file[name][0, 4] = file[name][0, 3]  # across a chunk of 4
             file[name][0, 7] = file[name][0, 6]  # inside one
         file["t0_fields/tracer"][0, 2] = file["t0_fields/tracer"][0, 1]  # one field alone is no duplicate
-    build_shards(well, tmp_path / "shards", splits=["valid"], jobs=1, frames_per_chunk=4)
+    build_shards(well, tmp_path / "shards", splits=["valid"], jobs=1, settings=Settings(frames_per_chunk=4))
     manifest = Manifest.load(tmp_path / "shards" / "shear_flow" / "valid" / "manifest.json")
     duplicates = [one for one in manifest.findings if one.kind == "duplicates"]
     assert [(one.severity, one.trajectory, one.frames) for one in duplicates] == [("warning", 0, ((4, 5), (7, 8)))]
@@ -232,7 +233,7 @@ def test_bad_source_leaves_nothing_that_passes_for_whole(
 def test_other_sources_or_settings_are_not_mixed(tiny_well: Path, tmp_path: Path) -> None:
     build_shards(tiny_well, tmp_path, ["shear_flow"], ["valid"], jobs=1)
     with pytest.raises(UserError, match="holds shards of other files or settings"):
-        build_shards(tiny_well, tmp_path, ["shear_flow"], ["valid"], jobs=1, frames_per_chunk=3)
+        build_shards(tiny_well, tmp_path, ["shear_flow"], ["valid"], jobs=1, settings=Settings(frames_per_chunk=3))
 
 
 def test_missing_shard_of_a_finished_split_is_reported(tiny_well: Path, tmp_path: Path) -> None:
@@ -248,7 +249,6 @@ def test_missing_shard_of_a_finished_split_is_reported(tiny_well: Path, tmp_path
         ({"datasets": ["shear_flo"]}, "shear_flo.*shear_flow"),
         ({"splits": ["dev"]}, "split 'dev': expected train, valid, test"),
         ({"jobs": 0}, "jobs: expected at least 1, got 0"),
-        ({"frames_per_chunk": 0}, "frames_per_chunk: expected at least 1"),
     ],
 )
 def test_wrong_arguments(tiny_well: Path, tmp_path: Path, arguments: dict, message: str) -> None:
@@ -280,7 +280,7 @@ def long_well(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def long_shards(long_well: Path) -> dict[str, bytes]:
     """What an undisturbed run over `long_well` writes."""
     out = long_well.parent / "undisturbed"
-    build_shards(long_well, out, jobs=1, shard_bytes=1)
+    build_shards(long_well, out, jobs=1, settings=Settings(shard_bytes=1))
     return contents(out)
 
 
@@ -325,7 +325,7 @@ def test_killed_and_run_again_gives_the_same_bytes(
         assert not list(out.rglob("manifest.json"))
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar.json")}
     assert len(kept) >= 24
-    build_shards(long_well, out, jobs=1, shard_bytes=1)
+    build_shards(long_well, out, jobs=1, settings=Settings(shard_bytes=1))
     assert contents(out) == long_shards
 
 
@@ -336,7 +336,7 @@ def test_interrupted_run_says_so_and_goes_on(long_well: Path, long_shards: dict,
     assert "interrupted: what was finished is kept" in errors
     assert "Traceback" not in errors
     assert not list(out.rglob("*.tmp"))
-    build_shards(long_well, out, jobs=1, shard_bytes=1)
+    build_shards(long_well, out, jobs=1, settings=Settings(shard_bytes=1))
     assert contents(out) == long_shards
 
 
@@ -352,7 +352,7 @@ def test_full_disk_ends_in_a_message(long_well: Path, long_shards: dict, tmp_pat
     assert "the disk or the quota is full" in errors
     assert "Traceback" not in errors
     assert set(contents(out)) <= {"gray_scott_reaction_diffusion/stats.json"}  # the statistics were whole
-    build_shards(long_well, out, jobs=1, shard_bytes=1)
+    build_shards(long_well, out, jobs=1, settings=Settings(shard_bytes=1))
     assert contents(out) == long_shards
 
 
@@ -364,5 +364,5 @@ def test_records_of_another_plan_are_not_used(long_well: Path, long_shards: dict
         content = json.loads(record.read_text())
         record.write_text(json.dumps(content | {"plan": "0" * 64}))
     (folder / "shard-009999.tar").write_bytes(b"left by a run with more shards")
-    build_shards(long_well, out, jobs=1, shard_bytes=1)
+    build_shards(long_well, out, jobs=1, settings=Settings(shard_bytes=1))
     assert contents(out) == long_shards

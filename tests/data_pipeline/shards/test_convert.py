@@ -24,6 +24,7 @@ from data_pipeline.files import UserError
 from data_pipeline.registry import load_registry
 from data_pipeline.shards.build import Built, build_shards
 from data_pipeline.shards.format import Manifest
+from data_pipeline.shards.plan import Settings
 from data_pipeline.shards.review import audit
 from data_pipeline.shards.tar import ShardWriter
 from data_pipeline.well.hdf5 import split_files
@@ -57,7 +58,7 @@ def test_shards_have_the_bytes_they_always_had(tmp_path: Path) -> None:
         constants = spread((count, len(card.constant_channels), 24, 16), 1)
         write_file(well / dataset / "data" / "train" / "one.hdf5", card, state, constants)
         unit_stats(well / dataset, dataset)
-    built = build_shards(well, tmp_path / "shards", jobs=1, frames_per_chunk=3, shard_bytes=100_000)
+    built = build_shards(well, tmp_path / "shards", jobs=1, settings=Settings(frames_per_chunk=3, shard_bytes=100_000))
     assert {one.manifest.dataset: [shard.sha256 for shard in one.manifest.shards] for one in built} == {
         "acoustic_scattering_maze": ["e08adbc9b3f95c6792b4a62d46ac6bfa0a50ca0d6babf6f8448d3c34eb3ad8a6"],
         "viscoelastic_instability": [
@@ -160,7 +161,9 @@ def test_infinite_values_are_left_out_without_a_word(tmp_path: Path) -> None:
     state[1, 4:6, 0, 3, 3], state[1, 6, 0, 3, 3] = np.inf, -np.inf
     well = gray_scott_well(tmp_path / "well", state)
     (well / GRAY_SCOTT.name / "stats.yaml").unlink()
-    manifest = one(build_shards(well, tmp_path / "out", jobs=1, skip=["nonfinite"], dtype="float16")).manifest
+    manifest = one(
+        build_shards(well, tmp_path / "out", jobs=1, skip=["nonfinite"], settings=Settings(dtype="float16"))
+    ).manifest
     assert manifest.trajectories[1].segments == ((0, 4), (7, 12))
 
 
@@ -169,7 +172,7 @@ def test_float16_shards_of_values_at_the_end_of_their_range_give_no_alarm(tmp_pa
     state = spread((2, 12, 2, 16, 16)) - np.float32(0.1)
     state[0, :, :, 4, 4] = -0.1
     well = gray_scott_well(tmp_path / "well", state)
-    manifest = one(build_shards(well, tmp_path / "out", jobs=1, dtype="float16")).manifest
+    manifest = one(build_shards(well, tmp_path / "out", jobs=1, settings=Settings(dtype="float16"))).manifest
     reader = ShardReader(tmp_path / "out", GRAY_SCOTT.name, "train")
     assert reader.trajectory_frames(0, 0, 1).min() < np.float32(-0.1)
     assert {finding.kind for finding in manifest.findings} & {"out_of_range"} == set()
@@ -181,9 +184,13 @@ def test_float16_holds_the_values_to_a_thousandth_of_their_std(tiny_well: Path, 
     names = ["acoustic_scattering_maze", "viscoelastic_instability"]
     for name in names:
         shutil.copytree(tiny_well / name, tmp_path / "well" / name)
-    build_shards(tmp_path / "well", tmp_path / "full", splits=["test"], jobs=1, frames_per_chunk=4)
+    build_shards(tmp_path / "well", tmp_path / "full", splits=["test"], jobs=1, settings=Settings(frames_per_chunk=4))
     half = build_shards(
-        tmp_path / "well", tmp_path / "half", splits=["test"], jobs=1, frames_per_chunk=4, dtype="float16"
+        tmp_path / "well",
+        tmp_path / "half",
+        splits=["test"],
+        jobs=1,
+        settings=Settings(frames_per_chunk=4, dtype="float16"),
     )
     for name, built in zip(names, half, strict=True):
         manifest = built.manifest
@@ -229,7 +236,7 @@ def test_float16_that_would_blur_is_refused(tmp_path: Path, value: float, std: f
     state[1, 3, 1, 7, 7] = value + 0.013
     well = gray_scott_well(tmp_path / "well", state, std=std)
     with pytest.raises(UserError, match=message):
-        build_shards(well, tmp_path / "out", jobs=1, dtype="float16")
+        build_shards(well, tmp_path / "out", jobs=1, settings=Settings(dtype="float16"))
     assert not list((tmp_path / "out").rglob("*.tar"))
 
 
@@ -237,7 +244,7 @@ def test_restricted_sets_are_nested(tiny_well: Path, tmp_path: Path) -> None:
     well = gray_scott_well(tmp_path / "well", spread((6, 3, 2, 16, 16)))
     chosen = []
     for limit in (1, 3, 5, 6, 9):
-        manifest = one(build_shards(well, tmp_path / str(limit), jobs=1, restrict=limit)).manifest
+        manifest = one(build_shards(well, tmp_path / str(limit), jobs=1, settings=Settings(restrict=limit))).manifest
         chosen.append([trajectory.source_index for trajectory in manifest.trajectories])
         assert chosen[-1] == sorted(chosen[-1])
         assert manifest.stats["mean"]["A"] == 0.5
@@ -250,11 +257,12 @@ def test_restricted_sets_are_nested(tiny_well: Path, tmp_path: Path) -> None:
 
 def test_a_reader_takes_the_windows_that_restricted_shards_have(tmp_path: Path) -> None:
     well = gray_scott_well(tmp_path / "well", spread((6, 5, 2, 16, 16)))
-    build_shards(well, tmp_path / "all", jobs=1, shard_bytes=40_000)  # several shards, some then without a window
+    # Several shards, some then without a window.
+    build_shards(well, tmp_path / "all", jobs=1, settings=Settings(shard_bytes=40_000))
     everything = ShardReader(tmp_path / "all", GRAY_SCOTT.name, "train")
     assert len(everything.index(3).shard_windows) > 1
     for limit in (1, 2, 4, 6):
-        build_shards(well, tmp_path / str(limit), jobs=1, restrict=limit)
+        build_shards(well, tmp_path / str(limit), jobs=1, settings=Settings(restrict=limit))
         stored = ShardReader(tmp_path / str(limit), GRAY_SCOTT.name, "train")
         restricted = everything.restricted_to(limit)
         windows = np.arange(3 * limit)  # of three frames out of five
@@ -272,7 +280,7 @@ def test_blocks_and_chunks_do_not_change_a_value(tmp_path: Path, monkeypatch: py
     well = gray_scott_well(tmp_path / "well", state)
     for per_chunk in (16, 5):
         out = tmp_path / str(per_chunk)
-        build_shards(well, out, jobs=1, frames_per_chunk=per_chunk)
+        build_shards(well, out, jobs=1, settings=Settings(frames_per_chunk=per_chunk))
         reader = ShardReader(out, GRAY_SCOTT.name, "train", verify=True)
         assert np.array_equal(reader.trajectory_frames(0, 0, 18), state[0])
 
@@ -287,7 +295,8 @@ def test_memory_does_not_grow_with_the_trajectory(tmp_path: Path) -> None:
         program = (
             "import sys\n"
             "from data_pipeline.shards.build import build_shards\n"
-            "build_shards(sys.argv[1], sys.argv[2], jobs=1, frames_per_chunk=64)\n"
+            "from data_pipeline.shards.plan import Settings\n"
+            "build_shards(sys.argv[1], sys.argv[2], jobs=1, settings=Settings(frames_per_chunk=64))\n"
             "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
         )
         command = [sys.executable, "-c", program, str(well), str(tmp_path / f"out{frames}")]
@@ -352,9 +361,11 @@ def test_a_well_behind_a_url_gives_the_same_shards(tiny_well: Path, tmp_path: Pa
     names = ["helmholtz_staircase", "shear_flow"]
     with FaultyServer(tiny_well) as server:
         server.fail("shear_flow/data/test/*", "drop", first=2, times=1)
-        built = build_shards(server.url, tmp_path / "far", names, ["valid", "test"], jobs=2, frames_per_chunk=4)
+        built = build_shards(
+            server.url, tmp_path / "far", names, ["valid", "test"], jobs=2, settings=Settings(frames_per_chunk=4)
+        )
     assert all(not one.reused for one in built)
-    build_shards(tiny_well, tmp_path / "near", names, ["valid", "test"], jobs=1, frames_per_chunk=4)
+    build_shards(tiny_well, tmp_path / "near", names, ["valid", "test"], jobs=1, settings=Settings(frames_per_chunk=4))
     assert contents(tmp_path / "far") == contents(tmp_path / "near")
 
 
@@ -365,14 +376,25 @@ def test_a_well_behind_a_url_gives_the_same_shards(tiny_well: Path, tmp_path: Pa
         ({"well": "file:///etc"}, "expected a local path or a URL"),
         ({"out": "https://example.org/x"}, "expected a local folder for the shards"),
         ({"skip": ["grid"]}, "skip: expected nonfinite, duplicates, stationary, got 'grid'"),
-        ({"dtype": "int8"}, "dtype: expected float32 or float16, got 'int8'"),
-        ({"restrict": 0}, "restrict: expected at least 1, got 0"),
     ],
 )
 def test_wrong_options(tiny_well: Path, tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_shards(**({"well": tiny_well, "out": tmp_path} | options))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"frames_per_chunk": 0}, "frames_per_chunk: expected at least 1"),
+        ({"dtype": "int8"}, "dtype: expected float32 or float16, got 'int8'"),
+        ({"restrict": 0}, "restrict: expected at least 1, got 0"),
+    ],
+)
+def test_wrong_settings(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Settings(**settings)
 
 
 @pytest.mark.parametrize(("text", "num_bytes"), [("512M", 2**29), ("1.5K", 1536), ("2g", 2**31), ("77", 77)])
