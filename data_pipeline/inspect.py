@@ -10,11 +10,10 @@ from data_pipeline.remote import RemoteFolder, is_url
 from data_pipeline.shards.build import finished_manifest
 from data_pipeline.shards.convert import measure_speed
 from data_pipeline.shards.format import MANIFEST_NAME, Manifest
-from data_pipeline.shards.plan import Settings, SplitPlan, plan_all, stats_file
+from data_pipeline.shards.plan import Settings, SplitPlan, plan_all
 from data_pipeline.shards.review import TEXT_COLUMNS, count_severities, find_manifests, findings_table
 from data_pipeline.tables import markdown, plain
 from data_pipeline.well.hdf5 import SPLITS
-from data_pipeline.well.layout import Folder
 from data_pipeline.well.stats import read_stats
 from data_pipeline.windows.reader import WindowIndex
 from data_pipeline.windows.schedule import Source, sampling_shares
@@ -38,7 +37,7 @@ def forecast(
     UserError where `build_shards` would before it writes: for files that are damaged or not the cards', and for
     shards of other files or settings.
     """
-    folders, plans = plan_all(well, out, datasets, splits, settings, registry)
+    plans = plan_all(well, out, datasets, splits, settings, registry)
     pending = [plan for plan in plans if finished_manifest(plan) is None]
     rows = [_forecast_row(plan, plan in pending) for plan in plans]
     needed = sum(plan.stored_bytes for plan in pending)
@@ -49,7 +48,7 @@ def forecast(
         f"{needed / 1e9:.2f} GB to write, {free / 1e9:.1f} GB free under {out}{verdict}",
     ]
     if pending:
-        lines.append(_time(folders, pending, jobs or available_cores()))
+        lines.append(_time(pending, jobs or available_cores()))
     return "\n".join([*lines, "nothing was written (--dry-run)"])
 
 
@@ -66,13 +65,13 @@ def _forecast_row(plan: SplitPlan, pending: bool) -> list[str]:
     ]
 
 
-def _time(folders: Mapping[str, Folder], plans: Sequence[SplitPlan], jobs: int) -> str:
+def _time(plans: Sequence[SplitPlan], jobs: int) -> str:
     """Return how long it takes by the speed of the largest plan's first frames."""
     probed = max(plans, key=lambda plan: plan.stored_bytes)
-    path = stats_file(folders[probed.card.name])
+    path = probed.stats_source.file
     num_bytes, seconds = measure_speed(probed, None if path is None else read_stats(path, probed.card), PROBE_BYTES)
     total = sum(plan.source_bytes(shard) for plan in plans for shard in range(len(plan.shards)))
-    without = {plan.card.name for plan in plans if stats_file(folders[plan.card.name]) is None}
+    without = {plan.card.name for plan in plans if plan.stats_source.file is None}
     jobs = min(jobs, sum(len(plan.shards) for plan in plans))
     rate = num_bytes / seconds
     needed = total / rate / jobs

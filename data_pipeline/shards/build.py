@@ -23,10 +23,9 @@ from data_pipeline.schema import canonical, read_json, validate
 from data_pipeline.shards.audit import condense, merge, split_findings
 from data_pipeline.shards.convert import PARTIAL, ShardRecord, ShardTask, saved_record, write_shard
 from data_pipeline.shards.format import MANIFEST_NAME, SKIPPABLE, Finding, Manifest, usable_segments
-from data_pipeline.shards.plan import DEFAULTS, Settings, SplitPlan, plan_all, stats_file
+from data_pipeline.shards.plan import DEFAULTS, Settings, SplitPlan, StatsSource, plan_all
 from data_pipeline.shards.tar import check_shard, encoding_of
-from data_pipeline.well.hdf5 import split_files
-from data_pipeline.well.layout import File, Folder, file_bytes
+from data_pipeline.well.layout import file_bytes
 from data_pipeline.well.stats import Stats, compute_stats, read_stats
 from data_pipeline.workers import OnBytes, available_cores, run_tasks
 
@@ -70,11 +69,11 @@ def build_shards(
     if is_url(out):
         raise UserError(f"{out}: expected a local folder for the shards; upload them when they are whole")
     out, jobs, registry = Path(out), jobs or available_cores(), registry or load_registry()
-    folders, plans = plan_all(well, out, datasets, splits, settings, registry)
+    plans = plan_all(well, out, datasets, splits, settings, registry)
     with only_process(out, "`data-pipeline shard`"):
         done = {plan.folder: built for plan in plans if (built := _reuse(plan, chosen)) is not None}
         pending = [plan for plan in plans if plan.folder not in done]
-        stats = _dataset_stats(folders, out, pending, jobs, "nonfinite" in chosen)
+        stats = _dataset_stats(out, pending, jobs, "nonfinite" in chosen)
         for folder, manifest in _write_all(pending, stats, jobs, chosen, registry.channel_cards):
             done[folder] = Built(manifest, folder, reused=False)
     return [done[plan.folder] for plan in plans]
@@ -123,10 +122,9 @@ class _StatsTask:
     """Statistics to compute from the train files of a dataset and to keep in `path`."""
 
     card: Card
-    files: tuple[File, ...]
+    source: StatsSource
     frames_per_chunk: int
     path: Path
-    key: str
     skip_nonfinite: bool
 
     def saved(self) -> Stats | None:
@@ -134,11 +132,11 @@ class _StatsTask:
         if not self.path.exists():
             return None
         content = read_json(self.path)
-        return validate(Stats, content.get("stats"), str(self.path)) if content.get("key") == self.key else None
+        return validate(Stats, content.get("stats"), str(self.path)) if content.get("key") == self.source.key else None
 
 
 def _dataset_stats(
-    folders: Mapping[str, Folder], out: Path, plans: Sequence[SplitPlan], jobs: int, skip_nonfinite: bool
+    out: Path, plans: Sequence[SplitPlan], jobs: int, skip_nonfinite: bool
 ) -> dict[str, tuple[Stats, str]]:
     """Return dataset -> statistics and where they come from: its stats.yaml, or its train files, read once.
 
@@ -147,29 +145,26 @@ def _dataset_stats(
     found: dict[str, tuple[Stats, str]] = {}
     tasks = []
     for plan in {plan.card.name: plan for plan in plans}.values():
-        card, folder = plan.card, folders[plan.card.name]
-        path = stats_file(folder)
-        if path is not None:
-            found[card.name] = (read_stats(path, card), FROM_FILE)
+        card, source = plan.card, plan.stats_source
+        if source.file is not None:
+            found[card.name] = (read_stats(source.file, card), FROM_FILE)
             continue
-        files: tuple[File, ...] = tuple(split_files(folder, "train"))
-        path_saved = out / card.name / _STATS_NAME
-        task = _StatsTask(card, files, plan.frames_per_chunk, path_saved, plan.stats_key, skip_nonfinite)
+        task = _StatsTask(card, source, plan.frames_per_chunk, out / card.name / _STATS_NAME, skip_nonfinite)
         saved = task.saved()
         if saved is None:
             tasks.append(task)
         else:
             found[card.name] = (saved, FROM_DATA)
     # The size of the files, for the progress bar, is close to the bytes that are read.
-    num_bytes = sum(file_bytes(file) for task in tasks for file in task.files)
+    num_bytes = sum(file_bytes(file) for task in tasks for file in task.source.train)
     with closing(run_tasks(_compute_and_save, tasks, jobs, num_bytes, "statistics")) as results:
         found |= {task.card.name: (stats, FROM_DATA) for task, stats in results}
     return found
 
 
 def _compute_and_save(task: _StatsTask, on_bytes: OnBytes) -> Stats:
-    stats = compute_stats(task.files, task.card, task.frames_per_chunk, on_bytes, task.skip_nonfinite)
-    write_whole(task.path, canonical({"key": task.key, "stats": stats}))
+    stats = compute_stats(task.source.train, task.card, task.frames_per_chunk, on_bytes, task.skip_nonfinite)
+    write_whole(task.path, canonical({"key": task.source.key, "stats": stats}))
     return stats
 
 

@@ -11,7 +11,7 @@ from data_pipeline.hashing import nested_choice
 from data_pipeline.registry import Boundary, Card, Registry
 from data_pipeline.schema import digest
 from data_pipeline.shards.format import FORMAT_VERSION, ITEM_BYTES, SourceFile, trajectory_key
-from data_pipeline.well.hdf5 import SPLITS, WellFile, dataset_folders, split_files
+from data_pipeline.well.hdf5 import SPLITS, WellFile, chosen_splits, dataset_folders, split_files
 from data_pipeline.well.layout import (
     File,
     Folder,
@@ -60,6 +60,15 @@ class PlannedTrajectory:
 
 
 @dataclass(frozen=True)
+class StatsSource:
+    """Where a dataset's statistics come from: its stats.yaml, or the train files if there is none."""
+
+    file: File | None  # stats.yaml
+    train: tuple[File, ...]
+    key: str  # digest of the file or files
+
+
+@dataclass(frozen=True)
 class SplitPlan:
     """The shards that one dataset and split will become."""
 
@@ -74,7 +83,7 @@ class SplitPlan:
     shards: tuple[tuple[int, int], ...]  # trajectories [first, stop) of each shard
     frames_per_chunk: int
     dtype: str
-    stats_key: str  # digest of the file or files that the statistics come from
+    stats_source: StatsSource
     whole: bool  # it holds all trajectories of the split
 
     @cached_property
@@ -82,7 +91,7 @@ class SplitPlan:
         """A digest of the source files, the settings and the format, and of nothing else (no paths, no dates)."""
         content = (self.sources, self.grid, self.boundary, self.trajectories, self.shards)
         channels = (self.card.state_channels, self.card.constant_channels)
-        names = (FORMAT_VERSION, self.card.name, self.split, self.frames_per_chunk, self.dtype, self.stats_key)
+        names = (FORMAT_VERSION, self.card.name, self.split, self.frames_per_chunk, self.dtype, self.stats_source.key)
         return digest([content, channels, names])
 
     def source_bytes(self, shard: int) -> int:
@@ -105,13 +114,11 @@ def plan_all(
     splits: Sequence[str] | None,
     settings: Settings,
     registry: Registry,
-) -> tuple[Mapping[str, Folder], list[SplitPlan]]:
-    """Return the folder of each dataset to convert, and a plan for each of its splits; write nothing."""
+) -> list[SplitPlan]:
+    """Return a plan for each dataset and split to convert; write nothing."""
     folders = choose_folders(folder_at(well), datasets, registry)
-    plans: list[SplitPlan] = []
-    for name, folder in folders.items():
-        plans += _plan_dataset(registry.card(name), folder, out, splits, settings)
-    return folders, plans
+    planned = (_plan_dataset(registry.card(name), folder, out, splits, settings) for name, folder in folders.items())
+    return [plan for plans in planned for plan in plans]
 
 
 def choose_folders(well: Folder, datasets: Sequence[str] | None, registry: Registry) -> Mapping[str, Folder]:
@@ -141,18 +148,16 @@ def _plan_dataset(
 
     Raises UserError for a split without files, and for files that are damaged, not the card's, or of two resolutions.
     """
-    for split in splits or ():
-        if split not in SPLITS:
-            raise UserError(f"split {split!r}: expected {', '.join(SPLITS)}")
-    files = {split: split_files(folder, split) for split in SPLITS}
-    wanted = [split for split in SPLITS if (files[split] if splits is None else split in splits)]
+    chosen = chosen_splits(splits)
+    files: dict[str, tuple[File, ...]] = {split: tuple(split_files(folder, split)) for split in SPLITS}
+    wanted = [split for split in chosen if files[split] or splits is not None]
     for split in wanted:
         if not files[split]:
             raise UserError(f"{card.name}: expected HDF5 files in {folder}/data/{split}, got none; get this split")
     if not wanted:
         raise UserError(f"{card.name}: expected HDF5 files in {folder}/data/<split>, got none")
-    key = _stats_key(folder, files["train"], card)
-    plans = [_plan_split(card, split, out, files[split], settings, key) for split in wanted]
+    source = _stats_source(folder, files["train"], card)
+    plans = [_plan_split(card, split, out, files[split], settings, source) for split in wanted]
     for plan in plans[1:]:
         if plan.grid != plans[0].grid:
             raise UserError(_two_grids(card, plans[0].files[0], plans[0].grid, plan.files[0], plan.grid))
@@ -160,7 +165,7 @@ def _plan_dataset(
 
 
 def _plan_split(
-    card: Card, split: str, out: Path, files: Sequence[File], settings: Settings, stats_key: str
+    card: Card, split: str, out: Path, files: tuple[File, ...], settings: Settings, stats_source: StatsSource
 ) -> SplitPlan:
     every: list[PlannedTrajectory] = []
     first: WellFile | None = None
@@ -184,7 +189,7 @@ def _plan_split(
         card=card,
         split=split,
         folder=out / card.name / split,
-        files=tuple(files),
+        files=files,
         sources=tuple(_fingerprint(path) for path in files),
         grid=first.grid,
         boundary=first.boundary,
@@ -192,7 +197,7 @@ def _plan_split(
         shards=tuple(_divide(sizes, settings.shard_bytes)),
         frames_per_chunk=settings.frames_per_chunk,
         dtype=settings.dtype,
-        stats_key=stats_key,
+        stats_source=stats_source,
         whole=len(chosen) == len(every),
     )
 
@@ -232,15 +237,15 @@ def stats_file(folder: Folder) -> File | None:
     return child_file(folder, "stats.yaml") if "stats.yaml" in child_names(folder) else None
 
 
-def _stats_key(folder: Folder, train: Sequence[File], card: Card) -> str:
-    """Return a digest of stats.yaml, or of the train files if there is none. Raises UserError if stats.yaml is bad."""
+def _stats_source(folder: Folder, train: tuple[File, ...], card: Card) -> StatsSource:
+    """Return where the statistics come from. Raises UserError if stats.yaml is bad, or if there is no file at all."""
     path = stats_file(folder)
     if path is not None:
         read_stats(path, card)
-        return f"stats.yaml {sha256(read_small(path))}"
+        return StatsSource(path, train, f"stats.yaml {sha256(read_small(path))}")
     if not train:
         raise UserError(
             f"{card.name}: expected {folder}/stats.yaml, or train files to compute the statistics from, got neither; "
             "download stats.yaml or the train split"
         )
-    return f"train files {digest([_fingerprint(file) for file in train])}"
+    return StatsSource(None, train, f"train files {digest([_fingerprint(file) for file in train])}")

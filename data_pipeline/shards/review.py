@@ -19,7 +19,7 @@ from data_pipeline.shards.format import ITEM_BYTES, MANIFEST_NAME, SEVERITIES, F
 from data_pipeline.shards.plan import choose_folders, stats_file
 from data_pipeline.shards.tar import MAX_ERROR, from_float16, map_shard
 from data_pipeline.tables import plain
-from data_pipeline.well.hdf5 import SPLITS, WellFile, block_frames, split_files
+from data_pipeline.well.hdf5 import SPLITS, WellFile, block_frames, chosen_splits, split_files
 from data_pipeline.well.layout import File, Folder, file_bytes, folder_at
 from data_pipeline.well.stats import Stats, read_stats
 from data_pipeline.workers import OnBytes, available_cores, run_tasks
@@ -51,13 +51,11 @@ def audit(
 
     A file that cannot be read is a finding. Raises UserError where there is nothing to read.
     """
-    for split in splits or ():
-        if split not in SPLITS:
-            raise UserError(f"split {split!r}: expected {', '.join(SPLITS)}")
+    chosen = chosen_splits(splits)
     if not is_url(location) and any(Path(location).glob(f"*/*/{MANIFEST_NAME}")):
         found = _shard_splits(Path(location), registry, datasets, splits)
     else:
-        found = _well_splits(folder_at(location), registry, datasets, splits)
+        found = _well_splits(folder_at(location), registry, datasets, chosen)
     tasks = [(number, source) for number, source in enumerate(source for split in found for source in split.sources)]
     num_bytes = sum(source.num_bytes for _, source in tasks)
     with closing(run_tasks(_audit_source, tasks, jobs or available_cores(), num_bytes, "audit")) as results:
@@ -125,7 +123,7 @@ def _unreadable(name: str, error: UserError) -> Finding:
 
 
 def _well_splits(
-    well: Folder, registry: Registry, datasets: Sequence[str] | None, splits: Sequence[str] | None
+    well: Folder, registry: Registry, datasets: Sequence[str] | None, splits: Sequence[str]
 ) -> list[_Split]:
     found = []
     for name, folder in choose_folders(well, datasets, registry).items():
@@ -135,7 +133,7 @@ def _well_splits(
             stats = None if path is None else read_stats(path, card)
         except UserError as error:
             known.append(_unreadable("stats.yaml", error))
-        for split in SPLITS if splits is None else splits:
+        for split in splits:
             files: Sequence[File] = split_files(folder, split)
             if files:
                 sources = [_HdfSource(card, file, None if stats is None else stats["std"]) for file in files]

@@ -22,7 +22,7 @@ from data_pipeline.registry import Registry
 from data_pipeline.remote import RemoteFile, RemoteFolder, Retries, check_name
 from data_pipeline.schema import Line, Mismatch, Name, Strict, nearest, read_yaml, validate
 from data_pipeline.transport import Missing
-from data_pipeline.well.hdf5 import SPLITS, WellFile
+from data_pipeline.well.hdf5 import SPLITS, WellFile, chosen_splits
 from data_pipeline.well.layout import contradiction
 from data_pipeline.well.stats import parse_stats, read_stats
 from data_pipeline.workers import Threads
@@ -86,28 +86,17 @@ def download(
 ) -> None:
     """Fetch datasets into `out`/datasets/<name>/{stats.yaml,data/<split>/*.hdf5}, as the-well-download lays them out.
 
-    Prints the estimate and a line per dataset. UserError before the first byte when the disk is too small, and at the
-    end, with all reasons, when some files could not be had. What could be had is there, and a rerun gets the rest.
+    `datasets` None takes those with a card, `splits` None all. `first_only` takes one file of each split. `source` is a
+    URL with such folders below it; None takes the addresses in `urls`, a file in the form of the_well's registry.yaml,
+    or in that one. `jobs` files come at a time.
 
-    Args:
-        out: Folder of the download.
-        registry: The cards. A file that is not what its dataset's card says is a failure.
-        datasets: Names; None means those with a card.
-        splits: None means all.
-        first_only: Take one file of each split.
-        source: URL with <dataset>/{stats.yaml,data/<split>/*.hdf5} below it; None means the addresses in `urls`.
-        jobs: Files at a time.
-        dry_run: Print the estimate and write nothing.
-        urls: A file in the form of the_well's registry.yaml; None means that one.
-        retries: How often and how long to try.
+    Prints the estimate and a line per dataset; with `dry_run`, no more is done. UserError before the first byte when
+    the disk is too small, and at the end, with all reasons, when files could not be had or are not what their card
+    says. What could be had is there, and a rerun gets the rest.
     """
     if jobs < 1:
         raise UserError(f"--jobs: expected at least 1, got {jobs}")
-    for split in splits or ():
-        if split not in SPLITS:
-            raise UserError(f"split {split!r}: no such split. {nearest(split, SPLITS)}")
-    retries, known = retries or Retries(), url_registry(urls)
-    chosen = [split for split in SPLITS if splits is None or split in splits]
+    chosen, retries, known = chosen_splits(splits), retries or Retries(), url_registry(urls)
     wanted: list[Wanted] = []
     for name in sorted(set(registry.cards if datasets is None else datasets)):
         base = None if source is None else RemoteFolder(source, retries)

@@ -41,6 +41,14 @@ _BLOCK_BYTES = 4 * 2**20  # of frames that are worked on at a time: what fits a 
 _CHUNK_CACHE_BYTES = 32 * 2**20  # repacked Well files have chunks of several MiB: read each only once
 
 
+def chosen_splits(names: Sequence[str] | None) -> list[str]:
+    """Return the named splits in the order of SPLITS; None means all. UserError for another name."""
+    for name in names or ():
+        if name not in SPLITS:
+            raise UserError(f"split {name!r}: expected {', '.join(SPLITS)}")
+    return [split for split in SPLITS if names is None or split in names]
+
+
 @overload
 def dataset_folders(well: Path, names: Sequence[str] | None = None) -> dict[str, Path]: ...
 @overload

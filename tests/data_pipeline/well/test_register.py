@@ -285,7 +285,8 @@ def test_text_truncation_and_files_that_disagree_are_refused(tmp_path: Path) -> 
     write_file(tmp_path / "two" / "b.hdf5", {"density": 0}, grid=(16, 16))
     assert "b.hdf5: expected grid and boundaries as in" in refusal(tmp_path / "two", tmp_path / "cards")
     write_file(tmp_path / "two" / "b.hdf5", {"pressure": 0})
-    assert "missing: density; unknown: pressure" in refusal(tmp_path / "two", tmp_path / "cards")
+    said = refusal(tmp_path / "two", tmp_path / "cards")
+    assert "the card names: density (t0)\n  the file holds: pressure (t0)\n" in said
     clash = write_file(tmp_path / "clash.hdf5", {"velocity_x": 0, "velocity": 1})
     assert "velocity_x and velocity would both be the channel velocity_x" in refusal(clash, tmp_path / "cards")
 
