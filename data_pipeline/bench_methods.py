@@ -118,7 +118,7 @@ def synthetic_data(folder: Path, shape: str) -> BenchData:
     axes = (np.arange(frames) * 0.1, np.linspace(0, 1, height), np.linspace(0, 1, width))
     path = folder / "well" / name / "data/train" / f"{name}.hdf5"
     write_well_file(path, name, axes, arrays, boundaries=boundaries)
-    register(folder / "well" / name, name, folder / "cards", load_registry())
+    register(folder / "well" / name, name, folder / "cards")
     registry = load_registry(folder / "cards")
     build_shards(folder / "well", folder / "shards", jobs=1, registry=registry)
     return BenchData(ShardReader(folder / "shards", name, "train"), (path,), registry.card(name))

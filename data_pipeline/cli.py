@@ -58,10 +58,9 @@ def _download(options: argparse.Namespace) -> int:
 
 
 def _register(options: argparse.Namespace) -> int:
-    from data_pipeline.well.register import draft_folder, open_registry, register
+    from data_pipeline.well.register import register
 
-    directory = draft_folder(options.registry)
-    made = register(options.source, options.name, directory, open_registry(directory))
+    made = register(options.source, options.name, options.registry)
     for path in made.paths:
         print(f"{path}: written")
     print("The card can be used unchanged. Please check:", *made.decisions, sep="\n  - ")

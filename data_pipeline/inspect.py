@@ -97,10 +97,8 @@ FEW = 4  # errors and warnings of a dataset that are shown unless all findings a
 def overview(shards: str | Path, known: Sequence[str], all_findings: bool = False) -> str:
     """Return a line per dataset and split: counts, grid, channels, bytes, boundaries, findings and share.
 
-    LEGEND explains some columns. The columns `stats` (where the statistics come from), `stored` (the type) and
-    `skipped` (windows left out) are shown if a split has other values than the USUAL. A few errors and warnings follow
-    the table, or all findings. `known` names the datasets that are looked for behind a URL, which may not list its
-    folders. UserError as from `find_manifests`.
+    A few errors and warnings follow the table, or all findings. `known` names the datasets that are looked for behind a
+    URL, which may not list its folders. UserError as from `find_manifests`.
     """
     found_there = _manifests_behind(str(shards), known) if is_url(shards) else find_manifests(Path(shards))
     manifests = list(found_there.values())

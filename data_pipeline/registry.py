@@ -4,8 +4,7 @@ A canonical channel is one physical quantity under one name for all datasets (pa
 dataset: it maps the fields of the HDF5 files to canonical channels and holds what is known about the data. `Card` is
 also the format of the YAML file: `datasets/<name>.yaml` has the same keys, `channels.yaml` has the channels.
 
-The package brings the cards of the eight datasets. A user's folder adds channels, cards or both. Several folders add
-up; nothing that is already there can be redefined.
+The package brings the cards of the eight datasets. Folders of the user add channels and cards, and redefine none.
 """
 
 import os
@@ -355,10 +354,15 @@ def packaged_folder() -> Traversable:
     return files("data_pipeline") / "cards"
 
 
-def user_folders(directory: str | Path | None = None) -> list[Path]:
+def named_folders(given: str | Path | None) -> list[Path]:
+    """Return the folders that `given` names, else those that WAVELIT_REGISTRY names, separated as in PATH."""
+    text = str(given) if given is not None else os.environ.get(VARIABLE, "")
+    return [Path(part) for part in text.split(os.pathsep) if part]
+
+
+def user_folders(directory: str | Path | None) -> list[Path]:
     """Return the user's folders in the order they are read. UserError for one that is not there or holds no cards."""
-    given = str(directory) if directory is not None else os.environ.get(VARIABLE, "")
-    folders = [Path(part) for part in given.split(os.pathsep) if part]
+    folders = named_folders(directory)
     for folder in folders:
         if not holds_cards(folder):
             raise UserError(

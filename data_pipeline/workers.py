@@ -96,17 +96,12 @@ def run_tasks(
 ) -> Generator[tuple[T, R]]:
     """Yield (task, function(task, on_bytes)) as tasks end, in any order.
 
-    The first error, an interrupt, or closing the generator stops all tasks. The error is raised.
+    `jobs` processes do the tasks; with one task or one job everything runs in this process. `function` reports to
+    `on_bytes` what it has worked through, of `num_bytes` for all tasks together, in `unit`. `environment` is added to
+    the environment of the workers.
 
-    Args:
-        function: Called with a task and on_bytes, to which it reports the bytes it has worked through.
-        tasks: What to do. With one task or one job everything runs in this process.
-        jobs: Worker processes.
-        num_bytes: The work of all tasks together.
-        title: Of the progress bar.
-        unit: What `num_bytes` counts, if not bytes.
-        environment: Variables that are added to those of the workers.
-        cut_short: Stop tasks at once in place of at their next report.
+    The first error, an interrupt, or closing the generator stops all tasks at their next report, or at once if
+    `cut_short`. The error is raised.
     """
     if not tasks:
         return

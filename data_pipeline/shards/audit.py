@@ -65,12 +65,8 @@ def _pooled(parts: Sequence[ChannelMoments]) -> ChannelMoments:
 class TrajectoryAudit:
     """The audit of one trajectory, whose frames are added in their order.
 
-    Args:
-        state: Names of the state channels.
-        constant: Names of the constant channels.
-        grid: (H, W).
-        std: By channel, where known: the unit of `stationary`. Otherwise the trajectory's own is the unit.
-        ranges: Channel -> lowest and highest good value.
+    `state` and `constant` name the channels. `std` by channel is the unit of `stationary`; if it is None, the
+    trajectory's own is. `ranges`: channel -> lowest and highest good value.
     """
 
     def __init__(
@@ -307,13 +303,8 @@ def split_findings(
 ) -> list[Finding]:
     """Return the findings about a whole split.
 
-    Args:
-        card: The dataset's.
-        channels: The registry's, which states the channels that are duplicates by definition.
-        summary: That of all trajectories.
-        lengths: Frames of each trajectory.
-        grid: (H, W).
-        stats: Stated to be those of these trajectories; None where nothing is stated.
+    `channels` are the registry's, which state the duplicates by definition; `lengths` the frames of each trajectory.
+    `stats` are stated to be the statistics of these trajectories; None where nothing is stated.
     """
     found = []
     names = card.state_channels + card.constant_channels

@@ -4,8 +4,7 @@ A manifest may come from anywhere, so nothing in it is trusted: types, names, si
 loaded, and the digest shows any change. `SHARDS/<dataset>/<split>/manifest.json` is written last, so a folder without
 one is not finished.
 
-A finding is a fact about frames of one trajectory, a trajectory, a channel or a whole split. By default findings are
-reported and every window is kept, so that counts equal the published ones. Windows of three kinds can be left out.
+By default, findings of the audit are reported and every window is kept, so that counts equal the published ones.
 """
 
 import math

@@ -5,11 +5,12 @@ and never taken. The draft is valid at once, so data can be converted and traine
 """
 
 import difflib
-import os
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -21,6 +22,7 @@ from data_pipeline.registry import (
     Registry,
     holds_cards,
     load_folders,
+    named_folders,
     packaged_folder,
     read_card,
     read_channels,
@@ -59,50 +61,47 @@ class _Files:
     decisions: tuple[str, ...]
 
 
-def draft_folder(given: Path | None) -> Path:
-    """Return where a draft goes: `given`, else the first folder of WAVELIT_REGISTRY. UserError if there is neither."""
-    named = str(given) if given is not None else os.environ.get(VARIABLE, "").split(os.pathsep)[0]
-    if not named:
-        raise UserError(
-            f"register: expected a folder for your own cards, got none; name one with --registry, or in {VARIABLE}"
-        )
-    return Path(named)
+def register(source: Path, name: str | None, registry: Path | None) -> Registered:
+    """Draft `<registry>/datasets/<name>.yaml`, and proposes channels in `<registry>/channels.yaml`.
 
-
-def open_registry(directory: Path) -> Registry:
-    """Return what a draft in `directory` may refer to: the packaged cards and those in it. It need not be there yet.
-
-    Where WAVELIT_REGISTRY names `directory` among others, they are read together, here as later.
+    `source`: a dataset folder with data/<split>/*.hdf5, a folder of HDF5 files, or one file. `registry` is a folder of
+    the user's cards, by default the first that WAVELIT_REGISTRY names. Nothing that exists is changed but
+    channels.yaml, to which lines are added. UserError for files that cannot be used, for a name that is taken and for a
+    draft that is already there.
     """
-    named = [Path(part) for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
-    folders = named if directory in named else [directory]
-    return load_folders([packaged_folder(), *(folder for folder in folders if holds_cards(folder))])
-
-
-def register(source: Path, name: str | None, directory: Path, registry: Registry) -> Registered:
-    """Draft `<directory>/datasets/<name>.yaml`, and proposes channels in `<directory>/channels.yaml`.
-
-    `source`: a dataset folder with data/<split>/*.hdf5, a folder of HDF5 files, or one file. `registry` is that of
-    `open_registry(directory)`. Nothing that exists is changed but channels.yaml, to which lines are added.
-    UserError for files that cannot be used, for a name that is taken and for a draft that is already there.
-    """
+    directory, known = _draft_folder(registry)
     files = _find_files(source, name)
     card_file, channels_file = directory / "datasets" / f"{files.name}.yaml", directory / "channels.yaml"
-    taken = {key for card in registry.cards.values() for key in (card.name, card.abbreviation)}
+    taken = {key for card in known.cards.values() for key in (card.name, card.abbreviation)}
     if card_file.exists() or files.name in taken:
         what = f"{card_file} is already there" if card_file.exists() else f"there is a card {files.name!r} already"
         raise UserError(f"{source}: {what}, and is not overwritten. Edit it, or choose another --name.")
     found = survey(files.name, files.paths, files.train)
-    fresh = _fresh_channels(found, registry)
-    decisions = (*files.decisions, *_decisions(found, fresh, registry, channels_file))
+    fresh = _fresh_channels(found, known)
+    decisions = (*files.decisions, *_decisions(found, fresh, known, channels_file))
     drafts = {card_file: _card_text(files, found, decisions)}
     if fresh:
         before = channels_file.read_text("utf-8") if channels_file.exists() else _CHANNELS_HEAD
-        drafts[channels_file] = f"{before.rstrip()}\n\n{_channels_text(files.name, found, fresh, registry)}"
-    _check(drafts, files.name, registry)
+        drafts[channels_file] = f"{before.rstrip()}\n\n{_channels_text(files.name, found, fresh, known)}"
+    _check(drafts, files.name, known)
     for path, text in reversed(drafts.items()):  # the card last: it refers to the channels
         write_whole(path, text.encode())
     return Registered(files.name, tuple(drafts), decisions)
+
+
+def _draft_folder(given: Path | None) -> tuple[Path, Registry]:
+    """Return the folder of a draft, and the registry that the draft may refer to. UserError if there is no folder.
+
+    Where WAVELIT_REGISTRY names the folder among others, they are read together, here as later.
+    """
+    in_environment = named_folders(None)
+    if given is None and not in_environment:
+        raise UserError(
+            f"register: expected a folder for your own cards, got none; name one with --registry, or in {VARIABLE}"
+        )
+    directory = given or in_environment[0]
+    folders = in_environment if directory in in_environment else [directory]
+    return directory, load_folders([packaged_folder(), *filter(holds_cards, folders)])
 
 
 def _find_files(source: Path, name: str | None) -> _Files:
@@ -213,31 +212,33 @@ def _channels_text(name: str, found: Survey, fresh: Sequence[Channel], registry:
     owner = {channel: field for field in found.fields for channel in field.channels}
     lines = [f"# Proposed for {name}; figures over {found.sample.num_frames} frames."]
     for channel in fresh:
-        twin = f", duplicate_of: {_plain(channel.duplicate_of)}" if channel.duplicate_of else ""
+        entry = {"description": channel.description, "unit": channel.unit}
+        entry |= {"duplicate_of": channel.duplicate_of} if channel.duplicate_of else {}
         near = _near(channel.name, owner[channel.name], registry)
         lines.append(f"# {_figures(found, channel.name)}{f'; is it {near}?' if near else ''}")
-        lines.append(f"{_plain(channel.name)}: {{description: {channel.description}, unit: {channel.unit}{twin}}}")
+        lines.append(f"{_yaml(channel.name)}: {_yaml(entry)}")
     return "\n".join(lines) + "\n"
 
 
 def _card_text(files: _Files, found: Survey, decisions: Sequence[str]) -> str:
     scalars = [name for name in found.scalars if NAME.fullmatch(name)]
-    boundary = ", ".join(f"{axis}: [{', '.join(ends)}]" for axis, ends in zip("xy", found.boundary, strict=True))
+    boundary = dict(zip("xy", map(list, found.boundary), strict=True))
+    dt = None if found.dt is None else float(f"{found.dt:.6g}")
     lines = [
         f"# {files.name}, drafted by `data-pipeline register`. The card can be used unchanged. Please check:",
         *(f"#   - {_comment(line)}" for line in decisions),
-        f"name: {_plain(files.name)}",
+        f"name: {_yaml(files.name)}",
         f"description: {files.name} (to be described)",
         "",
         "state:  # fields of the files by tensor order, each with its canonical channels",
         *_fields_text(found, "state"),
         *(["constant:", *_fields_text(found, "constant")] if found.fields[-1].role == "constant" else []),
-        *([f"scalars: [{', '.join(map(_plain, scalars))}]"] if scalars else []),
-        f"boundary: {{{boundary}}}  # lower and upper end of each axis",
-        f"grid: [{found.grid[0]}, {found.grid[1]}]  # points along x and y",
-        f"dt: {'null' if found.dt is None else _number(found.dt)}  # time between frames; null if it differs",
+        *([f"scalars: {_yaml(scalars)}"] if scalars else []),
+        f"boundary: {_yaml(boundary)}  # lower and upper end of each axis",
+        f"grid: {_yaml(list(found.grid))}  # points along x and y",
+        f"dt: {_yaml(dt)}  # time between frames; null if it differs",
     ]
-    train = [f"  - {{trajectories: {n}, frames: {frames}}}" for n, frames in found.lengths if frames > 1]
+    train = [f"  - {_yaml({'trajectories': n, 'frames': frames})}" for n, frames in found.lengths if frames > 1]
     if files.train and train:
         lines += ["train:  # the training split", *train]
     lines += [
@@ -252,8 +253,8 @@ def _fields_text(found: Survey, role: str) -> list[str]:
     lines = []
     for order in range(3):
         chosen = [field for field in found.fields if (field.role, field.order) == (role, order)]
-        entries = [f"{_plain(field.name)}: [{', '.join(map(_plain, field.channels))}]" for field in chosen]
-        lines += [f"  t{order}: {{{', '.join(entries)}}}"] if entries else []
+        if chosen:
+            lines.append(f"  t{order}: {_yaml({field.name: list(field.channels) for field in chosen})}")
     return lines
 
 
@@ -264,15 +265,9 @@ def _figures(found: Survey, name: str) -> str:
     return f"mean {mean:.4g}, std {std:.4g}, from {lowest:.4g} to {highest:.4g}"
 
 
-def _plain(name: str) -> str:
-    """Return a name as YAML reads it back: `on`, `null` and similar names need quotes."""
-    return name if yaml.safe_load(name) == name else f'"{name}"'
-
-
-def _number(value: float) -> str:
-    """Return six digits in the form that YAML takes for a number: 1.0e-05, not 1e-05."""
-    text = f"{value:.6g}"
-    return text.replace("e", ".0e") if "e" in text and "." not in text else text
+def _yaml(value: Any) -> str:
+    """Return a value in YAML on one line; names such as `on` and `null` get quotes."""
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf).removesuffix("...\n").strip()
 
 
 def _comment(line: str) -> str:

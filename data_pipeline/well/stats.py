@@ -139,11 +139,14 @@ def read_stats(path: File, card: Card) -> Stats:
         for field in fields:
             try:
                 values = np.array([float(value) for value in _leaves(content[statistic][field.name])])
-            except (KeyError, TypeError, ValueError, OverflowError) as error:
-                raise UserError(_lacks(path, statistic, field.name, "a number for each component")) from error
+            except (KeyError, TypeError, ValueError, OverflowError):
+                values = np.empty(0)
             spread = not statistic.startswith("mean")
             if values.size != len(field.channels) or not np.isfinite(values).all() or (spread and (values < 0).any()):
-                raise UserError(_lacks(path, statistic, field.name, f"{len(field.channels)} finite numbers"))
+                raise UserError(
+                    f"{path}: {statistic} of the field {field.name}: expected {len(field.channels)} finite numbers, no "
+                    "spread below 0; remove the file to have them computed"
+                )
             stats[statistic] |= dict(zip(field.channels, map(float, values), strict=True))
     return stats
 
@@ -173,7 +176,3 @@ def _leaves(value: object, depth: int = 0) -> Iterator[Any]:
         raise TypeError("more than the components of a tensor")
     for item in value:
         yield from _leaves(item, depth + 1)
-
-
-def _lacks(path: File, statistic: str, field: str, expected: str) -> str:
-    return f"{path}: {statistic} of the field {field}: expected {expected}; remove the file to have them computed"

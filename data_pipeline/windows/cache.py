@@ -11,11 +11,8 @@ name whole or not at all. The folder holds
 
 A lock ends with its process. So a part whose lock is free belongs to a dead process: the next download of that blob
 continues it, and it is removed first when room is needed. The count may be too high, since a killed process leaves its
-reservation behind; the files are counted again before anything is removed. A download that finds no room because of
-other downloads removes its own part and starts again later: parts that wait would count each other and wait for ever.
-A blob that is removed while a process has it open or mapped stays readable for that process (POSIX).
-
-The folder should be on a local disk: flock over NFS is slow, and missing on some servers.
+reservation behind; the files are counted again before anything is removed. A blob that is removed while a process has
+it open or mapped stays readable for that process (POSIX). The folder should be on a local disk, where flock is fast.
 """
 
 import fcntl
@@ -128,7 +125,7 @@ class BlobCache:
                 if fits:
                     self._fill(part, name, fill, origin)
                     continue
-            time.sleep(_POLL_SECONDS)  # as in `put`
+            time.sleep(_POLL_SECONDS)  # without its part: parts that wait would count each other and wait for ever
 
     def _fill(self, part: Path, name: str, fill: Callable[[Path], object], origin: str) -> None:
         resumed = part.stat().st_size > 0

@@ -97,10 +97,9 @@ def adaptive_shares(
     """Return shares in proportion to base_i * score_i ** power, none of them below `floor`; they sum to 1.
 
     Adaptive sampling is future work of the paper (section 4.2). `base` are the sqrt shares. A score is the one-step
-    validation VRMSE of a dataset over the VRMSE of persistence: it has no unit, and a dataset that is far from solved
-    is drawn more often. Only ratios of scores matter. Scores are not smoothed: they come from averaged weights on the
-    same windows each time and move slowly by themselves. A dataset without a score gets the geometric mean of the
-    others' scores. Raises UserError if the floor leaves nothing to share.
+    validation VRMSE of a dataset over the VRMSE of persistence, so a dataset that is far from solved is drawn more
+    often. Scores are not smoothed: they come from averaged weights on the same windows each time. A dataset without a
+    score gets the geometric mean of the others' scores. Raises UserError if the floor leaves nothing to share.
     """
     if not 0 <= floor * len(base) < 1:
         raise UserError(
@@ -224,15 +223,10 @@ class Schedule:
     The draws of one dataset read an endless stream of passes over its windows: every window is used once before any is
     used twice. The shares may change: a schedule is a sequence of segments, each with its first draw and its shares.
     The result depends on the arguments and this history alone, neither on the order in which sources are listed nor on
-    earlier calls. The cache (a block of 256 datasets per segment, one permutation per dataset) only saves time.
+    earlier calls.
 
-    Args:
-        sources: the datasets of the run.
-        batch: windows per draw, over all ranks together.
-        seed: any integer.
-        scheme, temperature, weights: see `sampling_shares`.
-        shuffle: "global" permutes all windows of a dataset; "blocks" permutes the shards, then the windows within
-            each block of `shards_per_block` shards.
+    `batch` is the windows of a draw, over all ranks together; see `sampling_shares` for scheme, temperature and
+    weights, and `window_order` for `shards_per_block`, which counts for the shuffle "blocks".
     """
 
     def __init__(

@@ -10,7 +10,7 @@ import pytest
 from data_pipeline.files import UserError
 from data_pipeline.registry import VARIABLE, Field, load_registry
 from data_pipeline.shards.build import build_shards
-from data_pipeline.well.register import open_registry, register
+from data_pipeline.well.register import register
 from data_pipeline.windows.loader import open_readers
 from fm.datasets import dataset_specs
 
@@ -67,7 +67,7 @@ def test_shards_of_another_card_are_refused_with_both_lists(tiny_shards: Path) -
 def test_a_channel_named_as_a_method_of_torch_is_refused(tiny_well: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(tiny_well / NAME, tmp_path / "well" / "mine")
     cards = tmp_path / "cards"
-    register(tmp_path / "well" / "mine", None, cards, open_registry(cards))
+    register(tmp_path / "well" / "mine", None, cards)
     card = cards / "datasets" / "mine.yaml"
     card.write_text(card.read_text().replace("A: [A]", f"A: [{name}]"))
     (cards / "channels.yaml").write_text(f"{name}: {{description: a species, unit: none}}\n")

@@ -13,7 +13,7 @@ from handmade_well import StoredField, write_layout
 
 from data_pipeline.files import UserError
 from data_pipeline.registry import VARIABLE, Card, load_registry
-from data_pipeline.well.register import Registered, draft_folder, open_registry, register
+from data_pipeline.well.register import Registered, register
 
 EIGHT = sorted(load_registry().cards)
 FRAMES, GRID = 5, (16, 32)
@@ -46,7 +46,7 @@ def write_file(
 
 
 def draft(source: Path, directory: Path, name: str | None = None) -> tuple[Registered, Card]:
-    made = register(source, name, directory, open_registry(directory))
+    made = register(source, name, directory)
     return made, load_registry(directory).card(made.name)
 
 
@@ -54,7 +54,7 @@ def refusal(source: Path, directory: Path, name: str | None = None) -> str:
     """The complaint; nothing may have been written."""
     before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
     with pytest.raises(UserError) as caught:
-        register(source, name, directory, open_registry(directory))
+        register(source, name, directory)
     assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
     return str(caught.value)
 
@@ -154,14 +154,14 @@ def test_the_folder_is_the_argument_else_the_first_of_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
+    source = write_file(tmp_path / "sea.hdf5", {"salt": 0})
     with pytest.raises(UserError, match=rf"name one with --registry, or in {VARIABLE}"):
-        draft_folder(None)
+        register(source, None, None)
     one, two = tmp_path / "one", tmp_path / "two"
     draft(write_file(tmp_path / "brine.hdf5", {"salt": 0}), two)
     monkeypatch.setenv(VARIABLE, f"{one}{os.pathsep}{two}")
-    assert draft_folder(None) == one
-    assert draft_folder(two) == two
-    register(write_file(tmp_path / "sea.hdf5", {"salt": 0}), None, one, open_registry(one))
+    assert register(source, None, None).paths == (one / "datasets" / "sea.yaml",)
+    assert register(source, "lake", two).paths == (two / "datasets" / "lake.yaml",)
     assert not (one / "channels.yaml").exists()  # the second folder has the channel
     assert {"brine", "sea"} <= load_registry().cards.keys()
 
