@@ -9,7 +9,7 @@ The package brings the cards of the eight datasets. Folders of the user add chan
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import to_jsonable_python
 
 from data_pipeline.files import UserError
 from data_pipeline.schema import (
@@ -53,6 +54,13 @@ class Channel:
 
 
 @dataclass(frozen=True)
+class _ChannelEntry(Strict):
+    description: Line
+    unit: Line
+    duplicate_of: str | None = None
+
+
+@dataclass(frozen=True)
 class Field:
     """A field of the dataset's files: its tensor order (0, 1, 2), its role and its channels (x, y; xx, xy, yx, yy)."""
 
@@ -74,8 +82,7 @@ class _FieldsByOrder(Strict):
         groups: tuple[Mapping[str, tuple[str, ...]], ...] = (self.t0, self.t1, self.t2)
         found = [Field(name, t, role, channels) for t, group in enumerate(groups) for name, channels in group.items()]
         if not found:
-            hint = "Write t0, t1 or t2, each a mapping from field to its list of channels."
-            raise Mismatch("at least one field", hint)
+            raise Mismatch("at least one field", "Write t0, t1 or t2, each a mapping from field to a list of channels.")
         return tuple(found)
 
 
@@ -123,8 +130,8 @@ Range = Annotated[  # both included; None: no limit
 class Conserved(Strict):
     """A quantity that the equations conserve.
 
-    `mean` is the mean of each channel over the grid. `mean_square` is the mean over the grid of the sum of the squares
-    of the channels. `divergence` is the divergence of the velocity (x, y), which is 0.
+    `mean`: of each channel over the grid. `mean_square`: the mean over the grid of the channels' sum of squares.
+    `divergence`: of the velocity (x, y), which is 0.
     """
 
     kind: Annotated[str, choice(CONSERVED, "a kind of conserved quantity")]
@@ -162,8 +169,7 @@ class Card(Strict):
 
     name: Name  # official name
     description: Line
-    # In the Well's order: t0, t1, t2.
-    state: Annotated[Fields, Stored(_FieldsByOrder, lambda one: one.with_role("state"))]
+    state: Annotated[Fields, Stored(_FieldsByOrder, lambda one: one.with_role("state"))]  # in the order t0, t1, t2
     boundary: Annotated[Boundary, Stored(_Sides, lambda sides: (sides.x, sides.y))]
     grid: tuple[Annotated[int, at_least(2)], Annotated[int, at_least(2)]]  # published points along x and y
     dt: Positive | None  # time between frames; None: differs from file to file
@@ -174,8 +180,7 @@ class Card(Strict):
     ] = ()
     abbreviation: Name = ""  # the name where the card gives none
     equations: Line = ""
-    # Of the published grid.
-    domain: Annotated[Domain, Stored(_Extent, lambda extent: (extent.x, extent.y))] | None = None
+    domain: Annotated[Domain, Stored(_Extent, lambda grid: (grid.x, grid.y))] | None = None  # of the published grid
     train: Annotated[  # published training split: (trajectories, frames of each); () if not known
         tuple[tuple[int, int], ...],
         Stored(tuple[_Trajectories, ...], lambda groups: tuple((one.trajectories, one.frames) for one in groups)),
@@ -251,17 +256,10 @@ def read_channels(file: Traversable, known: Mapping[str, Channel]) -> dict[str, 
             above = [*known, *channels]
             if entry.duplicate_of is not None and entry.duplicate_of not in above:
                 raise Mismatch("a channel listed above", nearest(entry.duplicate_of, above), (name, "duplicate_of"))
-            channels[name] = Channel(name, entry.description, entry.unit, entry.duplicate_of)
+            channels[name] = Channel(name, **vars(entry))
 
     validate(dict[Name, _ChannelEntry], read_yaml(file), str(file), check)
     return channels
-
-
-@dataclass(frozen=True)
-class _ChannelEntry(Strict):
-    description: Line
-    unit: Line
-    duplicate_of: str | None = None
 
 
 def read_card(file: Traversable, name: str, channels: Mapping[str, Channel]) -> Card:
@@ -331,20 +329,18 @@ class Registry:
     def snapshot(self) -> dict[str, Any]:
         """Return what a trained model depends on, as JSON: channels, fields, boundaries, without prose and counts."""
         cards = {
-            card.name: {
-                "fields": [[field.name, field.order, field.role, list(field.channels)] for field in card.fields],
-                "boundary": [list(sides) for sides in card.boundary],
-            }
-            for card in self.cards.values()
+            name: {"fields": list(map(astuple, card.fields)), "boundary": card.boundary}
+            for name, card in self.cards.items()
         }
-        return {"channels": list(self.channels), "cards": cards}
+        made: dict[str, Any] = to_jsonable_python({"channels": self.channels, "cards": cards})
+        return made
 
 
 def load_registry(directory: str | Path | None = None) -> Registry:
     """Return the packaged cards and those of the user's folders: `directory`, else WAVELIT_REGISTRY, else none.
 
-    Several folders are separated as in PATH. UserError, naming file, key path and value, for anything that is
-    not a valid card, for a folder that is not there or holds no cards, and for a name that is taken.
+    UserError, naming file, key path and value, for what is no valid card, for a folder without cards, and for a name
+    that is taken.
     """
     return load_folders([packaged_folder(), *user_folders(directory)])
 
