@@ -89,12 +89,12 @@ def stored_data(
     folders = dataset_folders(well)
     if name not in folders:
         raise UserError(f"{well}: expected {name}/data/train/*.hdf5, got {', '.join(folders) or 'no dataset'}")
-    files = tuple(split_files(folders[name], "train"))
+    files = tuple(Path(str(file)) for file in split_files(folders[name], "train"))
     expected = [(source.name, source.bytes) for source in readers[name].manifest.sources]
     if [(file.name, file.stat().st_size) for file in files] != expected:
         listed = ", ".join(f"{name} ({num_bytes} bytes)" for name, num_bytes in expected)
         raise UserError(
-            f"{folders[name] / 'data' / 'train'}: expected the files that the shards were made from, {listed}; "
+            f"{folders[name]}/data/train: expected the files that the shards were made from, {listed}; "
             "give the Well folder of these shards"
         )
     return BenchData(readers[name], files, (registry or load_registry()).card(name))

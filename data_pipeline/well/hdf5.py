@@ -12,14 +12,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, overload
+from typing import Any
 
 import h5py
 import numpy as np
 
 from data_pipeline.files import UserError
 from data_pipeline.registry import Card, Field, Registry
-from data_pipeline.remote import RemoteFile, RemoteFolder
+from data_pipeline.remote import RemoteFolder
 from data_pipeline.well.layout import (
     BoundaryMask,
     File,
@@ -49,50 +49,32 @@ def chosen_splits(names: Sequence[str] | None) -> list[str]:
     return [split for split in SPLITS if names is None or split in names]
 
 
-@overload
-def dataset_folders(well: Path, names: Sequence[str] | None = None) -> dict[str, Path]: ...
-@overload
-def dataset_folders(well: RemoteFolder, names: Sequence[str] | None = None) -> dict[str, RemoteFolder]: ...
-def dataset_folders(well: Folder, names: Sequence[str] | None = None) -> Mapping[str, Folder]:
+def dataset_folders(well: Folder, names: Sequence[str] | None = None) -> dict[str, Folder]:
     """Return dataset name -> folder, for each `<well>/<name>/data` and `<well>/datasets/<name>/data`, sorted by name.
 
     With `names`, only these are looked for. That also works on servers that list the folders of datasets alone.
     """
+    if isinstance(well, RemoteFolder) and names is None:
+        parent = well / "datasets" if "datasets" in well.names() else well
+        return {name: parent / name for name in parent.names() if "." not in name}
     folders: dict[str, Folder] = {}
-    if names is not None:
-        found = {name: _dataset_folder(well, name) for name in names}
-        folders = {name: folder for name, folder in found.items() if folder is not None}
-    elif isinstance(well, RemoteFolder):
-        children = well.names()
-        base = well / "datasets" if "datasets" in children else well
-        entries = base.names() if base is not well else children
-        folders = {name: base / name for name in entries if "." not in name}
-    else:
-        for local in (well / "datasets", well):
-            if local.is_dir():
-                folders |= {folder.name: folder for folder in local.iterdir() if (folder / "data").is_dir()}
+    for base in (well, well / "datasets"):
+        for name in child_names(base) if names is None else names:
+            if name not in folders and _holds_data(base / name):
+                folders[name] = base / name
     return dict(sorted(folders.items()))
 
 
-def _dataset_folder(well: Folder, name: str) -> Folder | None:
-    for base in (well, well / "datasets"):
-        if isinstance(base, Path):
-            if (base / name / "data").is_dir():
-                return base / name
-            continue
-        try:
-            if "data" in (base / name).names():
-                return base / name
-        except UserError:  # not there, as far as this server tells
-            continue
-    return None
+def _holds_data(folder: Folder) -> bool:
+    if isinstance(folder, Path):
+        return (folder / "data").is_dir()
+    try:
+        return "data" in folder.names()
+    except UserError:  # not there, as far as this server tells
+        return False
 
 
-@overload
-def split_files(folder: Path, split: str) -> list[Path]: ...
-@overload
-def split_files(folder: RemoteFolder, split: str) -> list[RemoteFile]: ...
-def split_files(folder: Folder, split: str) -> Sequence[File]:
+def split_files(folder: Folder, split: str) -> list[File]:
     """Return the HDF5 files of one split of a dataset folder, sorted by path as the_well sorts them; may be empty."""
     if isinstance(folder, RemoteFolder) and split not in child_names(folder / "data"):
         return []
