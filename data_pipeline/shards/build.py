@@ -29,7 +29,6 @@ from data_pipeline.well.layout import file_bytes
 from data_pipeline.well.stats import Stats, compute_stats, read_stats
 from data_pipeline.workers import OnBytes, available_cores, run_tasks
 
-FROM_FILE, FROM_DATA = "stats.yaml", "train files"  # where statistics come from
 _STATS_NAME = "stats.json"  # of the statistics that were computed, in the folder of the dataset's shards
 
 
@@ -135,30 +134,28 @@ class _StatsTask:
         return validate(Stats, content.get("stats"), str(self.path)) if content.get("key") == self.source.key else None
 
 
-def _dataset_stats(
-    out: Path, plans: Sequence[SplitPlan], jobs: int, skip_nonfinite: bool
-) -> dict[str, tuple[Stats, str]]:
-    """Return dataset -> statistics and where they come from: its stats.yaml, or its train files, read once.
+def _dataset_stats(out: Path, plans: Sequence[SplitPlan], jobs: int, skip_nonfinite: bool) -> dict[str, Stats]:
+    """Return dataset -> statistics, from its stats.yaml or from its train files, which are read once.
 
     skip_nonfinite: leave out frames with NaN or Inf, which otherwise raise UserError.
     """
-    found: dict[str, tuple[Stats, str]] = {}
+    found: dict[str, Stats] = {}
     tasks = []
     for plan in {plan.card.name: plan for plan in plans}.values():
         card, source = plan.card, plan.stats_source
         if source.file is not None:
-            found[card.name] = (read_stats(source.file, card), FROM_FILE)
+            found[card.name] = read_stats(source.file, card)
             continue
         task = _StatsTask(card, source, plan.frames_per_chunk, out / card.name / _STATS_NAME, skip_nonfinite)
         saved = task.saved()
         if saved is None:
             tasks.append(task)
         else:
-            found[card.name] = (saved, FROM_DATA)
+            found[card.name] = saved
     # The size of the files, for the progress bar, is close to the bytes that are read.
     num_bytes = sum(file_bytes(file) for task in tasks for file in task.source.train)
     with closing(run_tasks(_compute_and_save, tasks, jobs, num_bytes, "statistics")) as results:
-        found |= {task.card.name: (stats, FROM_DATA) for task, stats in results}
+        found |= {task.card.name: stats for task, stats in results}
     return found
 
 
@@ -170,7 +167,7 @@ def _compute_and_save(task: _StatsTask, on_bytes: OnBytes) -> Stats:
 
 def _write_all(
     plans: Sequence[SplitPlan],
-    stats: Mapping[str, tuple[Stats, str]],
+    stats: Mapping[str, Stats],
     jobs: int,
     skip: tuple[str, ...],
     channels: Mapping[str, Channel],
@@ -178,7 +175,7 @@ def _write_all(
     """Write the shards that are not there yet; yield folder and manifest of each split as soon as it is whole."""
     records = {plan.folder: _saved_records(plan) for plan in plans}
     tasks = [
-        ShardTask(plan, shard, stats[plan.card.name][0], keep_nonfinite="nonfinite" in skip)
+        ShardTask(plan, shard, stats[plan.card.name], keep_nonfinite="nonfinite" in skip)
         for plan in plans
         for shard in range(len(plan.shards))
         if shard not in records[plan.folder]
@@ -186,7 +183,7 @@ def _write_all(
     num_bytes = sum(task.plan.source_bytes(task.shard) for task in tasks)
 
     def finish(plan: SplitPlan) -> Manifest:
-        return _finish_split(plan, records[plan.folder], *stats[plan.card.name], skip, channels)
+        return _finish_split(plan, records[plan.folder], stats[plan.card.name], skip, channels)
 
     for plan in plans:
         if len(records[plan.folder]) == len(plan.shards):  # killed just before its manifest was written
@@ -214,7 +211,6 @@ def _finish_split(
     plan: SplitPlan,
     records: Mapping[int, ShardRecord],
     stats: Stats,
-    stats_source: str,
     skip: tuple[str, ...],
     channels: Mapping[str, Channel],
 ) -> Manifest:
@@ -233,11 +229,11 @@ def _finish_split(
         dtype=plan.dtype,
         encoding=encoding_of(channel_names, stats) if plan.dtype == "float16" else {},
         stats=stats,
-        stats_source=stats_source,
+        stats_source=plan.stats_source.name,
         sources=plan.sources,
         trajectories=tuple(trajectory for record in ordered for trajectory in record.trajectories),
         shards=tuple(record.shard for record in ordered),
-        findings=_findings(plan, ordered, stats if stats_source == FROM_FILE else None, channels),
+        findings=_findings(plan, ordered, stats, channels),
         skip=(),
         converter=f"data-pipeline {__version__}",
         plan=plan.digest,
@@ -249,12 +245,10 @@ def _finish_split(
 
 
 def _findings(
-    plan: SplitPlan, records: Sequence[ShardRecord], stats: Stats | None, channels: Mapping[str, Channel]
+    plan: SplitPlan, records: Sequence[ShardRecord], stats: Stats, channels: Mapping[str, Channel]
 ) -> tuple[Finding, ...]:
-    """Return the findings about trajectories, about the split, and the error of float16.
-
-    stats: the dataset's stats.yaml, which describes the train split, to compare with the data.
-    """
+    """Return the findings about trajectories, about the split, and the error of float16."""
+    stated = plan.stats_source.file is not None and plan.split == "train" and plan.whole  # to describe these data
     found = [finding for record in records for finding in record.findings]
     found += split_findings(
         plan.card,
@@ -262,7 +256,7 @@ def _findings(
         merge([record.summary for record in records]),
         [trajectory.frames for trajectory in plan.trajectories],
         plan.grid,
-        stats if plan.split == "train" and plan.whole else None,
+        stats if stated else None,
     )
     if plan.dtype == "float16":
         worst = np.max([record.rounding for record in records], axis=0)

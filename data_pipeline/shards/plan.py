@@ -24,6 +24,7 @@ from data_pipeline.well.layout import (
 )
 from data_pipeline.well.stats import read_stats
 
+FROM_FILE, FROM_DATA = "stats.yaml", "train files"  # where statistics come from
 _FINGERPRINT_BLOCKS, _FINGERPRINT_BYTES = 16, 2**16  # of a source file that are hashed: cheap for terabytes
 
 
@@ -66,6 +67,11 @@ class StatsSource:
     file: File | None  # stats.yaml
     train: tuple[File, ...]
     key: str  # digest of the file or files
+
+    @property
+    def name(self) -> str:
+        """As the manifest calls it."""
+        return FROM_DATA if self.file is None else FROM_FILE
 
 
 @dataclass(frozen=True)
@@ -242,10 +248,10 @@ def _stats_source(folder: Folder, train: tuple[File, ...], card: Card) -> StatsS
     path = stats_file(folder)
     if path is not None:
         read_stats(path, card)
-        return StatsSource(path, train, f"stats.yaml {sha256(read_small(path))}")
+        return StatsSource(path, train, f"{FROM_FILE} {sha256(read_small(path))}")
     if not train:
         raise UserError(
             f"{card.name}: expected {folder}/stats.yaml, or train files to compute the statistics from, got neither; "
             "download stats.yaml or the train split"
         )
-    return StatsSource(None, train, f"train files {digest([_fingerprint(file) for file in train])}")
+    return StatsSource(None, train, f"{FROM_DATA} {digest([_fingerprint(file) for file in train])}")

@@ -14,9 +14,8 @@ from data_pipeline.files import UserError
 from data_pipeline.registry import Card, Registry
 from data_pipeline.remote import is_url
 from data_pipeline.shards.audit import Interval, Summary, TrajectoryAudit, condense, merge, split_findings
-from data_pipeline.shards.build import FROM_FILE
 from data_pipeline.shards.format import ITEM_BYTES, MANIFEST_NAME, SEVERITIES, Finding, Manifest
-from data_pipeline.shards.plan import choose_folders, stats_file
+from data_pipeline.shards.plan import FROM_FILE, choose_folders, stats_file
 from data_pipeline.shards.tar import MAX_ERROR, from_float16, map_shard
 from data_pipeline.tables import plain
 from data_pipeline.well.hdf5 import SPLITS, WellFile, block_frames, chosen_splits, split_files

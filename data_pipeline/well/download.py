@@ -68,7 +68,7 @@ class Wanted:
         return f"{self.dataset}/{self.path.as_posix().rpartition(f'/datasets/{self.dataset}/')[2]}"
 
 
-_Remote = dict[str, dict[str, RemoteFile]]  # "stats" or a split -> name -> file of a dataset
+_Remote = tuple[RemoteFile, dict[str, list[RemoteFile]]]  # stats.yaml of a dataset, and the files of each split
 Failure = tuple[Wanted, str]  # a file, and why it could not be had
 
 
@@ -99,13 +99,15 @@ def download(
     chosen, retries, known = chosen_splits(splits), retries or Retries(), url_registry(urls)
     wanted: list[Wanted] = []
     for name in sorted(set(registry.cards if datasets is None else datasets)):
-        base = None if source is None else RemoteFolder(source, retries)
-        found = _from_urls(name, known, chosen, retries) if base is None else _from_folder(name, base, known, chosen)
+        if source is None:
+            stats, found = _from_urls(name, known, chosen, retries)
+        else:
+            stats, found = _from_folder(name, RemoteFolder(source, retries), known, chosen)
         folder = out / "datasets" / name
-        wanted.append(Wanted(name, found["stats"]["stats.yaml"], folder / "stats.yaml"))
-        for split in chosen:
-            files_of_split = list(found[split].items())[: 1 if first_only else None]
-            wanted += [Wanted(name, remote, folder / "data" / split / file) for file, remote in files_of_split]
+        wanted.append(Wanted(name, stats, folder / "stats.yaml"))
+        for split, remotes in found.items():
+            for remote in remotes[: 1 if first_only else None]:
+                wanted.append(Wanted(name, remote, folder / "data" / split / _file_name(remote.url)))
     looked, failures = _look(wanted)
     need, free = sum(one.missing for one in looked), free_bytes(out)
     _print_estimate(looked, out, need, free)
@@ -168,20 +170,18 @@ def _from_urls(dataset: str, known: UrlRegistry, splits: Sequence[str], retries:
     """Return the files of a dataset by their addresses."""
     if dataset not in known:
         raise UserError(f"dataset {dataset!r}: the_well names no addresses for it. {nearest(dataset, known)}")
-    found = {"stats": {"stats.yaml": RemoteFile(known[dataset]["stats"], retries)}}
-    for split in splits:
-        found[split] = {_file_name(address): RemoteFile(address, retries) for address in known[dataset][split]}
-    return found
+    found = {split: [RemoteFile(address, retries) for address in known[dataset][split]] for split in splits}
+    return RemoteFile(known[dataset]["stats"], retries), found
 
 
 def _from_folder(dataset: str, base: RemoteFolder, known: UrlRegistry, splits: Sequence[str]) -> _Remote:
     """Return the files of a dataset below a base URL: those the server lists; if none, those the_well names."""
     validate(Name, dataset, "--datasets")
     folder = base / dataset
-    found = {"stats": {"stats.yaml": folder.file("stats.yaml")}}
-    for split, names in _listed(folder, known.get(dataset), splits).items():
-        found[split] = {name: (folder / "data" / split).file(name) for name in names}  # refuses a name that is a path
-    return found
+    listed = _listed(folder, known.get(dataset), splits)
+    # `file` refuses a name that is a path.
+    found = {split: [(folder / "data" / split).file(name) for name in names] for split, names in listed.items()}
+    return folder.file("stats.yaml"), found
 
 
 def _listed(source: RemoteFolder, known: Mapping[str, Any] | None, splits: Sequence[str]) -> dict[str, list[str]]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import h5py
@@ -171,13 +170,9 @@ class WellFile:
             )
         return _Stored(field, data, channel, sample_varying, (in_x, in_y))
 
-    def read(self, trajectory: int, first: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Return frames [first, stop) of one trajectory: float32 (T, C, H, W), channels in the card's state order.
-
-        `out`, if given, is a C-contiguous array of that shape, which is filled and returned.
-        """
-        if out is None:
-            out = np.empty((stop - first, len(self.card.state_channels), *self.grid), np.float32)
+    def read(self, trajectory: int, first: int, stop: int) -> np.ndarray:
+        """Return frames [first, stop) of one trajectory: float32 (T, C, H, W), channels in the card's state order."""
+        out = np.empty((stop - first, len(self.card.state_channels), *self.grid), np.float32)
         for stored in self._state:
             index = (trajectory,) * stored.sample_varying + (slice(first, stop),)
             self._copy(stored, index, out)
@@ -280,9 +275,7 @@ class WellFile:
     def __enter__(self) -> WellFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._opened.close()
 
 
