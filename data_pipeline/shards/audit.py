@@ -9,6 +9,7 @@ points. The summaries of all trajectories give the findings about a whole split.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, groupby
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,7 +30,14 @@ ERROR_OFF = 1.0  # mean off by a whole std, or std by a factor of 2
 _HUGE = float(np.finfo(np.float32).max)  # in place of infinity, which JSON has not
 
 Interval = tuple[float | None, float | None]  # lowest, highest good value
-ChannelMoments = tuple[int, tuple[float, ...], tuple[float, ...]]  # frames; mean, variance of each channel
+
+
+class ChannelMoments(NamedTuple):
+    """Moments of each channel over `num_frames` frames."""
+
+    num_frames: int
+    mean: tuple[float, ...]
+    variance: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ def merge(summaries: Sequence[Summary]) -> Summary:
 
 def _pooled(parts: Sequence[ChannelMoments]) -> ChannelMoments:
     total = pool([Moments(count, np.array(mean), np.array(variance)) for count, mean, variance in parts])
-    return total.count, tuple(total.mean.tolist()), tuple(total.variance.tolist())
+    return ChannelMoments(total.count, tuple(total.mean.tolist()), tuple(total.variance.tolist()))
 
 
 class TrajectoryAudit:
@@ -205,7 +213,7 @@ class TrajectoryAudit:
         std = self._std
         if std is None:
             whole = (np.isfinite(low) & np.isfinite(high)).all(axis=1)
-            std = np.sqrt(self._moments(self._sums, whole, self._origin)[2])
+            std = np.sqrt(self._moments(self._sums, whole, self._origin).variance)
         moving = np.flatnonzero(~(np.concatenate(self._change) <= STILL_CHANGE * std).all(axis=1))
         first = int(moving[-1]) + 2 if len(moving) else 1
         count = len(low) - first
@@ -272,7 +280,7 @@ class TrajectoryAudit:
         count, num_sampled = good.shape[1], max(1, self._last_points.shape[2] if self._last_points is not None else 1)
         mean, square = good.sum(axis=1) / max(1, count * num_sampled)
         variance = np.maximum(square - mean**2, 0)
-        return count, tuple(map(float, mean + np.ravel(origin))), tuple(map(float, variance))
+        return ChannelMoments(count, tuple(map(float, mean + np.ravel(origin))), tuple(map(float, variance)))
 
 
 def _variance_is_tiny(frames: np.ndarray, variance: np.ndarray, num_sampled: int, span: np.ndarray) -> np.ndarray:
@@ -320,7 +328,7 @@ def split_findings(
         known = first == channels[second].duplicate_of or second == channels[first].duplicate_of
         detail = f"equals {first} at every point of every frame" + (", as channels.yaml says" if known else "")
         found.append(_finding("duplicated_channel", "note" if known else "warning", second, detail))
-    if stats is not None and summary.moments[0]:
+    if stats is not None and summary.moments.num_frames:
         # stats.yaml describes the published training split; `download --first-only` gets a part of it.
         published = sum(trajectories for trajectories, _ in card.train) if grid == card.grid else 0
         found += _stats_disagree(card, summary, stats, max(0, published - len(lengths)))
