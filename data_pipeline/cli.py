@@ -7,7 +7,7 @@ answers at once. Exit codes: 0 done, 2 the user's mistake or damaged data (a mes
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,108 +171,93 @@ _SPLITS = _arg("--splits", "comma-separated: train, valid, test; all if left out
 _REGISTRY = _arg("--registry", "folder of your own cards (default: WAVELIT_REGISTRY)", metavar="DIR")
 _JOBS = _arg("--jobs", "processes (default: one per core)", type=count, metavar="N")
 
-# name, help, function, arguments
-COMMANDS: tuple[tuple[str, str, Callable[[argparse.Namespace], int], tuple[_Argument, ...]], ...] = (
+
+# name, help, function, and the arguments
+COMMANDS: tuple[tuple[Any, ...], ...] = (
     (
         *("simulate", "simulate the mini-Well: all eight systems, small, no download", _simulate),
-        (
-            _arg("--preset", "mini: 1 minute; tiny: for tests", required=True, choices=("mini", "tiny")),
-            _arg("--out", "folder for the HDF5 files", required=True, type=Path, metavar="DIR"),
-            _datasets("the eight if left out. Extras: burgers, euler_multi_quadrants_periodicBC"),
-            _arg("--seed", "same seed, same arrays (default 0)", type=int, default=0),
-            _JOBS,
-            _arg("--contact-sheet", "also draw a picture of all systems", type=Path, metavar="FILE.png"),
-        ),
+        _arg("--preset", "mini: 1 minute; tiny: for tests", required=True, choices=("mini", "tiny")),
+        _arg("--out", "folder for the HDF5 files", required=True, type=Path, metavar="DIR"),
+        _datasets("the eight if left out. Extras: burgers, euler_multi_quadrants_periodicBC"),
+        _arg("--seed", "same seed, same arrays (default 0)", type=int, default=0),
+        _JOBS,
+        _arg("--contact-sheet", "also draw a picture of all systems", type=Path, metavar="FILE.png"),
     ),
     (
         *("download", "download The Well; every file verified; run again to go on", _download),
-        (
-            _arg("--out", "files go to DIR/datasets/<dataset>/...", required=True, type=Path, metavar="DIR"),
-            _datasets("those with a card if left out"),
-            _SPLITS,
-            _REGISTRY,
-            _flag("--first-only", "the first file of each split alone"),
-            _arg(
-                *("--from", "another source, such as hf://datasets/polymathic-ai or https://..."),
-                dest="source",
-                metavar="URL",
-            ),
-            _arg("--urls", "another list of addresses like the_well's", type=Path, metavar="FILE"),
-            _arg("--jobs", "files at a time (default 4)", type=int, default=4, metavar="N"),
-            _flag("--dry-run", "print files, bytes and free disk; fetch nothing"),
+        _arg("--out", "files go to DIR/datasets/<dataset>/...", required=True, type=Path, metavar="DIR"),
+        _datasets("those with a card if left out"),
+        _SPLITS,
+        _REGISTRY,
+        _flag("--first-only", "the first file of each split alone"),
+        _arg(
+            *("--from", "another source, such as hf://datasets/polymathic-ai or https://..."),
+            dest="source",
+            metavar="URL",
         ),
+        _arg("--urls", "another list of addresses like the_well's", type=Path, metavar="FILE"),
+        _arg("--jobs", "files at a time (default 4)", type=int, default=4, metavar="N"),
+        _flag("--dry-run", "print files, bytes and free disk; fetch nothing"),
     ),
     (
         *("register", "draft the card of a dataset that has none", _register),
-        (
-            _arg("source", "dataset folder, HDF5 files, or one file", type=Path, metavar="DIR_OR_FILE"),
-            _arg("--name", "name of the dataset (default: the name of the folder or file)"),
-            _arg("--registry", "folder of your cards (default: WAVELIT_REGISTRY)", type=Path, metavar="DIR"),
-        ),
+        _arg("source", "dataset folder, HDF5 files, or one file", type=Path, metavar="DIR_OR_FILE"),
+        _arg("--name", "name of the dataset (default: the name of the folder or file)"),
+        _arg("--registry", "folder of your cards (default: WAVELIT_REGISTRY)", type=Path, metavar="DIR"),
     ),
     (
         *("shard", "convert Well HDF5 files to tar shards; run again to go on", _shard),
-        (
-            _arg(
-                *("--well", "<dataset>/data/<split>/*.hdf5 under a folder or a URL"),
-                required=True,
-                metavar="DIR_OR_URL",
-            ),
-            _arg("--out", "folder for the shards", required=True, type=Path, metavar="DIR"),
-            *(_ALL, _SPLITS, _REGISTRY, _JOBS),
-            _arg("--frames-per-chunk", "frames per sample (default 16)", type=int, default=16, metavar="N"),
-            _arg("--shard-size", "e.g. 512M or 1G (default 512M)", type=num_bytes, default="512M", metavar="SIZE"),
-            _arg("--dtype", "of the stored fields", choices=("float32", "float16"), default="float32"),
-            _arg(
-                "--restrict",
-                "use only N trajectories of each split; those for N are among those for N + 1",
-                type=int,
-                metavar="N",
-            ),
-            _arg(
-                "--skip", "leave out windows: duplicates,stationary,nonfinite", type=names, default=[], metavar="KINDS"
-            ),
-            _flag("--dry-run", "print sizes, free disk and time; write nothing"),
+        _arg(
+            *("--well", "<dataset>/data/<split>/*.hdf5 under a folder or a URL"),
+            required=True,
+            metavar="DIR_OR_URL",
         ),
+        _arg("--out", "folder for the shards", required=True, type=Path, metavar="DIR"),
+        *(_ALL, _SPLITS, _REGISTRY, _JOBS),
+        _arg("--frames-per-chunk", "frames per sample (default 16)", type=int, default=16, metavar="N"),
+        _arg("--shard-size", "e.g. 512M or 1G (default 512M)", type=num_bytes, default="512M", metavar="SIZE"),
+        _arg("--dtype", "of the stored fields", choices=("float32", "float16"), default="float32"),
+        _arg(
+            "--restrict",
+            "use only N trajectories of each split; those for N are among those for N + 1",
+            type=int,
+            metavar="N",
+        ),
+        _arg("--skip", "leave out windows: duplicates,stationary,nonfinite", type=names, default=[], metavar="KINDS"),
+        _flag("--dry-run", "print sizes, free disk and time; write nothing"),
     ),
     (
         *("audit", "look for faults in HDF5 files or shards; exit code 2 if there are errors", _audit),
-        (
-            _arg("location", "folder or URL of a Well, or folder of shards", metavar="WELL_OR_SHARDS"),
-            *(_ALL, _SPLITS, _REGISTRY, _JOBS),
-            _arg("--json", "also write the findings as JSON", type=Path, metavar="FILE"),
-        ),
+        _arg("location", "folder or URL of a Well, or folder of shards", metavar="WELL_OR_SHARDS"),
+        *(_ALL, _SPLITS, _REGISTRY, _JOBS),
+        _arg("--json", "also write the findings as JSON", type=Path, metavar="FILE"),
     ),
     (
         *("inspect", "show what shards hold, or the paper's tables of the datasets", _inspect),
-        (
-            _arg("shards", "folder of shards", nargs="?", metavar="DIR_OR_URL"),
-            _flag("--paper", "print the paper's tables 7 and 8 from the cards"),
-            _flag("--findings", "list all that the audit found, not the worst alone"),
-            _REGISTRY,
-        ),
+        _arg("shards", "folder of shards", nargs="?", metavar="DIR_OR_URL"),
+        _flag("--paper", "print the paper's tables 7 and 8 from the cards"),
+        _flag("--findings", "list all that the audit found, not the worst alone"),
+        _REGISTRY,
     ),
     (
         *("verify", "compare every byte of the shards with their checksums", _verify),
-        (_arg("shards", "folder of shards", type=Path), _ALL, _SPLITS),
+        *(_arg("shards", "folder of shards", type=Path), _ALL, _SPLITS),
     ),
     (
         *("bench", "measure how fast windows are read, beside other ways to read them", _bench),
-        (
-            _arg("shards", "folder of shards; the train split of one dataset is read", nargs="?", type=Path),
-            _arg("--well", "the HDF5 files behind them, for the_well and h5py", type=Path, metavar="DIR"),
-            _arg("--synthetic", "make data of this shape for the purpose, e.g. 256x256x3", metavar="HxWxC"),
-            _arg("--datasets", "one dataset (default: of the largest windows)", type=names, metavar="NAME"),
-            _arg(
-                "--windows-per-s",
-                "what training needs: throughput/samples_per_s of a run in TensorBoard (default: the paper's 27)",
-                type=float,
-                metavar="X",
-            ),
-            _arg("--seconds", "time for each way (default 3)", type=float, default=3.0, metavar="S"),
-            _arg("--json", "also write the figures as JSON", type=Path, metavar="FILE"),
-            _REGISTRY,
+        _arg("shards", "folder of shards; the train split of one dataset is read", nargs="?", type=Path),
+        _arg("--well", "the HDF5 files behind them, for the_well and h5py", type=Path, metavar="DIR"),
+        _arg("--synthetic", "make data of this shape for the purpose, e.g. 256x256x3", metavar="HxWxC"),
+        _arg("--datasets", "one dataset (default: of the largest windows)", type=names, metavar="NAME"),
+        _arg(
+            "--windows-per-s",
+            "what training needs: throughput/samples_per_s of a run in TensorBoard (default: the paper's 27)",
+            type=float,
+            metavar="X",
         ),
+        _arg("--seconds", "time for each way (default 3)", type=float, default=3.0, metavar="S"),
+        _arg("--json", "also write the figures as JSON", type=Path, metavar="FILE"),
+        _REGISTRY,
     ),
 )
 
@@ -283,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="data-pipeline", description="Makes training data for PDE models from The Well, or from the mini-Well."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, about, function, own in COMMANDS:
+    for name, about, function, *own in COMMANDS:
         command = commands.add_parser(name, help=about)
         command.set_defaults(function=function)
         for argument, settings in own:

@@ -127,7 +127,6 @@ class _StatsTask:
     skip_nonfinite: bool
 
     def saved(self) -> Stats | None:
-        """Return the statistics that an earlier run computed from the same files."""
         if not self.path.exists():
             return None
         content = read_json(self.path)
@@ -247,7 +246,6 @@ def _finish_split(
 def _findings(
     plan: SplitPlan, records: Sequence[ShardRecord], stats: Stats, channels: Mapping[str, Channel]
 ) -> tuple[Finding, ...]:
-    """Return the findings about trajectories, about the split, and the error of float16."""
     stated = plan.stats_source.file is not None and plan.split == "train" and plan.whole  # to describe these data
     found = [finding for record in records for finding in record.findings]
     found += split_findings(

@@ -115,7 +115,6 @@ def measure_speed(plan: SplitPlan, stats: Stats | None, num_bytes: int) -> tuple
 def _copy_all(
     task: ShardTask, encoder: Encoder | None, output: BinaryIO, on_bytes: OnBytes
 ) -> tuple[Shard, list["_Copy"]]:
-    """Copy the trajectories of a shard from their HDF5 files into a tar."""
     plan, copies = task.plan, list[_Copy]()
     with ShardWriter(output) as writer:
         in_shard = range(*plan.shards[task.shard])
@@ -141,7 +140,6 @@ class _Copy:
         self.constants_crc = ""
 
     def run(self, file: WellFile) -> None:
-        """Copy all frames and the constant fields."""
         card, source_index = self.plan.card, self.planned.source_index
         stds = self.task.stats["std"]
         audit = TrajectoryAudit(card.state_channels, card.constant_channels, self.plan.grid, stds, card.ranges)
@@ -170,7 +168,6 @@ class _Copy:
         )
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
-        """Yield the frames [first, stop) of each chunk."""
         frames, per_chunk = self.planned.frames, self.plan.frames_per_chunk
         return ((first, min(first + per_chunk, frames)) for first in range(0, frames, per_chunk))
 

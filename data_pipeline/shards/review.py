@@ -23,9 +23,8 @@ from data_pipeline.well.layout import File, Folder, file_bytes, folder_at
 from data_pipeline.well.stats import Stats, read_stats
 from data_pipeline.workers import OnBytes, available_cores, run_tasks
 
-TEXT_COLUMNS = {"dataset", "split", "boundary x", "boundary y", "stats", "stored", "findings"}
-TEXT_COLUMNS |= {"kind", "severity", "finding"}
 FINDING_COLUMNS = ("dataset", "split", "severity", "kind", "finding")
+TEXT_COLUMNS = {*FINDING_COLUMNS, "boundary x", "boundary y", "stats", "stored", "findings"}
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,6 @@ def audit(
 
 @dataclass(frozen=True)
 class _Result:
-    """What the audit of one HDF5 file or shard found."""
-
     findings: tuple[Finding, ...]
     summary: Summary | None  # None if no trajectory could be read
     lengths: tuple[int, ...]
@@ -100,7 +97,6 @@ class _Split:
 
 
 def _audit_source(task: "tuple[int, _HdfSource | _ShardSource]", on_bytes: OnBytes) -> _Result:
-    """Audit all trajectories of one HDF5 file or shard."""
     _, source = task
     findings: list[Finding] = []
     summaries: list[Summary] = []
@@ -145,8 +141,6 @@ def _well_splits(
 
 @dataclass(frozen=True)
 class _HdfSource:
-    """An HDF5 file to audit."""
-
     card: Card
     file: File
     std: Mapping[str, float] | None
@@ -206,15 +200,12 @@ def _manifest(folder: Path) -> Manifest:
 
 @dataclass(frozen=True)
 class _ShardSource:
-    """A shard to audit."""
-
     card: Card
     folder: Path
     name: str
     num_bytes: int
 
     def audits(self, on_bytes: OnBytes) -> Iterator[tuple[str, int, TrajectoryAudit]]:
-        """Yield file name, index in that file and audit of each trajectory."""
         card, manifest = self.card, _manifest(self.folder)
         content = map_shard(self.folder / self.name, self.num_bytes)
         std, ranges = manifest.stats["std"], self._ranges(manifest)

@@ -138,8 +138,6 @@ def url_registry(path: Path | None) -> UrlRegistry:
 
 @dataclass(frozen=True)
 class _Addresses(Strict):
-    """Addresses of a dataset's files in the_well's registry.yaml."""
-
     stats: Line
     train: tuple[Line, ...] = ()
     valid: tuple[Line, ...] = ()
@@ -167,7 +165,6 @@ def _is_hdf5(name: str) -> bool:
 
 
 def _from_urls(dataset: str, known: UrlRegistry, splits: Sequence[str], retries: Retries) -> _Remote:
-    """Return the files of a dataset by their addresses."""
     if dataset not in known:
         raise UserError(f"dataset {dataset!r}: the_well names no addresses for it. {nearest(dataset, known)}")
     found = {split: [RemoteFile(address, retries) for address in known[dataset][split]] for split in splits}

@@ -299,7 +299,6 @@ class Schedule:
         return dict(self._segment(index).shares)
 
     def _segment(self, index: int) -> _Segment:
-        """Return the segment of draw `index`."""
         if index < 0:
             raise ValueError(f"draws are numbered from 0, got {index}")
         return self._segments[bisect_right(self._segments, index, key=lambda segment: segment.first) - 1]

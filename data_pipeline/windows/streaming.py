@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from heapq import nlargest
 from pathlib import Path
 
 from data_pipeline.files import UserError
@@ -66,10 +67,10 @@ def open_remote_shards(
         return {name: RangeShards(folder, fetcher, some, ahead) for name, folder in folders.items()}
     fetcher = Fetcher(THREADS // 2, cache.limit_bytes)
     opened = {name: WholeShards(folder, fetcher, cache, ahead) for name, folder in folders.items()}
-    needed = {}  # bytes of the largest block of each dataset
-    for name, shards in opened.items():
-        largest = sorted((shard.bytes for shard in shards.manifest.shards), reverse=True)
-        needed[name] = sum(largest[: settings.shards_per_block])
+    needed = {  # bytes of the largest block of each dataset
+        name: sum(nlargest(settings.shards_per_block, (shard.bytes for shard in shards.manifest.shards)))
+        for name, shards in opened.items()
+    }
     total = sum(needed.values())
     if total > cache.limit_bytes:
         each = ", ".join(f"{name} {num_bytes / 1e9:.3g}" for name, num_bytes in needed.items())
