@@ -41,29 +41,9 @@ def scheduled_batches(
     `workers` threads read ahead; with 0, a batch is read when it is asked for. The batches are the same. Raises
     UserError, naming the draw and its windows, for a damaged shard or a server that does not answer.
     """
-    if workers < 0:
-        raise ValueError(f"workers: expected 0 or more, got {workers}")
     lengths = {name: _length(name, length) for name in readers}
-    return _read_ahead(readers, _micro_batches(division, start, stop), lengths, workers, pin_memory)
+    micro_batches = _micro_batches(division, start, stop)
 
-
-def _micro_batches(division: Division, start: int, stop: int) -> Iterator[tuple[Draw, np.ndarray]]:
-    """Yield the draw of each micro-batch, and the places of its windows in the draw."""
-    schedule, draw = division.schedule.copy(), None  # a copy, since it is read ahead of the training
-    for step in range(start, stop):
-        for micro_batch in division.micro_batches(step):
-            if draw is None or draw.index != micro_batch.draw:
-                draw = schedule.draw(micro_batch.draw)
-            yield draw, micro_batch.places
-
-
-def _read_ahead(
-    readers: Mapping[str, ShardReader],
-    micro_batches: Iterator[tuple[Draw, np.ndarray]],
-    lengths: Mapping[str, int],
-    workers: int,
-    pin_memory: bool,
-) -> Iterator[Batch]:
     def read(draw: Draw, places: np.ndarray) -> Batch:
         windows, length = draw.windows[places], lengths[draw.dataset]
         try:
@@ -102,6 +82,16 @@ def _read_ahead(
             future.cancel()
         for reader in readers.values():
             reader.shards.cancel_prefetch()
+
+
+def _micro_batches(division: Division, start: int, stop: int) -> Iterator[tuple[Draw, np.ndarray]]:
+    """Yield the draw of each micro-batch, and the places of its windows in the draw."""
+    schedule, draw = division.schedule.copy(), None  # a copy, since it is read ahead of the training
+    for step in range(start, stop):
+        for micro_batch in division.micro_batches(step):
+            if draw is None or draw.index != micro_batch.draw:
+                draw = schedule.draw(micro_batch.draw)
+            yield draw, micro_batch.places
 
 
 def open_readers(

@@ -75,11 +75,6 @@ def test_sources_say_what_the_shards_hold(readers: dict[str, ShardReader]) -> No
         assert source.tokens == manifest.grid[0] // 2 * (manifest.grid[1] // 2)
 
 
-def test_workers_that_cannot_be(readers: dict[str, ShardReader]) -> None:
-    with pytest.raises(ValueError, match="workers: expected 0 or more, got -1"):
-        load(readers, workers=-1)
-
-
 def test_none_opens_every_dataset(tiny_shards: Path) -> None:
     found = open_readers(tiny_shards, None, "valid")
     assert list(found) == sorted(path.name for path in tiny_shards.iterdir())
