@@ -208,7 +208,7 @@ def test_moments_of_the_subsample() -> None:
     sample, kept = watch(frames).summary(), frames[:, :, ::4, ::2].astype(np.float64)
     assert sample.moments.mean == pytest.approx(kept.mean(axis=(0, 2, 3)), rel=1e-12)
     assert sample.moments.variance == pytest.approx(kept.var(axis=(0, 2, 3)), rel=1e-9)
-    assert sample.delta_variance == pytest.approx(np.diff(kept, axis=0).var(axis=(0, 2, 3)), rel=1e-9)
+    assert sample.delta_moments.variance == pytest.approx(np.diff(kept, axis=0).var(axis=(0, 2, 3)), rel=1e-9)
 
 
 def test_constant_and_duplicated_channels(tmp_path: Path) -> None:
