@@ -291,8 +291,9 @@ def start(long_well: Path, out: Path, jobs: int, before: str = "") -> subprocess
         f"import sys; {before}\n"
         "import data_pipeline.shards.build\n"
         "from data_pipeline.cli import main\n"
+        "from data_pipeline.shards.plan import Settings\n"
         "build = data_pipeline.shards.build.build_shards\n"
-        "def smaller(*arguments): return build(*arguments[:6], 1)\n"
+        "def smaller(*arguments): return build(*arguments[:5], Settings(shard_bytes=1))\n"
         "data_pipeline.shards.build.build_shards = smaller\n"
         "if __name__ == '__main__': sys.exit(main())\n"
     )
