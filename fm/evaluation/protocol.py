@@ -93,8 +93,14 @@ class Protocol(Strict):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Protocol":
-        """Return the inverse of `to_json`; LookupError, TypeError or ValueError for other data."""
-        return cls(**{**data, "windows": {name: Window(**window) for name, window in data["windows"].items()}})
+        """Return the inverse of `to_json`; ValueError for other data.
+
+        The data have all fields, zeros among them, which the rules for users' protocol files refuse.
+        """
+        try:
+            return cls(**{**data, "windows": {name: Window(**window) for name, window in data["windows"].items()}})
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a protocol ({error!r})") from error
 
     def describe(self) -> str:
         """Return all that defines the numbers in one line, for the head of a table."""

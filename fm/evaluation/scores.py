@@ -83,21 +83,13 @@ class DatasetScores:
         return {ONE_STEP: self.one_step, **self.windows}
 
 
-def _stored_protocol(value: Any) -> Protocol:
-    # A file of the program's own has all fields, zeros among them, which the rules for users' protocol files refuse.
-    try:
-        return Protocol.from_json(value)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a protocol ({error!r})") from error
-
-
 @dataclass(frozen=True)
 class Scores:
     """All scores of one evaluation under one protocol; the content of scores.json."""
 
     format: int
     origin: dict[str, Any]  # whose errors they are
-    protocol: Annotated[Protocol, BeforeValidator(_stored_protocol)]
+    protocol: Annotated[Protocol, BeforeValidator(Protocol.from_json)]
     datasets: dict[str, DatasetScores]
     geometric_mean_ratio_to_persistence: float | None  # over the datasets, one step
     geometric_mean_ratio_to_persistence_windows: dict[str, float | None]  # by rollout window

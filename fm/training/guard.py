@@ -5,6 +5,7 @@ import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fm.evaluation.scores import geometric_mean
 MIN_HISTORY = 16  # steps of a dataset before a value can be a spike
 MIN_SPREAD = 0.05  # of logarithms, so that variations of less than 5 % do not make small changes spikes
 TINY = 1e-30  # in place of zero, for logarithms and ratios
+_ORDER = itemgetter("diverged", "score")  # of the best validations
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ class RegressionLimit:
         diverged, score = _rollout_score(result)
         found = {"worsening": worsening, "diverged": diverged, "score": score}
         self.failed = worsening > self.limit
-        best = not self.failed and (self._best is None or _order(found) < _order(self._best))
+        best = not self.failed and (self._best is None or _ORDER(found) < _ORDER(self._best))
         if best:
             self._best = found
         worst = max(ratios, key=lambda name: ratios[name] or math.inf)
@@ -240,11 +242,7 @@ class RegressionLimit:
         self.failed = saved["failed"] and saved["limit"] == self.limit
         found = [state["best"] for state in (saved, best) if state is not None and state["best"] is not None]
         within = [one for one in found if one["worsening"] <= (self.limit or math.inf)]
-        self._best = min(within, key=_order, default=None)
-
-
-def _order(found: Mapping[str, float]) -> tuple[float, float]:
-    return found["diverged"], found["score"]
+        self._best = min(within, key=_ORDER, default=None)
 
 
 def _ratio(now: float | None, before: float | None) -> float | None:
