@@ -3,10 +3,8 @@
     VRMSE = sqrt(mean over x, y of (prediction - truth)^2 / (variance of the truth over x, y + eps))
 
 with the unbiased variance, as The Well defines it. The model is compared with `persistence`, which repeats the input of
-a one-step window or the initial frame of a rollout, and with `mean_field`, the target frame's own spatial mean. Its
-VRMSE is 1, except for eps and the n-1 in the variance, so a model above 1 is worse than the best constant.
-
-Array legend: R trajectories, S steps, C state channels.
+a one-step window or the initial frame of a rollout, and with `mean_field`, the target frame's own spatial mean, whose
+VRMSE is about 1. In shapes, R stands for trajectories, S for steps, and C for state channels.
 """
 
 import json

@@ -1,17 +1,5 @@
 """Training objectives: a model rolled out over a window, and the loss of its steps (paper Appendix G).
 
-Model step k = 1 ... K predicts frame k of the window from its input: frame k - 1 of the truth, or the model's own
-prediction of it. L_k is the loss of step k against the truth, and every mean is over the windows of a batch.
-
-    scheduled_sampling  mean over k of L_k; each input is the truth with a probability (Bengio et al. 2015)
-    bptt                mean over k of L_k; only the first input is the truth
-    causal_bptt         mean over k of exp(-eps * sum over j < k of L_j) L_k, the weights without gradient: later steps
-                        count once earlier ones are right (Wang, Sankaran and Perdikaris 2024); weights per window
-    pushforward         L_K, without gradient through the steps before K (Brandstetter, Worrall and Welling 2022)
-
-Gradients flow through predictions that are inputs, except for pushforward. K = 1 is one-step training for every
-objective.
-
 The length of an unroll, the inputs that are the truth, and the noise on them are functions of (seed, step, draw, place
 in the global batch). They do not depend on the number of processes, and a continued run repeats them.
 """
@@ -92,7 +80,17 @@ def input_noise(
 class Unroll(nn.Module):
     """Loss over the K model steps of windows of K + 1 frames.
 
-    It owns the model, so that one forward of the (DDP-wrapped) objective spans the whole unroll.
+    Model step k = 1 ... K predicts frame k of the window from its input: frame k - 1 of the truth, or the model's own
+    prediction of it. L_k is the loss of step k against the truth, and every mean is over the windows of a batch.
+
+        scheduled_sampling  mean over k of L_k; each input is the truth with a probability (Bengio et al. 2015)
+        bptt                mean over k of L_k; only the first input is the truth
+        causal_bptt         mean over k of exp(-eps * sum over j < k of L_j) L_k, the weights without gradient: later
+                            steps count once earlier ones are right (Wang, Sankaran and Perdikaris 2024)
+        pushforward         L_K, without gradient through the steps before K (Brandstetter, Worrall and Welling 2022)
+
+    Gradients flow through predictions that are inputs, except for pushforward. K = 1 is one-step training for every
+    objective. The class owns the model, so that one forward of the (DDP-wrapped) objective spans the whole unroll.
     """
 
     def __init__(

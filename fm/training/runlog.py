@@ -2,22 +2,9 @@
 
 run.json describes the process that trains, or trained last: host, pid, its start, world size, versions.
 
-log.jsonl and events.jsonl hold one JSON object a line. A run that continues from a checkpoint first removes the lines
-that were written after it.
-
-    log.jsonl     {"step", "dataset", "windows", "loss", "lr"}, one line for each optimizer step. Nothing in it depends
-                  on the time or the machine, so undisturbed, killed and continued runs write the same lines. loss: null
-                  if it is not finite; windows: digest of the window ids
-    events.jsonl  {"kind", "step", "time"} (seconds since 1970) and, by kind:
-        start       text                      the process began, or continued, at this step
-        pace        steps, seconds, samples   since the previous pace line: of stepping, without validations and saves
-        save        scalars, texts, pending   before a checkpoint is written: what TensorBoard has of this step, and the
-                                              steps whose means it does not have yet
-        validation  mean_ratio, datasets      {name: {"vrmse", "over_persistence"}}, one step, averaged weights
-        cosine      datasets, matrix, norms   of the datasets' gradients (fm/training/checks.py); null if one is zero
-        guard       text, refused, reason, action, windows   a refused step; windows: {dataset: [window ids]}
-        shares, warning, gate, message     text
-        end         state, text               finished | interrupted | failed; a killed process writes none
+log.jsonl has a line {"step", "dataset", "windows", "loss", "lr"} for each optimizer step. Nothing in it depends on the
+time or the machine, so undisturbed, killed and continued runs write the same lines. loss is null if it is not finite;
+windows is a digest of the window ids. A run that continues first removes the lines written after its checkpoint.
 """
 
 import json
@@ -131,7 +118,19 @@ class JsonLog:
 
 
 class EventLog(JsonLog):
-    """events.jsonl.
+    """The log events.jsonl.
+
+    A line has "kind", "step", "time" (seconds since 1970) and, by kind:
+
+        start       text                      the process began, or continued, at this step
+        pace        steps, seconds, samples   since the previous pace line: of stepping, without validations and saves
+        save        scalars, texts, pending   before a checkpoint is written: what TensorBoard has of this step, and the
+                                              steps whose means it does not have yet
+        validation  mean_ratio, datasets      {name: {"vrmse", "over_persistence"}}, one step, averaged weights
+        cosine      datasets, matrix, norms   of the datasets' gradients (fm/training/checks.py); null if one is zero
+        guard       text, refused, reason, action, windows   a refused step; windows: {dataset: [window ids]}
+        shares, warning, gate, message     text
+        end         state, text               finished | interrupted | failed; a killed process writes none
 
     `saved` is the save line of `resume_step`, `scores` holds the datasets of the last validation line, and `refusals`
     the texts of guard lines that were written after the checkpoint of `resume_step`, when earlier runs rolled back.
