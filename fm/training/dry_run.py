@@ -5,6 +5,8 @@
 
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,33 +40,30 @@ class StepTimer:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._phases: list[str] = []
-        self._times: list[float] = []
-        self._events: list[torch.cuda.Event] = []
-        self._record()
+        self._marks: list[Any] = [self._now()]  # seconds, on a GPU events
 
     def end_phase(self, phase: str) -> None:
         """Add the time since the last call, or since the timer was made, to `phase`, one of PHASES."""
         self._phases.append(phase)
-        self._record()
+        self._marks.append(self._now())
 
     def read(self) -> StepSeconds:
         """Wait for the last phase and return the seconds of each phase. Raises KeyError for an unknown phase."""
+        times = self._marks
         if self._on_gpu:
-            self._events[-1].synchronize()
-            times = [1e-3 * self._events[0].elapsed_time(event) for event in self._events]
-        else:
-            times = self._times
+            times[-1].synchronize()
+            times = [1e-3 * times[0].elapsed_time(event) for event in times]
         seconds = dict.fromkeys(PHASES, 0.0)
-        for phase, begin, end in zip(self._phases, times[:-1], times[1:], strict=True):
+        for phase, (begin, end) in zip(self._phases, pairwise(times), strict=True):
             seconds[phase] += end - begin
         return StepSeconds(**seconds, whole=times[-1] - times[0])
 
-    def _record(self) -> None:
-        if self._on_gpu:
-            self._events.append(torch.cuda.Event(enable_timing=True))
-            self._events[-1].record()
-        else:
-            self._times.append(time.perf_counter())
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 class DryRun:
