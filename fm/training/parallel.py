@@ -210,35 +210,27 @@ class Zero(Parallel):
     def moments(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        steps = {
-            names[id(parameter)]: float(self.optimizer.state[flat]["step"])
-            for parameters, flat in self._flat_groups()
-            for parameter in parameters
-        }
         moments = {}
-        for name, parameter in self.model.named_parameters():
-            if steps[name] == 0:
-                continue
-            moments[f"{name}/step"] = torch.tensor(steps[name], dtype=torch.float32)
-            for moment in MOMENTS:
-                whole = safe_get_full_optimizer_state(parameter, moment)
-                if self._accelerator.is_main_process:
-                    moments[f"{name}/{moment}"] = whole.cpu()
+        for parameters, flat in self._flat_groups():
+            step = float(self.optimizer.state[flat]["step"])
+            for name, parameter in parameters.items() if step else ():
+                moments[f"{name}/step"] = torch.tensor(step, dtype=torch.float32)
+                for moment in MOMENTS:
+                    whole = safe_get_full_optimizer_state(parameter, moment)
+                    if self._accelerator.is_main_process:
+                        moments[f"{name}/{moment}"] = whole.cpu()
         return moments if self._accelerator.is_main_process else {}
 
     @override
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         for parameters, flat in self._flat_groups():
-            step = moments.get(f"{names[id(parameters[0])]}/step")
-            if step is not None:
-                self.optimizer.state[flat]["step"].copy_(step)
-        for name, parameter in self.model.named_parameters():
-            for moment in MOMENTS:
-                if f"{name}/{moment}" in moments:
+            for name, parameter in parameters.items():
+                if f"{name}/step" not in moments:
+                    continue
+                self.optimizer.state[flat]["step"].copy_(moments[f"{name}/step"])
+                for moment in MOMENTS:
                     whole = moments[f"{name}/{moment}"].to(self._engine.device)
                     safe_set_full_optimizer_state(parameter, whole, moment)
 
@@ -254,12 +246,13 @@ class Zero(Parallel):
         if self._stage < 3:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _flat_groups(self) -> list[tuple[list[Tensor], Tensor]]:
-        """Return each group's parameters and the flat tensor that holds this process's part of them."""
-        zero = self._engine.optimizer
+    def _flat_groups(self) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """Return each group's parameters by name, and the flat tensor that holds this process's part of them."""
+        zero, names = self._engine.optimizer, {id(one): name for name, one in self.model.named_parameters()}
         flat = zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
         groups = zero.fp16_groups if self._stage == 3 else zero.bit16_groups
-        return list(zip(groups, flat, strict=True))
+        named = [{names[id(parameter)]: parameter for parameter in group} for group in groups]
+        return list(zip(named, flat, strict=True))
 
 
 def _zero_if_skipped(group: Mapping[str, Any], gradient: Tensor) -> Tensor:
