@@ -307,7 +307,6 @@ def score(options: Namespace) -> None:
 )
 def compare(options: Namespace) -> None:
     """Print scores of evaluated runs side by side, and beside published ones."""
-    from data_pipeline.files import atomic_file
     from fm.evaluation.published import comparison
 
     if options.out is not None and options.out.is_dir():
@@ -319,8 +318,7 @@ def compare(options: Namespace) -> None:
     if options.out is None:
         print(text, end="")
     else:
-        with atomic_file(options.out) as file:
-            file.write(text.encode())
+        write_whole(options.out, text.encode())
 
 
 @command(
