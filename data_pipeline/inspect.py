@@ -192,14 +192,13 @@ def paper_tables(registry: Registry) -> str:
 
 
 def _table7(cards: Sequence[Card]) -> str:
-    head, rows = ["dataset", "", "examples", "tokens / example", "total tokens"], []
-    for card in cards:
-        counts = (card.windows, card.tokens, card.windows * card.tokens)
-        rows.append([card.name, card.abbreviation, *(f"{count:,}" for count in counts)])
-    examples = sum(card.windows for card in cards)
-    tokens = sum(card.windows * card.tokens for card in cards)
-    rows.append(["total", "", f"{examples:,}", "", f"{tokens:,}"])
-    return markdown(head, rows, num_text_columns=2)
+    totals = [card.windows * card.tokens for card in cards]
+    rows = [
+        [card.name, card.abbreviation, f"{card.windows:,}", f"{card.tokens:,}", f"{total:,}"]
+        for card, total in zip(cards, totals, strict=True)
+    ]
+    rows.append(["total", "", f"{sum(card.windows for card in cards):,}", "", f"{sum(totals):,}"])
+    return markdown(["dataset", "", "examples", "tokens / example", "total tokens"], rows, num_text_columns=2)
 
 
 def _table8(cards: Sequence[Card]) -> str:

@@ -25,7 +25,7 @@ from data_pipeline.transport import Missing
 from data_pipeline.well.hdf5 import SPLITS, WellFile, chosen_splits
 from data_pipeline.well.layout import contradiction
 from data_pipeline.well.stats import parse_stats, read_stats
-from data_pipeline.workers import Threads
+from data_pipeline.workers import Stopped, Threads
 
 PARTIAL_SUFFIX = ".part"
 _MAX_REGISTRY_BYTES = 4 * 2**20  # the_well's has 180 kB
@@ -265,7 +265,7 @@ def _fetch_all(wanted: Sequence[Wanted], jobs: int) -> list[Failure]:
 
         def on_bytes(num_bytes: int) -> None:
             if stop.is_set():
-                raise _Stopped
+                raise Stopped
             with lock:
                 bar.update(num_bytes)
 
@@ -276,10 +276,6 @@ def _fetch_all(wanted: Sequence[Wanted], jobs: int) -> list[Failure]:
         finally:
             stop.set()
     return failures
-
-
-class _Stopped(Exception):
-    """The run has ended, so this transfer does."""
 
 
 class _DiskFull(UserError):
