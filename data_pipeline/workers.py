@@ -32,8 +32,7 @@ class Threads:
     """
 
     def __init__(self, count: int) -> None:
-        self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[object, ...]] | None]
-        self._tasks = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()  # (future, function, arguments); None ends a thread
         threads = [threading.Thread(target=_work, args=(self._tasks,), daemon=True) for _ in range(count)]
         for thread in threads:
             thread.start()
