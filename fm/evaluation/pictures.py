@@ -19,7 +19,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from PIL import Image, ImageDraw, ImageFont
 
@@ -73,23 +72,11 @@ class Sheet:
         self.figure.text(x / self.size[0], y / self.size[1], text, **{"fontsize": TEXT_SIZE, **style})
 
     def annotate(self, x: float, sample: Sample) -> None:
-        """Add the sample's name and extent in the upper left corner, and arrows of x and y in the lower left one."""
+        """Add the sample's name and extent in the upper left corner, and the axes' directions in the lower left."""
         name = f"{sample.dataset}, {sample.channel}, trajectory {sample.trajectory}"
         self.text(x, self.size[1] - 0.06, name, va="top", fontsize=TEXT_SIZE + 1.5)
         self.text(x, self.size[1] - 0.23, sample.extent_text, va="top", color=GRAY)
-        arrow = {"arrowstyle": "<-", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 5}
-        for axis, right, up in (("x", 0.32, 0.08), ("y", 0.12, 0.28)):
-            note = Annotation(
-                axis,
-                xy=(0.12 / self.size[0], 0.08 / self.size[1]),
-                xytext=(right / self.size[0], up / self.size[1]),
-                xycoords="figure fraction",
-                arrowprops=arrow,
-                horizontalalignment="center",
-                verticalalignment="center",
-                fontsize=TEXT_SIZE - 1,
-            )
-            self.figure.add_artist(note)
+        self.text(0.07, 0.05, "y \N{UPWARDS ARROW}\nx \N{RIGHTWARDS ARROW}", va="bottom", fontsize=TEXT_SIZE - 1)
 
     def color_bar(self, image: AxesImage, box: tuple[float, float, float, float]) -> None:
         """Add the color bar of an image."""

@@ -10,6 +10,7 @@ windows is a digest of the window ids. A run that continues first removes the li
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -76,12 +77,9 @@ def environment(device: torch.device, spread: str) -> dict[str, str]:
 
 def processor_name() -> str:
     """Return the name that the Linux kernel gives the CPU; on other systems, the kind of CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    cpus = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)", cpus.read_text() if cpus.exists() else "", re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _commit_of(checkout: Path) -> str | None:
