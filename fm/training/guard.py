@@ -70,12 +70,10 @@ class RollBack(Exception):
 class AnomalyDetector:
     """Finds losses and gradient norms that are not finite, or are spikes (the recipe's section `guard`).
 
-    A spike's logarithm exceeds the median of the recent logarithms, of the same dataset, by more than `guard.spike`
-    spreads. The spread is 1.4826 x the median absolute deviation, which for normally distributed numbers is the
-    standard deviation. Refused values do not enter the history.
-
-    The state is part of the checkpoint, so a run that continues finds the same anomalies. `refused` are the numbers of
-    the refused steps. After a rollback some of them are still to come; they are passed over.
+    A spike's logarithm exceeds the median of the dataset's recent logarithms by more than `guard.spike` spreads. The
+    spread is 1.4826 x the median absolute deviation, the standard deviation of normally distributed numbers. Refused
+    values do not enter the history, which is part of the checkpoint. `refused` are the numbers of the refused steps.
+    After a rollback some of them are still to come; they are passed over.
     """
 
     def __init__(self, settings: GuardSettings) -> None:
@@ -163,13 +161,10 @@ class Verdict:
 class RegressionLimit:
     """Keeps rollout finetuning from giving up one-step accuracy, if the recipe has finetune.gate (`active`).
 
-    The pretrained model is validated before the first step. The worsening of a later validation is the geometric mean
-    over datasets of its one-step VRMSE over the pretrained model's. Validations whose worsening is at most
-    finetune.gate are within the limit. The best of them, the pretrained model included, has the fewest diverged rollout
-    scores, and among those the lowest rollout VRMSE (geometric mean, over datasets and the protocol's windows, of the
-    ratio to persistence). Its checkpoint is kept in <run>/best.
-
-    The state is part of the checkpoint, and of the checkpoint in <run>/best, which may be newer.
+    The worsening of a validation is the geometric mean over datasets of its one-step VRMSE over that of the pretrained
+    model, which is validated first. At most finetune.gate is within the limit. The best validation within it has the
+    fewest diverged rollout scores, and among those the lowest rollout VRMSE (geometric mean, over datasets and the
+    protocol's windows, of the ratio to persistence). Its checkpoint is kept in <run>/best, with a state of its own.
     """
 
     def __init__(self, settings: FinetuneSettings | None, validation: ValidationSettings) -> None:
