@@ -9,6 +9,9 @@ from data_pipeline.miniwell.generate import simulate
 from data_pipeline.shards.build import build_shards
 from data_pipeline.shards.plan import Settings
 
+# A thread a process: with more, processes that compute beside each other wait for one another most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Files that take minutes are begun first, so that the workers of launch/test end together.
 SLOW = (
     *("test_launches.py", "test_training.py", "test_chaos.py", "test_guard.py", "test_tutorials.py"),

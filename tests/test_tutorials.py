@@ -7,15 +7,18 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
-from whole_runs import ROOT, finish, small, start
+from whole_runs import ROOT, fm, small
+
+from fm.training.trainer import train
 
 TUTORIALS = sorted((ROOT / "recipes" / "tutorials").glob("*.md"))
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-STEPS = "train.steps=4 train.warmup_steps=1 validation.every=2 validation.windows=2"
-ALONE = "adapt.alone_steps=2"
+STEPS = "train.steps=2 train.warmup_steps=1 validation.every=2 validation.windows=2"
+ALONE = "adapt.alone_steps=1"
 PROGRAMS = {
     "fm": '-m fm "$@"',
     "data-pipeline": '-m data_pipeline "${@/#mini/tiny}"',
@@ -39,9 +42,9 @@ def quickstart(tiny_well: Path, tiny_shards: Path, tmp_path_factory: pytest.Temp
         data={"datasets": None},
         validation={"every": 4, "windows": 2, "rollouts": 1},
     )
-    code, output = finish(start(recipe, cwd=folder))
-    assert code == 0, output
-    run(folder, "fm evaluate runs/quickstart --windows 4")
+    with chdir(folder):
+        assert train(recipe) == 0
+        assert fm("evaluate", "runs/quickstart", "--windows", "4").returncode == 0
     return folder
 
 

@@ -20,7 +20,7 @@ import torch
 from handmade import make_spec
 from safetensors.torch import save as serialize_tensors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from whole_runs import finish, log, small, start, wait_for
+from whole_runs import finish, fork, log, small, start, wait_for
 
 from data_pipeline.files import UserError
 from fm.checkpoint import (
@@ -223,6 +223,7 @@ def test_a_failure_is_handed_out_once_as_soon_as_it_is_known(tmp_path: Path) -> 
     deadline = time.monotonic() + 30
     while (failure := writer.failure()) is None:
         assert time.monotonic() < deadline
+        time.sleep(0.002)
     assert "step_00000001: Not a directory" in str(failure)
     assert writer.failure() is None
     assert writer.wait() is None
@@ -356,7 +357,7 @@ def test_a_run_whose_folder_vanishes_makes_it_again(tiny_shards: Path, tmp_path:
     recipe = small(tiny_shards, tmp_path / "run", train={"steps": 4}, checkpoint={"every": 1})
     assert train(recipe) == 0
     assert saved_steps(root) == [2, 3, 4]
-    process = start(small(tiny_shards, tmp_path / "run", train={"steps": 90}, checkpoint={"every": 30}))
+    process = fork(small(tiny_shards, tmp_path / "run", train={"steps": 90}, checkpoint={"every": 30}))
     wait_for(lambda: len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) > 6, process)
     shutil.rmtree(root)
     code, output = finish(process)

@@ -1,5 +1,6 @@
 """Small runs on real shards: their recipe, their process and launcher, what they leave."""
 
+import io
 import json
 import os
 import shutil
@@ -7,12 +8,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forked import Forked
 
 from data_pipeline.shards.format import Manifest
+from fm.cli import main
 from fm.config import Recipe, dump_recipe, resolve
 
 ROOT = Path(__file__).parents[2]
@@ -65,11 +69,22 @@ def accelerate(config: str, *options: str) -> list[str]:
     return [*launcher, "--config_file", str(ROOT / "launch" / f"{config}.yaml"), "--main_process_port", "0", *options]
 
 
-def start(recipe: Recipe, *launcher: str, **options: Any) -> subprocess.Popen[str]:
-    """Run the recipe as a user does, in its own process."""
+def written(recipe: Recipe) -> Path:
+    """The recipe's file, beside its run."""
     file = recipe.run.directory.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(dump_recipe(recipe))
+    return file
+
+
+def fork(recipe: Recipe) -> Forked:
+    """Run the recipe in its own process, which has torch already."""
+    return Forked(written(recipe))
+
+
+def start(recipe: Recipe, *launcher: str, **options: Any) -> subprocess.Popen[str]:
+    """Run the recipe as a user does."""
+    file = written(recipe)
     command = [*(launcher or (sys.executable,)), str(file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -77,7 +92,7 @@ def start(recipe: Recipe, *launcher: str, **options: Any) -> subprocess.Popen[st
     )
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str] | Forked) -> tuple[int, str]:
     out, err = process.communicate(timeout=240)
     return process.returncode, out + err
 
@@ -87,6 +102,7 @@ def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
+        time.sleep(0.002)  # long enough to leave the core to the process, short enough to meet it in a save
 
 
 def last_weights(directory: Path) -> dict[str, bytes]:
@@ -97,7 +113,11 @@ def last_weights(directory: Path) -> dict[str, bytes]:
 
 
 def fm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The fm command, as a user types it."""
-    command = [sys.executable, "-m", "fm", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    """The fm command, in this process, since a process of its own takes seconds to import torch."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = main(arguments)
+        except SystemExit as end:  # of argparse
+            code = int(end.code or 0)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())

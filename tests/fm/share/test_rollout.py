@@ -204,6 +204,7 @@ def test_a_killed_rollout_leaves_no_half_file(folder: str, maze: Path, tmp_path:
     while not list(tmp_path.iterdir()):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
+        time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
     assert process.returncode == 130

@@ -99,27 +99,23 @@ def assert_ended(directory: Path, process: subprocess.Popen[str], seconds: float
 def test_one_that_is_killed_takes_the_others_along_and_the_run_continues(
     tiny_shards: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
+    """The launcher starts all again once, as its option says, then ends; the same command continues."""
     directory = tmp_path / "run"
     recipe = recipe_of(tiny_shards, directory)
-    with running(recipe, accelerate("cpu2")) as (launcher,):
+    with running(recipe, accelerate("cpu2", "--max_restarts", "1")) as (launcher,):
         wait_for_steps(directory, launcher)
+        first = ranks(directory)
+        first[0].kill()
+        wait_for(lambda: ranks(directory).keys() == {0, 1} and not {*first.values()} & {*ranks(directory).values()},
+                 launcher)  # fmt: skip
+        wait_for_steps(directory, launcher, len(log(directory)) + 3)
         ranks(directory)[1].kill()
         output = assert_ended(directory, launcher)
+    assert output.count("continuing") == 1
     assert LOST in output
     assert "exitcode  : -9" in output
     assert "[rank" not in output  # as torch begins the lines of a rank's traceback
     assert train(recipe) == 0
-    assert_same_run(directory, undisturbed)
-
-
-def test_the_launcher_starts_all_again_when_one_is_killed(tiny_shards: Path, tmp_path: Path, undisturbed: Path) -> None:
-    directory = tmp_path / "run"
-    with running(recipe_of(tiny_shards, directory), accelerate("cpu2", "--max_restarts", "2")) as (launcher,):
-        wait_for_steps(directory, launcher)
-        ranks(directory)[0].kill()
-        code, output = finish(launcher)
-    assert code == 0, output
-    assert output.count("continuing") == 1
     assert_same_run(directory, undisturbed)
 
 
@@ -139,21 +135,21 @@ def warn(launcher: subprocess.Popen[str], directory: Path) -> None:
         rank.send_signal(signal.SIGUSR1)
 
 
-@pytest.mark.parametrize("ask", [ctrl_c, terminate, warn])
 def test_all_that_are_asked_to_stop_finish_the_step_and_save(
-    tiny_shards: Path, tmp_path: Path, undisturbed: Path, ask: Callable[[subprocess.Popen[str], Path], None]
+    tiny_shards: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
-    directory = tmp_path / "run"
+    directory, saved = tmp_path / "run", []
     recipe = recipe_of(tiny_shards, directory, checkpoint={"every": 1000})
-    with running(recipe, accelerate("cpu2")) as (launcher,):
-        wait_for_steps(directory, launcher)
-        ask(launcher, directory)
-        output = assert_ended(directory, launcher)
-    done = log(directory)[-1]["step"]
-    assert 7 <= done < STEPS
-    assert f"interrupted: saved step {done}" in output
-    assert "[rank" not in output
-    assert list(list_checkpoints(directory / "checkpoints")) == [done]
+    for ask in (ctrl_c, terminate, warn):
+        with running(recipe, accelerate("cpu2")) as (launcher,):
+            wait_for_steps(directory, launcher, sum(saved[-1:]) + 7)
+            ask(launcher, directory)
+            output = assert_ended(directory, launcher)
+        saved.append(log(directory)[-1]["step"])
+        assert f"interrupted: saved step {saved[-1]}" in output
+        assert "[rank" not in output
+        assert sorted(list_checkpoints(directory / "checkpoints")) == saved
+    assert saved[-1] < STEPS
     assert train(recipe) == 0
     assert_same_run(directory, undisturbed)
 

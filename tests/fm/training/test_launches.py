@@ -131,11 +131,12 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
     undivided = recipe("undivided", train={**SECTIONS["train"], "global_batch": 15, "draws": 1})
     apart = recipe("apart", sampling={"draw": "per_rank"})
+    compiled = recipe("compiled", train={**SECTIONS["train"], "compile": "blocks"})
     extras = {
         "cpu2": [finetuning("finetuned"), per_rank, undivided],
         "deepspeed_zero2": [adapting("adapted_deepspeed_zero2")],
         "fsdp": [adapting("adapted_fsdp"), apart, guarded("guarded_fsdp")],
-        "deepspeed_zero3": [guarded("guarded_deepspeed_zero3")],
+        "deepspeed_zero3": [guarded("guarded_deepspeed_zero3"), compiled],
         "deepspeed_zero1": [],
     }
     output = {}
@@ -231,6 +232,12 @@ def test_processes_on_different_datasets_train_as_one_does(runs: Runs) -> None:
 def test_processes_that_need_each_other_cannot_work_on_different_datasets(runs: Runs) -> None:
     refused = "with FSDP2 each needs all processes; use launch/ddp.yaml, or sampling.draw=global"
     assert refused in runs.output["fsdp"].partition("apart: error: ")[2].partition("\n")[0]
+
+
+def test_layers_that_zero_3_gathers_are_not_compiled(runs: Runs) -> None:
+    refused = runs.output["deepspeed_zero3"].partition("compiled: error: ")[2].partition("\n")[0]
+    assert "train.compile=blocks: ZeRO-3 fetches weights layer by layer" in refused
+    assert "launch/ddp.yaml" in refused
 
 
 def test_a_global_batch_that_cannot_be_shared_names_the_divisors(runs: Runs) -> None:

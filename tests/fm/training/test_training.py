@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from whole_runs import DATASETS, finish, last_weights, log, small, start, wait_for
+from whole_runs import DATASETS, finish, fork, last_weights, log, small, start, wait_for
 
 from data_pipeline.files import UserError
 from fm.checkpoint import verify_checkpoint
@@ -43,24 +43,21 @@ def test_killed_runs_continue_bit_for_bit(tiny_shards: Path, tmp_path: Path) -> 
     }
     recipe = small(tiny_shards, tmp_path / "killed", **options)
     torn_saves = 0
-    for kill in range(4):
-        process = start(recipe)
-        lines = len(log(tmp_path / "killed")) if kill else 0
-        if kill % 2:
-            wait_for(
-                lambda lines=lines: len((tmp_path / "killed/log.jsonl").read_text().splitlines()) > lines + 2, process
-            )
-        else:
-            wait_for(lambda: list((tmp_path / "killed").glob("checkpoints/*.tmp")), process)
+    for moment in (
+        lambda: list((tmp_path / "killed").glob("checkpoints/*.tmp")),
+        lambda: len((tmp_path / "killed/log.jsonl").read_text().splitlines()) > 12,
+    ):
+        process = fork(recipe)
+        wait_for(moment, process)
         process.kill()
         process.communicate()
         torn_saves += len(list((tmp_path / "killed").glob("checkpoints/*.tmp")))
-    code, output = finish(start(recipe))
+    code, output = finish(fork(recipe))
     assert code == 0, output
     assert "continuing" in output
     assert torn_saves > 0
     undisturbed = small(tiny_shards, tmp_path / "undisturbed", **options)
-    assert finish(start(undisturbed))[0] == 0
+    assert finish(fork(undisturbed))[0] == 0
     assert log(tmp_path / "killed") == log(tmp_path / "undisturbed")
     assert last_weights(tmp_path / "killed") == last_weights(tmp_path / "undisturbed")
     assert not list((tmp_path / "killed").glob("checkpoints/*.tmp"))
@@ -71,7 +68,7 @@ def test_a_signal_saves_exits_130_and_the_same_command_continues(
     tiny_shards: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     recipe = small(tiny_shards, tmp_path / "run", train={"steps": 40}, checkpoint={"every": 1000})
-    process = start(recipe)
+    process = fork(recipe)
     wait_for(lambda: (tmp_path / "run/log.jsonl").is_file() and len(log(tmp_path / "run")) >= 3, process)
     for _ in range(2 if number == signal.SIGUSR1 else 1):  # a cluster may warn more than once
         process.send_signal(number)
@@ -88,7 +85,7 @@ def test_a_signal_saves_exits_130_and_the_same_command_continues(
 def test_a_second_training_does_not_join_the_first(tiny_shards: Path, tmp_path: Path) -> None:
     """As when only the launcher was killed and its processes train on, unseen."""
     recipe = small(tiny_shards, tmp_path / "run", train={"steps": 100_000}, checkpoint={"every": 100_000})
-    process = start(recipe)
+    process = fork(recipe)
     try:
         wait_for(lambda: (tmp_path / "run/log.jsonl").is_file() and log(tmp_path / "run"), process)
         with pytest.raises(UserError, match="run: another training is writing here; wait until it has ended"):
@@ -177,14 +174,14 @@ def test_a_disk_that_is_full(tiny_shards: Path, tmp_path: Path) -> None:
         recipe = small(tiny_shards, tmp_path / "run", train={"steps": 20}, checkpoint={"every": 2, "keep": 100})
         (tmp_path / "run").mkdir()
         (tmp_path / "run/checkpoints").symlink_to(disk)
-        code, output = finish(start(recipe))
+        code, output = finish(fork(recipe))
         assert code == 2, output
         assert "No space left on device" in output
         assert "Traceback" not in output
         whole = sorted(disk.glob("step_*"))
         assert whole
         assert all(verify_checkpoint(path) for path in whole)
-        assert f"from step {int(whole[-1].name[5:])}" in finish(start(recipe))[1]
+        assert f"from step {int(whole[-1].name[5:])}" in finish(fork(recipe))[1]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -239,7 +236,7 @@ def test_an_altered_byte_is_found_at_the_read_when_asked_for(tiny_shards: Path, 
             content[place] ^= 1
         shard.write_bytes(content)
     recipe = small(copy, tmp_path / "run", data={"datasets": DATASETS[:1], "verify": True, "workers": 1})
-    code, output = finish(start(recipe))
+    code, output = finish(fork(recipe))
     assert code == 2, output
     assert "damaged" in output
     assert "Traceback" not in output
