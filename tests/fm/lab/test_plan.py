@@ -77,11 +77,13 @@ def test_some_shards_and_some_cards(tiny_shards: Path, tmp_path: Path) -> None:
     assert found.notes[0].startswith(f"no shards of {DATASETS[1]} in ")
 
 
-def test_an_unroll_multiplies_calls_and_an_objective_its_backward_passes(tmp_path: Path, plan: Plan) -> None:
+def test_an_unroll_multiplies_calls_and_an_objective_its_backward_passes(tiny_shards: Path, tmp_path: Path) -> None:
     name = DATASETS[0]
+    assert train(small(tiny_shards, tmp_path / "pretrained", train={"steps": 1})) == 0
 
-    def tuned(**settings: object) -> Plan:
-        return planned(small(tmp_path / "none", tmp_path / "run", finetune={"pretrained": "nowhere", **settings}))
+    def tuned(pretrained: str = "pretrained", **settings: object) -> Plan:
+        finetune = {"pretrained": str(tmp_path / pretrained), **settings}
+        return planned(small(tmp_path / "none", tmp_path / "run", data={"datasets": [name]}, finetune=finetune))
 
     one, four = tuned(unroll_steps=1).datasets[name], tuned(unroll_steps=4).datasets[name]
     assert four.tokens == 4 * one.tokens
@@ -93,7 +95,8 @@ def test_an_unroll_multiplies_calls_and_an_objective_its_backward_passes(tmp_pat
     assert pushed.datasets[name].activation_bytes == one.activation_bytes
     grown = tuned(unroll_steps=4, unroll_start=1, unroll_growth=1.0).datasets[name]
     assert grown.tokens == pytest.approx(2.5 * one.tokens)
-    assert pushed.notes[1].startswith("no model in nowhere yet: sizes are the defaults")
+    unknown = tuned("nowhere", unroll_steps=1)
+    assert unknown.notes[1].startswith(f"no model in {tmp_path / 'nowhere'} yet: sizes are the defaults")
 
 
 def test_micro_batches_and_processes_share_memory(tmp_path: Path, plan: Plan) -> None:
@@ -125,15 +128,16 @@ def assert_exchange(shared: Plan) -> None:
 
 
 def test_what_does_not_fit_says_what_to_lower(tmp_path: Path) -> None:
-    size = {"width": 256, "depth": 10, "heads": 8}
-    l40s = AssumedSpeed(GPUS["l40s"], 0.3, bf16=True)
-    cramped = planned(small(tmp_path / "none", tmp_path / "run", model=size), speed=l40s)
+    size, l40s = {"width": 256, "depth": 1, "heads": 8}, AssumedSpeed(GPUS["l40s"], 0.3, bf16=True)
+
+    def of_micro_batches(number: int) -> Plan:
+        train = {"global_batch": 32, "micro_batch": number}
+        return planned(small(tmp_path / "none", tmp_path / "run", model=size, train=train), speed=l40s)
+
+    cramped = of_micro_batches(32)
     assert not cramped.fits
-    assert "DOES NOT FIT in 90% of 48.0 GB: set train.micro_batch=2" in plan_text(cramped)
-    assert planned(
-        small(tmp_path / "none", tmp_path / "run", model=size, train={"micro_batch": 2}),
-        speed=l40s,
-    ).fits
+    assert "DOES NOT FIT in 90% of 48.0 GB: set train.micro_batch=24" in plan_text(cramped)
+    assert of_micro_batches(24).fits
 
 
 def test_this_machine_is_measured_and_what_is_too_large_marked(

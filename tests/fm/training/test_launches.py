@@ -28,7 +28,7 @@ from fm.training.optim import part_of
 from fm.training.trainer import train
 
 CLIP = 0.1
-STEPS, ALONE_STEPS, ADAPT_STEPS = 21, 3, 7
+STEPS, ALONE_STEPS, ADAPT_STEPS = 15, 3, 7
 NEW = "shear_flow"
 SPREAD = {
     "cpu2": "DDP",
@@ -114,7 +114,7 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         sections: dict[str, dict[str, Any]] = {
             "guard": {"action": "rollback", "spike": 20.0, "history": 8},
             "data": {"datasets": DATASETS[:1]},
-            "train": {"steps": 40, "clip": CLIP},
+            "train": {"steps": 28, "clip": CLIP},
             "checkpoint": {"every": 4, "keep": 100},
         }
         return small(spoiled, folder / name, **sections)
