@@ -349,4 +349,6 @@ def _palette(field: Colormap, error: Colormap) -> bytes:
     t = np.linspace(0, 1, LEVELS)
     grays = np.repeat(np.linspace(1, 0, NUM_GRAYS)[:, None], 3, axis=1)
     colors = np.concatenate([field(t)[:, :3], error(t)[:, :3], grays, [to_rgb(NOT_FINITE)]])
-    return np.rint(colors * 255).astype(np.uint8).tobytes().ljust(768, b"\0")
+    used = np.rint(colors * 255).astype(np.uint8).tobytes()
+    # Colors that no pixel has, all different: Pillow takes 0.1 s a frame for a palette with many equal colors.
+    return used + bytes(value for number in range(256 - len(colors)) for value in (0, 255, number))
