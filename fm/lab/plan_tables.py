@@ -117,7 +117,7 @@ def _sentences(plan: Plan) -> list[str]:
         f"the paper: {PAPER_HOURS} h on one B200 for 1M steps of batch {PAPER_BATCH} with 10M parameters in JAX, "
         f"{1e3 * pace:.0f} ms a step"
     )
-    if plan.global_batch == PAPER_BATCH:
+    if plan.published and plan.global_batch == PAPER_BATCH and round(plan.parameters / 1e6) == 10:
         paper += f"; at that pace these {plan.steps:,} steps take {_duration(pace * plan.steps, 3)}"
     return [*lines, paper]
 

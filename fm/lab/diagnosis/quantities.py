@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ptwt
 import torch
 from pydantic_core import to_jsonable_python
 
 from data_pipeline.registry import Boundary, Card
 from fm.evaluation.plots import radial_spectrum
 from fm.lab.diagnosis.growth import Growth, Stability
-from fm.model.wavelets import analysis
 
 Spacing = tuple[float, float]  # distance of grid points along x and y
 
 WAVELET = "bior4.4"  # nearly orthonormal, and smooth enough to separate neighboring scales
+REACH = 4  # points on either side that a coefficient of WAVELET depends on, and coefficients that ptwt adds for them
 LEVELS = 3
 
 
@@ -64,20 +65,36 @@ def band_energy(fields: np.ndarray, periodic: tuple[bool, bool]) -> tuple[tuple[
     `fields` (..., C, H, W) are decomposed as often as the grid can be halved, up to LEVELS times. `periodic` tells
     whether x and y are periodic.
     """
-    approximation, points = torch.from_numpy(fields), fields.shape[-1] * fields.shape[-2]
+    approximation, points = fields, fields.shape[-1] * fields.shape[-2]
     names: list[str] = []
     energies: list[np.ndarray] = []
 
-    def energy(coefficients: torch.Tensor) -> np.ndarray:
-        return np.square(coefficients.numpy(), dtype=np.float64).sum((-3, -2, -1)) / points
+    def energy(coefficients: np.ndarray) -> np.ndarray:
+        return np.square(coefficients, dtype=np.float64).sum((-3, -2, -1)) / points
 
     for level in range(1, LEVELS + 1):
         if approximation.shape[-1] % 2 or approximation.shape[-2] % 2 or min(approximation.shape[-2:]) < 4:
             break
-        approximation, *details = analysis(approximation, WAVELET, 1, periodic).unbind(-3)
+        approximation, *details = _one_level(approximation, periodic)
         names[:0] = [f"{kind}{level}" for kind in ("LH", "HL", "HH")]
         energies[:0] = [energy(detail) for detail in details]
     return (f"LL{len(names) // 3}", *names), np.stack([energy(approximation), *energies], axis=-1)
+
+
+def _one_level(fields: np.ndarray, periodic: tuple[bool, bool]) -> list[np.ndarray]:
+    """Return the subbands LL, LH, HL, HH of fields (..., H, W), (..., H / 2, W / 2) each.
+
+    ptwt extends both axes alike, and keeps the coefficients of the extension, so that points near the ends would count
+    more than once. Therefore each level extends each axis here and drops what lies beyond the ends.
+    """
+    extended = fields
+    for axis, wraps in zip((-2, -1), periodic, strict=True):
+        widths = [(0, 0)] * fields.ndim
+        widths[axis] = (REACH, REACH)
+        extended = np.pad(extended, widths, mode="wrap" if wraps else "reflect")
+    ll, (hl, lh, hh) = ptwt.wavedec2(torch.from_numpy(extended), WAVELET, mode="zero", level=1)
+    rows, columns = (slice(REACH, REACH + size // 2) for size in fields.shape[-2:])
+    return [subband[..., rows, columns].numpy() for subband in (ll, lh, hl, hh)]
 
 
 def measure_bands(truth: np.ndarray, prediction: np.ndarray, periodic: tuple[bool, bool]) -> Bands:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import pywt
+import torch
 
 from data_pipeline.registry import Card, Conserved, load_registry
 from fm.lab.diagnosis.quantities import (
@@ -17,6 +18,7 @@ from fm.lab.diagnosis.quantities import (
     measure_spectra,
     relative_divergence,
 )
+from fm.model.wavelets import analysis
 
 
 def test_energies_are_those_of_pywavelets() -> None:
@@ -29,6 +31,19 @@ def test_energies_are_those_of_pywavelets() -> None:
     for horizontal, vertical, diagonal in details:
         expected += [vertical, horizontal, diagonal]
     np.testing.assert_allclose(energy, [np.square(part).sum() / field.size for part in expected], rtol=1e-3)
+
+
+@pytest.mark.parametrize("periodic", [(False, False), (True, False)])
+def test_energies_beside_walls_are_those_of_the_models_transform(periodic: tuple[bool, bool]) -> None:
+    """On the smallest grid, whose coarsest level is shorter than the filters."""
+    fields = np.random.default_rng(2).standard_normal((3, 2, 16, 24)).astype(np.float32)
+    _, energy = band_energy(fields, periodic)
+    coarse, expected = torch.from_numpy(fields), []
+    for _ in range(3):
+        coarse, *details = analysis(coarse, "bior4.4", 1, periodic).unbind(-3)
+        expected[:0] = [detail.square().sum((1, 2, 3)) / (16 * 24) for detail in details]
+    expected.insert(0, coarse.square().sum((1, 2, 3)) / (16 * 24))
+    np.testing.assert_allclose(energy, torch.stack(expected, dim=-1), rtol=1e-4)
 
 
 def test_a_wave_lies_in_its_own_band() -> None:
