@@ -175,7 +175,7 @@ def export(options: Namespace) -> None:
     finetune.pretrained accept it. --program also writes one step of a dataset as a program for torch alone
     (torch.export).
     """
-    from fm.model.files import upload
+    from fm.model.hub import upload
     from fm.share.export import export_run
 
     what, address = (options.run, options.folder, options.report), f"hf://{options.push}" if options.push else None

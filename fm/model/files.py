@@ -1,4 +1,4 @@
-"""The files of a model, in a folder or in a repository of the Hugging Face Hub.
+"""The files of a model, in a folder.
 
     model.json         format, configuration and dataset specifications; a baseline's has its name, too
     model.safetensors  weights; a checkpoint also has ema.safetensors, the averaged ones
@@ -9,21 +9,12 @@ model card, also in the browser. fm/checkpoint.py checks checkpoints by the same
 """
 
 import json
-import re
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub import ModelHubMixin
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -44,10 +35,6 @@ SCORES_FILE = "scores.json"
 CARDS = "cards"  # a registry folder, which load_folders reads
 EXPORT_FORMAT = 1
 EXPORT_KEYS = ("name", "step", "licence", "datasets", "lineage")
-# Files that an upload may replace: cards, scores and pictures of another model must not stay in the repository.
-UPLOADED = ["README.md", "LICENSE", EXPORT_FILE, RECIPE_FILE, SCORES_FILE, "cards/*", "pictures/*", "programs/*"]
-HUB = "hf://"
-_REPOSITORY = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?/?")
 
 
 @dataclass(frozen=True)
@@ -200,57 +187,10 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 def locate(source: Path | str) -> Path:
     """Return the local folder of a model: `source` itself, or `hf://organization/name[@revision]` fetched.
 
-    FileNotFoundError where the repository or revision does not exist, ConnectionError where the Hub cannot be reached
-    and nothing was fetched before, ValueError for an address of another form.
+    Raises what `fm.model.hub.download` raises.
     """
-    if not str(source).startswith(HUB):
+    if not str(source).startswith("hf://"):
         return Path(source)
-    match = _REPOSITORY.fullmatch(str(source))
-    if match is None:
-        raise ValueError(f"{source}: expected an address such as hf://organization/name or hf://organization/name@main")
-    repository, revision = match.groups()
-    try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision))
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{source}: no such repository or revision at {huggingface_hub.constants.ENDPOINT}, or it is private: "
-            "look at the name, or log in with `hf auth login`"
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ConnectionError(
-            f"{source}: {huggingface_hub.constants.ENDPOINT} cannot be reached, and this model was not fetched before "
-            f"({type(error).__name__}). Fetch it where there is a network, and give the folder instead."
-        ) from error
+    from fm.model.hub import download  # here, since a local model does not need huggingface_hub
 
-
-class HubFolder(ModelHubMixin):
-    """A model's folder for huggingface_hub's `push_to_hub`, which makes the repository and uploads.
-
-    The models themselves do not inherit the mixin: it would write its own config.json and model card, and load models
-    without the checks above.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def save_pretrained(self, save_directory: Path | str, **options: Any) -> None:
-        """Copy the folder. `options` are a configuration and a card, which the folder has."""
-        shutil.copytree(self.folder, save_directory, dirs_exist_ok=True)
-
-
-def upload(folder: Path, repository: str, **options: Any) -> str:
-    """Make `organization/name` hold a model's folder, and return the commit's address.
-
-    Files of an earlier upload that the folder does not have are deleted. `options` are those of
-    ModelHubMixin.push_to_hub. ValueError for a name of another form, ConnectionError where the Hub refuses the upload.
-    """
-    try:
-        return str(HubFolder(folder).push_to_hub(repository, **{"delete_patterns": UPLOADED, **options}))
-    except ValueError:
-        raise
-    except Exception as error:  # the classes depend on the HTTP client of huggingface_hub's version
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ConnectionError(
-            f"{repository}: {huggingface_hub.constants.ENDPOINT} did not take the upload ({reason}). Look at the "
-            "network, the name, and whether you are logged in (`hf auth login`) and may write there."
-        ) from error
+    return download(str(source))

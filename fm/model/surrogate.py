@@ -249,9 +249,11 @@ class Surrogate(nn.Module, ABC):
         create_pr, delete_patterns: by default the files of an earlier upload beside its model). ValueError for a name
         of another form, ConnectionError where the Hub refuses the upload.
         """
+        from fm.model.hub import upload  # here, since a local model does not need huggingface_hub
+
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return files.upload(Path(folder), repository, **options)
+            return upload(Path(folder), repository, **options)
 
     @classmethod
     def from_pretrained(cls, source: Path | str, weights: str | None = None) -> Self:

@@ -1,4 +1,4 @@
-"""Recipes in processes of their own that need not import torch again: forked from a server that has imported it."""
+"""Scripts in processes of their own that need not import torch again: forked from a server that has imported it."""
 
 import atexit
 import os
@@ -15,11 +15,15 @@ CONTEXT.set_forkserver_preload(["fm.recipe", "torch._dynamo"])
 
 
 class Forked:
-    """A recipe that trains, with the methods of subprocess.Popen that tests use."""
+    """A script or recipe that runs, with the methods of subprocess.Popen that tests use.
 
-    def __init__(self, recipe: Path) -> None:
-        self._printed = recipe.with_suffix(".out"), recipe.with_suffix(".err")
-        self._process = CONTEXT.Process(target=_run, args=(recipe, *self._printed, dict(os.environ)))
+    It prints into files beside the script.
+    """
+
+    def __init__(self, script: Path, *arguments: str, environment: Mapping[str, str] = os.environ) -> None:
+        self._printed = script.with_suffix(".out"), script.with_suffix(".err")
+        command = [str(script), *arguments]
+        self._process = CONTEXT.Process(target=_run, args=(command, *self._printed, dict(environment)))
         self._process.start()
         self.pid = self._process.pid or 0
         atexit.register(self.kill)  # of a test that failed
@@ -45,11 +49,11 @@ class Forked:
         return out, err
 
 
-def _run(recipe: Path, out: Path, err: Path, environment: Mapping[str, str]) -> None:
+def _run(command: list[str], out: Path, err: Path, environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     for path, stream in ((out, sys.stdout), (err, sys.stderr)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, stream.fileno())
-    sys.argv = [str(recipe)]
-    runpy.run_path(str(recipe), run_name="__main__")
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")

@@ -2,11 +2,12 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from forked import Forked
 from hub_server import HubServer
 
 LOAD = """
@@ -25,8 +26,12 @@ def hub() -> Iterator[HubServer]:
 
 
 def python(code: str, *arguments: object, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=dict(environment))
+    with TemporaryDirectory() as folder:
+        script = Path(folder) / "script.py"
+        script.write_text(code)
+        process = Forked(script, *map(str, arguments), environment=environment)
+        out, err = process.communicate()
+    return subprocess.CompletedProcess(arguments, process.returncode or 0, out, err)
 
 
 def command(*arguments: object, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
