@@ -1,4 +1,4 @@
-"""What a run shows: on a real pseudo-terminal, read back by a terminal emulator, and through a pipe."""
+"""What a run shows: on a real pseudo-terminal, read back by a terminal emulator, and in a file."""
 
 import fcntl
 import os
@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pyte
 import pytest
-from whole_runs import DATASETS, log, small, wait_for
+from forked import Forked
+from whole_runs import DATASETS, log, small, wait_for, written
 
-from fm.config import Recipe, dump_recipe
+from fm.config import Recipe
 
 PANEL_TOP = "╭─ small ─"
 
@@ -59,10 +60,8 @@ class Terminal:
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
 
-def on_terminal(recipe: Recipe, columns: int = 80, rows: int = 24, **environment: str) -> Terminal:
-    file = recipe.run.directory.with_suffix(".yaml")
-    file.write_text(dump_recipe(recipe))
-    return Terminal([sys.executable, str(file)], columns, rows, **environment)
+def on_terminal(recipe: Recipe, columns: int = 80, rows: int = 24) -> Terminal:
+    return Terminal([sys.executable, str(written(recipe))], columns, rows)
 
 
 def shown(shards: Path, directory: Path, **sections: dict) -> Recipe:
@@ -143,23 +142,16 @@ def test_ctrl_c_and_failures_leave_the_terminal_clean(tiny_shards: Path, tmp_pat
     assert any(line.startswith("error: step ") for line in lines[bottom:])  # below the panel, untouched
 
 
-def through_a_pipe(recipe: Recipe, **environment: str) -> str:
-    file = recipe.run.directory.with_suffix(".yaml")
-    file.write_text(dump_recipe(recipe))
-    done = subprocess.run(
-        [sys.executable, str(file)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "FORCE_COLOR": "1", **environment},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+def through_a_file(recipe: Recipe) -> str:
+    process = Forked(written(recipe), environment={**os.environ, "FORCE_COLOR": "1"})
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    return err
 
 
-def test_a_pipe_gets_plain_lines(tiny_shards: Path, tmp_path: Path) -> None:
+def test_a_file_gets_plain_lines(tiny_shards: Path, tmp_path: Path) -> None:
     every = {"validation": {"every": 4, "windows": 1, "rollouts": 0}}
-    text = through_a_pipe(shown(tiny_shards, tmp_path / "run", **every))
+    text = through_a_file(shown(tiny_shards, tmp_path / "run", **every))
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", text)
     lines = [line for line in text.splitlines() if "step" in line]
     assert re.fullmatch(
@@ -169,6 +161,6 @@ def test_a_pipe_gets_plain_lines(tiny_shards: Path, tmp_path: Path) -> None:
     )
     assert sum(line.startswith("step 8/8  loss") for line in lines) == 1  # the last, however soon after
     assert sum("geometric mean" in line for line in lines) == 2
-    quiet = through_a_pipe(small(tiny_shards, tmp_path / "quiet", **every))
+    quiet = through_a_file(small(tiny_shards, tmp_path / "quiet", **every))
     assert "loss" not in quiet
     assert quiet.count("geometric mean") == 2

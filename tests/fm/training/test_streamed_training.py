@@ -1,16 +1,15 @@
 """Training and evaluation on shards behind a URL are those on the local shards, bit for bit."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from faulty_server import FaultyServer
+from whole_runs import finish, fork
 
 from data_pipeline.files import UserError
-from fm.config import Recipe, dump_recipe, resolve
+from fm.config import Recipe, resolve
 from fm.evaluation.evaluate import evaluate_run
 from fm.training.trainer import train
 
@@ -53,12 +52,10 @@ def test_a_run_from_a_url_is_the_local_run(tiny_shards: Path, tmp_path: Path, sh
 def test_a_server_without_ranges_ends_the_run_with_the_setting_to_change(tiny_shards: Path, tmp_path: Path) -> None:
     with FaultyServer(tiny_shards) as server:
         server.fail("*", "no_range", times=float("inf"))
-        file = tmp_path / "run.yaml"
-        file.write_text(dump_recipe(small(server.url, tmp_path / "run", "global", cache=str(tmp_path / "cache"))))
-        done = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "For shards set `sampling.shuffle: blocks`" in done.stderr
-    assert "Traceback" not in done.stderr
+        code, output = finish(fork(small(server.url, tmp_path / "run", "global", cache=str(tmp_path / "cache"))))
+    assert code == 2, output
+    assert "For shards set `sampling.shuffle: blocks`" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(
