@@ -37,9 +37,9 @@ from fm.evaluation.measure import (
     one_step_windows,
     rollout_batches,
 )
+from fm.evaluation.page import PAGE
 from fm.evaluation.parts import EvaluationPart, PartFolder, cut, divide, remove_parts
 from fm.evaluation.protocol import Protocol, load_protocol
-from fm.evaluation.report import PAGE, write_report
 from fm.evaluation.samples import Sample
 from fm.evaluation.scores import SCORES_FILE, Scores, score
 from fm.evaluation.tables import score_table
@@ -199,6 +199,8 @@ def evaluate_model(
         wait()
         if rank == 0:
             datasets, samples = evaluation.collect(parts, folder, domains or {})
+            from fm.evaluation.report import write_report  # here, since validations and other processes draw nothing
+
             errors = ErrorFile(protocol, datasets, dict(origin or {}))
             write_report(out, errors, score(errors), samples)
             remove_parts(out)

@@ -17,6 +17,8 @@ from PIL import Image
 
 from data_pipeline.tables import Marked, Table
 
+PAGE = "index.html"
+
 
 @dataclass(frozen=True)
 class Paragraph:

@@ -7,7 +7,6 @@ imports pyplot, so there is no global state and no display.
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from PIL import Image
 
+from fm.evaluation.cosines import Cosines
 from fm.evaluation.errors import DatasetErrors, Errors
 from fm.evaluation.protocol import Protocol
 from fm.evaluation.samples import Sample
@@ -265,50 +265,6 @@ CELL = 0.52  # inches
 LETTER = 0.062  # inches of a name's letter
 
 
-@dataclass(frozen=True, eq=False)
-class Cosines:
-    """Cosines between the gradients of n datasets with respect to the parameters that all of them use.
-
-    Near +1 a step for one dataset is a step for the other, near 0 the two are unrelated, below 0 a step for one undoes
-    a step for the other (Yu et al. 2020, "Gradient Surgery for Multi-Task Learning"). The gradient of a few windows is
-    noisy, which draws the cosines towards 0; means over a run are steadier than one measurement.
-    """
-
-    datasets: tuple[str, ...]
-    matrix: np.ndarray  # (n, n); NaN where one of the two gradients is zero or not finite
-    norms: np.ndarray  # (n,) of the gradients
-
-    def with_others(self) -> dict[str, float]:
-        """Return each dataset's mean cosine with the others, over the finite ones; NaN if there is none."""
-        others = np.where(np.eye(len(self.datasets), dtype=bool), np.nan, self.matrix)
-        return dict(zip(self.datasets, _finite_mean(others, axis=1).tolist(), strict=True))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON types, with null for a number that is not finite."""
-
-        def finite(values: list[float]) -> list[float | None]:
-            return [value if math.isfinite(value) else None for value in values]
-
-        matrix = [finite(row) for row in self.matrix.tolist()]
-        return {"datasets": list(self.datasets), "matrix": matrix, "norms": finite(self.norms.tolist())}
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> "Cosines":
-        """Return the inverse of `to_json`; ValueError, TypeError or KeyError for another document."""
-        datasets = tuple(document["datasets"])
-        matrix, norms = np.array(document["matrix"], np.float64), np.array(document["norms"], np.float64)
-        if matrix.shape != (len(datasets), len(datasets)) or norms.shape != (len(datasets),):
-            raise ValueError(f"{len(datasets)} datasets, but a matrix {matrix.shape} and norms {norms.shape}")
-        return cls(datasets, matrix, norms)
-
-
-def mean_cosines(measured: Sequence[Cosines]) -> Cosines:
-    """Return the mean of measurements of the same datasets; of each cosine over its finite values."""
-    (datasets,) = {cosines.datasets for cosines in measured}
-    matrix = _finite_mean(np.stack([cosines.matrix for cosines in measured]), axis=0)
-    return Cosines(datasets, matrix, _finite_mean(np.stack([cosines.norms for cosines in measured]), axis=0))
-
-
 def cosine_figure(cosines: Cosines, title: str) -> Figure:
     """Return a heat map with the cosines in its cells and the gradients' norms on the diagonal; colors from -1 to 1."""
     count, names = len(cosines.datasets), LETTER * max(map(len, cosines.datasets)) + 0.15
@@ -337,10 +293,3 @@ def cosine_figure(cosines: Cosines, title: str) -> Figure:
     figure.colorbar(image, cax=bar, ticks=[-1, -0.5, 0, 0.5, 1]).outline.set_linewidth(0.4)
     bar.tick_params(labelsize=TEXT_SIZE - 1, width=0.4, length=2)
     return figure
-
-
-def _finite_mean(values: np.ndarray, axis: int) -> np.ndarray:
-    """Mean over the finite values, NaN where there is none."""
-    finite = np.isfinite(values)
-    total, count = np.where(finite, values, 0.0).sum(axis), finite.sum(axis)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

@@ -23,7 +23,7 @@ import yaml
 from data_pipeline.files import UserError, write_whole
 from data_pipeline.tables import Cell, Table, render
 from fm.evaluation.errors import ERRORS_FILE, ErrorFile, find_errors
-from fm.evaluation.page import Block, Code, Facts, PageTable, Paragraph, Picture, Section, render_page
+from fm.evaluation.page import PAGE, Block, Code, Facts, PageTable, Paragraph, Picture, Section, render_page
 from fm.evaluation.pictures import gif, overview, strip
 from fm.evaluation.plots import QUANTILES, encode, growth_figure, rasterize, spectra_figure
 from fm.evaluation.protocol import PROTOCOLS, Protocol, load_protocol
@@ -31,7 +31,6 @@ from fm.evaluation.samples import SAMPLES_FILE, Sample, load_samples, save_sampl
 from fm.evaluation.scores import SCORES_FILE, Scores, WindowScores, score
 from fm.evaluation.tables import about, failures, score_document, score_table, vrmse_cell
 
-PAGE = "index.html"
 DPI = 160
 ZOOM = 0.7  # a page has 96 pixels an inch; the text in pictures should stay readable
 

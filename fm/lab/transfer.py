@@ -20,16 +20,15 @@ from data_pipeline.files import UserError, write_whole
 from data_pipeline.tables import Cell, Document, Marked, Table, render
 from fm.checkpoint import find_checkpoint, load_pretrained, read_state
 from fm.config import Recipe, changed_settings, recipe_to_dict, resolve
+from fm.evaluation.cosines import Cosines, mean_cosines
 from fm.evaluation.plots import (
     BLUE,
     DOTTED,
     GRAY,
     ORANGE,
-    Cosines,
     cosine_figure,
     encode,
     log_ticks,
-    mean_cosines,
     panel_figure,
     rasterize,
     style_panel,

@@ -13,7 +13,7 @@ from data_pipeline.windows.division import Division
 from data_pipeline.windows.reader import ShardReader
 from fm.config import Recipe
 from fm.distributed import autocast_dtype, peak_memory_bytes
-from fm.evaluation.plots import Cosines
+from fm.evaluation.cosines import Cosines
 from fm.training.dry_run import DryRun, resized
 from fm.training.flops import held_calls
 from fm.training.objective import Unroll

@@ -18,8 +18,8 @@ from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Schedule
 from fm.config import Recipe, dump_recipe, recipe_to_dict
 from fm.distributed import peak_memory_bytes
+from fm.evaluation.cosines import Cosines
 from fm.evaluation.evaluate import ValidationResult
-from fm.evaluation.plots import Cosines
 from fm.evaluation.protocol import load_protocol
 from fm.model.surrogate import Surrogate
 from fm.training.console import Console

@@ -13,11 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from google.protobuf.json_format import ParseDict
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata
@@ -26,8 +23,7 @@ from torch.utils.tensorboard import FileWriter, SummaryWriter
 
 from data_pipeline.files import UserError
 from fm.config import FinetuneSettings
-from fm.evaluation.pictures import ROWS, ColorScale, enlarged, error_scale, field_scale, gif
-from fm.evaluation.plots import NOT_FINITE, Cosines, cosine_figure, draw_spectra, encode, rasterize
+from fm.evaluation.cosines import Cosines
 from fm.evaluation.samples import Sample
 
 Setting = str | int | float | bool
@@ -41,10 +37,6 @@ HPARAMS_SECTIONS = ("train", "model", "baseline", "loss", "finetune")
 HPARAMS_SINGLE = (("run", "seed"), ("sampling", "scheme"), ("sampling", "draw"))
 # The HParams page shows five columns at first: those that are marked as different, then the others by name.
 HPARAMS_FIRST = ("finetune.objective", "model.width", "sampling.scheme", "train.learning_rate", "train.steps")
-
-FIGURE_DPI = 100
-PANEL_SIDE = 224  # pixels; a panel has the area of a square of this side
-NUM_COLORS = 255  # of a palette; one more is for values that are not finite
 
 
 class Dashboard:
@@ -95,6 +87,9 @@ class Dashboard:
 
     def rollout(self, sample: Sample, step: int) -> None:
         """Write the pictures of a rollout."""
+        # Here, since a run without validations, and all processes but the main one, need no matplotlib.
+        from fm.training.pictures import rollout_pictures
+
         for name, encoded in rollout_pictures(sample).items():
             self._picture(f"{sample.dataset}/{name}", encoded, step)
 
@@ -103,8 +98,9 @@ class Dashboard:
         means = cosines.with_others()
         self.scalars({f"gradients/mean_cosine/{name}": value for name, value in means.items()}, step)
         if picture:
-            figure = cosine_figure(cosines, f"step {step}")
-            self._picture("gradients/cosine", encode(rasterize(figure, FIGURE_DPI)), step)
+            from fm.training.pictures import cosine_picture
+
+            self._picture("gradients/cosine", cosine_picture(cosines, f"step {step}"), step)
 
     def flush(self, step: int) -> dict[str, Any]:
         """Write everything to the files and return the scalars and texts of `step`, for `saved`."""
@@ -258,37 +254,3 @@ class HParams:
         tags = [*(f"valid_over_persistence/{name}" for name in ("geometric_mean", *datasets)), "train/loss"]
         metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in tags]
         return api_pb2.Experiment(hparam_infos=infos, metric_infos=metrics)
-
-
-def rollout_pictures(sample: Sample) -> dict[str, bytes]:
-    """Return encoded pictures by name.
-
-    Truth, prediction, error and their power spectra a third of the way into the rollout are PNG; the whole rollout is a
-    GIF.
-    """
-    still = sample.at([len(sample.steps) // 3])
-    truth, prediction = still.truth[0], still.prediction[0]
-    error = prediction - truth
-    scales = (field_scale(truth), field_scale(truth), error_scale(error, truth))
-    fields = zip(ROWS, (truth, prediction, error), scales, strict=True)
-    pictures = {name: _field_png(field, scale, still.lengths) for name, field, scale in fields}
-    figure = Figure(figsize=(4, 3), layout="constrained")
-    axes = figure.subplots()
-    draw_spectra(axes, still)
-    axes.set(ylabel="power", title=still.dataset)
-    axes.legend(frameon=False)
-    pictures["spectrum"] = encode(rasterize(figure, FIGURE_DPI))
-    return pictures | {"rollout": gif(sample, side=64, labeled=False)}
-
-
-def _field_png(field: np.ndarray, scale: ColorScale, lengths: tuple[float, float]) -> bytes:
-    """Return a field (H, W) as a PNG in the shape of its domain: x to the right, y upwards."""
-    aspect = lengths[0] / lengths[1]
-    short = round(PANEL_SIDE * min(aspect, 1 / aspect) ** 0.5)
-    size = (round(short * aspect), short) if aspect > 1 else (short, round(short / aspect))
-    unit, finite = enlarged(field, scale.norm, size)
-    indices = np.where(finite, np.rint(unit * (NUM_COLORS - 1)), NUM_COLORS).astype(np.uint8)
-    image = Image.fromarray(indices, "P")
-    colors = [*scale.cmap(np.linspace(0, 1, NUM_COLORS))[:, :3], to_rgb(NOT_FINITE)]
-    image.putpalette(np.rint(np.array(colors) * 255).astype(np.uint8).tobytes())
-    return encode(image)

@@ -17,7 +17,7 @@ from whole_runs import DATASETS, log, small
 from data_pipeline.files import UserError
 from data_pipeline.tables import render
 from fm.cli import main as fm
-from fm.evaluation.plots import Cosines
+from fm.evaluation.cosines import Cosines
 from fm.lab.transfer import LearningCurve, TrainedRun, compare, describe, read_run, transfer, transfer_figure
 from fm.training.trainer import train
 

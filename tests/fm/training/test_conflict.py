@@ -13,7 +13,8 @@ from whole_runs import DATASETS, accelerate, finish, last_weights, log, small, s
 
 from data_pipeline.files import UserError
 from fm.distributed import make_accelerator
-from fm.evaluation.plots import Cosines, cosine_figure, mean_cosines
+from fm.evaluation.cosines import Cosines, mean_cosines
+from fm.evaluation.plots import cosine_figure
 from fm.training.checks import WINDOWS, check_launch, cosines_of, gradient_cosines, sampled_windows
 from fm.training.objective import Unroll
 from fm.training.sharded import FullySharded

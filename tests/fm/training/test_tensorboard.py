@@ -27,8 +27,9 @@ from fm.datasets import build_model, open_split
 from fm.evaluation.samples import Sample
 from fm.model.spec import ModelConfig
 from fm.model.wavelit import WaveLiTFM
+from fm.training.pictures import rollout_pictures
 from fm.training.record import RunRecord, StepResult, draws_pictures, is_chosen
-from fm.training.tensorboard import Dashboard, check_trackers, flat_settings, rollout_pictures
+from fm.training.tensorboard import Dashboard, check_trackers, flat_settings
 from fm.training.trainer import train
 
 EIGHT = [
