@@ -58,6 +58,7 @@ class Dashboard:
         `flush` returned for that step; it is written again.
         """
         names = sorted(datasets)
+        _wait_for_a_new_second(directory)
         self._hparams = HParams(directory, settings or {}, names)  # before the writer below, see there
         self._writer = SummaryWriter(str(directory), purge_step=resume_step, flush_secs=10)
         self._step, self._scalars, self._texts = resume_step, dict[str, float](), list[tuple[str, str]]()
@@ -124,6 +125,12 @@ class Dashboard:
         width, height = Image.open(io.BytesIO(encoded)).size
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
         self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+def _wait_for_a_new_second(directory: Path) -> None:
+    """Wait for the next second if an event file was begun in this one: TensorBoard reads the files by their seconds."""
+    begun = [int(file.name.split(".")[3]) for file in directory.glob("events.out.tfevents.*")]
+    time.sleep(min(max(max(begun, default=0) + 1 - time.time(), 0), 1))  # at most 1 s, where a clock was set back
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 from handmade import STATE_CHANNELS, make_inputs, make_spec, stir
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
-from whole_runs import accelerate, finish, last_weights, log, small, start
+from whole_runs import last_weights, log, small
 
 from data_pipeline.files import UserError
 from fm.config import FinetuneSettings, LossSettings, Recipe
@@ -163,15 +163,6 @@ def test_a_compiled_run_is_the_run(tiny_shards: Path, tmp_path: Path, graphs: li
     for stop_at in (5, None):
         assert train(small(tiny_shards, tmp_path / "resumed", run={"stop_at": stop_at})) == 0
     assert last_weights(tmp_path / "resumed") == last_weights(tmp_path / "compiled")
-
-
-def test_two_processes_train_compiled_blocks(tiny_shards: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setenv(VARIABLE, "blocks:aot_eager")
-    assert train(small(tiny_shards, tmp_path / "one")) == 0
-    code, output = finish(start(small(tiny_shards, tmp_path / "two"), *accelerate("cpu2")))
-    assert code == 0, output
-    one, two = ([line["loss"] for line in log(tmp_path / run)] for run in ("one", "two"))
-    assert two == pytest.approx(one, rel=1e-5)
 
 
 def test_what_cannot_be_compiled_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

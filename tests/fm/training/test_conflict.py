@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from whole_runs import DATASETS, accelerate, finish, last_weights, log, small, start
+from whole_runs import DATASETS, last_weights, log, small
 
 from data_pipeline.files import UserError
 from fm.distributed import make_accelerator
@@ -163,18 +163,6 @@ def test_a_continued_run_has_every_comparison_once(tiny_shards: Path, tmp_path: 
     board = EventAccumulator(str(tmp_path / "run/tensorboard"))
     board.Reload()
     assert [image.step for image in board.Images("gradients/cosine")] == [3, 6]
-
-
-def test_two_processes_compare_as_one(tiny_shards: Path, tmp_path: Path, watched: Path) -> None:
-    code, output = finish(start(small(tiny_shards, tmp_path / "run", **THREE), *accelerate("cpu2")))
-    assert code == 0, output
-    found, expected = (
-        [Cosines.from_json(line) for line in events(run, "cosine")] for run in (tmp_path / "run", watched)
-    )
-    assert len(found) == 2
-    for together, alone in zip(found, expected, strict=True):
-        np.testing.assert_allclose(together.matrix, alone.matrix, atol=1e-3)
-        np.testing.assert_allclose(together.norms, alone.norms, rtol=1e-2)
 
 
 def test_one_dataset_has_nothing_to_compare(tiny_shards: Path, tmp_path: Path) -> None:

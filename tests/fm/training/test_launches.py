@@ -22,9 +22,11 @@ from whole_runs import DATASETS, ROOT, accelerate, finish, log, small, spoil, st
 from data_pipeline.files import UserError
 from fm.config import Recipe, dump_recipe
 from fm.distributed import _deepspeed_plugin, fsdp_reshards
+from fm.evaluation.cosines import Cosines
 from fm.lab.replay import replay
 from fm.lab.status import read_status
 from fm.training.optim import part_of
+from fm.training.state import VARIABLE
 from fm.training.trainer import train
 
 CLIP = 0.1
@@ -65,6 +67,7 @@ def launch(config: str, recipes: Sequence[Recipe]) -> str:
     script = str(ROOT / "tests" / "helpers" / "several_runs.py")
     command = [*accelerate(config), script, str(CLIP), *map(str, files)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment[VARIABLE] = ":aot_eager"  # compiles faster than inductor
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -119,11 +122,33 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         }
         return small(spoiled, folder / name, **sections)
 
+    def adaptive(name: str) -> Recipe:
+        """A run whose shares change so far that a process with the shares of before draws another dataset."""
+        sections: dict[str, dict[str, Any]] = {
+            "sampling": {"scheme": "adaptive", "power": 10.0, "floor": 0.05},
+            "train": {"steps": 12, "global_batch": 8, "draws": 2, "learning_rate": 1e-2, "ema": 0.0, "clip": CLIP},
+            "validation": {"every": 3, "windows": 3, "rollouts": 0},
+        }
+        return small(tiny_shards, folder / name, **sections)
+
+    def compiled(name: str, way: str) -> Recipe:
+        train = {"steps": 3, "clip": CLIP, "compile": way}
+        return small(tiny_shards, folder / name, data={"datasets": DATASETS[:1]}, train=train)
+
     shared = {**SECTIONS["train"], "steps": 12, "global_batch": 12, "draws": 4}
-    per_rank = recipe("per_rank", train={**shared, "micro_batch": 2, "read_every": 5}, sampling={"draw": "per_rank"})
+    compared = {"tracking": {"gradient_cosine_every": 6}}
+    per_rank = recipe(
+        "per_rank",
+        train={**shared, "micro_batch": 2, "read_every": 5},
+        sampling={"draw": "per_rank"},
+        **compared,
+    )
     alone = recipe("alone")
     old = {"data": {"datasets": DATASETS}, "model": {"width": 32, "depth": 2}, "train": {"steps": 12}}
-    for one in (alone, finetuning("finetuned_alone"), recipe("whole_draws", train=shared), guarded("guarded_alone")):
+    for one in (
+        *(alone, finetuning("finetuned_alone"), recipe("whole_draws", train=shared, **compared)),
+        *(guarded("guarded_alone"), adaptive("adaptive_alone"), compiled("compiled_alone", "eager")),
+    ):
         assert train(one) == 0
     assert train(small(tiny_shards, folder / "pretrained", **old)) == 0
     assert train(adapting("adapted_alone")) == 0
@@ -131,12 +156,11 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
     undivided = recipe("undivided", train={**SECTIONS["train"], "global_batch": 15, "draws": 1})
     apart = recipe("apart", sampling={"draw": "per_rank"})
-    compiled = recipe("compiled", train={**SECTIONS["train"], "compile": "blocks"})
     extras = {
-        "cpu2": [finetuning("finetuned"), per_rank, undivided],
+        "cpu2": [finetuning("finetuned"), per_rank, undivided, adaptive("adaptive"), compiled("compiled", "blocks")],
         "deepspeed_zero2": [adapting("adapted_deepspeed_zero2")],
         "fsdp": [adapting("adapted_fsdp"), apart, guarded("guarded_fsdp")],
-        "deepspeed_zero3": [guarded("guarded_deepspeed_zero3"), compiled],
+        "deepspeed_zero3": [guarded("guarded_deepspeed_zero3"), compiled("uncompiled", "blocks")],
         "deepspeed_zero1": [],
     }
     output = {}
@@ -211,7 +235,7 @@ def test_two_processes_adapt_as_one_does(runs: Runs, config: str) -> None:
 def test_processes_refuse_and_roll_back_together(runs: Runs, config: str) -> None:
     """Whatever they hold of the model: the incident is whole, and so is what they go back to."""
     together, alone = runs[f"guarded_{config}"], runs["guarded_alone"]
-    refused = [[event["refused"] for event in refusals(run)] for run in (together, alone)]
+    refused = [[event["refused"] for event in events(run, "guard")] for run in (together, alone)]
     assert refused[0] == refused[1] != []
     found, expected = ([line["loss"] for line in log(run) if line["loss"] is not None] for run in (together, alone))
     assert found == pytest.approx(expected, rel=1e-4)
@@ -219,9 +243,33 @@ def test_processes_refuse_and_roll_back_together(runs: Runs, config: str) -> Non
     assert again[0] == pytest.approx(again[1], rel=1e-4)
 
 
-def refusals(directory: Path) -> list[dict[str, Any]]:
+def events(directory: Path, kind: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == "guard"]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_processes_draw_by_the_shares_of_one(runs: Runs) -> None:
+    """Validations on the main process change the shares of all."""
+    alone, together = log(runs["adaptive_alone"]), log(runs["adaptive"])
+    assert [line["windows"] for line in together] == [line["windows"] for line in alone]
+    assert [line["loss"] for line in together] == pytest.approx([line["loss"] for line in alone], rel=1e-3)
+    facts = json.loads((runs["adaptive"] / "checkpoints/step_00000012/state.json").read_text())
+    first, *_, last = (shares[DATASETS[0]] for _, shares in facts["sampling"]["history"])
+    assert abs(last - first) > 0.2
+
+
+def test_processes_compare_gradients_as_one_does(runs: Runs) -> None:
+    found, expected = (
+        [Cosines.from_json(line) for line in events(runs[run], "cosine")] for run in ("per_rank", "whole_draws")
+    )
+    assert len(found) == 2
+    for together, alone in zip(found, expected, strict=True):
+        np.testing.assert_allclose(together.matrix, alone.matrix, atol=1e-3)
+        np.testing.assert_allclose(together.norms, alone.norms, rtol=1e-2)
+
+
+def test_processes_train_compiled_blocks(runs: Runs) -> None:
+    assert_same_run(runs["compiled"], runs["compiled_alone"], 3)
 
 
 def test_processes_on_different_datasets_train_as_one_does(runs: Runs) -> None:
@@ -235,7 +283,7 @@ def test_processes_that_need_each_other_cannot_work_on_different_datasets(runs: 
 
 
 def test_layers_that_zero_3_gathers_are_not_compiled(runs: Runs) -> None:
-    refused = runs.output["deepspeed_zero3"].partition("compiled: error: ")[2].partition("\n")[0]
+    refused = runs.output["deepspeed_zero3"].partition("uncompiled: error: ")[2].partition("\n")[0]
     assert "train.compile=blocks: ZeRO-3 fetches weights layer by layer" in refused
     assert "launch/ddp.yaml" in refused
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from accelerate import Accelerator
 from handmade import make_spec
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from whole_runs import DATASETS, finish, last_weights, log, small, start
+from whole_runs import DATASETS, last_weights, log, small
 
 from data_pipeline.files import UserError
 from data_pipeline.windows.loader import open_readers, sources
@@ -102,22 +101,6 @@ def test_threads_do_not_read_ahead_with_the_shares_of_before(
 ) -> None:
     assert train(adaptive(tiny_shards, tmp_path / "run", data={"workers": workers})) == 0
     assert log(tmp_path / "run") == log(unbroken)
-
-
-def test_two_processes_draw_what_one_draws(tiny_shards: Path, tmp_path: Path) -> None:
-    fast = {"learning_rate": 1e-2, "ema": 0.0, "steps": 12}
-    one, two = (adaptive(tiny_shards, tmp_path / name, train=fast, sampling={"power": 10.0}) for name in ("one", "two"))
-    assert train(one) == 0
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        code, output = finish(start(two, *launcher, "--num_processes", "2"))
-    assert code == 0, output
-    alone, together = log(tmp_path / "one"), log(tmp_path / "two")
-    assert [line["windows"] for line in together] == [line["windows"] for line in alone]
-    assert [line["loss"] for line in together] == pytest.approx([line["loss"] for line in alone], rel=1e-3)
-    first, *_, last = (shares[DATASETS[0]] for _, shares in state(tmp_path / "two", 12)["sampling"]["history"])
-    assert abs(last - first) > 0.2  # far enough for a process with the shares of before to draw another dataset
 
 
 def test_tensorboard_and_console_tell_of_new_shares(tiny_shards: Path, tmp_path: Path, capsys: Any) -> None:

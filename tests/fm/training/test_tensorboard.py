@@ -4,7 +4,6 @@ import dataclasses
 import io
 import platform
 import re
-import time
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -120,7 +119,6 @@ def watched(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         "tracking": {"every": 4, "pictures": 3, "gradient_cosine_every": 3},
     }
     assert train(small(tiny_shards, directory, run={"stop_at": 6}, **sections)) == 0
-    time.sleep(1.1)  # TensorBoard orders event files by the second in which they were begun
     assert train(small(tiny_shards, directory, **sections)) == 0
     return directory
 
@@ -287,7 +285,6 @@ def curves(directory: Path) -> dict[str, list[tuple[int, float]]]:
 def test_every_scalar_goes_to_the_other_tracker_once(tiny_shards: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     assert train(small(tiny_shards, directory, run={"stop_at": 4}, **SHORT, **TRACKED)) == 0
-    time.sleep(1.1)  # TensorBoard orders event files by the second in which they were begun
     assert train(small(tiny_shards, directory, **SHORT, **TRACKED)) == 0
     own, other = curves(directory / "tensorboard"), curves(directory / "trackers" / "wavelit-fm")
     assert len(own) > 20
