@@ -17,7 +17,7 @@ from fm.training.trainer import train
 
 TUTORIALS = sorted((ROOT / "recipes" / "tutorials").glob("*.md"))
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-STEPS = "train.steps=2 train.warmup_steps=1 validation.every=2 validation.windows=2"
+STEPS = "train.steps=2 train.warmup_steps=1 validation.every=2 validation.windows=2 validation.rollouts=0"
 ALONE = "adapt.alone_steps=1"
 PROGRAMS = {
     "fm": '-m fm "$@"',

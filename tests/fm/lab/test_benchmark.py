@@ -54,7 +54,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, Path]:
     folder = tmp_path_factory.mktemp("benchmark")
     recipe = options(folder).recipe
     files = ["--json", str(folder / "out.json"), "--markdown", str(folder / "out.md")]
-    choices = ["--device", "cpu", "--seconds", "20", "--variants", "float32", "batch8", "--profile", str(folder / "p")]
+    choices = ["--device", "cpu", "--seconds", "8", "--variants", "float32", "batch8", "--profile", str(folder / "p")]
     assert main(["benchmark", "--recipe", str(recipe), "train.clip=0.5", *choices, *files]) == 0
     return json.loads((folder / "out.json").read_text()), (folder / "out.md").read_text(), folder / "p"
 
