@@ -215,8 +215,9 @@ def write_checkpoint(root: Path, snapshot: Snapshot) -> Path:
     """
     final = root / f"step_{snapshot.step:08d}"
     try:
-        for leftover in root.glob(f"*{TEMPORARY_SUFFIX}"):  # of a killed save or deletion
-            remove(leftover)
+        for leftover in root.iterdir() if root.exists() else ():
+            if leftover.suffix == TEMPORARY_SUFFIX:  # of a killed save or deletion
+                remove(leftover)
         # A checkpoint that was there is damaged, or of a run before this one (checkpoint.resume=never): it is replaced.
         with atomic_path(final) as folder:
             folder.mkdir()
