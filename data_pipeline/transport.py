@@ -272,7 +272,10 @@ Transport = _Http | _Store
 
 @contextmanager
 def _store_errors(url: str) -> Iterator[None]:
-    """Sort the errors of s3fs, gcsfs and huggingface_hub; each has its own types, above those of its own client."""
+    """Turn an error of s3fs, gcsfs or huggingface_hub into Missing, UserError or Transient.
+
+    Each package raises its own exception classes and those of its HTTP client.
+    """
     try:
         yield
     except FileNotFoundError as error:

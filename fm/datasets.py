@@ -83,7 +83,7 @@ def _check_attribute_names(card: Card) -> None:
 
 
 def open_split(recipe: Recipe, registry: Registry, split: str) -> dict[str, ShardReader]:
-    """Return readers of the recipe's datasets, by name; data.trajectories restricts those of the train split."""
+    """Return readers of the recipe's datasets, by name; data.trajectories restricts the readers of the train split."""
     data, known = recipe.data, tuple(registry.cards)
     readers = open_readers(data.shards, data.datasets, split, data.verify, recipe.stream(), known)
     for name, count in data.trajectories.items() if split == "train" else ():

@@ -32,7 +32,7 @@ _HUGE = float(np.finfo(np.float32).max)  # in place of infinity, which JSON has 
 Interval = tuple[float | None, float | None]  # lowest, highest good value
 
 
-class ChannelMoments(NamedTuple):
+class SummaryMoments(NamedTuple):
     """Moments of each channel over `num_frames` frames."""
 
     num_frames: int
@@ -50,8 +50,8 @@ class Summary(Strict):
     lowest: tuple[float, ...]  # above `highest` where there was no finite frame
     highest: tuple[float, ...]
     equal: tuple[tuple[int, int], ...]  # pairs of channels that hold the same values everywhere
-    moments: ChannelMoments  # of the values
-    delta_moments: ChannelMoments  # of the changes from one frame to the next
+    moments: SummaryMoments  # of the values
+    delta_moments: SummaryMoments  # of the changes from one frame to the next
 
 
 def merge(summaries: Sequence[Summary]) -> Summary:
@@ -65,9 +65,9 @@ def merge(summaries: Sequence[Summary]) -> Summary:
     )
 
 
-def _pooled(parts: Sequence[ChannelMoments]) -> ChannelMoments:
+def _pooled(parts: Sequence[SummaryMoments]) -> SummaryMoments:
     total = pool([Moments(count, np.array(mean), np.array(variance)) for count, mean, variance in parts])
-    return ChannelMoments(total.count, tuple(total.mean.tolist()), tuple(total.variance.tolist()))
+    return SummaryMoments(total.count, tuple(total.mean.tolist()), tuple(total.variance.tolist()))
 
 
 class TrajectoryAudit:
@@ -274,13 +274,13 @@ class TrajectoryAudit:
             self._moments(self._delta_sums, whole[1:] & whole[:-1], 0.0),
         )
 
-    def _moments(self, sums: Sequence[np.ndarray], chosen: np.ndarray, origin: np.ndarray | float) -> ChannelMoments:
+    def _moments(self, sums: Sequence[np.ndarray], chosen: np.ndarray, origin: np.ndarray | float) -> SummaryMoments:
         """Return the moments of the subsample of the chosen frames (T,)."""
         good = np.concatenate(sums, axis=1)[:, chosen]  # (2, frames, C)
         count, num_sampled = good.shape[1], max(1, self._last_points.shape[2] if self._last_points is not None else 1)
         mean, square = good.sum(axis=1) / max(1, count * num_sampled)
         variance = np.maximum(square - mean**2, 0)
-        return ChannelMoments(count, tuple(map(float, mean + np.ravel(origin))), tuple(map(float, variance)))
+        return SummaryMoments(count, tuple(map(float, mean + np.ravel(origin))), tuple(map(float, variance)))
 
 
 def _variance_is_tiny(frames: np.ndarray, variance: np.ndarray, num_sampled: int, span: np.ndarray) -> np.ndarray:

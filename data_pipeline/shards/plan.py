@@ -35,7 +35,7 @@ class Settings:
     frames_per_chunk: int = 16  # of a sample
     shard_bytes: int = 512 * 2**20  # a shard ends with the trajectory that would take it over this
     dtype: str = "float32"  # or float16, which halves the fields and is refused where it blurs them
-    restrict: int | None = None  # use so many trajectories of each split, which are also among those of N + 1
+    restrict: int | None = None  # N: use only N trajectories of each split; all of them are also used for N + 1
 
     def __post_init__(self) -> None:
         for name in ("frames_per_chunk", "shard_bytes", "restrict"):

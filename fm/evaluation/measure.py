@@ -100,7 +100,7 @@ def dataset_errors(
     one_step: Sequence[FrameErrors],
     rollouts: Sequence[FrameErrors],
 ) -> DatasetErrors:
-    """Return all errors of a dataset from those of its one-step windows, and of the rollouts of `trajectories`."""
+    """Join the errors of a dataset's one-step windows and the errors of the rollouts of `trajectories`."""
     manifest, everything = reader.manifest, range(reader.num_trajectories)
     num_channels = len(manifest.state_channels)
     longest = max(reader.num_frames(trajectory) for trajectory in everything) - 1

@@ -95,7 +95,7 @@ class Interconnect:
 
         2 (n - 1) / n x b / link + 2 (n - 1) hops  +  2 (m - 1) / m x b / n / network + 2 log2(m) hops
 
-    DistributedDataParallel sends gradients in buckets, each as soon as it is full, one after the other.
+    DistributedDataParallel collects gradients in buckets. It sends a bucket when the bucket is full, one at a time.
     """
 
     link: float

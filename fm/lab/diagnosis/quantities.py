@@ -121,9 +121,9 @@ def _mean_spectra(states: np.ndarray, spacing: Spacing) -> np.ndarray:
 class Drift:
     """One conserved quantity over the frames 0..K of the rollouts, (R, K + 1) each; frame 0 is the initial state.
 
-    Means and mean squares are changes since frame 0. A divergence is given as it is, since it should be 0. The truth's
-    own drift is the floor: stored frames are rounded, and a solver on a staggered grid does not keep the divergence of
-    centered differences at zero.
+    Means and mean squares are changes since frame 0. A divergence is not a change, since its conserved value is 0. The
+    truth's own drift is the floor: stored frames are rounded, and a solver on a staggered grid does not keep the
+    divergence of centered differences at zero.
     """
 
     kind: str  # of the card's Conserved: mean, mean_square or divergence
