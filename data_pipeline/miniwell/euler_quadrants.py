@@ -95,7 +95,7 @@ SYSTEM = System(
     name="euler_multi_quadrants_periodicBC",
     tensor_orders={"energy": 0, "density": 0, "pressure": 0, "momentum": 1},
     presets={
-        "mini": Preset((64, 64), 30, 0.02, (_set(1.4, 3, 1, 1), _set(1.22, 1, 0, 1))),
+        "mini": Preset((64, 64), 30, 0.02, (_set(1.4, 3, 1, 4), _set(1.22, 1, 1, 4))),
         "tiny": Preset((32, 32), 9, 0.04, (_set(1.4, 1, 1, 1), _set(1.22, 1, 0, 1))),
     },
     simulate=simulate,

@@ -189,7 +189,7 @@ SYSTEM = System(
     tensor_orders={"pressure_re": 0, "pressure_im": 0},
     presets={
         # Below 0.25 the absorber is shorter than a wave, above 1.9 it reflects slow waves along the wall.
-        "mini": _preset((128, 32), 24, tuple(_set(omega, 3, 1, 1) for omega in (0.4393, 1.1821, 1.883))),
+        "mini": _preset((128, 32), 24, tuple(_set(omega, 3, 1, 3) for omega in (0.4393, 1.1821, 1.883))),
         "tiny": _preset((64, 16), 9, tuple(_set(omega, 1, 1, 1) for omega in (0.8133, 1.5413))),
     },
     simulate=simulate,

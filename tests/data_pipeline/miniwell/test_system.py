@@ -8,7 +8,6 @@ from data_pipeline.miniwell.generate import SYSTEMS, load_system
 from data_pipeline.miniwell.system import SPLITS, System
 
 ALL = [load_system(name) for name in SYSTEMS]
-SCORED = [one for one in ALL if one.name != "gray_scott_reaction_diffusion"]  # mini: six patterns, seven trajectories
 
 
 @pytest.mark.parametrize("system", ALL, ids=lambda system: system.name)
@@ -43,10 +42,17 @@ def test_a_trajectory_depends_on_its_own_generator_only(system: System) -> None:
         )
 
 
-@pytest.mark.parametrize("system", SCORED, ids=lambda system: system.name)
+@pytest.mark.parametrize("system", ALL, ids=lambda system: system.name)
 @pytest.mark.parametrize("name", ["mini", "tiny"])
 def test_every_parameter_set_is_trained_and_tested_on(system: System, name: str) -> None:
     sets = system.presets[name].parameter_sets
     assert all(one.num_trajectories["train"] and one.num_trajectories["test"] for one in sets)
     assert all(any(one.num_trajectories[split] for one in sets) for split in SPLITS)
     assert len({one.label for one in sets}) == len(sets)
+
+
+@pytest.mark.parametrize("system", ALL, ids=lambda system: system.name)
+def test_the_mini_preset_has_enough_trajectories_to_score_and_to_validate_on(system: System) -> None:
+    counts = [one.num_trajectories for one in system.presets["mini"].parameter_sets]
+    assert sum(count["test"] for count in counts) >= 8
+    assert sum(count["valid"] for count in counts) >= 2
