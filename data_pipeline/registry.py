@@ -37,6 +37,7 @@ from data_pipeline.schema import (
     read_yaml,
     validate,
 )
+from data_pipeline.symmetries import Symmetries, check_symmetries
 
 BOUNDARY_TYPES = ("WALL", "OPEN", "PERIODIC")
 PATCH = 2 * 2  # grid points per token: one level of the wavelet transform halves each axis
@@ -88,12 +89,10 @@ class _FieldsByOrder(Strict):
 
 Side = Annotated[str, choice(BOUNDARY_TYPES, "a boundary type")]
 Ends = Annotated[
-    tuple[Side, Side],
-    checked_list(lambda ends: ends.count("PERIODIC") != 1, "PERIODIC at both ends or at neither"),
+    tuple[Side, Side], checked_list(lambda ends: ends.count("PERIODIC") != 1, "PERIODIC at both ends or at neither")
 ]
 Interval = Annotated[
-    tuple[Real, Real],
-    checked_list(lambda ends: ends[0] < ends[1], "the lower end first, [lower, upper]"),
+    tuple[Real, Real], checked_list(lambda ends: ends[0] < ends[1], "the lower end first, [lower, upper]")
 ]
 
 
@@ -175,11 +174,11 @@ class Card(Strict):
     dt: Positive | None  # time between frames; None: differs from file to file
     constant: Annotated[Fields, Stored(_FieldsByOrder, lambda one: one.with_role("constant"))] = ()
     scalars: Annotated[  # constant scalars of a file
-        tuple[Name, ...],
-        checked_list(lambda names: len(set(names)) == len(names), "names of scalars, each once"),
+        tuple[Name, ...], checked_list(lambda names: len(set(names)) == len(names), "names of scalars, each once")
     ] = ()
     abbreviation: Name = ""  # the name where the card gives none
     equations: Line = ""
+    symmetries: Symmetries = ()  # that training may transform windows by (data_pipeline/symmetries.py)
     domain: Annotated[Domain, Stored(_Extent, lambda grid: (grid.x, grid.y))] | None = None  # of the published grid
     train: Annotated[  # published training split: (trajectories, frames of each); () if not known
         tuple[tuple[int, int], ...],
@@ -281,6 +280,7 @@ def _check_card(card: Card, name: str, channels: Mapping[str, Channel]) -> None:
             if what in first:
                 raise ValueError(f"{path}: {what} is already used by {first[what]}. Use each once.")
             first[what] = path
+    check_symmetries(card.symmetries, card.boundary, card.domain)
     for channel in card.ranges:
         own = card.state_channels + card.constant_channels
         if channel not in own:

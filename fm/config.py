@@ -100,20 +100,19 @@ class TrainSettings:
     steps: PositiveInt  # optimizer steps of the whole run; schedules see this number
     global_batch: PositiveInt = 4  # windows per step over all processes, whatever their number
     draws: PositiveInt = 1  # mini-batches, each of one dataset, that make up the global batch
-    # most windows that a process takes through the model at once; null: all it has
-    micro_batch: PositiveInt | None = None
+    micro_batch: PositiveInt | None = None  # most windows that a process takes through the model at once; null: all
     learning_rate: PositiveFloat = 1e-3  # peak
     warmup_steps: NonNegativeInt = 5000  # linear from 0 to the peak
     schedule: Literal["exponential", "cosine"] = "exponential"  # after the warm-up
-    # exponential: factor every decay_every steps, applied continuously
-    decay: Annotated[float, Field(gt=0, le=1)] = 0.99
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.99  # exponential: factor every decay_every steps, continuous
     decay_every: PositiveInt = 2000  # optimizer steps
     weight_decay: float = 1e-5  # decoupled
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW's
     clip: PositiveFloat = 1.0  # global gradient norm
     jitter: NonNegativeFloat = 0.0  # Gaussian noise on true input frames, in units of each channel's std
-    # decay of the averaged weights; ramps up as (1 + step) / (10 + step)
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    # transform each window by a random symmetry of its dataset, as the card names them (fm/training/augment.py)
+    augment: bool = False
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999  # decay of the averaged weights; rises as (1 + step) / (10 + step)
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else float32
     # losses are read back from a GPU every so many steps, so that it need not wait; null: 10 on a GPU, 1 on a CPU. The
     # run is the same, bit for bit. FSDP, DeepSpeed and guard.spike read after every step

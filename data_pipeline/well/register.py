@@ -28,6 +28,7 @@ from data_pipeline.registry import (
     read_channels,
 )
 from data_pipeline.schema import NAME
+from data_pipeline.symmetries import possible_symmetries
 from data_pipeline.well.hdf5 import SPLITS, dataset_folders
 from data_pipeline.well.survey import COMPONENTS, Survey, survey
 
@@ -241,7 +242,13 @@ def _card_text(files: _Files, found: Survey, decisions: Sequence[str]) -> str:
     train = [f"  - {_yaml({'trajectories': n, 'frames': frames})}" for n, frames in found.lengths if frames > 1]
     if files.train and train:
         lines += ["train:  # the training split", *train]
+    possible = possible_symmetries(found.boundary)
     lines += [
+        *(
+            [f"# symmetries: {_yaml(possible)}  # those that equations, forcing and initial states have"]
+            if possible
+            else []
+        ),
         "# ranges: {<channel>: [<lowest or null>, <highest or null>]}",
         f"# Over {found.sample.num_frames} frames:",
     ]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import indent
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -137,6 +138,8 @@ def _statistics(trainer: Trainer, draw: Draw, loss: float) -> DrawStatistics:
     """Return the statistics of a mini-batch, with the prediction of the first frames' successors."""
     model, reader, length = trainer.state.parallel.model, trainer.readers[draw.dataset], trainer.lengths[draw.dataset]
     batch = reader.batch(draw.windows, length, draw=draw.index).to(trainer.accelerator.device)
+    if trainer.state.augmentation is not None:
+        batch = trainer.state.augmentation.apply(batch, np.arange(len(draw.windows)))
     first, target = (model.normalize(batch.fields[:, frame], draw.dataset) for frame in (0, 1))  # (B, C, H, W)
     prediction = model(first, model.normalize_constants(batch.constants, draw.dataset), draw.dataset)
     squared = (prediction - target).square()  # (B, C, H, W)

@@ -15,6 +15,7 @@ from fm.checkpoint import Snapshot, load_checkpoint, take_snapshot
 from fm.config import AdaptSettings, Recipe, TrainSettings
 from fm.distributed import autocast_dtype, fsdp_reshards, is_launched_with
 from fm.model.surrogate import Surrogate
+from fm.training.augment import make_augmentation
 from fm.training.objective import Unroll
 from fm.training.optim import EMA, GroupedAdamW, parameter_groups
 from fm.training.parallel import Parallel, Replicated, Zero
@@ -40,6 +41,7 @@ class TrainingState:
             self.facts, moments = load_checkpoint(checkpoint, model, average)
         self.step = int(self.facts["step"]) if self.facts else 0
         device = accelerator.device
+        self.augmentation = make_augmentation(recipe, model.specs, device)
         autocast = autocast_dtype(recipe.train.precision, device)
         objective = Unroll(model.to(device), recipe.loss, recipe.finetune, autocast)
         compile_objective(objective, recipe, accelerator)

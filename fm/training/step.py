@@ -1,9 +1,10 @@
 """One optimizer step: fetch, forward, backward, reduce the metrics, clip, update, average.
 
 `train_step` is the only function that takes an optimizer step. Training and `fm replay` give it the windows of the
-schedule, dry runs (fm/training/dry_run.py) random data. Windows, teacher-forcing coins, noise and learning rate of a
-step are functions of (recipe, step), so a run that is continued needs the step number and nothing else. With adaptive
-sampling the windows also depend on the history of sampling shares, which the checkpoints hold.
+schedule, dry runs (fm/training/dry_run.py) random data. Windows, their transformations, teacher-forcing coins, noise
+and learning rate of a step are functions of (recipe, step), so a run that is continued needs the step number and
+nothing else. With adaptive sampling the windows also depend on the history of sampling shares, which the checkpoints
+hold.
 """
 
 import time
@@ -152,6 +153,8 @@ def train_step(
         fetch_started = time.perf_counter()
         batch = next(batches).to(accelerator.device, non_blocking=True)
         data_seconds += time.perf_counter() - fetch_started
+        if state.augmentation is not None:
+            batch = state.augmentation.apply(batch, micro_batch.places)
         end_phase("data")
         assert batch.draw == micro_batch.draw
         assert batch.dataset == division.schedule.source(batch.draw).name  # the shares are those the reader had

@@ -192,6 +192,8 @@ class Trainer:
         if adapt is not None and learns_alone(adapt, self.step):
             which = f"only {', '.join(adapt.datasets)} is drawn, and only parts of its own move"
             self.record.print(f"up to step {adapt.alone_steps} {which} (adapt.alone_steps)")
+        if self.state.augmentation is not None:
+            self.record.print(str(self.state.augmentation))
         self.compare_gradients()
         missed = self.regression_limit.needs_pretrained or self.validation_pending
         if missed or (every and self.step and self.step % every == 0):

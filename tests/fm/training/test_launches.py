@@ -99,10 +99,10 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         return recipe(name, **sections)
 
     def finetuning(name: str) -> Recipe:
-        """A growing unroll with noise, weights by window, checkpointed activations, and the gate's verdict on all."""
+        """A growing unroll with noise and symmetries, checkpointed activations, and the gate's verdict on all."""
         finetune = {"objective": "causal_bptt", "unroll_steps": 3, "unroll_start": 2, "checkpoint_activations": True}
         gate = {"pretrained": str(folder / "alone"), "gate": 1.5, "gate_action": "keep_best"}
-        tuned = {"steps": 6, "global_batch": 8, "draws": 2, "jitter": 0.02}
+        tuned = {"steps": 6, "global_batch": 8, "draws": 2, "jitter": 0.02, "augment": True}
         return recipe(
             name,
             finetune={**gate, **finetune},
