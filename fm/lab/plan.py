@@ -23,11 +23,12 @@ from fm.lab.hardware import INFINIBAND, STATE_TOUCHES, AssumedSpeed, Interconnec
 from fm.lab.workload import FLOAT_BYTES, Footprint, Workload, WorkloadDataset, footprint, read_workload
 from fm.training.flops import BACKWARD, forward_flops, forward_passes, held_calls
 from fm.training.objective import Unroll, unroll_length
+from fm.training.optim import newton_schulz_flops, trunk_matrices
 
 USABLE = 0.9  # of the memory: contexts, workspaces and fragments take the rest
-# Copies of the parameters on the main process: weights, gradients, two moments, average, and the model with averaged
-# weights that validates. DDP exchanges gradients through one more.
-COPIES = 6
+# Copies of the parameters on the main process beside the moments: weights, gradients, average, and the model with
+# averaged weights that validates. DDP exchanges gradients through one more.
+COPIES = 4
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def estimated_plan(
         micro_batches = train.draws * -(-train.batch // processes // planner.micro_batch)
         windows = train.global_batch / processes
         seconds = speed.seconds(
-            windows * window.passes * window.forward_flops,
+            windows * window.passes * window.forward_flops + planner.optimizer_flops,
             windows / planner.counted_windows * calls * window.footprint.moved_bytes
             + STATE_TOUCHES * FLOAT_BYTES * planner.parameters,
             micro_batches * calls * window.footprint.operations,
@@ -217,6 +218,9 @@ class _Planner:
         self.counted_windows = min(2, self.micro_batch)  # one of several windows keeps a little more than one alone
         self.model = workload.fake_model()
         self.parameters = self.model.num_parameters()
+        matrices = trunk_matrices(self.model) if train.optimizer == "muon" else []
+        self.moments = 2 * self.parameters - sum(matrix.numel() for matrix in matrices)  # Muon has one, AdamW two
+        self.optimizer_flops = sum(newton_schulz_flops(*matrix.shape) for matrix in matrices)  # of a step
         one_call = Unroll(self.model, recipe.loss, None, torch.bfloat16 if bf16 else None)
         self.windows = {
             name: self._count(one_call, dataset)
@@ -245,7 +249,7 @@ class _Planner:
     ) -> Plan:
         """Return the plan for a machine on which the datasets' steps take `times`."""
         recipe, train, datasets = self.workload.recipe, self.workload.recipe.train, self.workload.datasets
-        state = FLOAT_BYTES * self.parameters * (COPIES + (self.processes > 1))
+        state = FLOAT_BYTES * (self.parameters * (COPIES + (self.processes > 1)) + self.moments)
         held = max(self.windows[name].held_bytes + dataset.window_bytes for name, dataset in datasets.items())
         draws = self.schedule.counts(train.steps * train.draws)
         return Plan(
@@ -262,7 +266,7 @@ class _Planner:
             utilisation=utilisation,
             exchange=exchange,
             validations=_num_validations(recipe),
-            checkpoint_bytes=4 * FLOAT_BYTES * self.parameters,  # weights, average, two moments
+            checkpoint_bytes=FLOAT_BYTES * (2 * self.parameters + self.moments),  # weights, average, moments
             micro_batch=self.micro_batch,
             fitting_micro_batch=int(max(0.0, USABLE * memory - state) // held),
             datasets={name: self._dataset(dataset, draws[name], times[name]) for name, dataset in datasets.items()},

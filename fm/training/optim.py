@@ -1,4 +1,4 @@
-"""AdamW, its learning rate, the parameters that it updates, and the average of the weights (paper Appendix E).
+"""AdamW or Muon, the learning rate, the parameters that it updates, and the average of the weights (paper Appendix E).
 
 Which parameters a step updates depends on its datasets and, in the recipe's section `adapt`, on the part of the model.
 `adapt` teaches a pretrained model new datasets while it keeps what it knows: in the first `alone_steps` steps only the
@@ -16,6 +16,9 @@ from data_pipeline.files import UserError
 from fm.config import AdaptSettings, TrainSettings
 from fm.model.surrogate import Surrogate
 
+MUON_MOMENTUM = 0.95
+# Of the quintic Newton-Schulz iteration, its steps, and the least norm that it divides by: Jordan's, and torch.optim's.
+NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, LEAST_NORM = (3.4445, -4.7750, 2.0315), 5, 1e-7
 PARTS = ("embedding", "trunk", "head")
 OWN_PARTS = ("embedding", "head")  # in which a dataset may have parameters that no other dataset uses
 
@@ -133,6 +136,121 @@ class GroupedAdamW(torch.optim.AdamW):
             return super().step(closure)
         finally:
             self.param_groups, self.found_inf = groups, None
+
+
+class MuonWithAdamW(GroupedAdamW):
+    """Muon for the groups marked `orthogonal`, whose parameters are matrices, and AdamW for the other groups.
+
+    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) changes a matrix W (m, n) with gradient G by
+
+        B <- mu B + (1 - mu) G,    W <- (1 - rate * weight_decay) W - rate * sqrt(max(1, m / n)) O
+
+    with mu = 0.95 and O close to the nearest semi-orthogonal matrix to mu B + (1 - mu) G (Nesterov's momentum). This is
+    torch.optim.Muon (torch >= 2.9) with adjust_lr_fn="original". It is written out here because torch's orthogonalizes
+    one matrix at a time: all matrices of one shape together take a third of the time on a CPU. `rate` is
+    train.muon_learning_rate times the factor of the schedule and the group's own factor.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], settings: TrainSettings) -> None:
+        super().__init__(groups, settings)
+        self._relative_rate = settings.muon_learning_rate / settings.learning_rate
+
+    def set_learning_rate(self, value: float) -> None:
+        """Set the learning rate of AdamW and, in the ratio of the two peaks, the learning rate of Muon."""
+        super().set_learning_rate(value)
+        for group in self.param_groups:
+            group["lr"] *= self._relative_rate if group["orthogonal"] else 1.0
+
+    def step(self, closure: Any = None, *, found_inf: Tensor | None = None) -> Any:
+        """Take a step of the groups that are not skipped, unless `found_inf`, a scalar on the device, is 1."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["orthogonal"]]
+        try:
+            result = super().step(closure, found_inf=found_inf)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["orthogonal"] and not group["skipped"]:
+                self._step_matrices(group, found_inf)
+        return result
+
+    @torch.no_grad()
+    def _step_matrices(self, group: Mapping[str, Any], found_inf: Tensor | None) -> None:
+        """Take Muon's step of a group, the matrices of one shape at once."""
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                by_shape.setdefault(parameter.shape, []).append((parameter, parameter.grad))
+        rate = group["lr"]
+        for (rows, columns), pairs in by_shape.items():
+            parameters = [parameter for parameter, _ in pairs]
+            for parameter in parameters:
+                if "momentum_buffer" not in self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            before, weights = torch.stack(buffers), torch.stack(parameters)  # (k, m, n)
+            gradients = torch.stack([gradient for _, gradient in pairs])
+            momentum = before.lerp(gradients, 1 - MUON_MOMENTUM)
+            directions = orthogonalize(gradients.lerp(momentum, MUON_MOMENTUM))
+            moved = weights * (1 - rate * group["weight_decay"])
+            moved -= rate * math.sqrt(max(1.0, rows / columns)) * directions
+            if found_inf is not None:
+                refused = found_inf > 0
+                momentum, moved = torch.where(refused, before, momentum), torch.where(refused, weights, moved)
+            torch._foreach_copy_(buffers, list(momentum.unbind()))
+            torch._foreach_copy_(parameters, list(moved.unbind()))
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Return matrices (k, m, n) of the same singular vectors, whose singular values lie between about 0.7 and 1.2.
+
+    The singular values that are not tiny beside the matrix's norm do. Each of the five steps of Newton-Schulz applies
+    x -> a x + b x^3 + c x^5 to the singular values. Products are in bfloat16 on a GPU, else in the dtype of the
+    matrices: many CPUs have no fast bfloat16.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=LEAST_NORM)
+    if matrices.is_cuda:
+        x = x.bfloat16()
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+def newton_schulz_flops(rows: int, columns: int) -> int:
+    """Return the FLOPs (two per multiply-add) of the products that orthogonalize a matrix."""
+    m, n = sorted((rows, columns))
+    return NEWTON_SCHULZ_STEPS * 2 * (2 * m * m * n + m**3)
+
+
+def trunk_matrices(model: Surrogate) -> list[nn.Parameter]:
+    """Return the parameters that Muon updates: the weight matrices of the trunk's linear layers. A baseline has none.
+
+    Channel embedding, task vectors, heads, biases, norms, depthwise convolutions and level weights are not among them.
+    """
+    if not len(model.blocks):  # all of a baseline is trunk, its embedding and head included
+        return []
+    return [one for name, one in model.named_parameters() if part_of(name) == "trunk" and one.ndim == 2]
+
+
+def make_optimizer(model: Surrogate, settings: TrainSettings, adapt: AdaptSettings | None) -> GroupedAdamW:
+    """Return the optimizer that train.optimizer names. Raises UserError if Muon has no matrix in this model."""
+    groups = parameter_groups(model, adapt)
+    if settings.optimizer == "adamw":
+        return GroupedAdamW(groups, settings)
+    matrices = {id(parameter) for parameter in trunk_matrices(model)}
+    if not matrices:
+        raise UserError("train.optimizer=muon: Muon updates the matrices of WaveLiT's blocks, and a baseline has none")
+    split = []
+    for group in groups:
+        for orthogonal in (False, True):
+            chosen = [parameter for parameter in group["params"] if (id(parameter) in matrices) == orthogonal]
+            if chosen:
+                split.append({**group, "params": chosen, "orthogonal": orthogonal})
+    return MuonWithAdamW(split, settings)
 
 
 class EMA:

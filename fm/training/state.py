@@ -17,7 +17,7 @@ from fm.distributed import autocast_dtype, fsdp_reshards, is_launched_with
 from fm.model.surrogate import Surrogate
 from fm.training.augment import make_augmentation
 from fm.training.objective import Unroll
-from fm.training.optim import EMA, GroupedAdamW, parameter_groups
+from fm.training.optim import EMA, make_optimizer
 from fm.training.parallel import Parallel, Replicated, Zero
 
 VARIABLE = "WAVELIT_COMPILE"
@@ -39,6 +39,7 @@ class TrainingState:
         moments: Mapping[str, Tensor] = {}
         if checkpoint is not None:
             self.facts, moments = load_checkpoint(checkpoint, model, average)
+            _check_optimizer(self.facts["recipe"]["train"].get("optimizer", "adamw"), recipe, checkpoint)
         self.step = int(self.facts["step"]) if self.facts else 0
         device = accelerator.device
         self.augmentation = make_augmentation(recipe, model.specs, device)
@@ -51,6 +52,11 @@ class TrainingState:
         self.ema = EMA(shards, recipe.train.ema)
         self.parallel.load_moments(moments)
         self._average = average if accelerator.is_main_process else None  # the whole model, for validation
+
+    @property
+    def symmetries(self) -> dict[str, list[str]]:
+        """Return the symmetries that transform the windows, by dataset; {} without train.augment."""
+        return {} if self.augmentation is None else {k: list(v) for k, v in self.augmentation.symmetries.items()}
 
     def averaged_model(self) -> Surrogate | None:
         """Return the model with averaged weights on the main process, None on the others. Collective."""
@@ -69,6 +75,16 @@ class TrainingState:
         return take_snapshot(self.step, self._average.description(), weights, average, moments, facts)
 
 
+def _check_optimizer(before: str, recipe: Recipe, checkpoint: Path) -> None:
+    """Raise UserError if the checkpoint holds the moments of another optimizer, `before`."""
+    if before != recipe.train.optimizer:
+        raise UserError(
+            f"train.optimizer: {recipe.train.optimizer}, but {checkpoint} holds the moments of {before}. Resume with "
+            f"train.optimizer={before}, start afresh in another folder with run.dir=..., or finetune from it "
+            "(finetune.pretrained)."
+        )
+
+
 def spread(
     accelerator: Accelerator, objective: Unroll, settings: TrainSettings, adapt: AdaptSettings | None = None
 ) -> Parallel:
@@ -78,14 +94,20 @@ def spread(
             "baselines train in one process or under DDP (launch/ddp.yaml, launch/cpu2.yaml): their networks cannot be "
             "sharded; the launch configuration asks for FSDP or DeepSpeed"
         )
+    shards_parameters = is_launched_with("FSDP") and accelerator.num_processes > 1
+    if settings.optimizer == "muon" and (shards_parameters or is_launched_with("DEEPSPEED")):
+        raise UserError(
+            "train.optimizer=muon: Muon needs whole matrices, and FSDP and DeepSpeed divide the parameters among the "
+            "processes; use launch/ddp.yaml, or train.optimizer=adamw"
+        )
     if is_launched_with("FSDP"):
         reshard = fsdp_reshards()
-        if accelerator.num_processes > 1:
+        if shards_parameters:
             from fm.training.sharded import FullySharded  # here, since it takes a second to import
 
             return FullySharded(accelerator, objective, settings, adapt, reshard)
         accelerator.print("FSDP has nothing to spread over one process; it trains as without.")
-    optimizer = GroupedAdamW(parameter_groups(objective.model, adapt), settings)
+    optimizer = make_optimizer(objective.model, settings, adapt)
     if is_launched_with("DEEPSPEED"):
         return Zero(accelerator, objective, optimizer)
     return Replicated(accelerator, objective, optimizer)

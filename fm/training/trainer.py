@@ -367,6 +367,7 @@ class Trainer:
             "recipe": recipe_to_dict(self.recipe),
             "registry": self.registry.snapshot(),
             "shards": shard_digests(self.readers),
+            "symmetries": self.state.symmetries,
             "sampling": self.mixing.state(self.step),
             "guard": self.anomalies.state(),
             "gate": self.regression_limit.state(),
@@ -381,7 +382,8 @@ class Trainer:
         best = newest_checkpoint(self.directory / "best", self.accelerator.print) if limit.active else None
         limit.restore(facts["gate"], read_state(best)["gate"] if best else None, self.step)
         before = resolve(facts["recipe"], str(checkpoint / "state.json"))
-        self.changes = changed_settings(recipe_to_dict(before), recipe_to_dict(self.recipe))
+        then = {**recipe_to_dict(before), "symmetries": facts.get("symmetries", {})}
+        self.changes = changed_settings(then, {**recipe_to_dict(self.recipe), "symmetries": self.state.symmetries})
 
     def _needs_state(self, step: int) -> bool:
         """Return whether the state after `step` steps is saved, validated or compared, or is the run's last."""

@@ -1,5 +1,6 @@
 """Transformed windows: group laws, vectors and tensors against analytic fields, and runs that use train.augment."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -190,11 +191,18 @@ def test_windows_are_those_of_the_plain_run_and_other_losses(tiny_shards: Path, 
 
 
 def test_a_run_in_parts_is_the_whole_run_and_micro_batches_change_nothing(
-    tiny_shards: Path, run: Path, tmp_path: Path
+    tiny_shards: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for stop_at in (3, None):
+        if stop_at is None:  # as if the card had changed since
+            file = tmp_path / "parts/checkpoints/step_00000003/state.json"
+            state = json.loads(file.read_text())
+            state["symmetries"]["shear_flow"].remove("shift_x")
+            file.write_text(json.dumps(state))
         parts = {"train": SETTINGS, "data": THREE, "checkpoint": {"every": 2}, "run": {"stop_at": stop_at}}
         assert train(small(tiny_shards, tmp_path / "parts", **parts)) == 0
+    changed = "changed since: symmetries.shear_flow: ['shift_y', 'reflect_y'] -> ['shift_x', 'shift_y', 'reflect_y']"
+    assert changed in capsys.readouterr().out
     assert losses(tmp_path / "parts") == losses(run)
     assert last_weights(tmp_path / "parts") == last_weights(run)
     pieces = small(tiny_shards, tmp_path / "pieces", train={**SETTINGS, "micro_batch": 1}, data=THREE)

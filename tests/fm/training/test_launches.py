@@ -136,6 +136,9 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         train = {"steps": 3, "clip": CLIP, "compile": way}
         return small(tiny_shards, folder / name, data={"datasets": DATASETS[:1]}, train=train)
 
+    def orthogonal(name: str) -> Recipe:
+        return recipe(name, train={**SECTIONS["train"], "steps": 6, "optimizer": "muon"})
+
     shared = {**SECTIONS["train"], "steps": 12, "global_batch": 12, "draws": 4}
     compared = {"tracking": {"gradient_cosine_every": 6}}
     per_rank = recipe(
@@ -149,6 +152,7 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     for one in (
         *(alone, finetuning("finetuned_alone"), recipe("whole_draws", train=shared, **compared)),
         *(guarded("guarded_alone"), adaptive("adaptive_alone"), compiled("compiled_alone", "eager")),
+        orthogonal("muon_alone"),
     ):
         assert train(one) == 0
     assert train(small(tiny_shards, folder / "pretrained", **old)) == 0
@@ -158,9 +162,12 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     undivided = recipe("undivided", train={**SECTIONS["train"], "global_batch": 15, "draws": 1})
     apart = recipe("apart", sampling={"draw": "per_rank"})
     extras = {
-        "cpu2": [finetuning("finetuned"), per_rank, undivided, adaptive("adaptive"), compiled("compiled", "blocks")],
+        "cpu2": [
+            *(finetuning("finetuned"), per_rank, undivided, adaptive("adaptive")),
+            *(compiled("compiled", "blocks"), orthogonal("muon")),
+        ],
         "deepspeed_zero2": [adapting("adapted_deepspeed_zero2")],
-        "fsdp": [adapting("adapted_fsdp"), apart, guarded("guarded_fsdp")],
+        "fsdp": [adapting("adapted_fsdp"), apart, guarded("guarded_fsdp"), orthogonal("muon_fsdp")],
         "deepspeed_zero3": [guarded("guarded_deepspeed_zero3"), compiled("uncompiled", "blocks")],
         "deepspeed_zero1": [],
     }
@@ -281,6 +288,12 @@ def test_processes_on_different_datasets_train_as_one_does(runs: Runs) -> None:
 def test_processes_that_need_each_other_cannot_work_on_different_datasets(runs: Runs) -> None:
     refused = "with FSDP2 each needs all processes; use launch/ddp.yaml, or sampling.draw=global"
     assert refused in runs.output["fsdp"].partition("apart: error: ")[2].partition("\n")[0]
+
+
+def test_two_processes_orthogonalize_as_one_does_and_slices_of_matrices_are_refused(runs: Runs) -> None:
+    assert_same_run(runs["muon"], runs["muon_alone"], 6)
+    refused = runs.output["fsdp"].partition("muon_fsdp: error: ")[2].partition("\n")[0]
+    assert "train.optimizer=muon: Muon needs whole matrices" in refused
 
 
 def test_layers_that_zero_3_gathers_are_not_compiled(runs: Runs) -> None:
