@@ -13,10 +13,10 @@ from fm.lab.workload import PAPER_BATCH, PAPER_HOURS, PAPER_STEPS
 HEAD = ("dataset", "fwd", "bwd", "opt", "data", "step", "±%", "ktok/s", "{}FLOP/s", "%", "GB/s", "%", "GB", "floor")
 UNITS = {"T": 1e12, "G": 1e9}
 MEANING = (
-    "Milliseconds: forward, backward, optimizer (clip, AdamW, averaged weights), data (copy to the device), the whole "
-    "step; ±%: half the distance of its quartiles. FLOP/s of matrix products and convolutions, GB/s of all other "
-    "operations as if none were fused, each with its share of the ceiling. GB: peak memory of the GPU. Mixture: "
-    "expected at the recipe's sampling shares."
+    "Milliseconds: forward, backward, optimizer (clip, update, averaged weights), data (copy to the device, "
+    "symmetries), the whole step; ±%: half the distance of its quartiles. FLOP/s of matrix products and convolutions, "
+    "GB/s of all other operations as if none were fused, each with its share of the ceiling. GB: peak memory of the "
+    "GPU. Mixture: expected at the recipe's sampling shares."
 )
 FLOOR = (
     "The floor, in milliseconds: each matrix product and convolution of both passes takes the longer of its arithmetic "

@@ -27,10 +27,10 @@ SEED = 0
 class StepSeconds:
     """Seconds of one step on this process, by phase."""
 
-    data: float  # the copy of the windows to the device
+    data: float  # the copy of the windows to the device, and train.augment
     forward: float
     backward: float
-    optimizer: float  # gradient norm, exchange of the metrics, clipping, AdamW, averaged weights
+    optimizer: float  # gradient norm, exchange of the metrics, clipping, update, averaged weights
     whole: float  # from the beginning of the first phase to the end of the last
 
 
