@@ -150,14 +150,15 @@ class GuardSettings:
 
 @dataclass(frozen=True, config=STRICT)
 class LossSettings:
-    """Weights of the two terms (paper section 3.4)."""
+    """Weights of the terms: mse and wavelet_l1 are the paper's (section 3.4), rmse is ours."""
 
     mse: NonNegativeFloat = 1.0  # mean squared error of the fields
     wavelet_l1: NonNegativeFloat = 1.0  # sum over subbands of the mean absolute coefficient error
+    rmse: NonNegativeFloat = 0.0  # mean over channels of the root mean squared error of a field, as the score has it
 
     def __post_init__(self) -> None:
-        if self.mse + self.wavelet_l1 == 0:
-            raise ValueError("mse and wavelet_l1: expected weights that are not both 0")
+        if self.mse + self.wavelet_l1 + self.rmse == 0:
+            raise ValueError("mse, wavelet_l1 and rmse: expected weights that are not all 0")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,6 +1,7 @@
 """Training loss and score of a prediction.
 
-wavelit_loss  mean squared error plus the mean absolute error of each wavelet subband (WaveLiT, section 3.4)
+wavelit_loss  mean squared error plus the mean absolute error of each wavelet subband (WaveLiT, section 3.4), and, if
+              it has a weight, the root mean squared error of each channel
 vrmse         root mean squared error over the target's deviation, as the_well.benchmark.metrics defines it
 """
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from fm.model.wavelets import analysis
 
 EPS = 1e-7  # the_well's
+RMSE_FLOOR = 1e-4  # added under the root, in squared units of the error, so that its slope is at most 50
 
 
 class LossTerms(NamedTuple):
@@ -28,8 +30,12 @@ def wavelit_loss(
     mse_weight: float = 1.0,
     wavelet_weight: float = 1.0,
     wavelet: str = "bior2.2",
+    rmse_weight: float = 0.0,
 ) -> LossTerms:
-    """Return mse_weight * mean e^2 + wavelet_weight * sum over subbands of mean |DWT(e)|.
+    """Return mse_weight * mean e^2 + wavelet_weight * sum over subbands of mean |DWT(e)| + rmse_weight * RMSE(e).
+
+    RMSE(e) is the mean over channels of sqrt(mean e^2 + RMSE_FLOOR). Its gradient does not vanish with the error, as
+    the mean squared error's does, and it weighs all points of a field by their error, as the score does.
 
     e = (prediction - target) * scale, with normalized prediction and target (B, C, H, W) and scale (C, 1, 1) from
     `Surrogate.residual_scale`. float32 whatever the autocast state. ValueError if the shapes differ.
@@ -39,7 +45,10 @@ def wavelit_loss(
     coefficients = analysis(error, wavelet)  # (B, C, 4, h, w)
     mse = error.square().flatten(1).mean(1)
     wavelet_l1 = coefficients.abs().flatten(1).mean(1) * coefficients.shape[-3]
-    return LossTerms(mse_weight * mse + wavelet_weight * wavelet_l1, mse.detach(), wavelet_l1.detach())
+    total = mse_weight * mse + wavelet_weight * wavelet_l1
+    if rmse_weight:
+        total = total + rmse_weight * (error.square().mean((-2, -1)) + RMSE_FLOOR).sqrt().mean(1)
+    return LossTerms(total, mse.detach(), wavelet_l1.detach())
 
 
 def squared_error_and_variance(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -155,6 +155,7 @@ class Unroll(nn.Module):
                     mse_weight=self.weights.mse,
                     wavelet_weight=self.weights.wavelet_l1,
                     wavelet=self.model.wavelet,
+                    rmse_weight=self.weights.rmse,
                 )
             )
         return terms

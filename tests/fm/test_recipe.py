@@ -62,7 +62,7 @@ def test_the_resolved_recipe_is_again_a_recipe(recipe_file: Path, tmp_path: Path
         ("train.ema=1.0", "train.ema: Input should be less than 1 (got 1.0)"),
         ("train.clip=0", "train.clip: Input should be greater than 0 (got 0)"),
         ("loss.mse=-1", "loss.mse: Input should be greater than or equal to 0 (got -1)"),
-        ("loss={mse: 0, wavelet_l1: 0}", "loss: mse and wavelet_l1: expected weights that are not both 0"),
+        ("loss={mse: 0, wavelet_l1: 0}", "loss: mse, wavelet_l1 and rmse: expected weights that are not all 0"),
         ("train.jitter=.nan", "train.jitter: Input should be a finite number (got nan)"),
         ("model.wavelet=db4", "wavelet"),
         ("model.width=30", "width"),

@@ -28,6 +28,20 @@ def test_loss_is_mse_plus_mean_absolute_coefficient_of_each_subband(wavelet: str
     assert terms.total.mean().item() == pytest.approx(0.5 * np.mean(error**2) + 2 * wavelet_l1, rel=1e-5)
 
 
+def test_the_root_mean_squared_error_is_taken_of_each_channel_of_each_window() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = torch.randn(2, 2, 3, 18, 22, generator=generator)
+    scale = torch.tensor([1.0, 2.0, 5.0]).view(3, 1, 1)
+    total = wavelit_loss(prediction, target, scale, 0.0, 0.0, rmse_weight=2.0).total
+    error = ((prediction - target) * scale).double().numpy()
+    by_hand = [np.mean([np.linalg.norm(channel) / np.sqrt(18 * 22) for channel in window]) for window in error]
+    assert total.numpy() == pytest.approx(2 * np.array(by_hand), rel=1e-4)  # RMSE_FLOOR changes less
+    exact = target.clone().requires_grad_()
+    wavelit_loss(exact, target, scale, 0.0, 0.0, rmse_weight=1.0).total.sum().backward()
+    assert exact.grad is not None
+    assert (exact.grad == 0).all()  # and not NaN, where a root has no slope
+
+
 def test_only_the_total_carries_gradient_and_it_points_to_the_target() -> None:
     prediction, target = torch.randn(1, 1, 16, 16, requires_grad=True), torch.zeros(1, 1, 16, 16)
     terms = wavelit_loss(prediction, target, torch.ones(1, 1, 1))
