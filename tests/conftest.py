@@ -1,6 +1,7 @@
 """Data that many tests read and none may change, and the option --compile."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it; the user's caches stay as they are
+        folder = tempfile.TemporaryDirectory(prefix="wavelit-tests-")
+        os.environ["XDG_CACHE_HOME"] = folder.name
+        config.add_cleanup(folder.cleanup)
     if config.getoption("--compile"):
         os.environ["WAVELIT_COMPILE"] = config.getoption("--compile")
 

@@ -3,17 +3,18 @@
     VRMSE = sqrt(mean over x, y of (prediction - truth)^2 / (variance of the truth over x, y + eps))
 
 with the unbiased variance, as The Well defines it. The model is compared with `persistence`, which repeats the input of
-a one-step window or the initial frame of a rollout, and with `mean_field`, the target frame's own spatial mean, whose
-VRMSE is about 1. In shapes, R stands for trajectories, S for steps, and C for state channels.
+a one-step window or the initial frame of a rollout; with `mean_field`, the target frame's own spatial mean, whose VRMSE
+is about 1; and with `linear_stencil`, a linear map of a small neighborhood (fm/evaluation/stencil.py). In shapes, R
+stands for trajectories, S for steps, and C for state channels.
 """
 
 import json
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ import numpy as np
 from data_pipeline.files import UserError, atomic_file
 from fm.evaluation.protocol import Protocol
 
-FORMAT = 2  # 2: the grid of each dataset
+FORMAT = 3  # 3: the linear stencil; 2: the grid of each dataset
+READABLE = (2, 3)  # errors of format 2 have no linear stencil
 ERRORS_FILE = "errors.npz"
-PREDICTORS = ("model", "persistence", "mean_field")
+BASELINES = ("persistence", "mean_field", "linear_stencil")
+PREDICTORS = ("model", *BASELINES)
 ERROR_NAMES = ("variance", *PREDICTORS)  # the fields of Errors, in their order
 TASKS = ("one_step", "rollout")
 PICTURES = ("overview", "growth", "spectra")  # of all datasets; a picture of one dataset has its name
@@ -32,6 +35,21 @@ PICTURES = ("overview", "growth", "spectra")  # of all datasets; a picture of on
 DAMAGED: tuple[type[Exception], ...] = (AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError)
 DAMAGED += (ValueError, zipfile.BadZipFile, zlib.error)
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class StencilChoice:
+    """Frames and ridge strength of a dataset's linear stencils (fm/evaluation/stencil.py)."""
+
+    one_step_frames: int
+    one_step_ridge: float
+    rollout_frames: int
+    rollout_ridge: float
+
+    def describe(self) -> str:
+        """Return frames, ridge of the one-step stencil / frames, ridge of the rollout stencil."""
+        one_step = f"{self.one_step_frames}, {self.one_step_ridge:g}"
+        return f"{one_step} / {self.rollout_frames}, {self.rollout_ridge:g}"
 
 
 @dataclass(frozen=True)
@@ -43,14 +61,15 @@ class Errors:
     """
 
     variance: np.ndarray  # of the target over x, y, unbiased; always finite where measured
-    model: np.ndarray  # mean squared error over x, y, as are the next two
+    model: np.ndarray  # mean squared error over x, y, as are the next three
     persistence: np.ndarray
     mean_field: np.ndarray
+    linear_stencil: np.ndarray  # NaN where there was no stencil; +inf where a prediction was not finite
 
     @classmethod
     def empty(cls, num_trajectories: int, num_steps: int, num_channels: int) -> "Errors":
         """Return arrays (R, S, C) of NaN, to be filled in."""
-        return cls(*(np.full((num_trajectories, num_steps, num_channels), np.nan) for _ in range(4)))
+        return cls(*(np.full((num_trajectories, num_steps, num_channels), np.nan) for _ in ERROR_NAMES))
 
     @property
     def present(self) -> np.ndarray:
@@ -67,8 +86,10 @@ class Errors:
         return Errors(*(getattr(self, name)[:, :num_steps] for name in ERROR_NAMES))
 
     def vrmse(self, predictor: str, eps: float) -> np.ndarray:
-        """Return VRMSE (R, S, C) of a predictor: +inf if a prediction was not finite, NaN if there is no such step."""
+        """Return VRMSE (R, S, C): +inf if a prediction was not finite, NaN if there is no such step or no stencil."""
         error = np.sqrt(getattr(self, predictor) / (self.variance + eps))
+        if predictor == "linear_stencil":
+            return error
         return np.where(self.present[..., None] & ~np.isfinite(error), np.inf, error)
 
     def first_failures(self) -> np.ndarray:
@@ -87,6 +108,7 @@ class DatasetErrors:
     rollout: Errors
     data_digest: str  # of the manifest of the shards
     grid: tuple[int, int]  # (H, W)
+    stencil: StencilChoice | None = None  # None: there is no linear stencil
 
     def rollout_vrmse(self, trajectory: int, channel: str, steps: Sequence[int], eps: float) -> np.ndarray:
         """Return the model's VRMSE (n,) of one channel at n 1-based steps of one rollout."""
@@ -112,6 +134,8 @@ class ErrorFile:
             arrays[f"{name}/data_digest"] = np.array(errors.data_digest)
             arrays[f"{name}/grid"] = np.array(errors.grid, np.int64)
             arrays[f"{name}/trajectories"] = np.asarray(errors.trajectories, np.int64)
+            if errors.stencil is not None:
+                arrays[f"{name}/stencil"] = np.array(astuple(errors.stencil), np.float64)
             for task in TASKS:
                 for part in ERROR_NAMES:
                     arrays[f"{name}/{task}/{part}"] = getattr(getattr(errors, task), part)
@@ -121,7 +145,10 @@ class ErrorFile:
     @classmethod
     def load(cls, path: Path) -> "ErrorFile":
         """Read a file of `save`; UserError if it is missing, damaged, or of another format."""
-        with stored_arrays(path, ERRORS_FILE, FORMAT) as (head, arrays):
+        with stored_arrays(path, ERRORS_FILE, READABLE) as (head, arrays):
+            if head["format"] == 2:
+                for place in [f"{name}/{task}" for name in head["datasets"] for task in TASKS]:
+                    arrays[f"{place}/linear_stencil"] = np.full_like(arrays[f"{place}/variance"], np.nan)
             datasets = {name: _unpack(arrays, name) for name in head["datasets"]}
             if not isinstance(head["origin"], dict):
                 raise ValueError(f"origin: expected a mapping, got {head['origin']!r}")
@@ -129,14 +156,16 @@ class ErrorFile:
 
 
 @contextmanager
-def stored_arrays(path: Path, name: str, version: int) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
-    """Give the head and the arrays of an .npz of this format. UserError if it is damaged, which the block may find."""
+def stored_arrays(
+    path: Path, name: str, versions: Collection[int]
+) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+    """Give the head and the arrays of an .npz of these formats; UserError if it is damaged, as the block may find."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         head = json.loads(str(arrays["head"]))
-        if head["format"] != version:
-            raise ValueError(f"format {head['format']}, not {version}")
+        if head["format"] not in versions:
+            raise ValueError(f"format {head['format']}, not {' or '.join(map(str, versions))}")
         yield head, arrays
     except FileNotFoundError:
         raise UserError(
@@ -182,4 +211,8 @@ def _unpack(arrays: Mapping[str, np.ndarray], name: str) -> DatasetErrors:
         raise ValueError(f"{name}: {ids.shape} trajectory ids for {len(tasks['rollout'].variance)} rollouts")
     digest = str(arrays[f"{name}/data_digest"])
     height, width = arrays[f"{name}/grid"].tolist()
-    return DatasetErrors(channels, ids, **tasks, data_digest=digest, grid=(height, width))
+    choice = None
+    if f"{name}/stencil" in arrays:
+        frames, ridge, rollout_frames, rollout_ridge = arrays[f"{name}/stencil"].tolist()
+        choice = StencilChoice(int(frames), ridge, int(rollout_frames), rollout_ridge)
+    return DatasetErrors(channels, ids, **tasks, data_digest=digest, grid=(height, width), stencil=choice)

@@ -9,9 +9,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from data_pipeline.files import UserError, only_process, sha256
 from data_pipeline.registry import Domain, Registry, load_folders, packaged_folder, user_folders
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
+from data_pipeline.windows.streaming import default_cache
 from fm.checkpoint import find_checkpoint, load_pretrained, verify_model
 from fm.config import Recipe, ValidationSettings, load_recipe, resolve
 from fm.datasets import check_channels
@@ -42,12 +44,14 @@ from fm.evaluation.parts import EvaluationPart, PartFolder, cut, divide, remove_
 from fm.evaluation.protocol import Protocol, load_protocol
 from fm.evaluation.samples import Sample
 from fm.evaluation.scores import SCORES_FILE, Scores, score
+from fm.evaluation.stencil_choice import DatasetStencils, linear_stencils
 from fm.evaluation.tables import score_table
 from fm.model.files import CARDS, RECIPE_FILE, is_exported
 from fm.model.surrogate import Surrogate
 
 BATCH_SIZE = 8
 VALIDATION_STEPS_SHOWN = 16  # of one rollout, for TensorBoard's pictures
+FitReaders: TypeAlias = Mapping[str, tuple[ShardReader, ShardReader]]  # dataset -> its train and its valid split
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,21 @@ class TrainedModel:
         """Return readers of `shards`, the recipe's by default; UserError if there are none."""
         return open_readers(shards or self.recipe.data.shards, datasets, split, stream=self.recipe.stream())
 
+    def fit_readers(
+        self, datasets: Sequence[str], shards: str | Path | None, log: Callable[[str], object]
+    ) -> FitReaders:
+        """Return readers of the train and valid split of `shards`; a dataset that lacks one is left out and noted."""
+        found, missing = {}, dict[str, str]()
+        for name in datasets:
+            try:
+                train, valid = (self.readers([name], split, shards)[name] for split in ("train", "valid"))
+                found[name] = train, valid
+            except UserError as error:
+                missing[name] = str(error).partition("\n")[0]
+        if missing:
+            log(f"no linear stencil for {', '.join(missing)}: {next(iter(missing.values()))}")
+        return found
+
 
 def evaluate_run(
     run: Path | str,
@@ -121,7 +140,8 @@ def evaluate_run(
     with detect_lost_processes():
         accelerator = make_accelerator(trained.recipe.train.clip)  # nothing is clipped, but DeepSpeed needs the value
         log = print if accelerator.is_main_process else lambda text: None
-        if broadcast_from_main(accelerator, lambda: _is_complete(out, trained, chosen, readers)):
+        fit_readers = trained.fit_readers(sorted(readers), shards, log)
+        if broadcast_from_main(accelerator, lambda: _is_complete(out, trained, chosen, readers, fit_readers)):
             if accelerator.is_main_process:
                 remove_parts(out)  # left by an evaluation that was killed after its report was written
             table = score_table(Scores.load(out / SCORES_FILE))
@@ -132,15 +152,29 @@ def evaluate_run(
             origin = {"checkpoint": str(trained.checkpoint), "step": trained.step, "weights": trained.weights}
             domains = _domains(trained, sorted(readers), log)
             scores = evaluate_model(
-                trained.model, readers, out, chosen, device, origin=origin, domains=domains, accelerator=accelerator
+                trained.model,
+                readers,
+                out,
+                chosen,
+                device,
+                origin=origin,
+                domains=domains,
+                accelerator=accelerator,
+                fit_readers=fit_readers,
+                cache=trained.recipe.stream().cache,
             )
             log(f"{trained.checkpoint}, averaged weights:\n\n{score_table(scores)}\nreport: {out}")
         accelerator.end_training()
     return out
 
 
-def _is_complete(out: Path, trained: TrainedModel, protocol: Protocol, readers: Mapping[str, ShardReader]) -> bool:
-    """Whether the report of these weights, wherever they are, of this protocol and of these data is there and whole."""
+def _is_complete(
+    out: Path, trained: TrainedModel, protocol: Protocol, readers: Mapping[str, ShardReader], fits: FitReaders
+) -> bool:
+    """Whether the report of these weights, wherever they are, of this protocol and of these data is there and whole.
+
+    One of an older format, or without the linear stencil of a dataset that has train and valid shards, is not.
+    """
     if not (out / SCORES_FILE).is_file():
         return False
     scores = Scores.load(out / SCORES_FILE)
@@ -149,6 +183,7 @@ def _is_complete(out: Path, trained: TrainedModel, protocol: Protocol, readers: 
     except UserError:
         return False
     whole = scores.format == FORMAT and (out / PAGE).is_file()
+    whole &= all(part.stencil is not None or name not in fits for name, part in scores.datasets.items())
     weights = scores.origin.get("step"), scores.origin.get("weights")
     data = {name: part.data_digest for name, part in scores.datasets.items()}
     same_data = data == {name: reader.manifest.digest for name, reader in readers.items()}
@@ -175,20 +210,28 @@ def evaluate_model(
     origin: Mapping[str, Any] | None = None,
     domains: Mapping[str, Domain] | None = None,
     accelerator: Accelerator | None = None,
+    fit_readers: FitReaders | None = None,
+    cache: Path | None = None,
 ) -> Scores:
     """Score the model on every reader's dataset under the protocol, write the report into `out`, return the scores.
 
     It measures the protocol's one-step windows of the split and one rollout of each trajectory, except the parts that
     an interrupted evaluation of the same model, data and protocol has finished. With an `accelerator`, all its
     processes call this function and share the work. `origin` (plain JSON), whose scores they are, is stored with
-    them; `domains`, by dataset, are the axes of pictures. The model stays on `device`; its training mode is restored.
-    UserError if model, data and protocol do not fit together, or the disk is full.
+    them; `domains`, by dataset, are the axes of pictures. The linear stencils are fitted on `fit_readers` by the main
+    process and kept in `cache`, by default the user's; datasets without such readers have none. The model stays on
+    `device`; its training mode is restored. UserError if model, data and protocol do not fit together, or the disk is
+    full.
     """
     readers = dict(sorted(readers.items()))
     _check(model, readers, protocol)
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     wait: Callable[[], object] = accelerator.wait_for_everyone if accelerator else lambda: None
-    evaluation = _Evaluation(model, readers, protocol, device)
+    fits = {name: splits for name, splits in (fit_readers or {}).items() if name in readers}
+    given = protocol.start + protocol.context - 1  # the last frame that rollouts start from
+    fit = partial(linear_stencils, fits, protocol, given, device, cache or default_cache(), progress)
+    stencils = broadcast_from_main(accelerator, fit) if accelerator else fit()
+    evaluation = _Evaluation(model, readers, protocol, device, stencils)
     parts, folder = cut(readers, protocol, BATCH_SIZE), PartFolder(out, evaluation.identity())
     with only_process(out, "evaluation") if rank == 0 else nullcontext():
         if rank == 0:
@@ -230,6 +273,7 @@ class _Evaluation:
     readers: Mapping[str, ShardReader]
     protocol: Protocol
     device: torch.device
+    stencils: Mapping[str, DatasetStencils]
 
     def identity(self) -> dict[str, Any]:
         """Return all that the errors depend on: parts of another identity must not be used."""
@@ -242,6 +286,7 @@ class _Evaluation:
             "data": {name: reader.manifest.digest for name, reader in self.readers.items()},
             "batch_size": BATCH_SIZE,
             "device": self.device.type,
+            "linear_stencils": {name: stencils.key for name, stencils in self.stencils.items()},
         }
 
     def measure_share(
@@ -272,12 +317,13 @@ class _Evaluation:
             self.model.train(training)
 
     def _measure(self, part: EvaluationPart, advance: Callable[[int], object]) -> FrameErrors:
-        reader = self.readers[part.dataset]
+        reader, stencils = self.readers[part.dataset], self.stencils.get(part.dataset)
         if part.task == "one_step":
             windows = np.array(part.ids, np.int64)
-            return measure_windows(self.model, reader, windows, self.device, BATCH_SIZE, advance)
-        shown = choose_shown(reader, self.protocol)
-        return measure_rollouts(self.model, reader, part.ids, self.protocol, self.device, advance, shown)
+            linear = stencils.one_step.to(self.device) if stencils else None
+            return measure_windows(self.model, reader, windows, self.device, BATCH_SIZE, advance, linear)
+        linear, shown = stencils.rollout.to(self.device) if stencils else None, choose_shown(reader, self.protocol)
+        return measure_rollouts(self.model, reader, part.ids, self.protocol, self.device, advance, shown, linear)
 
     def collect(
         self, parts: Sequence[EvaluationPart], folder: PartFolder, domains: Mapping[str, Domain]
@@ -289,7 +335,8 @@ class _Evaluation:
                 [folder.require(part) for part in parts if (part.dataset, part.task) == (name, task)] for task in TASKS
             )
             everything = range(reader.num_trajectories)
-            datasets[name] = dataset_errors(reader, everything, self.protocol, one_step, rollouts)
+            choice = self.stencils[name].choice if name in self.stencils else None
+            datasets[name] = dataset_errors(reader, everything, self.protocol, one_step, rollouts, choice)
             shown, eps = choose_shown(reader, self.protocol), self.protocol.eps
             sample = make_sample(reader, shown, rollouts, datasets[name], eps, domains.get(name))
             if sample is not None:

@@ -1,8 +1,8 @@
 """Run the model over one dataset and measure its errors, window by window and rollout by rollout.
 
-The predictors beside the model, persistence and the mean field (fm/evaluation/errors.py), are measured on the same
-frames. Everything is in physical units and float32, in whatever precision the model was trained, and without a GPU's
-TF32. Windows, and the rollouts of different trajectories, run in batches, since all grids of a dataset are equal.
+The predictors beside the model (fm/evaluation/errors.py) are measured on the same frames. Everything is in physical
+units and float32, in whatever precision the model was trained, and without a GPU's TF32. Windows, and the rollouts of
+different trajectories, run in batches, since all grids of a dataset are equal.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +17,10 @@ from data_pipeline.files import UserError
 from data_pipeline.registry import Domain
 from data_pipeline.windows.reader import ShardReader
 from fm.distributed import precision
-from fm.evaluation.errors import ERROR_NAMES, DatasetErrors, Errors
+from fm.evaluation.errors import ERROR_NAMES, DatasetErrors, Errors, StencilChoice
 from fm.evaluation.protocol import Protocol
 from fm.evaluation.samples import Sample, evenly_spaced
+from fm.evaluation.stencil import Stencil
 from fm.model.loss import squared_error_and_variance
 from fm.model.surrogate import Surrogate
 
@@ -44,7 +45,7 @@ class FrameErrors:
 
     trajectories: np.ndarray  # ids (N,) int64
     steps: np.ndarray  # index on the step axis (N,) int64
-    values: np.ndarray  # (N, 4, C) float64: the fields of `Errors`, in their order
+    values: np.ndarray  # (N, 5, C) float64: the fields of `Errors`, in their order
     shown: np.ndarray | None = None  # (2, n, H, W): truth and prediction of the `ShownRollout`, if it is among them
 
     @classmethod
@@ -99,6 +100,7 @@ def dataset_errors(
     protocol: Protocol,
     one_step: Sequence[FrameErrors],
     rollouts: Sequence[FrameErrors],
+    stencil: StencilChoice | None = None,
 ) -> DatasetErrors:
     """Join the errors of a dataset's one-step windows and the errors of the rollouts of `trajectories`."""
     manifest, everything = reader.manifest, range(reader.num_trajectories)
@@ -112,6 +114,7 @@ def dataset_errors(
         rollout=collect_errors(rollouts, trajectories, horizon, num_channels),
         data_digest=manifest.digest,
         grid=manifest.grid,
+        stencil=stencil,
     )
 
 
@@ -123,6 +126,7 @@ def measure_windows(
     device: torch.device,
     batch_size: int,
     advance: Advance = lambda count: None,
+    stencil: Stencil | None = None,
 ) -> FrameErrors:
     """Return the errors of one prediction of each one-step window with these ids; UserError if data are not finite."""
     parts = []
@@ -133,7 +137,9 @@ def measure_windows(
         batch = reader.batch(ids, 2).to(device)
         source, target = batch.fields[:, 0], batch.fields[:, 1]
         (prediction,) = model.iterate(source, batch.constants, reader.manifest.dataset, 1)
-        part = FrameErrors(*reader.index(2).locate(ids), measure_frames(prediction, source, target))
+        trajectories, given = reader.index(2).locate(ids)
+        linear = next(stencil.predict(reader, trajectories.tolist(), given.tolist())) if stencil else None
+        part = FrameErrors(trajectories, given, measure_frames(prediction, source, target, linear))
         _check_truth(reader, part, held=part.steps, truth=part.steps + 1)
         parts.append(part)
         advance(len(ids))
@@ -149,6 +155,7 @@ def measure_rollouts(
     device: torch.device,
     advance: Advance = lambda count: None,
     shown: ShownRollout | None = None,
+    stencil: Stencil | None = None,
 ) -> FrameErrors:
     """Return the errors of the rollouts of one of `rollout_batches`; UserError if data are not finite.
 
@@ -160,11 +167,12 @@ def measure_rollouts(
     constants = _stack([reader.constants(index) for index in trajectories], device)
     parts, fields = [], []
     predictions = model.iterate(initial, constants, reader.manifest.dataset, steps[0])
+    linear = stencil.predict(reader, trajectories, [first] * len(trajectories)) if stencil else None
     for step, prediction in enumerate(predictions, start=1):
         going = sum(length >= step for length in steps)  # the longest rollouts are the first ones
         ids = trajectories[:going]
         truth = _stack([reader.trajectory_frames(index, first + step, 1)[0] for index in ids], device)
-        values = measure_frames(prediction[:going], initial[:going], truth)
+        values = measure_frames(prediction[:going], initial[:going], truth, next(linear)[:going] if linear else None)
         part = FrameErrors(np.array(ids, np.int64), np.full(going, step - 1), values)
         _check_truth(reader, part, held=np.full(going, first), truth=part.steps + first + 1)
         parts.append(part)
@@ -191,13 +199,20 @@ def _stack(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
     return torch.from_numpy(np.stack(arrays)).to(device)
 
 
-def measure_frames(prediction: Tensor, held: Tensor, truth: Tensor) -> np.ndarray:
-    """Return the ERROR_NAMES (B, 4, C) of a batch (B, C, H, W); `held` is the frame that persistence predicts."""
+def measure_frames(prediction: Tensor, held: Tensor, truth: Tensor, linear: Tensor | None = None) -> np.ndarray:
+    """Return the ERROR_NAMES (B, 5, C) of a batch (B, C, H, W).
+
+    `held` is the frame that persistence predicts, `linear` the prediction of the linear stencil, None without one.
+    """
     squared, variance = squared_error_and_variance(prediction, truth)  # (B, C)
     persistence, _ = squared_error_and_variance(held, truth)
     cells = truth.shape[-2] * truth.shape[-1]
     mean_field = variance * (cells - 1) / cells  # the biased variance: mean squared distance from the own mean
-    return torch.stack([variance, squared, persistence, mean_field], dim=1).cpu().numpy()
+    stencil = torch.full_like(variance, torch.nan)
+    if linear is not None:
+        stencil, _ = squared_error_and_variance(linear, truth)
+        stencil = torch.where(torch.isfinite(stencil), stencil, torch.inf)
+    return torch.stack([variance, squared, persistence, mean_field, stencil], dim=1).cpu().numpy()
 
 
 def choose_shown(

@@ -25,7 +25,7 @@ from fm.evaluation.measure import FrameErrors, one_step_windows, rollout_batches
 from fm.evaluation.protocol import Protocol
 
 BATCHES = 8  # of a part of one-step windows, at most
-FORMAT = 1
+FORMAT = 2  # 2: errors of the linear stencil
 FOLDER = "parts"
 IDENTITY = "identity.json"
 _OURS = re.compile(r"(identity\.json|.+-(one_step|rollout)-\d{5,}\.npz)(\.\d+\.tmp)?")

@@ -43,6 +43,7 @@ LINES: dict[str, dict[str, Any]] = {
     "model": {"color": BLUE, "linewidth": 1.5},
     "persistence": {"color": ORANGE, "linewidth": 1.1, "linestyle": (0, (4, 1.5))},
     "mean_field": {"color": GRAY, "linewidth": 0.9, "linestyle": DOTTED},
+    "linear_stencil": {"color": GREEN, "linewidth": 1.0, "linestyle": (0, (3, 1, 1, 1))},
 }
 
 
@@ -138,11 +139,13 @@ def growth_figure(datasets: Mapping[str, DatasetErrors], protocol: Protocol) -> 
     for axes, (name, errors) in zip(panels, datasets.items(), strict=True):
         _draw_growth(axes, errors, protocol)
         axes.set_title(name, fontsize=8)
-    handles, _ = panels[0].get_legend_handles_labels()
-    handles.append(Patch(color=SHADE, linewidth=0))
+    panel = next((axes for axes, errors in zip(panels, datasets.values(), strict=True) if errors.stencil), panels[0])
+    handles, _ = panel.get_legend_handles_labels()
     labels = ["model, median", "10% to 90% of trajectories", "persistence, median", "mean field"]
+    labels += ["linear stencil, median"] if len(handles) > len(labels) else []
+    handles.append(Patch(color=SHADE, linewidth=0))
     labels.append(f"{', '.join(list(protocol.windows)[::2])} ({protocol.name} v{protocol.version})")
-    columns = 5 if len(panels) > 2 else 1
+    columns = 3 if len(panels) > 2 else 1
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=8, frameon=False)
     return figure
 
@@ -151,7 +154,8 @@ def _draw_growth(axes: Axes, errors: DatasetErrors, protocol: Protocol) -> None:
     rollout = errors.rollout.until(protocol.max_steps)  # the file may hold more steps than the protocol scores
     horizon = rollout.variance.shape[1]
     steps = np.arange(1, horizon + 1)
-    curves = {name: growth_curve(rollout, name, protocol.eps) for name in LINES}
+    shown = [name for name in LINES if name != "linear_stencil" or errors.stencil is not None]
+    curves = {name: growth_curve(rollout, name, protocol.eps) for name in shown}
     bottom, top = _limits(curves)
     for name, (median, low, high) in curves.items():
         axes.plot(steps, np.where(np.isfinite(median), median, np.nan), label=name, **LINES[name])

@@ -22,14 +22,14 @@ import yaml
 
 from data_pipeline.files import UserError, write_whole
 from data_pipeline.tables import Cell, Table, render
-from fm.evaluation.errors import ERRORS_FILE, ErrorFile, find_errors
+from fm.evaluation.errors import BASELINES, ERRORS_FILE, ErrorFile, find_errors
 from fm.evaluation.page import PAGE, Block, Code, Facts, PageTable, Paragraph, Picture, Section, render_page
 from fm.evaluation.pictures import gif, overview, strip
 from fm.evaluation.plots import QUANTILES, encode, growth_figure, rasterize, spectra_figure
 from fm.evaluation.protocol import PROTOCOLS, Protocol, load_protocol
 from fm.evaluation.samples import SAMPLES_FILE, Sample, load_samples, save_samples
-from fm.evaluation.scores import SCORES_FILE, Scores, WindowScores, score
-from fm.evaluation.tables import about, failures, score_document, score_table, vrmse_cell
+from fm.evaluation.scores import SCORES_FILE, Averages, Scores, WindowScores, score
+from fm.evaluation.tables import STENCIL_TEXT, about, failures, score_document, score_table, vrmse_cell
 
 DPI = 160
 ZOOM = 0.7  # a page has 96 pixels an inch; the text in pictures should stay readable
@@ -123,11 +123,12 @@ def report_page(
     ]
     count = sum(part.trajectories for part in scores.datasets.values())
     origin = [(name, str(value)) for name, value in scores.origin.items()]
+    windows = [block for part in scores.datasets.values() for block in part.windows.values()]
     data = f"{len(scores.datasets)} datasets, {count} trajectories, {scores.protocol.split} split"
     sections = [
         Section("summary", "Summary", _summary(scores, count)),
         Section("one-step", "One step", _one_step(scores)),
-        Section("rollouts", "Rollouts", [_score_table_block(scores, score_document(scores).tables[-1], 2)]),
+        Section("rollouts", "Rollouts", [_score_table_block(scores, score_document(scores).tables[-1], windows, 2)]),
         Section("pictures", "Pictures", _picture_blocks(pictures)),
         Section("datasets", "Datasets", subsections=datasets),
         Section("again", "The same numbers again", _reproduction(errors, scores)),
@@ -145,11 +146,16 @@ def _title(origin: Mapping[str, Any]) -> str:
 
 
 def _summary(scores: Scores, num_trajectories: int) -> list[Block]:
-    rows: list[list[Cell]] = [[name, ratio, *_wins(scores, name)] for name, ratio in scores.mean_ratios().items()]
-    table = Table("", ["scores", "VRMSE / persistence", "below persistence", "below the mean field"], rows)
+    linear = scores.stencil_ratios()
+    rows: list[list[Cell]] = [
+        [name, ratio, linear[name], *_wins(scores, name)] for name, ratio in scores.mean_ratios().items()
+    ]
+    columns = ["below persistence", "below the mean field", "below the linear stencil"]
+    table = Table("", ["scores", "VRMSE / persistence", "linear stencil / persistence", *columns], rows)
     caption = (
-        "Geometric mean over datasets of the model's VRMSE over persistence's, and on how many datasets the model is "
-        "better than the two predictors that know no physics."
+        "Geometric means over datasets of the model's VRMSE over persistence's and of the linear stencil's over "
+        "persistence's, and on how many datasets the model is better than each of the three baselines. "
+        f"{STENCIL_TEXT}"
     )
     blocks: list[Block] = [Paragraph(about(scores.protocol))]
     one_step = [part.one_step for part in scores.datasets.values() if part.one_step is not None]
@@ -167,10 +173,11 @@ def _summary(scores: Scores, num_trajectories: int) -> list[Block]:
 
 
 def _wins(scores: Scores, name: str) -> list[Cell]:
-    """On how many datasets the model beats persistence, and the mean field; a score that is not finite beats none."""
-    blocks = [block for part in scores.datasets.values() if (block := part.blocks()[name]) is not None]
+    """On how many datasets the model beats each baseline; a score that is not finite beats none."""
     cells: list[Cell] = []
-    for other in ("persistence", "mean_field"):
+    for other in BASELINES:
+        parts = [part for part in scores.datasets.values() if part.stencil is not None or other != "linear_stencil"]
+        blocks = [block for part in parts if (block := part.blocks()[name]) is not None]
         pairs = [(block.vrmse(scores.statistic), getattr(block, other)) for block in blocks]
         won = sum(model is not None and (reference is None or model < reference) for model, reference in pairs)
         cells.append(f"{won} of {len(blocks)}" if blocks else None)
@@ -181,23 +188,36 @@ def _one_step(scores: Scores) -> list[Block]:
     *tables, _ = score_document(scores).tables
     if not tables:
         return [Paragraph("Only rollouts were measured.")]
-    return [_score_table_block(scores, tables[0], 1)]
+    blocks = [part.one_step for part in scores.datasets.values() if part.one_step is not None]
+    return [_score_table_block(scores, tables[0], blocks, 1)]
 
 
-def _score_table_block(scores: Scores, table: Table, num_text_columns: int) -> PageTable:
-    """A table of scores whose last column, the ratio to persistence, is shaded."""
+SHADING = "shaded blue if it is below the best of persistence, mean field and linear stencil, else orange"
 
-    def shade(row: int, column: int) -> str:
-        value = table.rows[row][column]
-        if column < len(table.head) - 1 or not isinstance(value, float):
-            return ""
-        return "better" if value < 1 else "worse"
 
+def _score_table_block(
+    scores: Scores, table: Table, blocks: Sequence[Averages | None], num_text_columns: int
+) -> PageTable:
+    """A table of scores, one row for each of `blocks`, whose column of the protocol's statistic is shaded."""
+    shaded = table.head.index(scores.statistic)
     what = "VRMSE over the protocol's windows of steps" if num_text_columns > 1 else "VRMSE, one frame to the next"
-    caption = (
-        f"{what}. Last column: the model's {scores.statistic} over persistence's; shaded blue below 1, orange above."
+    caption = f"{what}. The model's {scores.statistic} is {SHADING}."
+    return PageTable(
+        table,
+        caption,
+        table.title,
+        num_text_columns,
+        lambda row, column: _shade(blocks[row], scores.statistic) if column == shaded else "",
     )
-    return PageTable(table, caption, table.title, num_text_columns, shade)
+
+
+def _shade(block: Averages | None, statistic: str) -> str:
+    """Return `better` if the model is below the best baseline, else `worse`; none where nothing was measured."""
+    best = block.best_baseline() if block is not None else None
+    if block is None or best is None:
+        return ""
+    value = block.vrmse(statistic)
+    return "better" if value is not None and value < best else "worse"
 
 
 def _picture_blocks(pictures: Mapping[str, bytes]) -> list[Block]:
@@ -211,7 +231,7 @@ def _picture_blocks(pictures: Mapping[str, bytes]) -> list[Block]:
         ),
         "growth": (
             "Error growth",
-            "VRMSE against rollout step for every dataset: the model, persistence and the mean field.",
+            "VRMSE against rollout step for every dataset: the model and the baselines.",
             "VRMSE, mean over channels, against the step of a rollout: the median over trajectories and, for the "
             f"model, the range from {low} to {high} of them. A trajectory that is not finite counts as infinite. Every "
             "other window of the protocol is shaded.",
@@ -270,9 +290,17 @@ def _channel_table(name: str, scores: Scores) -> PageTable:
     rows.append(["all channels", *(vrmse_cell(block, statistic) for block in blocks.values())])
     caption = (
         f"{statistic.capitalize()}; {part.grid[0]} x {part.grid[1]} grid points, {part.trajectories} trajectories, "
-        f"rollouts of up to {part.horizon} steps."
+        f"rollouts of up to {part.horizon} steps. A score is {SHADING}."
     )
-    return PageTable(Table("", ["channel", *heads], rows), caption, "VRMSE by channel")
+    if part.stencil is not None:
+        caption += f" Linear stencil: frames, ridge {part.stencil.describe()} (one step / rollouts)."
+    cells = [[block.per_channel[channel] for block in blocks.values()] for channel in part.channels]
+    cells.append(list(blocks.values()))
+
+    def shade(row: int, column: int) -> str:
+        return _shade(cells[row][column - 1], statistic) if column else ""
+
+    return PageTable(Table("", ["channel", *heads], rows), caption, "VRMSE by channel", cell_class=shade)
 
 
 def _reproduction(errors: ErrorFile, scores: Scores) -> list[Block]:

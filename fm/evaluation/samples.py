@@ -82,7 +82,7 @@ def save_samples(path: Path, samples: Sequence[Sample]) -> None:
 
 def load_samples(path: Path) -> list[Sample]:
     """Read a file of `save_samples`; UserError if it is missing, damaged, or of another format."""
-    with stored_arrays(path, SAMPLES_FILE, FORMAT) as (head, arrays):
+    with stored_arrays(path, SAMPLES_FILE, (FORMAT,)) as (head, arrays):
         return [_unpack(arrays, number, facts) for number, facts in enumerate(head["samples"])]
 
 

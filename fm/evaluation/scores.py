@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from data_pipeline.files import UserError, write_whole
-from fm.evaluation.errors import FORMAT, PREDICTORS, DatasetErrors, ErrorFile, Errors
+from fm.evaluation.errors import BASELINES, FORMAT, PREDICTORS, DatasetErrors, ErrorFile, Errors, StencilChoice
 from fm.evaluation.protocol import Protocol, Window, check_same_rollouts
 
 ONE_STEP = "one step"
@@ -33,14 +33,19 @@ class Averages:
 
     median: float | None  # of the model
     mean: float | None  # of the model
-    persistence: float | None  # by the protocol's statistic, as are the next two
+    persistence: float | None  # by the protocol's statistic, as are the next three
     mean_field: float | None
+    linear_stencil: float | None = field(default=None, kw_only=True)  # None too where there is no stencil
     ratio_to_persistence: float | None
 
     def vrmse(self, statistic: str) -> float | None:
         """Return the model's `median` or `mean`."""
         value: float | None = getattr(self, statistic)
         return value
+
+    def best_baseline(self) -> float | None:
+        """Return the lowest VRMSE of persistence, mean field and linear stencil; None if all are missing."""
+        return min((value for name in BASELINES if (value := getattr(self, name)) is not None), default=None)
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class DatasetScores:
     one_step: BlockScores | None  # None if only rollouts were measured
     windows: dict[str, WindowScores | None]  # by name; None if no trajectory covers the whole window
     diverged: dict[int, int]  # trajectory id -> first step that is not finite
+    stencil: StencilChoice | None = None  # None: there is no linear stencil
 
     def blocks(self) -> dict[str, BlockScores | None]:
         """Return the one-step scores, named ONE_STEP, and those of the windows."""
@@ -109,6 +115,15 @@ class Scores:
         one_step = any(part.one_step is not None for part in self.datasets.values())
         first = {ONE_STEP: self.geometric_mean_ratio_to_persistence} if one_step else {}
         return {**first, **self.geometric_mean_ratio_to_persistence_windows}
+
+    def stencil_ratios(self) -> dict[str, float | None]:
+        """Return the geometric means of the linear stencil's VRMSE over persistence's by block, as `mean_ratios`."""
+        ratios = {}
+        for name in self.mean_ratios():
+            blocks = [part.blocks()[name] for part in self.datasets.values()]
+            pairs = [(block.linear_stencil, block.persistence) if block else (None, None) for block in blocks]
+            ratios[name] = geometric_mean([ours / held if ours is not None and held else None for ours, held in pairs])
+        return ratios
 
     def to_json(self) -> dict[str, Any]:
         """Return the scores as strict JSON."""
@@ -176,6 +191,7 @@ def _score_dataset(errors: DatasetErrors, protocol: Protocol) -> DatasetScores:
             name: _score_window(rollout, window, errors.channels, protocol) for name, window in protocol.windows.items()
         },
         diverged={trajectory: step for trajectory, step in failures if step},
+        stencil=errors.stencil,
     )
 
 
@@ -212,7 +228,7 @@ def _score_block(vrmse: Mapping[str, np.ndarray], channels: Sequence[str], proto
 
 def _average(vrmse: Mapping[str, np.ndarray], protocol: Protocol) -> Averages:
     model = {statistic: aggregate(vrmse["model"], protocol, statistic) for statistic in ("median", "mean")}
-    others = {name: aggregate(vrmse[name], protocol, protocol.trajectories) for name in PREDICTORS[1:]}
+    others = {name: aggregate(vrmse[name], protocol, protocol.trajectories) for name in BASELINES}
     ours, persistence = model[protocol.trajectories], others["persistence"]
     ratio = ours / persistence if ours is not None and persistence else None
     return Averages(**model, **others, ratio_to_persistence=ratio)

@@ -10,11 +10,16 @@ from typing import TypeAlias
 
 from data_pipeline.files import UserError
 from data_pipeline.tables import Cell, Document, Marked, Table, format_number, render
-from fm.evaluation.errors import ErrorFile, find_errors
+from fm.evaluation.errors import BASELINES, ErrorFile, find_errors
 from fm.evaluation.protocol import STATISTICS, Protocol
 from fm.evaluation.scores import ONE_STEP, BlockScores, Scores, WindowScores, geometric_mean, mean_ranks, score, wins
 
-FIXED_COLUMNS = ("dataset", "steps", "change", "persistence", "mean field")  # no run may have such a label
+BASELINE_HEADS = tuple(name.replace("_", " ") for name in BASELINES)
+FIXED_COLUMNS = ("dataset", "steps", "change", *BASELINE_HEADS)  # no run may have such a label
+STENCIL_TEXT = (
+    "Linear stencil: ridge regression of the next frame on 5 x 5 points of the last frames, fitted to the train split; "
+    "frames and ridge strength are those with the lowest error on the valid split."
+)
 Runs: TypeAlias = Mapping[str, Scores]  # by label
 
 
@@ -26,7 +31,7 @@ def score_table(scores: Scores) -> str:
 def score_document(scores: Scores) -> Document:
     """Return the one-step table, if one step was measured, the rollout table and a summary."""
     statistic = scores.statistic
-    columns = ["median", "mean", "persistence", "mean field", f"{statistic} / persistence"]
+    columns = ["median", "mean", *BASELINE_HEADS, f"{statistic} / persistence"]
     one_step: list[list[Cell]] = []
     rollout: list[list[Cell]] = []
     for name, part in scores.datasets.items():
@@ -60,14 +65,17 @@ def window_steps(block: WindowScores | None, horizon: int) -> str:
 
 def _columns(block: BlockScores | None, statistic: str) -> list[Cell]:
     if block is None:
-        return [None] * 5
+        return [None] * (len(BASELINES) + 3)
     model = [vrmse_cell(block, name) if name == statistic else block.vrmse(name) for name in ("median", "mean")]
-    return [*model, block.persistence, block.mean_field, block.ratio_to_persistence]
+    return [*model, *(getattr(block, name) for name in BASELINES), block.ratio_to_persistence]
 
 
 def _summary(scores: Scores) -> list[str]:
     ratios = ", ".join(f"{name} {format_number(value)}" for name, value in scores.mean_ratios().items())
     lines = [f"Geometric mean over datasets of the ratio to persistence: {ratios}."]
+    if any(part.stencil is not None for part in scores.datasets.values()):
+        ratios = ", ".join(f"{name} {format_number(value)}" for name, value in scores.stencil_ratios().items())
+        lines += [f"The same mean for the linear stencil: {ratios}.", *stencil_notes(scores)]
     rollouts_only = [name for name, part in scores.datasets.items() if part.one_step is None]
     if rollouts_only:
         lines.append(f"Only rollouts were measured, no one-step predictions: {', '.join(rollouts_only)}.")
@@ -77,6 +85,12 @@ def _summary(scores: Scores) -> list[str]:
         if part.diverged:
             lines.append(f"Diverged on {name}: {failures(part.diverged)}.")
     return lines
+
+
+def stencil_notes(scores: Scores) -> list[str]:
+    """Return how the linear stencils were fitted, and what was chosen for each dataset; empty if there are none."""
+    chosen = [f"{name} {part.stencil.describe()}" for name, part in scores.datasets.items() if part.stencil is not None]
+    return [f"{STENCIL_TEXT} Frames, ridge (one step / rollouts): {'; '.join(chosen)}."] if chosen else []
 
 
 def failures(diverged: Mapping[int, int]) -> str:
@@ -154,6 +168,8 @@ def compare_document(runs: Runs) -> Document:
     tables.append(_comparison(runs, blocks, names, protocol.trajectories))
     alone = [name for name in names if not all(name in scores.datasets for scores in runs.values())]
     notes = [f"Not in the summary, for not all runs have it: {', '.join(alone)}."] if alone else []
+    stencils = {name: part for scores in runs.values() for name, part in scores.datasets.items() if part.stencil}
+    notes += stencil_notes(replace(next(iter(runs.values())), datasets=dict(sorted(stencils.items()))))
     return Document(about(protocol), tables, notes)
 
 
@@ -171,11 +187,12 @@ def _block_table(runs: Runs, block: str, names: Sequence[str], statistic: str) -
         if change:
             before, after = (cell.vrmse(statistic) if cell else None for cell in cells)
             row.append(after / before - 1 if before and after is not None else None)
-        measured = next((cell for cell in cells if cell is not None), None)
-        row += [measured.persistence, measured.mean_field] if measured else [None, None]
+        for baseline in BASELINES:  # equal in all runs, but older evaluations have no linear stencil
+            known = (getattr(cell, baseline) for cell in cells if cell is not None)
+            row.append(next((value for value in known if value is not None), None))
         rows.append(row)
     title, steps = ("One step", []) if block == ONE_STEP else (f"Rollout, {block}", ["steps"])
-    return Table(title, ["dataset", *steps, *runs, *change, "persistence", "mean field"], rows, percents=change)
+    return Table(title, ["dataset", *steps, *runs, *change, *BASELINE_HEADS], rows, percents=change)
 
 
 def _comparison(runs: Runs, blocks: Sequence[str], names: Sequence[str], statistic: str) -> Table:

@@ -11,8 +11,10 @@ from typing import Any
 
 from data_pipeline.tables import DASH, Cell, Document, Marked, Table, format_number
 from fm.checkpoint import load_pretrained
+from fm.evaluation.errors import BASELINES
 from fm.evaluation.protocol import load_protocol
 from fm.evaluation.scores import ONE_STEP, Scores, geometric_mean, mean_ranks, spearman
+from fm.evaluation.tables import BASELINE_HEADS
 from fm.lab.sweep_file import Sweep, Trial, check_same_data, find_changes, read_scores
 from fm.training.runlog import parse_lines
 
@@ -57,10 +59,7 @@ def sweep_results(sweep: Sweep, trials: Sequence[Trial], failed: Collection[str]
     # References are the same for all runs.
     parts = next(iter(scores.values())).datasets if datasets else {}
     references = {
-        name: {
-            block: {key: getattr(parts[name].blocks()[block], key, None) for key in ("persistence", "mean_field")}
-            for block in blocks
-        }
+        name: {block: {key: getattr(parts[name].blocks()[block], key, None) for key in BASELINES} for block in blocks}
         for name in datasets
     }
     return {
@@ -169,14 +168,16 @@ def sweep_document(sweep: Sweep, results: Mapping[str, Any]) -> Document:
         scores = [row["scores"][block] for row in done]
         body: list[list[Cell]] = []
         for name, reference in references.items():
-            persistence, mean_field = reference[block]["persistence"], reference[block]["mean_field"]
+            persistence = reference[block]["persistence"]
             cells = [
                 _score(one["vrmse"][name], persistence is not None, one["diverged"][name], one["count"][name])
                 for one in scores
             ]
-            body.append([name, *cells, persistence, mean_field])
-        body.append(["geometric mean / persistence", *(_ratio(one, covered[block]) for one in scores), None, None])
-        head = ["dataset", *(row["variant"] for row in done), "persistence", "mean field"]
+            body.append([name, *cells, *(reference[block].get(baseline) for baseline in BASELINES)])
+        body.append(
+            ["geometric mean / persistence", *(_ratio(one, covered[block]) for one in scores), *[None] * len(BASELINES)]
+        )
+        head = ["dataset", *(row["variant"] for row in done), *BASELINE_HEADS]
         tables.append(Table("One step" if block == ONE_STEP else f"Rollout, {block}", head, body))
     return Document(about, tables, _notes(sweep, results))
 

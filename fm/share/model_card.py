@@ -196,14 +196,18 @@ def _score_context(scores: Scores | None) -> dict[str, Any]:
         return {"score_table": "", "ratios": "", "no_better": ""}
     rows: list[list[Cell]] = []
     no_better: dict[str, list[str]] = {}
+    shown = ["persistence"]
+    if any(part.stencil is not None for part in scores.datasets.values()):
+        shown.append("linear_stencil")
+    heads = [name.replace("_", " ") for name in shown]
     for name, part in scores.datasets.items():
         row: list[Cell] = [name]
         for window, block in part.blocks().items():
-            row += [vrmse_cell(block, scores.statistic), block.persistence if block else None]
+            row += [vrmse_cell(block, scores.statistic), *(getattr(block, name, None) for name in shown)]
             if block is not None and (block.ratio_to_persistence is None or block.ratio_to_persistence >= 1):
                 no_better.setdefault(window, []).append(name)
         rows.append(row)
-    head = ["dataset", *(name for block in (ONE_STEP, *scores.protocol.windows) for name in (block, "persistence"))]
+    head = ["dataset", *(name for block in (ONE_STEP, *scores.protocol.windows) for name in (block, *heads))]
     return {
         "score_table": markdown(head, Table("", head, rows).text_rows()),
         "ratios": ", ".join(f"{name} {format_number(value)}" for name, value in scores.mean_ratios().items()),

@@ -12,9 +12,9 @@ from fm.evaluation.scores import Averages, BlockScores, DatasetScores, Scores, W
 def level_errors(
     num_trajectories: int, num_steps: int, num_channels: int, level: float, variance: float = 1.0
 ) -> Errors:
-    """VRMSE `level` at every step of every channel at eps 0; 1 of persistence and of the mean field."""
+    """VRMSE `level` at every step of every channel at eps 0; 1 of persistence and of the mean field, no stencil."""
     shape = (num_trajectories, num_steps, num_channels)
-    return Errors(*(np.full(shape, variance * value) for value in (1.0, level**2, 1.0, 1.0)))
+    return Errors(*(np.full(shape, variance * value) for value in (1.0, level**2, 1.0, 1.0, np.nan)))
 
 
 def error_file(
@@ -32,7 +32,8 @@ def errors_of(model: np.ndarray, persistence: float = 4.0) -> Errors:
     """Errors with VRMSE `model` (R, S, C) at eps 0: unit variance; NaN in `model` is a step that is not there."""
     there = ~np.isnan(model)
     variance = np.where(there, 1.0, np.nan)
-    return Errors(variance, model**2, np.where(there, persistence**2, np.nan), np.where(there, 0.81, np.nan))
+    others = (np.where(there, value, np.nan) for value in (persistence**2, 0.81, np.nan))
+    return Errors(variance, model**2, *others)
 
 
 def dataset_errors(rollout: np.ndarray, one_step: np.ndarray | None = None) -> DatasetErrors:

@@ -72,8 +72,23 @@ def test_bad_error_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"shear_flow: \(0,\) trajectory ids for 1 rollouts"):
         ErrorFile.load(path)
     np.savez(path, head=np.array(json.dumps({"format": 99})))
-    with pytest.raises(UserError, match=r"expected the errors\.npz .* got ValueError\(.format 99, not 2"):
+    with pytest.raises(UserError, match=r"expected the errors\.npz .* got ValueError\(.format 99, not 2 or 3"):
         ErrorFile.load(path)
+
+
+def test_a_file_of_format_2_has_no_linear_stencil(tmp_path: Path) -> None:
+    path = tmp_path / "errors.npz"
+    ErrorFile(PLAIN, {"shear_flow": dataset_errors(np.ones((1, 2, 1)))}).save(path)
+    with np.load(path) as file:
+        arrays = {name: array for name, array in file.items() if "linear_stencil" not in name}
+    np.savez(path, **arrays)
+    with pytest.raises(UserError, match="linear_stencil"):  # a file of this format has one
+        ErrorFile.load(path)
+    np.savez(path, **{**arrays, "head": np.array(json.dumps({**json.loads(str(arrays["head"])), "format": 2}))})
+    part = ErrorFile.load(path).datasets["shear_flow"]
+    assert part.stencil is None
+    assert np.isnan(part.one_step.linear_stencil).all()
+    np.testing.assert_array_equal(part.rollout.model, 1.0)
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "", "growth", "overview", "spectra", 'a"b'])

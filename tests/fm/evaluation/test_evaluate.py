@@ -33,6 +33,7 @@ from fm.evaluation.measure import (
 from fm.evaluation.protocol import PROTOCOLS, Protocol
 from fm.evaluation.samples import evenly_spaced, load_samples
 from fm.evaluation.scores import Scores, score
+from fm.evaluation.stencil_choice import fitted_stencils
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.wavelit import WaveLiTFM
 
@@ -139,6 +140,29 @@ def test_the_mean_field_scores_about_one(report: tuple[Path, Scores]) -> None:
     for part in report[1].datasets.values():
         for cell in part.blocks().values():
             assert cell.mean_field == pytest.approx(1, abs=0.01)
+
+
+def test_linear_stencils_are_measured_on_the_same_frames(
+    model: WaveLiTFM, readers: dict[str, ShardReader], tiny_shards: Path, tmp_path: Path
+) -> None:
+    name, others = "shear_flow", {"shear_flow": readers["shear_flow"], "active_matter": readers["active_matter"]}
+    fit = (ShardReader(tiny_shards, name, "train"), ShardReader(tiny_shards, name, "valid"))
+    scores = evaluate_model(
+        model, others, tmp_path / "out", THIRDS, CPU, progress=False, fit_readers={name: fit}, cache=tmp_path
+    )
+    assert scores.datasets["active_matter"].one_step.linear_stencil is None
+    errors = ErrorFile.load(tmp_path / "out" / "errors.npz").datasets[name]
+    assert errors.stencil == scores.datasets[name].stencil is not None
+    stencils = fitted_stencils(*fit, THIRDS, 0, CPU, tmp_path)
+    run = frames(readers[name], 1)
+    state = next(stencils.one_step.predict(readers[name], [1], [5]))[0].numpy()
+    np.testing.assert_allclose(errors.one_step.vrmse("linear_stencil", 1e-7)[1, 5], vrmse(state, run[6]), rtol=1e-3)
+    states = stencils.rollout.predict(readers[name], [1], [0])
+    for step in range(1, len(run)):
+        measured = errors.rollout.vrmse("linear_stencil", 1e-7)[1, step - 1]
+        np.testing.assert_allclose(measured, vrmse(next(states)[0].numpy(), run[step]), rtol=1e-3)
+    part = scores.datasets[name]
+    assert part.one_step.linear_stencil < part.one_step.persistence
 
 
 def test_model_errors_lie_where_they_belong(

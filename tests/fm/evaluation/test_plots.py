@@ -40,7 +40,7 @@ def test_growth_curves_keep_diverged_trajectories_as_infinity() -> None:
     model = np.full((3, 4, 2), 0.25)
     model[2, 2:] = np.nan
     ones = np.ones_like(model)
-    median, low, high = growth_curve(Errors(ones, model, ones, ones), "model", 0.0)
+    median, low, high = growth_curve(Errors(ones, model, ones, ones, ones), "model", 0.0)
     assert median.tolist() == low.tolist() == [0.5] * 4
     assert high.tolist() == [0.5, 0.5, math.inf, math.inf]
 
@@ -49,7 +49,7 @@ def test_the_growth_figure_marks_failures() -> None:
     model = np.full((3, 9, 2), 0.25)
     model[2, 4:] = np.nan
     ones = np.ones_like(model)
-    errors = Errors(ones, model, ones, ones)
+    errors = Errors(ones, model, ones, ones, ones)
     part = DatasetErrors(("a", "b"), np.arange(3), errors, errors, "x", (16, 16))
     figure = growth_figure({"shear_flow": part}, PROTOCOLS["thirds"])
     figure.draw_without_rendering()

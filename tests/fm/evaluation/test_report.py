@@ -20,7 +20,7 @@ from samples import ramp_sample
 
 from data_pipeline.files import UserError
 from fm.cli import main
-from fm.evaluation.errors import ErrorFile
+from fm.evaluation.errors import ErrorFile, StencilChoice
 from fm.evaluation.pictures import gif
 from fm.evaluation.protocol import PROTOCOLS, load_protocol
 from fm.evaluation.report import report_page, rescore, write_report
@@ -73,11 +73,23 @@ def test_the_title_says_whose_scores_they_are(whole: str) -> None:
     assert any("protocol thirds v1: VRMSE in physical units, eps 1e-07" in text for text in texts)
 
 
-def test_ratios_are_shaded_by_the_side_of_1_they_are_on(whole: str) -> None:
-    assert re.findall(r'<td class="(\w+)">([\d.]+)</td>', whole) == [
+def test_the_model_is_shaded_by_the_best_baseline(whole: str) -> None:
+    shaded = re.findall(r'<td class="(better|worse)">([\d.]+)</td>', whole)
+    assert shaded[:8] == [
         ("worse", "1.5000"), ("better", "0.2500"),  # one step
         *[("worse", "1.5000")] * 3, *[("better", "0.2500")] * 3,
     ]  # fmt: skip
+    assert shaded[8:] == [("worse", "1.5000")] * 12 + [("better", "0.2500")] * 12  # by channel
+    errors = error_file(shear_flow=0.25)
+    part = errors.datasets["shear_flow"]
+    better = replace(part.one_step, linear_stencil=np.full_like(part.one_step.model, 0.04))
+    worse = replace(part, one_step=better, stencil=StencilChoice(3, 1e-6, 1, 0.1))
+    page = page_of(replace(errors, datasets={"shear_flow": worse}))
+    assert re.findall(r'<td class="(better|worse)">([\d.]+)</td>', page)[:2] == [
+        ("worse", "0.2500"),
+        ("better", "0.2500"),
+    ]
+    assert "frames, ridge 3, 1e-06 / 1, 0.1 (one step / rollouts)" in page
     assert Reader(whole).texts.count("1 of 2") == 2 * 4  # below persistence, below the mean field, in each block
 
 
@@ -252,7 +264,7 @@ def test_compare_needs_no_torch_either(run: Path, tmp_path: Path) -> None:
     done = fm("compare", run, run, "--labels", "a,b", "--protocol", "wavelit", "--format", "json", "--out", out)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     whole = json.loads(out.read_text())
-    assert whole["tables"][0]["head"] == ["dataset", "a", "b", "change", "persistence", "mean field"]
+    assert whole["tables"][0]["head"] == ["dataset", "a", "b", "change", "persistence", "mean field", "linear stencil"]
     assert (
         "shear_flow: not comparable with published scores: grid 16 x 16, published 256 x 512; 3 tr" in whole["notes"][1]
     )

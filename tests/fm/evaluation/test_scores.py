@@ -48,7 +48,7 @@ def test_channels_are_averaged_after_the_root_and_stay_apart_per_channel() -> No
 
 
 def test_eps_enters_under_the_root() -> None:
-    errors = Errors(*(np.full((1, 1, 1), value) for value in (3.0, 8.0, 1.0, 1.0)))
+    errors = Errors(*(np.full((1, 1, 1), value) for value in (3.0, 8.0, 1.0, 1.0, 4.0)))
     assert errors.vrmse("model", 1.0)[0, 0, 0] == math.sqrt(2.0)
 
 
@@ -75,7 +75,7 @@ def test_a_diverged_rollout_is_counted_and_never_averaged_away() -> None:
 
 
 def test_not_a_number_counts_as_diverged_where_the_step_exists() -> None:
-    errors = Errors(*(np.full((1, 2, 1), value) for value in (1.0, math.nan, 1.0, 1.0)))
+    errors = Errors(*(np.full((1, 2, 1), value) for value in (1.0, math.nan, 1.0, 1.0, math.nan)))
     assert np.isinf(errors.vrmse("model", 0.0)).all()
     assert errors.first_failures().tolist() == [1]
 
@@ -110,9 +110,9 @@ def test_the_keys_of_the_scores_file_keep_their_order(tmp_path: Path) -> None:
     ]
     part = whole["datasets"]["shear_flow"]
     assert list(part) == [
-        *("data_digest", "grid", "channels", "trajectories", "horizon", "one_step", "windows", "diverged"),
+        *("data_digest", "grid", "channels", "trajectories", "horizon", "one_step", "windows", "diverged", "stencil"),
     ]
-    averages = ["median", "mean", "persistence", "mean_field", "ratio_to_persistence"]
+    averages = ["median", "mean", "persistence", "mean_field", "linear_stencil", "ratio_to_persistence"]
     assert list(part["one_step"]) == [*averages, "count", "diverged", "per_channel"]
     assert list(part["windows"]["all"]) == ["first", "last", *part["one_step"]]
     assert list(part["one_step"]["per_channel"]["c0"]) == averages

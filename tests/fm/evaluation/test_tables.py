@@ -1,6 +1,7 @@
 """Tables of one evaluation and of several, marks where a model diverged, and the effect of eps against its formula."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from error_files import error_file
 
 from data_pipeline.files import UserError
 from data_pipeline.tables import Marked, Table, render
-from fm.evaluation.errors import DatasetErrors, ErrorFile, Errors
+from fm.evaluation.errors import DatasetErrors, ErrorFile, Errors, StencilChoice
 from fm.evaluation.protocol import PROTOCOLS
-from fm.evaluation.scores import score
+from fm.evaluation.scores import Scores, score
 from fm.evaluation.tables import compare_document, load_runs, score_document, score_table
 
 
@@ -26,7 +27,7 @@ def test_the_score_table_has_protocol_persistence_mean_field_and_every_window() 
     table = score_table(score(error_file(shear_flow=0.25, active_matter=0.5)))
     assert "protocol thirds v1" in table
     one_step, first, middle, last = cells(table, "shear_flow")
-    assert one_step == ["shear_flow", "27", "0.2500", "0.2500", "1.0000", "1.0000", "0.2500"]
+    assert one_step == ["shear_flow", "27", "0.2500", "0.2500", "1.0000", "1.0000", "-", "0.2500"]
     assert [row[1:4] for row in (first, middle, last)] == [
         ["first_third", "1-3", "3"],
         ["middle_third", "4-6", "3"],
@@ -39,14 +40,14 @@ def test_the_score_table_marks_divergence_and_missing_windows() -> None:
     model = np.full((3, 9, 1), 0.25)
     model[0, 7:] = np.inf
     ones = np.ones_like(model)
-    rollout = Errors(ones, model, ones, ones)
-    part = DatasetErrors(("a",), np.array([4, 5, 6]), Errors(*[ones] * 4), rollout, "x", (16, 16))
+    rollout = Errors(ones, model, ones, ones, ones)
+    part = DatasetErrors(("a",), np.array([4, 5, 6]), Errors(*[ones] * 5), rollout, "x", (16, 16))
     file = ErrorFile(PROTOCOLS["thirds"], {"shear_flow": part})
     *_, last = cells(score_table(score(file)), "shear_flow")
     assert last[4:6] == ["0.5000 (1 of 3 diverged)", "-"]
     assert "Diverged on shear_flow: trajectory 4 at step 8." in score_table(score(file))
     _, short, long = cells(score_table(score(file, PROTOCOLS["wavelit"])), "shear_flow")
-    assert short[1:] == ["1:20", "horizon is 9", "0", "-", "-", "-", "-", "-"]
+    assert short[1:] == ["1:20", "horizon is 9", "0", "-", "-", "-", "-", "-", "-"]
     assert long[1] == "21:60"
 
 
@@ -55,6 +56,24 @@ def test_the_document_keeps_full_precision() -> None:
     assert one_step.rows[0][:2] == ["shear_flow", 27]
     assert one_step.rows[0][2] == score(error_file(shear_flow=1 / 3)).datasets["shear_flow"].one_step.median
     assert rollout.rows[0][1:4] == ["first_third", "1-3", 3]
+
+
+def test_the_linear_stencil_has_a_column_a_mean_and_a_note() -> None:
+    file = error_file(shear_flow=0.5, active_matter=0.25)
+    part = file.datasets["shear_flow"]
+    known = dataclasses.replace(part.one_step, linear_stencil=np.full_like(part.one_step.model, 0.09))
+    choice = StencilChoice(3, 1e-6, 1, 0.1)
+    both = {**file.datasets, "shear_flow": dataclasses.replace(part, one_step=known, rollout=known, stencil=choice)}
+    older, newer = score(file), score(dataclasses.replace(file, datasets=both))
+    assert newer.datasets["shear_flow"].one_step.best_baseline() == pytest.approx(0.3)
+    assert Scores.from_json(json.dumps(newer.to_json()), "here") == newer
+    text = score_table(newer)
+    assert cells(text, "shear_flow")[0][-2] == "0.3000"
+    assert cells(text, "active_matter")[0][-2] == "-"
+    assert "shear_flow 3, 1e-06 / 1, 0.1." in text
+    one_step = compare_document({"older": older, "newer": newer}).tables[0]  # from the run that has it
+    assert one_step.rows[1][-1] == pytest.approx(0.3)
+    assert older.datasets["shear_flow"].one_step.linear_stencil is None
 
 
 RATIO = "geometric mean of the ratio to persistence"
@@ -79,9 +98,9 @@ def test_two_runs_have_a_change_and_the_readmes_layout() -> None:
     }
     tables = tables_of(**runs)
     table = tables["One step"]
-    assert table.head == ["dataset", "pretrained", "finetuned", "change", "persistence", "mean field"]
+    assert table.head == ["dataset", "pretrained", "finetuned", "change", "persistence", "mean field", "linear stencil"]
     assert table.rows[1][0] == "shear_flow"
-    assert table.rows[1][1:] == pytest.approx([0.5, 0.25, -0.5, 1.0, 1.0], rel=1e-6)
+    assert table.rows[1][1:-1] == pytest.approx([0.5, 0.25, -0.5, 1.0, 1.0], rel=1e-6)
     assert tables["Rollout, last_third"].rows[0][:2] == ["active_matter", "7-9"]
     assert tables["Rollout, last_third"].rows[0][4] == pytest.approx(0.5, rel=1e-6)
     text = render(compare_document({name: score(file) for name, file in runs.items()}), "md")
@@ -122,7 +141,7 @@ def test_the_summary_counts_rollouts_that_diverged_where_the_median_does_not_tel
 def test_a_window_that_no_run_covers_counts_for_none() -> None:
     runs = {name: score(error_file(shear_flow=0.5), PROTOCOLS["wavelit"]) for name in ("a", "b")}
     _, window, _, summary = compare_document(runs).tables
-    assert window.rows == [["shear_flow", "horizon is 9", None, None, None, None, None]]
+    assert window.rows == [["shear_flow", "horizon is 9", *[None] * 6]]
     assert summary.rows[2] == ["1:20", "a", 0, 0, None, None, None]
 
 
@@ -137,7 +156,7 @@ def test_a_dataset_that_one_run_lacks_is_shown_and_left_out_of_the_summary() -> 
 
 def test_one_run_has_its_own_table() -> None:
     tables = tables_of(only=error_file(shear_flow=0.5))
-    assert tables["One step"].head == ["dataset", "only", "persistence", "mean field"]
+    assert tables["One step"].head == ["dataset", "only", "persistence", "mean field", "linear stencil"]
     *_, summary = tables.values()
     assert summary.head == ["scores", "run", "datasets", "diverged", RATIO]
 
