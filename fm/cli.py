@@ -196,7 +196,7 @@ def export(options: Namespace) -> None:
     arg("--steps", type=int, required=True, metavar="N", help="number of steps to predict"),
     arg("--dataset", metavar="NAME", help="dataset of the file (default: the name in the file)"),
     arg("--trajectory", nargs="+", metavar="I", help="numbers of trajectories, or all (default: all)"),
-    arg("--start", type=int, default=0, metavar="T", help="frame to start from, counted from 0"),
+    arg("--start", type=int, metavar="T", help="last frame given, counted from 0 (default: the first possible)"),
     arg("--registry", metavar="FOLDER", help="folder of your own cards (default: the model's cards)"),
     arg("--force", action="store_true", help="replace PRED if it exists"),
 )

@@ -55,6 +55,7 @@ class DataSettings:
 
     shards: str  # folder or URL (https://, s3://, gs://, hf://) with <dataset>/<split>/manifest.json
     datasets: list[str] | None = None  # official names; null means every dataset in the folder
+    context: Annotated[int, Field(ge=1, le=64)] = 1  # input frames n of a model step; the paper's models see one
     registry: str | None = None  # folder of your own cards; null means WAVELIT_REGISTRY
     # threads per rank that read batches ahead, at most one from a URL; batches do not depend on it
     workers: NonNegativeInt = 1
@@ -82,8 +83,7 @@ class SamplingSettings:
     # how strongly shares follow the scores, for scheme: adaptive; 0 is not at all
     power: Annotated[float, Field(ge=0, le=10)] = 1.0
     floor: Annotated[float, Field(ge=0, lt=1)] = 0.02  # least share of a dataset, for scheme: adaptive
-    # Passes over a dataset above which the run warns, null for never; the paper's 1M steps make 35, its most, over
-    # viscoelastic_instability.
+    # passes over a dataset above which the run warns, null: never; the paper's 1M steps make at most 35
     max_passes: PositiveFloat | None = 40.0
     shuffle: Literal["global", "blocks"] = "global"  # blocks: shards permuted, windows within blocks of shards
     shards_per_block: PositiveInt = 4  # for shuffle: blocks
@@ -112,8 +112,7 @@ class TrainSettings:
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW's
     clip: PositiveFloat = 1.0  # global gradient norm
     jitter: NonNegativeFloat = 0.0  # Gaussian noise on true input frames, in units of each channel's std
-    # transform each window by a random symmetry of its dataset, as the card names them (fm/training/augment.py)
-    augment: bool = False
+    augment: bool = False  # transform each window by a random symmetry that its dataset's card names
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999  # decay of the averaged weights; rises as (1 + step) / (10 + step)
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else float32
     # losses are read back from a GPU every so many steps, so that it need not wait; null: 10 on a GPU, 1 on a CPU. The
@@ -141,8 +140,7 @@ class GuardSettings:
     # stop: end the run; skip: leave the step out; rollback: return to the last checkpoint, and leave the step out this
     # time. In each case the weights before the step are kept in <run>/incidents for `fm replay`.
     action: Literal["stop", "skip", "rollback"] = "stop"
-    # A loss is a spike if its logarithm exceeds the median of the recent logarithms by more than this many median
-    # absolute deviations, 10 say; null: no loss is
+    # a loss is a spike if its logarithm is so many median absolute deviations, 10 say, above the median; null: none is
     spike: PositiveFloat | None = None
     history: Annotated[int, Field(ge=4)] = 128  # recent steps of each dataset that give median and deviation
     max_events: NonNegativeInt = 10  # refused steps in a run; one more ends it
@@ -172,14 +170,12 @@ class FinetuneSettings:
     objective: Literal["scheduled_sampling", "bptt", "causal_bptt", "pushforward"] = "scheduled_sampling"
     unroll_steps: PositiveInt = 4  # K: model steps per window
     unroll_override: dict[str, PositiveInt] = field(default_factory=dict)  # dataset -> K
-    # K of the first training step, which then grows to its full length; null: at once
-    unroll_start: PositiveInt | None = None
+    unroll_start: PositiveInt | None = None  # K of the first training step, which then grows; null: K at once
     unroll_growth: Annotated[float, Field(gt=0, le=1)] = 0.5  # share of the run in which K grows
     forcing: Literal["linear", "cosine", "inverse_sigmoid"] = "linear"  # scheduled_sampling: from start to end
     forcing_start: Probability = 1.0  # scheduled_sampling: probability of feeding the truth at the first training step
     forcing_end: Probability = 0.0  # and at the last
-    # causal_bptt: weight of model step k is exp(-causal_eps x loss of the steps before it)
-    causal_eps: NonNegativeFloat = 1.0
+    causal_eps: NonNegativeFloat = 1.0  # causal_bptt: weight of step k is exp(-causal_eps x loss of the steps before)
     checkpoint_activations: bool = False  # keep only the states between model steps: less memory, a third more work
     rehearse: bool = True  # before step 0, take the longest unroll on the largest grid once, to see that it fits
     # One-step regression limit: one-step VRMSE (geometric mean over datasets, valid split) may be at most this factor
@@ -328,9 +324,13 @@ class Recipe:
             sampling.shuffle, sampling.shards_per_block, cache, int(data.cache_gb * 1e9), data.prefetch
         )
 
+    def unroll_steps(self, dataset: str) -> int:
+        """Return the number of model steps in a training window of a dataset."""
+        return self.finetune.unroll_of(dataset) if self.finetune else 1
+
     def window_length(self, dataset: str) -> int:
-        """Return the number of frames in a training window of a dataset: the input and one target per model step."""
-        return 1 + (self.finetune.unroll_of(dataset) if self.finetune else 1)
+        """Return the number of frames in a training window of a dataset: the input frames, a target per model step."""
+        return self.data.context + self.unroll_steps(dataset)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -96,21 +96,28 @@ def open_split(recipe: Recipe, registry: Registry, split: str) -> dict[str, Shar
     return readers
 
 
-def check_unrolls(recipe: Recipe, readers: Mapping[str, ShardReader]) -> None:
-    """Raise UserError where an unroll is of a dataset that is not trained on, or longer than all its trajectories."""
-    if recipe.finetune is None:
-        return
-    unknown = sorted(set(recipe.finetune.unroll_override) - set(readers))
+def check_windows(recipe: Recipe, readers: Mapping[str, ShardReader]) -> None:
+    """Raise UserError where an unroll is of a dataset that is not trained on, or a window longer than all trajectories.
+
+    A window has the context and one frame per model step.
+    """
+    context = recipe.data.context
+    unknown = sorted(set(recipe.finetune.unroll_override if recipe.finetune else ()) - set(readers))
     if unknown:
         known = ", ".join(sorted(readers))
         raise UserError(f"finetune.unroll_override: expected datasets of this run ({known}), got {unknown[0]!r}")
     for name, reader in readers.items():
         longest = max(reader.num_frames(trajectory) for trajectory in range(reader.num_trajectories))
+        if longest <= context:
+            raise UserError(
+                f"data.context: {context} input frames and one to predict are longer than the longest trajectory of "
+                f"{name}, which has {longest}; shorten the context, or leave the dataset out (data.datasets)"
+            )
         if longest < recipe.window_length(name):
             raise UserError(
-                f"finetune.unroll_steps: {recipe.window_length(name) - 1} model steps take "
-                f"{recipe.window_length(name)} frames, but the longest trajectory of {name} has {longest}; shorten "
-                f"them, or for this dataset alone: finetune.unroll_override.{name}={longest - 1}"
+                f"finetune.unroll_steps: {recipe.unroll_steps(name)} model steps take {recipe.window_length(name)} "
+                f"frames, but the longest trajectory of {name} has {longest}; shorten them, or for this dataset alone: "
+                f"finetune.unroll_override.{name}={longest - context}"
             )
 
 
@@ -119,8 +126,13 @@ def build_model(recipe: Recipe, readers: Mapping[str, ShardReader], registry: Re
     finetune, config = recipe.finetune, recipe.baseline or recipe.model
     specs = dataset_specs(readers, registry)
     if finetune is None:
-        return new_model(config, specs, recipe.run.seed)
+        return new_model(config, specs, recipe.run.seed, recipe.data.context)
     pretrained = load_pretrained(finetune.pretrained)
+    if pretrained.context != recipe.data.context:
+        raise UserError(
+            f"data.context: the recipe has {recipe.data.context} input frames, but {finetune.pretrained} was trained "
+            f"with {pretrained.context}; write data.context={pretrained.context}"
+        )
     if config is not None and config != pretrained.config:
         raise UserError(
             f"model: the recipe's architecture is not that of {finetune.pretrained}.\n"
@@ -129,11 +141,13 @@ def build_model(recipe: Recipe, readers: Mapping[str, ShardReader], registry: Re
     return pretrained.adapted_to(specs)
 
 
-def new_model(config: ModelConfig | BaselineConfig | None, specs: Sequence[DatasetSpec], seed: int = 0) -> Surrogate:
-    """Return a model with new weights: a baseline or a WaveLiT, with the default sizes if `config` is None."""
+def new_model(
+    config: ModelConfig | BaselineConfig | None, specs: Sequence[DatasetSpec], seed: int = 0, context: int = 1
+) -> Surrogate:
+    """Return a model with new weights that reads `context` frames; a WaveLiT of default sizes if `config` is None."""
     if isinstance(config, BaselineConfig):
-        return Baseline(config, specs, seed)
-    return WaveLiTFM(config or ModelConfig(), specs, seed)
+        return Baseline(config, specs, seed, context)
+    return WaveLiTFM(config or ModelConfig(), specs, seed, context)
 
 
 def shard_digests(readers: Mapping[str, ShardReader]) -> dict[str, str]:

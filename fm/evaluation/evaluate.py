@@ -133,7 +133,7 @@ def evaluate_run(
     if windows is not None and windows < 1:
         raise UserError(f"--windows: expected at least 1 one-step window per dataset, got {windows}")
     trained = TrainedModel.open(run)
-    chosen = load_protocol(protocol or trained.recipe.validation.protocol)
+    chosen = load_protocol(protocol or trained.recipe.validation.protocol).for_context(trained.model.context)
     chosen = replace(chosen, split=split or chosen.split, one_step_windows=windows or chosen.one_step_windows)
     readers = trained.readers(sorted(trained.model.specs), chosen.split, shards)
     out = out or trained.report
@@ -223,12 +223,12 @@ def evaluate_model(
     `device`; its training mode is restored. UserError if model, data and protocol do not fit together, or the disk is
     full.
     """
-    readers = dict(sorted(readers.items()))
-    _check(model, readers, protocol)
+    readers, protocol = dict(sorted(readers.items())), protocol.for_context(model.context)
+    _check(model, readers)
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     wait: Callable[[], object] = accelerator.wait_for_everyone if accelerator else lambda: None
     fits = {name: splits for name, splits in (fit_readers or {}).items() if name in readers}
-    given = protocol.start + protocol.context - 1  # the last frame that rollouts start from
+    given = protocol.last_given  # the last frame that rollouts start from
     fit = partial(linear_stencils, fits, protocol, given, device, cache or default_cache(), progress)
     stencils = broadcast_from_main(accelerator, fit) if accelerator else fit()
     evaluation = _Evaluation(model, readers, protocol, device, stencils)
@@ -251,11 +251,7 @@ def evaluate_model(
     return Scores.load(out / SCORES_FILE)
 
 
-def _check(model: Surrogate, readers: Mapping[str, ShardReader], protocol: Protocol) -> None:
-    if protocol.context != 1:
-        raise UserError(
-            f"protocol {protocol.name}: expected context 1, the frames this model sees; got {protocol.context}"
-        )
+def _check(model: Surrogate, readers: Mapping[str, ShardReader]) -> None:
     for name, reader in readers.items():
         try:
             check_names(name, reader.manifest.state_channels)
@@ -384,7 +380,8 @@ def validate(
     model: Surrogate, readers: Mapping[str, ShardReader], settings: ValidationSettings, device: torch.device
 ) -> ValidationResult:
     """Score `settings.windows` windows, evenly spaced, and `settings.rollouts` rollouts of each dataset."""
-    protocol = replace(load_protocol(settings.protocol), split="valid", one_step_windows=settings.windows)
+    protocol = load_protocol(settings.protocol).for_context(model.context)
+    protocol = replace(protocol, split="valid", one_step_windows=settings.windows)
     datasets, samples = {}, {}
     for name, reader in sorted(readers.items()):
         trajectories = range(min(settings.rollouts, reader.num_trajectories))

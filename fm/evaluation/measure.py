@@ -70,18 +70,22 @@ def collect_errors(
 
 
 def one_step_windows(reader: ShardReader, protocol: Protocol) -> np.ndarray:
-    """Return the ascending ids of the one-step windows that the protocol scores: all, or some evenly spaced ones."""
-    total = len(reader.index(2))
+    """Return the ascending ids of the one-step windows that the protocol scores: all, or some evenly spaced ones.
+
+    The windows have one frame more than the protocol's context.
+    """
+    total = len(reader.index((protocol.context or 1) + 1))
     count = total if protocol.one_step_windows is None else min(protocol.one_step_windows, total)
     return np.linspace(0, total - 1, count).round().astype(np.int64)
 
 
 def rollout_steps(reader: ShardReader, trajectory: int, protocol: Protocol) -> int:
     """Return the steps of a rollout, which ends before the first frame that the shards leave out of all windows."""
-    stop = protocol.start
+    given = protocol.last_given
+    stop = given + 1 - (protocol.context or 1)  # the first given frame
     for first, last in reader.manifest.trajectories[trajectory].segments:
         stop = max(stop, last) if first <= stop else stop
-    steps = max(0, stop - protocol.start - protocol.context)
+    steps = max(0, stop - given - 1)
     return steps if protocol.max_steps is None else min(steps, protocol.max_steps)
 
 
@@ -128,19 +132,23 @@ def measure_windows(
     advance: Advance = lambda count: None,
     stencil: Stencil | None = None,
 ) -> FrameErrors:
-    """Return the errors of one prediction of each one-step window with these ids; UserError if data are not finite."""
-    parts = []
+    """Return the errors of one prediction of each one-step window with these ids; UserError if data are not finite.
+
+    `windows` are ids of windows of one frame more than the model's context.
+    """
+    parts, length = [], model.context + 1
     batches = np.array_split(windows, -(-len(windows) // batch_size))
     for number, ids in enumerate(batches):
         if number + 1 < len(batches):
-            reader.prefetch(batches[number + 1], 2)  # from a URL it is downloaded while the model works
-        batch = reader.batch(ids, 2).to(device)
-        source, target = batch.fields[:, 0], batch.fields[:, 1]
-        (prediction,) = model.iterate(source, batch.constants, reader.manifest.dataset, 1)
-        trajectories, given = reader.index(2).locate(ids)
+            reader.prefetch(batches[number + 1], length)  # from a URL it is downloaded while the model works
+        batch = reader.batch(ids, length).to(device)
+        frames, target = batch.fields[:, :-1], batch.fields[:, -1]
+        (prediction,) = model.iterate(frames, batch.constants, reader.manifest.dataset, 1)
+        trajectories, first = reader.index(length).locate(ids)
+        given = first + model.context - 1  # the last input frame
         linear = next(stencil.predict(reader, trajectories.tolist(), given.tolist())) if stencil else None
-        part = FrameErrors(trajectories, given, measure_frames(prediction, source, target, linear))
-        _check_truth(reader, part, held=part.steps, truth=part.steps + 1)
+        part = FrameErrors(trajectories, given, measure_frames(prediction, frames[:, -1], target, linear))
+        _check_truth(reader, part, held=given, truth=given + 1)
         parts.append(part)
         advance(len(ids))
     return FrameErrors.joined(parts)
@@ -162,19 +170,21 @@ def measure_rollouts(
     A rollout that stops being finite goes on, and its errors are not finite either.
     """
     steps = [rollout_steps(reader, trajectory, protocol) for trajectory in trajectories]
-    first = protocol.start + protocol.context - 1
-    initial = _stack([reader.trajectory_frames(index, first, 1)[0] for index in trajectories], device)  # (B, C, H, W)
+    given, context = protocol.last_given, model.context
+    first = given + 1 - context
+    initial = _stack([reader.trajectory_frames(index, first, context) for index in trajectories], device)
     constants = _stack([reader.constants(index) for index in trajectories], device)
     parts, fields = [], []
     predictions = model.iterate(initial, constants, reader.manifest.dataset, steps[0])
-    linear = stencil.predict(reader, trajectories, [first] * len(trajectories)) if stencil else None
+    linear = stencil.predict(reader, trajectories, [given] * len(trajectories)) if stencil else None
     for step, prediction in enumerate(predictions, start=1):
         going = sum(length >= step for length in steps)  # the longest rollouts are the first ones
         ids = trajectories[:going]
-        truth = _stack([reader.trajectory_frames(index, first + step, 1)[0] for index in ids], device)
-        values = measure_frames(prediction[:going], initial[:going], truth, next(linear)[:going] if linear else None)
+        truth = _stack([reader.trajectory_frames(index, given + step, 1)[0] for index in ids], device)
+        stencils = next(linear)[:going] if linear else None
+        values = measure_frames(prediction[:going], initial[:going, -1], truth, stencils)
         part = FrameErrors(np.array(ids, np.int64), np.full(going, step - 1), values)
-        _check_truth(reader, part, held=np.full(going, first), truth=part.steps + first + 1)
+        _check_truth(reader, part, held=np.full(going, given), truth=part.steps + given + 1)
         parts.append(part)
         if shown is not None and step in shown.steps and shown.trajectory in ids:
             row = ids.index(shown.trajectory)

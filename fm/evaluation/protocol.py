@@ -11,7 +11,7 @@ a protocol is stored with the errors and the scores, and printed above every tab
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,8 +55,10 @@ class Protocol(Strict):
     name: Name
     version: Count  # raised whenever the same name would give another number
     windows: Mapping[Key, Window]  # rollout windows by name
-    start: Annotated[int, at_least(0)] = 0  # first frame a rollout sees, 0-based; one-step windows cover all frames
-    context: Count = 1  # frames the model sees
+    # the last frame that a rollout is given, 0-based; a model of more frames than there are up to it is given the first
+    # frames of the trajectory, and its rollout begins later. One-step windows cover all frames.
+    start: Annotated[int, at_least(0)] = 0
+    context: Count | None = None  # input frames of the model; None: of any number. What is measured has a number
     max_steps: Count | None = None  # rollouts stop after this many steps; None: at the end of the trajectory
     one_step_windows: Count | None = None  # of each dataset, evenly spaced over the split; None: all, the full score
     eps: Real = 1e-7  # added to the target variance, in squared physical units
@@ -91,6 +93,20 @@ class Protocol(Strict):
         """Return all fields, as stored with errors and scores."""
         return dataclasses.asdict(self)
 
+    @property
+    def last_given(self) -> int:
+        """The last frame that a rollout is given, 0-based."""
+        return max(self.start, (self.context or 1) - 1)
+
+    def for_context(self, context: int) -> "Protocol":
+        """Return the protocol for a model of `context` input frames; UserError if it is for another number."""
+        if self.context not in (None, context):
+            raise UserError(
+                f"protocol {self.name}: expected context {context}, the input frames of this model; got "
+                f"{self.context}: leave context out of the protocol, or choose another model"
+            )
+        return replace(self, context=context)
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Protocol":
         """Return the inverse of `to_json`; ValueError for other data.
@@ -112,11 +128,12 @@ class Protocol(Strict):
         if self.one_step_windows is not None:
             count = self.one_step_windows
             windows = f"at most {count} evenly spaced windows per dataset (a subset, not the full score)"
+        context = "" if self.context is None else f"context {self.context}; "
         until = "the end of the trajectory" if self.max_steps is None else f"at most {self.max_steps} steps"
         return (
             f"protocol {self.name} v{self.version}: VRMSE in physical units, eps {self.eps:g}, split {self.split}, "
-            f"context {self.context}; one step: {self.trajectories} over {windows}; rollout: from frame {self.start} "
-            f"to {until}, {average}; {self.channels} over channels"
+            f"{context}one step: {self.trajectories} over {windows}; rollout: from frame {self.last_given} to {until}, "
+            f"{average}; {self.channels} over channels"
         )
 
 
@@ -178,7 +195,8 @@ def check_same_rollouts(measured: Protocol, wanted: Protocol, longest: int | Non
     rollouts went to the end of their trajectories, so the limit had no effect.
     """
     for name in ("split", "start", "context", "one_step_windows"):
-        if getattr(measured, name) != getattr(wanted, name):
+        any_context = name == "context" and wanted.context is None
+        if getattr(measured, name) != getattr(wanted, name) and not any_context:
             raise UserError(
                 f"protocol {wanted.name} needs {name} {getattr(wanted, name)!r}; these errors were measured under "
                 f"{measured.name} with {name} {getattr(measured, name)!r}: evaluate again with that protocol"

@@ -142,5 +142,5 @@ def _covers(card: Card, protocol: Protocol, window: str) -> bool:
     """Whether the shortest published trajectory covers a window. If not, the published number is of other steps."""
     if not card.num_frames:
         return True
-    steps = card.num_frames[0] - protocol.start - protocol.context
+    steps = card.num_frames[0] - 1 - protocol.last_given
     return protocol.windows[window].steps(steps) is not None

@@ -332,7 +332,7 @@ def _commands(protocol: Protocol, what: str) -> str:
     named = PROTOCOLS.get(protocol.name, protocol)
     count, eps = protocol.one_step_windows, protocol.eps  # set by options
     known = protocol.name in PROTOCOLS and protocol == replace(
-        named, split=protocol.split, one_step_windows=count, eps=eps
+        named, split=protocol.split, context=protocol.context, one_step_windows=count, eps=eps
     )
     subset = f" --windows {count}" if count else ""
     which = f"{protocol.name} --split {protocol.split}{subset}" if known else "PROTOCOL.yaml"

@@ -161,6 +161,7 @@ def score(errors: ErrorFile, protocol: Protocol | None = None) -> Scores:
     protocol = protocol or errors.protocol
     longest = max((int(part.rollout.steps.max(initial=0)) for part in errors.datasets.values()), default=0)
     check_same_rollouts(errors.protocol, protocol, longest)
+    protocol = dataclasses.replace(protocol, context=errors.protocol.context or 1)
     datasets = {name: _score_dataset(part, protocol) for name, part in sorted(errors.datasets.items())}
     ratios = {}
     for name in (ONE_STEP, *protocol.windows):

@@ -107,7 +107,8 @@ def load_runs(
     """Return by label the scores of evaluations (runs, report folders, error files), all under one protocol.
 
     The protocol is the first file's by default, `statistic` replaces its own over trajectories, and the labels are the
-    names of the runs by default. UserError if a file does not hold what the protocol needs, or if two files hold
+    names of the runs by default. Where models have different contexts, which also begin their rollouts at different
+    frames, the labels name them. UserError if a file does not hold what the protocol needs, or if two files hold
     different data of one dataset.
     """
     files = [find_errors(place) for place in places]
@@ -119,7 +120,10 @@ def load_runs(
         )
     loaded = [ErrorFile.load(file) for file in files]
     _check_same_data(files, loaded)
-    protocol = protocol or loaded[0].protocol
+    contexts = [errors.protocol.context or 1 for errors in loaded]
+    if len(set(contexts)) > 1:
+        names = [f"{name} ({n} frame{'s' if n > 1 else ''})" for name, n in zip(names, contexts, strict=True)]
+    protocol = protocol or replace(loaded[0].protocol, context=None)
     if statistic is not None:
         if statistic not in STATISTICS:
             raise UserError(f"statistic: expected one of {', '.join(STATISTICS)}, got {statistic!r}")
@@ -162,6 +166,8 @@ def compare_document(runs: Runs) -> Document:
     A window that a dataset does not cover has no score; a score that is missing because a model diverged ranks last.
     """
     protocol = next(iter(runs.values())).protocol
+    if any(scores.protocol.context != protocol.context for scores in runs.values()):
+        protocol = replace(protocol, context=None)  # the labels name them
     blocks = [ONE_STEP, *protocol.windows]
     names = sorted({name for scores in runs.values() for name in scores.datasets})
     tables = [_block_table(runs, block, names, protocol.trajectories) for block in blocks]

@@ -261,7 +261,7 @@ class _CountedSteps:
         recipe, model = workload.recipe, workload.fake_model()
         self.parameters, self.shares = model.num_parameters(), workload.schedule().shares
         self._workload, self._windows = workload, recipe.train.global_batch
-        self._calls = {name: recipe.window_length(name) - 1 for name in workload.datasets}
+        self._calls = {name: recipe.unroll_steps(name) for name in workload.datasets}
         self._found: dict[tuple[str, torch.dtype | None], Footprint] = {}
         every = [(dataset, dtype) for dtype in sorted(dtypes, key=str) for dataset in workload.datasets.values()]
         for dataset, dtype in tqdm(every, desc="count", unit="dataset", leave=False):

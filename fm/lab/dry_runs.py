@@ -59,7 +59,7 @@ class _SizedStep:
     @property
     def work(self) -> float:
         """Return tokens x forward passes, which FLOPs are proportional to."""
-        passes = forward_passes(self.recipe.window_length(self.dataset.name) - 1, self.recipe.finetune)
+        passes = forward_passes(self.recipe.unroll_steps(self.dataset.name), self.recipe.finetune)
         return self.recipe.train.global_batch * passes * self.grid[0] * self.grid[1] / PATCH
 
 

@@ -190,7 +190,7 @@ def measured_plan(recipe: Recipe, seconds: float, processes: int = 1, require_sh
     times = {}
     for name, measured in SizedDryRuns(workload, processes, token_bytes, memory).measure(seconds).items():
         # A dry run takes the last step of the run, whose unroll has its full length.
-        mean_over_last = planner.windows[name].passes / forward_passes(recipe.window_length(name) - 1, recipe.finetune)
+        mean_over_last = planner.windows[name].passes / forward_passes(recipe.unroll_steps(name), recipe.finetune)
         times[name] = replace(measured, seconds=measured.seconds * mean_over_last)
     return planner.plan(f"this machine, measured: {device_name(device)}", memory, times)
 
@@ -235,7 +235,7 @@ class _Planner:
             forward_flops=forward_flops(self.model, name, dataset.grid),
             calls=_mean_over_run(recipe, name, float),
             passes=_mean_over_run(recipe, name, lambda calls: forward_passes(calls, recipe.finetune)),
-            held_bytes=kept * held_calls(recipe.window_length(name) - 1, recipe.finetune),
+            held_bytes=kept * held_calls(recipe.unroll_steps(name), recipe.finetune),
             footprint=found,
         )
 

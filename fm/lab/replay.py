@@ -135,16 +135,21 @@ def _gradient_norms(model: Surrogate) -> dict[str, float]:
 
 @torch.no_grad()
 def _statistics(trainer: Trainer, draw: Draw, loss: float) -> DrawStatistics:
-    """Return the statistics of a mini-batch, with the prediction of the first frames' successors."""
+    """Return the statistics of a mini-batch, with the prediction of the first model step."""
     model, reader, length = trainer.state.parallel.model, trainer.readers[draw.dataset], trainer.lengths[draw.dataset]
-    batch = reader.batch(draw.windows, length, draw=draw.index).to(trainer.accelerator.device)
+    batch, context = reader.batch(draw.windows, length, draw=draw.index).to(trainer.accelerator.device), model.context
     if trainer.state.augmentation is not None:
         batch = trainer.state.augmentation.apply(batch, np.arange(len(draw.windows)))
-    first, target = (model.normalize(batch.fields[:, frame], draw.dataset) for frame in (0, 1))  # (B, C, H, W)
-    prediction = model(first, model.normalize_constants(batch.constants, draw.dataset), draw.dataset)
+    fields = model.normalize(batch.fields, draw.dataset)
+    target = fields[:, context]  # (B, C, H, W)
+    prediction = model(fields[:, :context], model.normalize_constants(batch.constants, draw.dataset), draw.dataset)
     squared = (prediction - target).square()  # (B, C, H, W)
     predicted = model.denormalize(prediction, draw.dataset)
-    parts = {"input": batch.fields[:, 0], "target": batch.fields[:, 1], "prediction": predicted}
+    parts = {
+        "input": batch.fields[:, context - 1],
+        "target": batch.fields[:, context],
+        "prediction": predicted,
+    }
     channels = [
         ChannelStatistics(
             name,

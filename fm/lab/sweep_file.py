@@ -301,7 +301,8 @@ def read_scores(trial: Trial, sweep: Sweep) -> Scores | None:
     file = trial.report / "scores.json"
     if not file.is_file():
         return None
-    scores, wanted, shards = Scores.load(file), sweep.scored_protocol(), trial.recipe.data.shards
+    scores, shards = Scores.load(file), trial.recipe.data.shards
+    wanted = sweep.scored_protocol().for_context(trial.recipe.data.context)
     weights = weights_digest(find_checkpoint(trial.model))
     if scores.protocol != wanted or scores.origin.get("weights") != weights:
         return None

@@ -88,6 +88,7 @@ def _scored_run(trial: Trial, scores: Scores, datasets: Sequence[str], blocks: S
             "count": {name: one.count if one else 0 for name, one in parts.items()},
         }
     return {
+        "context": scores.protocol.context,
         "parameters": load_pretrained(trial.model).num_parameters(),
         "steps": 0 if trial.variant.only_evaluate else scores.origin["step"],
         "seconds": sum(line["seconds"] for line in events if line["kind"] == "pace"),
@@ -210,6 +211,12 @@ def _notes(sweep: Sweep, results: Mapping[str, Any]) -> list[str]:
         notes.append("The paper's numbers are of other data, protocol and unit; only the order may be compared.")
     if sweep.seconds is not None:
         notes.append(f"Each variant has as many steps as {sweep.seconds:g} s would hold, by a probe on this machine.")
+    contexts = {
+        row["variant"]: run["context"] for row in results["variants"] for run in row["runs"] if "context" in run
+    }
+    if len(set(contexts.values())) > 1:
+        listed = ", ".join(f"{name} {context}" for name, context in contexts.items())
+        notes.append(f"Input frames: {listed}. Rollouts begin after them, so they are not of the same frames.")
     runs = [run for row in results["variants"] for run in row["runs"]]
     for status in (FAILED, NOT_RUN):
         names = [run["run"] for run in runs if run["status"] == status]

@@ -28,7 +28,7 @@ from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Schedule, Source
 from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.config import Recipe
-from fm.datasets import check_unrolls, dataset_specs, new_model, open_split
+from fm.datasets import check_windows, dataset_specs, new_model, open_split
 from fm.model.baselines import BaselineConfig
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.surrogate import Surrogate
@@ -75,7 +75,8 @@ class Workload:
 
     def model(self) -> Surrogate:
         """Return a new model."""
-        return new_model(self.config, [dataset.spec for dataset in self.datasets.values()], self.recipe.run.seed)
+        specs = [dataset.spec for dataset in self.datasets.values()]
+        return new_model(self.config, specs, self.recipe.run.seed, self.recipe.data.context)
 
     def fake_model(self) -> Surrogate:
         """Return a new model of fake tensors, which have shapes and no memory."""
@@ -91,7 +92,7 @@ def read_workload(recipe: Recipe, require_shards: bool = False) -> Workload:
     registry = load_registry(recipe.data.registry)
     registry.select(recipe.data.datasets)  # raises UserError for an unknown name
     readers = _open_shards(recipe, registry, require_shards)
-    check_unrolls(recipe, readers)
+    check_windows(recipe, readers)
     datasets = {}
     lengths = {name: recipe.window_length(name) for name in readers}
     for spec, source in zip(dataset_specs(readers, registry), sources(readers, lengths), strict=True):

@@ -3,9 +3,9 @@
     unet_convnext, unet_classic, fno, tfno, avit   the_well's benchmark models
     wno                                            a Wavelet Neural Operator, written here
 
-One network serves all its datasets. It reads the union of their canonical channels, each in its own slot, zero where a
-dataset has none, and the dataset as one-hot channels. It writes the union of the state channels, of which a dataset's
-own are taken, as a change or a state in the units that WaveLiT's heads have.
+One network serves all its datasets. It reads the union of their canonical channels and frames, each in its own slot,
+zero where a dataset has none, and the dataset as one-hot channels. It writes the union of the state channels, of which
+a dataset's own are taken, as a change or a state in the units that WaveLiT's heads have.
 """
 
 import importlib
@@ -230,21 +230,23 @@ class Baseline(Surrogate):
     config_class = BaselineConfig
     config: BaselineConfig
 
-    def __init__(self, config: BaselineConfig, datasets: Sequence[DatasetSpec], seed: int = 0) -> None:
-        super().__init__(datasets, config.predict, {}, config.wavelet)
+    def __init__(
+        self, config: BaselineConfig, datasets: Sequence[DatasetSpec], seed: int = 0, context: int = 1
+    ) -> None:
+        super().__init__(datasets, config.predict, {}, config.wavelet, context)
         self.config = config
         self.blocks = nn.ModuleList()
         specs = self.specs.values()
-        self.inputs = sorted({name for spec in specs for name in spec.channels})
+        self.slots = sorted({name for spec in specs for name in spec.inputs(context)})
         self.outputs = sorted({name for spec in specs for name in spec.state_channels})
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self.network = build_network(config, len(self.inputs) + len(self.specs), len(self.outputs))
+            self.network = build_network(config, len(self.slots) + len(self.specs), len(self.outputs))
 
-    def output(self, state: Tensor, constants: Tensor, spec: DatasetSpec) -> Tensor:
+    def output(self, inputs: Tensor, spec: DatasetSpec) -> Tensor:
         """Return the network's output (B, C, H, W) for the dataset's state channels; see `Surrogate.output`."""
-        height, width = state.shape[-2:]
-        x = _padded(self._joint_input(state, constants, spec), grid_multiple(self.config), spec.periodic)
+        height, width = inputs.shape[-2:]
+        x = _padded(self._joint_input(inputs, spec), grid_multiple(self.config), spec.periodic)
         device = x.device.type
         autocast = torch.is_autocast_enabled(device) and self.config.name not in FLOAT32
         with torch.autocast(device, enabled=autocast):
@@ -252,12 +254,11 @@ class Baseline(Surrogate):
         own = [self.outputs.index(name) for name in spec.state_channels]
         return output[:, own, :height, :width].float()
 
-    def _joint_input(self, state: Tensor, constants: Tensor, spec: DatasetSpec) -> Tensor:
-        """Put the dataset's channels in their slots, beside the one-hot dataset: (B, inputs + datasets, H, W)."""
-        fields = torch.cat([state, constants], dim=1).float()
-        x = fields.new_zeros(len(fields), len(self.inputs) + len(self.specs), *fields.shape[-2:])
-        x[:, [self.inputs.index(name) for name in spec.channels]] = fields
-        x[:, len(self.inputs) + list(self.specs).index(spec.name)] = 1.0
+    def _joint_input(self, inputs: Tensor, spec: DatasetSpec) -> Tensor:
+        """Put the dataset's inputs in their slots, beside the one-hot dataset: (B, slots + datasets, H, W)."""
+        x = inputs.new_zeros(len(inputs), len(self.slots) + len(self.specs), *inputs.shape[-2:])
+        x[:, [self.slots.index(name) for name in spec.inputs(self.context)]] = inputs
+        x[:, len(self.slots) + list(self.specs).index(spec.name)] = 1.0
         return x
 
     def adapted_to(self, datasets: Sequence[DatasetSpec]) -> "Baseline":
@@ -269,7 +270,8 @@ class Baseline(Surrogate):
                 f"a baseline has input and output slots for the datasets it was made for ({', '.join(self.specs)}), "
                 f"none for {', '.join(unknown)}: train one on all of them"
             )
-        model = Baseline(self.config, [adapted.get(name, spec) for name, spec in self.specs.items()])
+        specs = [adapted.get(name, spec) for name, spec in self.specs.items()]
+        model = Baseline(self.config, specs, context=self.context)
         model.load_state_dict(self.state_dict())
         return model
 

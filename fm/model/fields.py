@@ -1,4 +1,4 @@
-"""Fields by channel name, as users have them, and the tensors (B, C, H, W) that a model takes.
+"""Fields by channel name, as users have them, and the tensors (B, n, C, H, W) that a model of n frames takes.
 
 Three forms: dictionaries of numpy arrays, dictionaries of tensors, and xarray Datasets. A prediction has the form of
 the given fields. Values are in physical units throughout.
@@ -29,16 +29,16 @@ class FieldsWarning(UserWarning):
 
 @dataclass(frozen=True)
 class GivenFields:
-    """The fields of B states as tensors; `frame` and `series` turn predictions back into the given form."""
+    """The last n frames of B states as tensors; `frame` and `series` turn predictions back into the given form."""
 
     spec: DatasetSpec
-    state: Tensor  # (B, C, H, W) float32
+    frames: Tensor  # (B, n, C, H, W) float32, the oldest first
     constants: Tensor  # (B, K, H, W) float32
     batched: bool  # whether the given fields had an axis B
     given: Fields
 
     def frame(self, state: Tensor, step: int) -> Fields:
-        """Return a state (B, C, H, W), `step` steps after the given one, in the given form."""
+        """Return a state (B, C, H, W), `step` steps after the last given one, in the given form."""
         arrays = self._by_channel(state)
         if not _is_xarray(self.given):
             return arrays
@@ -70,16 +70,18 @@ class GivenFields:
         return type(self.given)(variables, {**kept, **times}, self.given.attrs)
 
     def _start(self) -> float:
-        """Return the time of the given states, or 0 where they have none, or each has its own."""
+        """Return the time of the last given states, or 0 where they have none, or each has its own."""
         time = self.given.coords.get("time")
-        return 0.0 if time is None or time.ndim else float(time)
+        if time is None or (time.ndim and (self.frames.shape[1] == 1 or time.dims != ("time",))):
+            return 0.0
+        return float(time.values.flat[-1])
 
 
-def given_fields(fields: Fields, spec: DatasetSpec, dt: float | None = None) -> GivenFields:
-    """Check fields against the dataset's specification, and stack them.
+def given_fields(fields: Fields, spec: DatasetSpec, dt: float | None = None, context: int = 1) -> GivenFields:
+    """Check fields against the dataset's specification, and stack them for a model of `context` input frames.
 
-    ValueError for missing or unknown channels, shapes that do not fit together, and values that are not finite;
-    FieldsWarning if the grid, `dt` or probably the units differ from the training data.
+    ValueError for missing or unknown channels, another number of frames, shapes that do not fit together, and values
+    that are not finite; FieldsWarning if the grid, `dt` or probably the units differ from the training data.
     """
     names = spec.channels
     if not (_is_xarray(fields) or isinstance(fields, Mapping)):
@@ -95,33 +97,41 @@ def given_fields(fields: Fields, spec: DatasetSpec, dt: float | None = None) -> 
             f"dataset {spec.name}: expected the channels {', '.join(names)}; "
             f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
         )
-    arrays = {name: _array(fields, name, spec) for name in names}
+    arrays = {name: _array(fields, name, spec, context) for name in names}
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     shape = shapes[spec.state_channels[0]]
-    alike = all(shapes[name] == shape for name in spec.state_channels) and len(shape) in (2, 3)
-    if not (alike and all(shapes[name] in (shape, shape[-2:]) for name in spec.constant_channels)):
+    time = () if context == 1 else (context,)
+    batch = shape[: -2 - len(time)]
+    alike = all(shapes[name] == shape for name in spec.state_channels) and len(shape) == len(batch) + len(time) + 2
+    fits = alike and len(batch) <= 1 and shape[len(batch) : -2] == time
+    if not (fits and all(shapes[name] in ((*batch, *shape[-2:]), shape[-2:]) for name in spec.constant_channels)):
         listed = ", ".join(f"{name} {shapes[name]}" for name in names)
-        raise ValueError(
-            f"dataset {spec.name}: expected channels (H, W), or all state channels (B, H, W), on one grid, got {listed}"
-        )
-    batched, size = len(shape) == 3, shape[0] if len(shape) == 3 else 1
-    state = torch.stack([arrays[name] for name in spec.state_channels], dim=-3).reshape(size, -1, *shape[-2:])
+        if context == 1:
+            expected = "channels (H, W), or all state channels (B, H, W)"
+        else:
+            expected = f"the last {context} frames ({context}, H, W) or (B, {context}, H, W) of all state channels"
+        raise ValueError(f"dataset {spec.name}: expected {expected}, on one grid, got {listed}")
+    size = batch[0] if batch else 1
+    state = torch.stack([arrays[name] for name in spec.state_channels], dim=-3)  # ([B,] [n,] C, H, W)
+    frames = state.reshape(size, context, *state.shape[-3:])
     rows = [arrays[name].expand(size, *shape[-2:]) for name in spec.constant_channels]
     constants = torch.stack(rows, dim=1) if rows else state.new_zeros(size, 0, *shape[-2:])
     for text in _differences(spec, arrays, dt):
         warnings.warn(text, FieldsWarning, stacklevel=3)
-    return GivenFields(spec, state, constants, batched, fields)
+    return GivenFields(spec, frames, constants, bool(batch), fields)
 
 
-def _array(fields: Fields, name: str, spec: DatasetSpec) -> Tensor:
+def _array(fields: Fields, name: str, spec: DatasetSpec, context: int) -> Tensor:
     """Return one channel as float32 (..., H, W)."""
     value = fields[name]
     if _is_xarray(fields):
-        dims = [*(dim for dim in _batch_dims(fields, spec) if dim in value.dims), "x", "y"]
+        time = ["time"] if context > 1 and name in spec.state_channels else []
+        dims = [*(dim for dim in _batch_dims(fields, spec) if dim in value.dims), *time, "x", "y"]
         if set(value.dims) != set(dims):
+            hint = f"choose them with .isel(time=slice(0, {context}))" if time else "choose a time with .isel(time=0)"
             raise ValueError(
-                f"dataset {spec.name}: {name}: expected the dimensions x and y and at most one more, "
-                f"got {', '.join(map(str, value.dims))}; choose a time with .isel(time=0)"
+                f"dataset {spec.name}: {name}: expected the dimensions {', '.join([*time, 'x and y'])} and at most one "
+                f"more, got {', '.join(map(str, value.dims))}; {hint}"
             )
         value = value.transpose(*dims).values
     tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, np.float32))

@@ -1,6 +1,6 @@
 """The files of a model, in a folder.
 
-    model.json         format, configuration and dataset specifications; a baseline's has its name, too
+    model.json         format, context, configuration and dataset specifications; a baseline's has its name, too
     model.safetensors  weights; a checkpoint also has ema.safetensors, the averaged ones
     artefact.json      only in a folder that `fm export` wrote: size and SHA-256 of every file, and more facts
 
@@ -148,9 +148,10 @@ def copy_companions(origin: Path | None, folder: Path) -> None:
 
 
 def read_description(directory: Path | str) -> dict[str, Any]:
-    """Return model.json: a dict with the keys format, config, datasets; a baseline's has its name as `baseline`.
+    """Return model.json: a dict with format, context, config, datasets; a baseline's has its name as `baseline`.
 
-    FileNotFoundError where there is none, ValueError where it is of another format or not such a file.
+    A file without a context is of a model of one frame. FileNotFoundError where there is none, ValueError where it is
+    of another format or not such a file.
     """
     file = Path(directory) / MODEL_FILE
     if not file.is_file():
@@ -158,11 +159,13 @@ def read_description(directory: Path | str) -> dict[str, Any]:
         if (Path(directory) / "checkpoints").is_dir():
             hint = f"{directory} is a run; export it (fm export), or name one of its checkpoints/step_*"
         raise FileNotFoundError(f"no {MODEL_FILE} in {directory}: {hint}")
-    description = _read_json(file, MODEL_FORMAT, "a model's description")
-    keys = {"format", "config", "datasets"}
+    description = {"context": 1, **_read_json(file, MODEL_FORMAT, "a model's description")}
+    keys = {"format", "context", "config", "datasets"}
     if set(description) - {BASELINE} != keys:
         missing, unexpected = sorted(keys - set(description)), sorted(set(description) - keys - {BASELINE})
         raise ValueError(f"{file}: missing keys {missing}, unexpected keys {unexpected}")
+    if type(description["context"]) is not int or description["context"] < 1:
+        raise ValueError(f"{file}: context: expected a number of input frames, got {description['context']!r}")
     return description
 
 

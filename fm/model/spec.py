@@ -55,8 +55,17 @@ class DatasetSpec:
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """State channels, then constant ones: the order in which a model reads them."""
+        """State channels, then constant ones."""
         return (*self.state_channels, *self.constant_channels)
+
+    def inputs(self, context: int) -> tuple[str, ...]:
+        """Return the names of all that a model of `context` frames reads, in the order in which it reads them.
+
+        State channels of the last frame, their change from the frame before it (`velocity_x@1`), the change before
+        that, and so on, then constant channels.
+        """
+        earlier = (f"{name}@{lag}" for lag in range(1, context) for name in self.state_channels)
+        return (*self.state_channels, *earlier, *self.constant_channels)
 
     def moment(self, statistic: str, channels: Sequence[str]) -> Tensor:
         """Return one statistic of the channels, float64 (C, 1, 1). ValueError names what is missing or not finite."""

@@ -1,7 +1,8 @@
 """One-step surrogate: normalization, the predicted step, rollouts, and files, whatever the network.
 
-The trainer, rollouts and scores use a model through this class alone. A subclass implements `output`, its network on a
-normalized state, which is the next state, or the change in units of the change's own standard deviation.
+The trainer, rollouts and scores use a model through this class alone. A model of context n predicts the next state from
+the last n frames: it reads the last one, and the changes from frame to frame before it in units of the change's own
+standard deviation. A subclass implements `output`, its network on these inputs, which is the next state, or the change.
 """
 
 from abc import ABC, abstractmethod
@@ -22,6 +23,11 @@ from fm.model.spec import DatasetSpec, from_json, to_json
 STD_FLOOR = 1e-4  # the_well's
 DELTA_FLOOR = 1e-2  # of the channel's std, so that a channel that hardly moves is not amplified more than 100 times
 MIN_GRID = 16
+
+
+def next_frames(frames: Tensor, state: Tensor) -> Tensor:
+    """Return the input of the next step, (B, n, C, H, W): frames without the oldest one, and the state (B, C, H, W)."""
+    return state[:, None] if frames.shape[1] == 1 else torch.cat([frames[:, 1:], state[:, None]], dim=1)
 
 
 class ChannelMoments(nn.Module):
@@ -55,7 +61,7 @@ class ChannelMoments(nn.Module):
 
 
 class Surrogate(nn.Module, ABC):
-    """A model of the given datasets. Subclasses are made as `cls(config, datasets, seed)`."""
+    """A model of the given datasets. Subclasses are made as `cls(config, datasets, seed, context)`."""
 
     section: ClassVar[str]  # the recipe's section that holds `config`: model or baseline
     config_class: ClassVar[type]
@@ -63,10 +69,21 @@ class Surrogate(nn.Module, ABC):
     blocks: nn.ModuleList  # parts that FSDP gathers one at a time; where it is empty, processes hold the whole model
 
     def __init__(
-        self, datasets: Sequence[DatasetSpec], predict: str, predict_override: Mapping[str, str], wavelet: str
+        self,
+        datasets: Sequence[DatasetSpec],
+        predict: str,
+        predict_override: Mapping[str, str],
+        wavelet: str,
+        context: int = 1,
     ) -> None:
-        """`predict` and, by dataset, `predict_override` are delta or state; `wavelet` is the loss's."""
+        """`predict` and, by dataset, `predict_override` are delta or state; `wavelet` is the loss's.
+
+        ValueError for a context below 1, and for datasets of one name.
+        """
         super().__init__()
+        if context < 1:
+            raise ValueError(f"context: expected at least 1 input frame, got {context}")
+        self.context = context  # number of input frames n
         self.origin: Path | None = None  # the folder that it was loaded from
         if not datasets or len({spec.name for spec in datasets}) != len(datasets):
             raise ValueError(f"datasets must be one or more with different names, got {[s.name for s in datasets]}")
@@ -78,25 +95,45 @@ class Surrogate(nn.Module, ABC):
         )
 
     @abstractmethod
-    def output(self, state: Tensor, constants: Tensor, spec: DatasetSpec) -> Tensor:
-        """Return the network's output (B, C, H, W), float32, for normalized state (B, C, H, W), constants (B, K, H, W).
+    def output(self, inputs: Tensor, spec: DatasetSpec) -> Tensor:
+        """Return the network's output (B, C, H, W), float32, for inputs (B, n * C + K, H, W) as `inputs` returns them.
 
-        It is the next state, or its change: the mean change subtracted, divided by `delta_scale`.
+        The output is the next state, or its change: the mean change subtracted, divided by `delta_scale`.
         """
 
-    def forward(self, state: Tensor, constants: Tensor, dataset: str) -> Tensor:
+    def forward(self, frames: Tensor, constants: Tensor, dataset: str) -> Tensor:
         """Return the next state (B, C, H, W), normalized, float32.
 
-        state (B, C, H, W) and constants (B, K, H, W) are normalized, with channels in the order of the dataset's
-        specification. ValueError for another channel count, an odd side, or one below 16.
+        frames (B, n, C, H, W), the oldest first, and constants (B, K, H, W) are normalized, with channels in the order
+        of the dataset's specification. A model of context 1 also takes its frame as (B, C, H, W). ValueError for
+        another number of frames or channels, an odd side, or one below 16.
         """
         spec = self._spec(dataset)
-        self._check_inputs(spec, state, constants)
-        output = self.output(state, constants, spec)
+        frames = self._with_time(frames)
+        self._check_inputs(spec, frames, constants)
+        output = self.output(self.inputs(frames, constants, dataset), spec)
         if not self.delta[dataset]:
             return output
         moments = self._moments(dataset)
-        return torch.addcmul(state.float() + moments.delta_shift, output, moments.delta_scale)
+        return torch.addcmul(frames[:, -1].float() + moments.delta_shift, output, moments.delta_scale)
+
+    def inputs(self, frames: Tensor, constants: Tensor, dataset: str) -> Tensor:
+        """Return what the network reads, (B, n * C + K, H, W) float32, in the order of `DatasetSpec.inputs`.
+
+        The last frame; the change to it from the frame before, and so on back in time, each in the units of a predicted
+        change; the constants. Frames that are close to each other would differ too little in their own units: with
+        changes, two frames gave 17 % lower one-step errors on the mini-Well (tests/benchmarks/RESULTS.md).
+        """
+        parts = [frames[:, -1].float()]
+        if frames.shape[1] > 1:
+            moments = self._moments(dataset)
+            changes = (frames.diff(dim=1).float() - moments.delta_shift) / moments.delta_scale
+            parts.append(changes.flip(1).flatten(1, 2))
+        return torch.cat([*parts, constants.float()], dim=1)
+
+    def _with_time(self, frames: Tensor) -> Tensor:
+        """Return frames (B, n, C, H, W); a single frame (B, C, H, W) gets the axis of time."""
+        return frames[:, None] if self.context == 1 and frames.ndim == 4 else frames
 
     def _spec(self, dataset: str) -> DatasetSpec:
         if dataset not in self.specs:
@@ -106,16 +143,22 @@ class Surrogate(nn.Module, ABC):
     def _moments(self, dataset: str) -> ChannelMoments:
         return cast(ChannelMoments, self.moments[self._spec(dataset).name])
 
-    def _check_inputs(self, spec: DatasetSpec, state: Tensor, constants: Tensor) -> None:
-        given = (("state", state, spec.state_channels), ("constant", constants, spec.constant_channels))
-        for role, tensor, names in given:
-            if tensor.ndim != 4 or tensor.shape[1] != len(names):
+    def _check_inputs(self, spec: DatasetSpec, frames: Tensor, constants: Tensor) -> None:
+        one_frame = self.context == 1 and frames.ndim == 5 and frames.shape[1] == 1
+        time = () if self.context == 1 else (self.context,)
+        given = (
+            ("state", frames[:, 0] if one_frame else frames, time, spec.state_channels),
+            ("constant", constants, (), spec.constant_channels),
+        )
+        for role, tensor, axes, names in given:
+            sizes = (*axes, len(names))
+            if tensor.ndim != len(sizes) + 3 or tensor.shape[1:-2] != sizes:
                 raise ValueError(
-                    f"dataset {spec.name}: expected {role} fields (B, {len(names)}, H, W) for channels "
+                    f"dataset {spec.name}: expected {role} fields (B, {', '.join(map(str, sizes))}, H, W) for channels "
                     f"({', '.join(names)}), got {tuple(tensor.shape)}"
                 )
-        height, width = state.shape[-2:]
-        if constants.shape[-2:] != state.shape[-2:]:
+        height, width = frames.shape[-2:]
+        if constants.shape[-2:] != frames.shape[-2:]:
             raise ValueError(
                 f"dataset {spec.name}: constants on {tuple(constants.shape[-2:])}, state on {height} x {width}"
             )
@@ -179,51 +222,56 @@ class Surrogate(nn.Module, ABC):
         return [replace(self.specs.get(spec.name, spec), grid=spec.grid, dt=spec.dt) for spec in datasets]
 
     def description(self) -> dict[str, Any]:
-        """Return the content of model.json: format, configuration and dataset specifications, as JSON types."""
+        """Return the content of model.json: format, context, configuration and dataset specifications, as JSON."""
         datasets = [to_json(spec) for spec in self.specs.values()]
-        return {"format": files.MODEL_FORMAT, "config": to_json(self.config), "datasets": datasets}
+        config = to_json(self.config)
+        return {"format": files.MODEL_FORMAT, "context": self.context, "config": config, "datasets": datasets}
 
     def predict(self, fields: Fields, dataset: str, steps: int = 1, dt: float | None = None) -> Fields:
         """Return the next `steps` states of one or many initial states, in physical units, by channel name.
 
         fields: the initial state and the constant fields, each under its canonical channel's name: a dictionary of
         numpy arrays or tensors (H, W), or (B, H, W) for B of them, or an xarray Dataset with dimensions x, y and at
-        most one more. Returns the state channels in the same form: (steps, H, W) or (B, steps, H, W); in a Dataset the
-        dimension `time` stands before x and y. `dt` is the time between your frames, if you want it compared.
-        ValueError for a dataset the model does not know, missing or unknown channels, shapes that do not fit, NaN;
-        FieldsWarning where grid, dt or units are far from those of the training data.
+        most one more. A model of context n > 1 takes the last n frames, the oldest first: (n, H, W) or (B, n, H, W)
+        for a state channel, or the dimension `time` of a Dataset. Returns the state channels in the same form:
+        (steps, H, W) or (B, steps, H, W); in a Dataset the dimension `time` stands before x and y. `dt` is the time
+        between your frames, if you want it compared. ValueError for a dataset the model does not know, missing or
+        unknown channels, another number of frames, shapes that do not fit, NaN; FieldsWarning where grid, dt or units
+        are far from those of the training data.
         """
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")
-        given = given_fields(fields, self._spec(dataset), dt)
+        given = given_fields(fields, self._spec(dataset), dt, self.context)
         return given.series(torch.stack(list(self._iterate(given, dataset, steps)), dim=1))
 
     def rollout(
         self, fields: Fields, dataset: str, steps: int | None = None, dt: float | None = None
     ) -> Iterator[Fields]:
         """Yield the states of `predict` one by one, (H, W) or (B, H, W), in constant memory; None: without end."""
-        given = given_fields(fields, self._spec(dataset), dt)
+        given = given_fields(fields, self._spec(dataset), dt, self.context)
         return (given.frame(state, step) for step, state in enumerate(self._iterate(given, dataset, steps), start=1))
 
     def iterate(self, initial: Tensor, constants: Tensor, dataset: str, steps: int | None) -> Iterator[Tensor]:
         """Yield the next `steps` states (B, C, H, W) in raw units, without gradients; None: without end.
 
-        initial (B, C, H, W) and constants (B, K, H, W) are in raw units. The state stays normalized from step to step.
-        Nothing is clipped: a diverging rollout yields the model's output, infinities included.
+        initial, frames (B, n, C, H, W) with the oldest first, and constants (B, K, H, W) are in raw units; a model of
+        context 1 also takes its frame as (B, C, H, W). The state stays normalized from step to step. Nothing is
+        clipped: a diverging rollout yields the model's output, infinities included.
         """
         with torch.no_grad():
-            state = self.normalize(initial, dataset)
+            frames = self.normalize(self._with_time(initial), dataset)
             fixed = self.normalize_constants(constants, dataset)
         for _ in count() if steps is None else range(steps):
             with torch.no_grad():  # around each step alone, since the caller's code runs between them
-                state = self(state, fixed, dataset)
+                state = self(frames, fixed, dataset)
+                frames = next_frames(frames, state)
                 raw = self.denormalize(state, dataset)
             yield raw
 
     def _iterate(self, given: GivenFields, dataset: str, steps: int | None) -> Iterator[Tensor]:
         """Yield as `iterate` does, from the device of the fields to the model's and back."""
-        own, theirs = next(self.parameters()).device, given.state.device
-        for state in self.iterate(given.state.to(own), given.constants.to(own), dataset, steps):
+        own, theirs = next(self.parameters()).device, given.frames.device
+        for state in self.iterate(given.frames.to(own), given.constants.to(own), dataset, steps):
             yield state.to(theirs)
 
     def save_pretrained(
@@ -272,7 +320,8 @@ class Surrogate(nn.Module, ABC):
             raise ValueError(f"{where} is of {found}, not of a {cls.__name__}; fm.load opens either")
         specs = [from_json(DatasetSpec, spec, f"datasets of {where}") for spec in description["datasets"]]
         make: Any = cls  # subclasses are made alike
-        model = make(from_json(cls.config_class, description["config"], f"config of {where}"), specs).eval()
+        config: Any = from_json(cls.config_class, description["config"], f"config of {where}")
+        model = make(config, specs, context=description["context"]).eval()
         if weights is None:
             weights = files.EMA_FILE if (directory / files.EMA_FILE).exists() else files.WEIGHTS_FILE
         model.load_weights(directory / weights)

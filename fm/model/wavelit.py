@@ -39,7 +39,8 @@ class ChannelEmbedding(nn.Module):
 
         x_n = sum over the present channels c and subbands s of W[c][s] * coefficient[c, s, n],   no bias
 
-    Gathering the rows of the present channels equals padding absent channels with zeros, without the work.
+    The change of a channel from an earlier frame has rows of its own (`DatasetSpec.inputs` names it). Gathering the
+    rows of the present channels equals padding absent channels with zeros, without the work.
     """
 
     def __init__(self, channels: Iterable[str], subbands: int, width: int) -> None:
@@ -54,23 +55,24 @@ class ChannelEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Map tokens to the wavelet coefficients of one dataset's state channels; `pointwise` adds a map of the state."""
+    """Map tokens to the wavelet coefficients of one dataset's state channels; `pointwise` adds a map of the frames."""
 
-    def __init__(self, width: int, channels: int, subbands: int, pointwise: bool = False) -> None:
+    def __init__(self, width: int, channels: int, subbands: int, pointwise: bool = False, context: int = 1) -> None:
         super().__init__()
         self.subbands = subbands
         self.linear = Linear(width, channels * subbands)
-        self.pointwise = nn.Parameter(torch.zeros(channels, channels)) if pointwise else None
+        self.pointwise = nn.Parameter(torch.zeros(channels, context * channels)) if pointwise else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, h, w, D) to coefficients (B, C, S, h, w)."""
         return self.linear(x).permute(0, 3, 1, 2).unflatten(1, (-1, self.subbands))
 
-    def of_points(self, state: Tensor) -> Tensor:
-        """Apply the same C x C matrix, with the gain, at every point of a state (B, C, H, W); float32."""
+    def of_points(self, inputs: Tensor) -> Tensor:
+        """Apply one C x nC matrix, with the gain, at every point of the inputs (B, nC + K, H, W); float32."""
         assert self.pointwise is not None
-        with torch.autocast(state.device.type, enabled=False):
-            return torch.einsum("ij,bjhw->bihw", POINTWISE_GAIN * self.pointwise, state.float())
+        states = inputs[:, : self.pointwise.shape[1]].float()
+        with torch.autocast(states.device.type, enabled=False):
+            return torch.einsum("ij,bjhw->bihw", POINTWISE_GAIN * self.pointwise, states)
 
 
 def _noise(seed: int, name: str, shape: torch.Size) -> Tensor:
@@ -80,40 +82,43 @@ def _noise(seed: int, name: str, shape: torch.Size) -> Tensor:
 
 
 class WaveLiTFM(Surrogate):
-    """The model for the given datasets; `seed` draws the initial weights, each named part from its own generator."""
+    """The model for the given datasets, which predicts from the last `context` frames.
+
+    `seed` draws the initial weights, each named part from its own generator.
+    """
 
     section = "model"
     config_class = ModelConfig
     config: ModelConfig
 
-    def __init__(self, config: ModelConfig, datasets: Sequence[DatasetSpec], seed: int = 0) -> None:
-        super().__init__(datasets, config.predict, config.predict_override, config.wavelet)
+    def __init__(self, config: ModelConfig, datasets: Sequence[DatasetSpec], seed: int = 0, context: int = 1) -> None:
+        super().__init__(datasets, config.predict, config.predict_override, config.wavelet, context)
         self.config = config
         width, subbands = config.width, config.subbands
         specs = self.specs.values()
         # Attribute names are part of the file format: weights are stored under them.
-        self.lifting = ChannelEmbedding((name for spec in specs for name in spec.channels), subbands, width)
+        inputs = (name for spec in specs for name in spec.inputs(context))
+        self.lifting = ChannelEmbedding(inputs, subbands, width)
         self.task_vectors = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name in self.specs})
         self.blocks = nn.ModuleList(Pyramid(config.block(), config.pyramid_levels) for _ in range(config.depth))
         self.heads = nn.ModuleDict(
-            {spec.name: Head(width, len(spec.state_channels), subbands, config.pointwise) for spec in specs}
+            {spec.name: Head(width, len(spec.state_channels), subbands, config.pointwise, context) for spec in specs}
         )
         self.init_weights(seed)
 
-    def output(self, state: Tensor, constants: Tensor, spec: DatasetSpec) -> Tensor:
+    def output(self, inputs: Tensor, spec: DatasetSpec) -> Tensor:
         """Return the output (B, C, H, W) of the dataset's head; see `Surrogate.output`."""
         config = self.config
-        fields = torch.cat([state, constants], dim=1).float()  # (B, C + K, H, W)
-        coefficients = self._tokenize(fields, spec)  # wavelet transform: (B, C + K, S, h, w)
-        x = self.lifting(coefficients, spec.channels)  # embedding: (B, h, w, D)
+        coefficients = self._tokenize(inputs, spec)  # wavelet transform: (B, n * C + K, S, h, w)
+        x = self.lifting(coefficients, spec.inputs(self.context))  # embedding: (B, h, w, D)
         x = x + self.task_vectors[spec.name]
         ropes = pyramid_tables(x.shape[1], x.shape[2], config.pyramid_levels, config.width // config.heads, x.device)
         periodic = spec.periodic if config.padding == "boundary" else NOT_PERIODIC
         for block in self.blocks:
             x = block(x, ropes, periodic)
         head = cast(Head, self.heads[spec.name])
-        output = self._untokenize(head(x).float(), spec, state.shape[-2:])  # inverse transform: (B, C, H, W)
-        return output if head.pointwise is None else output + head.of_points(state)
+        output = self._untokenize(head(x).float(), spec, inputs.shape[-2:])  # inverse transform: (B, C, H, W)
+        return output if head.pointwise is None else output + head.of_points(inputs)
 
     def _tokenize(self, x: Tensor, spec: DatasetSpec) -> Tensor:
         """Turn fields (B, C, H, W) into coefficients (B, C, S, h, w)."""
@@ -161,7 +166,7 @@ class WaveLiTFM(Surrogate):
         part, _, rest = parameter.partition(".")
         if part == "lifting":
             channel = rest.removeprefix("rows.")
-            return frozenset(name for name, spec in self.specs.items() if channel in spec.channels)
+            return frozenset(name for name, spec in self.specs.items() if channel in spec.inputs(self.context))
         return frozenset({rest.partition(".")[0]} if part in ("task_vectors", "heads") else self.specs)
 
     def adapted_to(self, datasets: Sequence[DatasetSpec]) -> "WaveLiTFM":
@@ -170,10 +175,10 @@ class WaveLiTFM(Surrogate):
         A dataset that this model knows keeps its statistics, so its predictions do not change. ValueError if its
         channels differ.
         """
-        model = WaveLiTFM(self.config, self._adapted_specs(datasets))
+        model = WaveLiTFM(self.config, self._adapted_specs(datasets), context=self.context)
         weights = self.state_dict()
         model.load_state_dict({name: weights.get(name, tensor) for name, tensor in model.state_dict().items()})
         return model
 
     def _sizes(self) -> str:
-        return f"width {self.config.width}, depth {self.config.depth}"
+        return f"width {self.config.width}, depth {self.config.depth}, context {self.context}"

@@ -205,16 +205,19 @@ def report_files(report: Path, trained: TrainedModel) -> dict[str, bytes]:
 
 
 class DatasetStep(nn.Module):
-    """The step of one dataset in physical units: state (B, C, H, W) and constants (B, K, H, W) to the next state."""
+    """The step of one dataset in physical units: frames and constants (B, K, H, W) to the next state (B, C, H, W).
+
+    frames is (B, n, C, H, W), or (B, C, H, W) for a model of one frame.
+    """
 
     def __init__(self, model: Surrogate, dataset: str) -> None:
         super().__init__()
         self.model, self.dataset = model, dataset
 
-    def forward(self, state: Tensor, constants: Tensor) -> Tensor:
+    def forward(self, frames: Tensor, constants: Tensor) -> Tensor:
         """Return the next state (B, C, H, W)."""
         model, dataset = self.model, self.dataset
-        normalized = model.normalize(state, dataset), model.normalize_constants(constants, dataset)
+        normalized = model.normalize(frames, dataset), model.normalize_constants(constants, dataset)
         return model.denormalize(model(*normalized, dataset), dataset)
 
 
@@ -229,12 +232,13 @@ def step_program(model: Surrogate, dataset: str) -> bytes:
     spec = model.specs[dataset]
     if spec.grid is None:
         raise UserError(f"--program {dataset}: the model does not know the grid of its training data; train it again")
-    state = spec.moment("mean", spec.state_channels).float().expand(2, -1, *spec.grid).contiguous()
+    time = () if model.context == 1 else (model.context,)
+    frames = spec.moment("mean", spec.state_channels).float().expand(2, *time, -1, *spec.grid).contiguous()
     constants = torch.zeros(2, len(spec.constant_channels), *spec.grid)
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():
         step = DatasetStep(copy.deepcopy(model), dataset).eval().requires_grad_(False)
-        program = torch.export.export(step, (state, constants), dynamic_shapes=({0: batch}, {0: batch}))
+        program = torch.export.export(step, (frames, constants), dynamic_shapes=({0: batch}, {0: batch}))
     file = io.BytesIO()
     torch.export.save(program, file)
     return file.getvalue()

@@ -59,8 +59,9 @@ def extend(
     try:
         readers = open_readers(shards, names, "train")
         added = dataset_specs(readers, described)
-        unseen = sorted({name for spec in added for name in spec.channels} - set(model.lifting.rows))
-        chosen = choose_rows(rows, unseen, model.lifting.rows.keys(), described.channel_cards)
+        known = {name for spec in model.specs.values() for name in spec.channels}
+        unseen = sorted({name for spec in added for name in spec.channels} - known)
+        chosen = choose_rows(rows, unseen, known, described.channel_cards)
         extended = extend_model(model, added, chosen, seed)
     except ValueError as error:  # moments that are missing or not finite, a boundary that is periodic at one end
         raise UserError(f"{shards}: {error}. Make the shards again with `data-pipeline shard`.") from error
@@ -200,17 +201,19 @@ def _nearest_rows(name: str, known: Collection[str], described: Mapping[str, Cha
 def extend_model(model: WaveLiTFM, added: Sequence[DatasetSpec], rows: Mapping[str, Rows], seed: int = 0) -> WaveLiTFM:
     """Return a model of the old datasets and the added ones; the tensors of `model` are copied, others drawn by `seed`.
 
-    `rows` gives the rows of each unseen channel. Raises ValueError for statistics that are missing.
+    `rows` gives the rows of each unseen channel, for all input frames. Rows of an earlier frame are drawn where the
+    channel to copy has none, because it is constant. Raises ValueError for statistics that are missing.
     """
-    extended = WaveLiTFM(model.config, [*model.specs.values(), *added], seed).eval()
+    extended = WaveLiTFM(model.config, [*model.specs.values(), *added], seed, model.context).eval()
     old = model.state_dict()
     weights = {**extended.state_dict(), **old}
     for channel, start in rows.items():
-        name = f"lifting.rows.{channel}"
-        if start.origin == "copy":
-            weights[name] = old[f"lifting.rows.{start.copied}"]
-        elif start.origin == "zero":
-            weights[name] = torch.zeros_like(weights[name])
+        for lag in ("", *(f"@{lag}" for lag in range(1, model.context))):
+            name, copied = f"lifting.rows.{channel}{lag}", f"lifting.rows.{start.copied}{lag}"
+            if start.origin == "copy" and copied in old and name in weights:
+                weights[name] = old[copied]
+            elif start.origin == "zero" and name in weights:
+                weights[name] = torch.zeros_like(weights[name])
     extended.load_state_dict(weights)
     return extended
 
@@ -266,8 +269,8 @@ def compare(old: Surrogate, extended: Surrogate, readers: Mapping[str, ShardRead
     changed = [name for name in before if name not in after or not same_bits(before[name], after[name])]
     steps = []
     for spec in old.specs.values():
-        fields, state, constants = _initial_fields(spec, readers.get(spec.name))
-        predictions = [next(model.iterate(state, constants, spec.name, 1)) for model in (old, extended)]
+        fields, frames, constants = _initial_fields(spec, readers.get(spec.name), old.context)
+        predictions = [next(model.iterate(frames, constants, spec.name, 1)) for model in (old, extended)]
         first, second = (sha256(prediction.contiguous().numpy().tobytes()) for prediction in predictions)
         steps.append(Agreement(spec.name, fields, predictions[0].numel(), first, second, first == second))
     return Proof(len(before), tuple(changed), tuple(steps))
@@ -278,23 +281,23 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     return torch.equal(first.contiguous().view(torch.int32), second.contiguous().view(torch.int32))
 
 
-def _initial_fields(spec: DatasetSpec, reader: ShardReader | None) -> tuple[str, Tensor, Tensor]:
-    """Return the source of the fields, states (B, C, H, W) and constants (B, K, H, W) in physical units.
+def _initial_fields(spec: DatasetSpec, reader: ShardReader | None, context: int) -> tuple[str, Tensor, Tensor]:
+    """Return the source of the fields, frames (B, n, C, H, W) and constants (B, K, H, W) in physical units.
 
-    They are evenly spaced frames of the shards, or noise with the dataset's mean and spread on the trained grid.
+    They are evenly spaced windows of the shards, or noise with the dataset's mean and spread on the trained grid.
     """
     channels = (spec.state_channels, spec.constant_channels)
     if reader is not None:
         manifest = reader.manifest
         if (tuple(manifest.state_channels), tuple(manifest.constant_channels)) == channels:
-            count = len(reader.index(1))
-            batch = reader.batch(np.unique(np.linspace(0, count - 1, NUM_FIELDS).astype(np.int64)), 1)
-            return f"{len(batch.fields)} windows", batch.fields[:, 0], batch.constants
+            count = len(reader.index(context))
+            batch = reader.batch(np.unique(np.linspace(0, count - 1, NUM_FIELDS).astype(np.int64)), context)
+            return f"{len(batch.fields)} windows", batch.fields, batch.constants
     generator = torch.Generator().manual_seed(0)
     grid = spec.grid or (2 * MIN_GRID, 2 * MIN_GRID)
     drawn = []
-    for names in channels:
-        noise = torch.randn(NUM_FIELDS, len(names), *grid, generator=generator, dtype=torch.float64)
+    for names, time in zip(channels, ((context,), ()), strict=True):
+        noise = torch.randn(NUM_FIELDS, *time, len(names), *grid, generator=generator, dtype=torch.float64)
         drawn.append((spec.moment("mean", names) + spec.moment("std", names) * noise).float())
     return f"{NUM_FIELDS} random fields", drawn[0], drawn[1]
 

@@ -107,6 +107,7 @@ def model_card(exported: ExportedModel, files: Mapping[str, bytes], address: str
     facts = exported.to_json()
     return template.render(
         exported=exported,
+        context=exported.model.context,
         recipe=exported.recipe,
         files=files,
         address=address,

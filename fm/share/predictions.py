@@ -56,10 +56,9 @@ def evaluate_prediction(
         raise UserError(f"{prediction}: expected the rollouts in a Well file: `fm rollout --out PRED.hdf5` writes one")
     if truth is None:
         raise UserError(f"{prediction}: expected --truth FILE, the file that holds what was predicted")
-    chosen = load_protocol(protocol or DEFAULT_PROTOCOL)
-    if chosen.context != 1:
-        raise UserError(f"protocol {chosen.name}: expected context 1, one initial frame; got {chosen.context}")
     attributes = read_attributes(prediction)
+    context = int(np.atleast_1d(attributes.get("prediction_context", 1))[0])
+    chosen = load_protocol(protocol or DEFAULT_PROTOCOL).for_context(context)
     card = stored_card(prediction, load_registry(), None, attributes)
     with WellFile(prediction, card) as predicted, WellFile(truth, card) as true:
         if predicted.grid != true.grid:
@@ -124,15 +123,15 @@ def _adapt_protocol(protocol: Protocol, predicted: WellFile, true: WellFile, pai
     Raises UserError if the rollouts start from another frame or cover none of its windows.
     """
     for pair in pairs:
-        if pair.frames[0] != protocol.start:
+        if pair.frames[0] != protocol.last_given:
             raise UserError(
                 f"{predicted.path}: its rollouts start from frame {pair.frames[0]} of {true.path}; protocol "
-                f"{protocol.name} starts from frame {protocol.start}: roll out with --start {protocol.start}, or score "
-                f"under a protocol with start: {pair.frames[0]}"
+                f"{protocol.name} starts from frame {protocol.last_given}: roll out with --start "
+                f"{protocol.last_given}, or score under a protocol with start: {pair.frames[0]}"
             )
     folder = true.path.parent.name if isinstance(true.path, Path) else ""
     split = folder if folder in SPLITS else protocol.split
-    possible = true.num_frames - 1 - protocol.start
+    possible = true.num_frames - 1 - protocol.last_given
     wanted = possible if protocol.max_steps is None else min(possible, protocol.max_steps)
     steps = min(pair.steps for pair in pairs)
     if steps >= wanted:

@@ -1,4 +1,4 @@
-"""Roll a model out from the states of a file into another file, frame by frame.
+"""Roll a model out from the frames of a file into another file, frame by frame.
 
 In Python, without files, on fields by name (fm/model/fields.py lists the forms of the fields):
 
@@ -6,7 +6,7 @@ In Python, without files, on fields by name (fm/model/fields.py lists the forms 
     state = xarray.open_dataset("states.nc").isel(time=0)
     model.predict(state, "shear_flow", steps=20).to_netcdf("predicted.nc")
 
-Array legend: n trajectories, C state channels, K constant channels, X Y grid.
+Array legend: n trajectories, T input frames, C state channels, K constant channels, X Y grid.
 """
 
 import sys
@@ -51,7 +51,7 @@ class RolloutRequest:
     steps: int
     dataset: str | None = None  # None: the one that the file names
     trajectories: tuple[int, ...] | None = None  # None: all
-    start: int = 0  # frame of the source that the rollouts start from
+    start: int | None = None  # last frame of the source that the model is given; None: the first that is possible
     force: bool = False  # replace a file at `out`
 
 
@@ -65,15 +65,16 @@ def predict_file(model: str, request: RolloutRequest, registry: str | None = Non
     _check_request(request)
     out, trained = request.out, TrainedModel.open(model)
     cards = trained.registry() if registry is None else load_registry(registry)
-    initial = read_initial(request.source, cards, request.dataset, request.trajectories, request.start)
-    state, constants = _checked_fields(trained.model, initial, request.source)
+    context = trained.model.context
+    initial = read_initial(request.source, cards, request.dataset, request.trajectories, request.start, context)
+    given, constants = _checked_fields(trained.model, initial, request.source)
     dts = initial.dts
     if dts is None:  # a file of one frame: the model's time step, or 1
-        dts = np.full(len(state), trained.model.specs[initial.setting.card.name].dt or 1.0)
+        dts = np.full(len(given), trained.model.specs[initial.setting.card.name].dt or 1.0)
     times = initial.times[:, None] + np.arange(1 + request.steps) * dts[:, None]
     if out.suffix in ENGINES and not (times == times[0]).all():
         raise UserError(f"--out {out}: the trajectories have times of their own; write {WELL_SUFFIXES[0]}")
-    frames = _frames(trained.model, initial.setting.card, state, constants, request.steps)
+    frames = _frames(trained.model, initial.setting.card, given, constants, request.steps)
     try:
         with (
             StopSignal().listen() as stop,
@@ -81,7 +82,7 @@ def predict_file(model: str, request: RolloutRequest, registry: str | None = Non
             open_writer(out.suffix, path, initial, times, cards) as file,
         ):
             failures = _write(file, initial, frames, stop, request.steps, progress)
-            file.describe(_attributes(model, trained.weights, request, initial, failures))
+            file.describe(_attributes(model, trained, request, initial, failures))
     except OSError as error:
         if is_disk_full(error):
             raise disk_full_error(out, error) from error
@@ -116,7 +117,7 @@ def _check_request(request: RolloutRequest) -> None:
 
 
 def _checked_fields(model: Surrogate, initial: InitialStates, source: Path) -> tuple[Tensor, Tensor]:
-    """Return state (n, C, X, Y) and constants (n, K, X, Y) in the model's order; print doubts to stderr.
+    """Return frames (n, T, C, X, Y) and constants (n, K, X, Y) in the model's order; print doubts to stderr.
 
     Raises UserError for a dataset that the model was not trained on, fields of another form, and values that are not
     finite.
@@ -131,28 +132,29 @@ def _checked_fields(model: Surrogate, initial: InitialStates, source: Path) -> t
         raise UserError(
             f"{source}: expected an even number of at least {MIN_GRID} points along x and y, got {grid[0]} x {grid[1]}"
         )
-    state, constants = torch.from_numpy(initial.state), torch.from_numpy(initial.setting.constants)
-    fields = dict(zip(card.state_channels, state.unbind(1), strict=True))
+    frames, constants = torch.from_numpy(initial.frames), torch.from_numpy(initial.setting.constants)
+    states = (frames[:, 0] if model.context == 1 else frames).unbind(-3)
+    fields = dict(zip(card.state_channels, states, strict=True))
     fields |= zip(card.constant_channels, constants.unbind(1), strict=True)
     dt = None if initial.dts is None else float(np.median(initial.dts))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FieldsWarning)
         try:
-            given = given_fields(fields, model.specs[card.name], dt)
+            given = given_fields(fields, model.specs[card.name], dt, model.context)
         except ValueError as error:
             raise UserError(f"{source}: {error}") from error
     for one in caught:
         print(f"warning: {source}: {one.message}", file=sys.stderr)
-    return given.state, given.constants
+    return given.frames, given.constants
 
 
-def _frames(model: Surrogate, card: Card, state: Tensor, constants: Tensor, steps: int) -> Iterator[np.ndarray]:
+def _frames(model: Surrogate, card: Card, given: Tensor, constants: Tensor, steps: int) -> Iterator[np.ndarray]:
     """Yield the predicted states (n, C, X, Y) step by step, channels in the card's order; on a GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     order = [model.specs[card.name].state_channels.index(channel) for channel in card.state_channels]
-    batches = zip(state.to(device).split(BATCH), constants.to(device).split(BATCH), strict=True)
-    rollouts = [model.iterate(states, fixed, card.name, steps) for states, fixed in batches]
+    batches = zip(given.to(device).split(BATCH), constants.to(device).split(BATCH), strict=True)
+    rollouts = [model.iterate(frames, fixed, card.name, steps) for frames, fixed in batches]
     for parts in zip(*rollouts, strict=True):
         yield torch.cat([part[:, order].cpu() for part in parts]).numpy()
 
@@ -166,17 +168,17 @@ def _write(
     steps: int,
     progress: bool,
 ) -> dict[int, tuple[int, str]]:
-    """Write the initial and the predicted states; return, by trajectory, the first step and channel not finite.
+    """Write the last given and the predicted states; return, by trajectory, the first step and channel not finite.
 
     After all rollouts have stopped being finite, the rest is NaN. Raises KeyboardInterrupt between two frames after a
     signal: raised at once, it could be lost in a destructor of h5py's.
     """
     channels = initial.setting.card.state_channels
     failures: dict[int, tuple[int, str]] = {}
-    file.write(0, initial.state)
+    file.write(0, initial.frames[:, -1])
     for step in tqdm(range(1, steps + 1), desc="rollout", unit="step", disable=not progress, leave=False):
         over = len(failures) == len(initial.trajectories)
-        frame = np.full_like(initial.state, np.nan) if over else next(frames)
+        frame = np.full_like(initial.frames[:, -1], np.nan) if over else next(frames)
         if stop.received:
             raise KeyboardInterrupt
         file.write(step, frame)
@@ -188,7 +190,7 @@ def _write(
 
 def _attributes(
     model: str,
-    weights: str,
+    trained: TrainedModel,
     request: RolloutRequest,
     initial: InitialStates,
     failures: Mapping[int, tuple[int, str]],
@@ -198,10 +200,11 @@ def _attributes(
     return {
         "dataset_name": initial.setting.card.name,
         "prediction_model": model,
-        "prediction_weights": weights,
+        "prediction_weights": trained.weights,
         "prediction_source": str(request.source),
         "prediction_trajectories": list(initial.trajectories),
-        "prediction_start": request.start,
+        "prediction_start": trained.model.context - 1 if request.start is None else request.start,
+        "prediction_context": trained.model.context,
         "prediction_steps": request.steps,
         "prediction_first_nonfinite_step": first,  # of each trajectory; 0: none
         **{name: float(values[0]) for name, values in initial.setting.scalars.items() if (values == values[0]).all()},

@@ -1,4 +1,4 @@
-"""The files of a rollout: initial states from Well HDF5, netCDF or zarr files, and predictions into them.
+"""The files of a rollout: initial frames from Well HDF5, netCDF or zarr files, and predictions into them.
 
 In netCDF and zarr, variables are named by canonical channel, or as the Well names the components of its fields
 (`velocity_x`, `D_xx`). Their dimensions are `x` and `y`, optionally `time`, and optionally one more, which counts
@@ -34,47 +34,53 @@ DIMENSIONS = ("trajectory", "time", "x", "y")
 
 @dataclass(frozen=True)
 class InitialStates:
-    """One frame of each of n trajectories."""
+    """The last frames that a model is given, of each of n trajectories."""
 
     setting: Setting
     trajectories: tuple[int, ...]  # their numbers in the file
-    state: np.ndarray  # (n, C, X, Y) float32
-    times: np.ndarray  # (n,) physical
+    frames: np.ndarray  # (n, T, C, X, Y) float32, the oldest first
+    times: np.ndarray  # (n,) physical, of the last frame
     dts: np.ndarray | None  # (n,) time between the file's frames; None if it has one frame
 
 
 def read_initial(
-    path: Path, registry: Registry, dataset: str | None, trajectories: Sequence[int] | None, start: int
+    path: Path,
+    registry: Registry,
+    dataset: str | None,
+    trajectories: Sequence[int] | None,
+    start: int | None,
+    context: int = 1,
 ) -> InitialStates:
-    """Read frame `start` of these trajectories, None for all, from a file; its suffix gives the format.
+    """Read `context` frames of these trajectories, None for all, from a file; its suffix gives the format.
 
-    Raises UserError if the file is missing, damaged or another dataset's, or has no such trajectory or frame.
+    The last one is frame `start`, by default the first that has enough frames before it. Raises UserError if the file
+    is missing, damaged or another dataset's, or has no such trajectory or frames.
     """
     read = read_xarray if path.suffix in ENGINES else read_well
-    return read(path, registry, dataset, trajectories, start)
+    return read(path, registry, dataset, trajectories, context - 1 if start is None else start, context)
 
 
 def read_well(
-    path: Path, registry: Registry, dataset: str | None, trajectories: Sequence[int] | None, start: int
+    path: Path, registry: Registry, dataset: str | None, trajectories: Sequence[int] | None, start: int, context: int
 ) -> InitialStates:
     """Read from a Well file, as `read_initial`."""
     card = stored_card(path, registry, dataset, read_attributes(path))
     with WellFile(path, card) as file:
         chosen = _choose(path, file.num_trajectories, trajectories)
-        _check_start(path, file.num_frames, start)
+        _check_start(path, file.num_frames, start, context)
         dts = np.array([file.dt(one) for one in chosen]) if file.num_frames > 1 else None
         _check_dts(path, dts)
         return InitialStates(
             setting=read_setting(file, chosen),
             trajectories=chosen,
-            state=np.concatenate([file.read(one, start, start + 1) for one in chosen]),
+            frames=np.stack([file.read(one, start + 1 - context, start + 1) for one in chosen]),
             times=np.array([file.times(one)[start] for one in chosen]),
             dts=dts,
         )
 
 
 def read_xarray(
-    path: Path, registry: Registry, dataset: str | None, trajectories: Sequence[int] | None, start: int
+    path: Path, registry: Registry, dataset: str | None, trajectories: Sequence[int] | None, start: int, context: int
 ) -> InitialStates:
     """Read from a netCDF or zarr file, as `read_initial`."""
     xarray = import_xarray()
@@ -95,20 +101,23 @@ def read_xarray(
                 f"{', '.join(dims)}"
             )
         num_frames = fields.sizes.get("time", 1)
-        _check_start(path, num_frames, start)
+        _check_start(path, num_frames, start, context)
         times = np.asarray(fields["time"].values if "time" in fields.coords else range(num_frames))
         times = np.atleast_1d(times).astype(np.float64)
-        frame = fields.isel(time=start) if "time" in fields.dims else fields
+        given_frames = slice(start + 1 - context, start + 1)
+        frames = fields.isel(time=given_frames) if "time" in fields.dims else fields.expand_dims("time")
         counter = others[0] if others else "trajectory"
-        chosen = _choose(path, frame.sizes[counter] if others else 1, trajectories)
-        frame = frame.isel({counter: list(chosen)}) if others else frame.expand_dims(counter)
+        chosen = _choose(path, frames.sizes[counter] if others else 1, trajectories)
+        frames = frames.isel({counter: list(chosen)}) if others else frames.expand_dims(counter)
         dts = np.full(len(chosen), (times[-1] - times[0]) / (len(times) - 1)) if len(times) > 1 else None
         _check_dts(path, dts)
-        state, constants = (_stack(frame, names, counter) for names in (card.state_channels, card.constant_channels))
-        x, y = (np.asarray(frame[axis].values, np.float64) for axis in "xy")
+        states = [_stack(frames.isel(time=index), card.state_channels, counter) for index in range(context)]
+        constants = _stack(frames.isel(time=-1), card.constant_channels, counter)
+        x, y = (np.asarray(frames[axis].values, np.float64) for axis in "xy")
         scalars = {name: np.full(len(chosen), float(given.attrs[name])) for name in card.scalars if name in given.attrs}
         setting = Setting(card, x, y, constants, scalars, edges(card.boundary, (len(x), len(y))))
-        return InitialStates(setting, chosen, state, np.full(len(chosen), times[start if len(times) > 1 else 0]), dts)
+        last = np.full(len(chosen), times[start if len(times) > 1 else 0])
+        return InitialStates(setting, chosen, np.stack(states, axis=1), last, dts)
 
 
 def import_xarray() -> ModuleType:
@@ -135,9 +144,14 @@ def _choose(path: Path, count: int, trajectories: Sequence[int] | None) -> tuple
     return chosen
 
 
-def _check_start(path: Path, count: int, start: int) -> None:
-    if not 0 <= start < count:
-        raise UserError(f"--start: expected a frame from 0 to {count - 1}, those of {path}; got {start}")
+def _check_start(path: Path, count: int, start: int, context: int) -> None:
+    if count < context:
+        raise UserError(f"{path}: the model reads {context} frames, the file has {count}; give it more")
+    if not context - 1 <= start < count:
+        before = f"; the model reads {context} frames, the last of them this one" if context > 1 else ""
+        raise UserError(
+            f"--start: expected a frame from {context - 1} to {count - 1}, those of {path}{before}; got {start}"
+        )
 
 
 def _check_dts(path: Path, dts: np.ndarray | None) -> None:

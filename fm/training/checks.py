@@ -58,11 +58,12 @@ def gradient_cosines(
     model = parallel.model
     objective = Unroll(model, recipe.loss, autocast=autocast_dtype(recipe.train.precision, device))
     shared = model.parameters_by_datasets()[frozenset(model.specs)]
+    length = model.context + 1
     seed, training = recipe.run.seed, model.training
     model.eval()
     try:
         gradients = {
-            name: _gradient(objective, shared, reader, sampled_windows(reader, seed, step), device)
+            name: _gradient(objective, shared, reader, sampled_windows(reader, seed, step, length), length, device)
             for name, reader in sorted(readers.items())
         }
     finally:
@@ -70,10 +71,13 @@ def gradient_cosines(
     return cosines_of(gradients)
 
 
-def sampled_windows(reader: ShardReader, seed: int, step: int) -> np.ndarray:
-    """Return the ids of the windows of two frames whose mean gradient stands for the dataset, (WINDOWS,) int64."""
+def sampled_windows(reader: ShardReader, seed: int, step: int, length: int) -> np.ndarray:
+    """Return the ids of the windows whose mean gradient stands for the dataset, (WINDOWS,) int64.
+
+    The windows have `length` frames.
+    """
     chances = uniform(stream_key("gradient cosine", seed, step, reader.dataset), np.arange(WINDOWS, dtype=np.uint64))
-    return (chances * len(reader.index(2))).astype(np.int64)
+    return (chances * len(reader.index(length))).astype(np.int64)
 
 
 def cosines_of(gradients: Mapping[str, Tensor]) -> Cosines:
@@ -86,10 +90,15 @@ def cosines_of(gradients: Mapping[str, Tensor]) -> Cosines:
 
 
 def _gradient(
-    objective: Unroll, shared: list[torch.nn.Parameter], reader: ShardReader, windows: np.ndarray, device: torch.device
+    objective: Unroll,
+    shared: list[torch.nn.Parameter],
+    reader: ShardReader,
+    windows: np.ndarray,
+    length: int,
+    device: torch.device,
 ) -> Tensor:
     """Return the mean gradient of the one-step loss over some windows, all shared parameters in a row, (P,) float32."""
-    batch = reader.batch(windows, 2).to(device)
+    batch = reader.batch(windows, length).to(device)
     forced = torch.ones(1, 1, dtype=torch.bool, device=device)
     mean = torch.zeros(sum(parameter.numel() for parameter in shared), device=device)
     # One window at a time: no process of the run takes fewer at once, so this fits where the training fits.
@@ -133,7 +142,7 @@ def check_memory(
 
 def longest_unroll(recipe: Recipe, readers: Mapping[str, ShardReader]) -> tuple[str, int]:
     """Return the dataset whose unroll holds the most tokens for the backward pass, and its length."""
-    lengths = {name: recipe.window_length(name) - 1 for name in readers}
+    lengths = {name: recipe.unroll_steps(name) for name in readers}
     tokens = {name: int(np.prod(readers[name].manifest.grid)) for name in readers}
     costs = {name: (tokens[name] * held_calls(lengths[name], recipe.finetune), lengths[name]) for name in readers}
     dataset = max(costs, key=lambda name: costs[name])

@@ -19,8 +19,8 @@ BACKWARD = 2  # FLOPs of a backward pass over those of its forward pass: gradien
 def forward_flops(model: Surrogate, dataset: str, grid: tuple[int, int]) -> int:
     """Return the FLOPs of products and convolutions in a model call on one window, two per multiply-add."""
     with fake_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        state, constants = zero_fields(model, dataset, grid, windows=1, frames=1)
-        model(state[:, 0], constants, dataset)
+        frames, constants = zero_fields(model, dataset, grid, windows=1, frames=model.context)
+        model(frames, constants, dataset)
     return int(counter.get_total_flops())
 
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from data_pipeline.hashing import stream_key, uniform
 from fm.config import FinetuneSettings, LossSettings
 from fm.model.loss import LossTerms, wavelit_loss
-from fm.model.surrogate import Surrogate
+from fm.model.surrogate import Surrogate, next_frames
 
 SIGMOID_STEEPNESS = 10.0
 
@@ -78,13 +78,14 @@ def input_noise(
 
 
 class Unroll(nn.Module):
-    """Loss over the K model steps of windows of K + 1 frames.
+    """Loss over the K model steps of windows of n + K frames, for a model of n input frames.
 
-    Model step k = 1 ... K predicts frame k of the window from its input: frame k - 1 of the truth, or the model's own
-    prediction of it. L_k is the loss of step k against the truth, and every mean is over the windows of a batch.
+    Model step k = 1 ... K predicts frame n + k of the window from the n frames before it. Frames 1 ... n are the truth;
+    a later input frame is the truth or the model's own prediction, and stays what it is while later steps read it. L_k
+    is the loss of step k against the truth, and every mean is over the windows of a batch.
 
         scheduled_sampling  mean over k of L_k; each input is the truth with a probability (Bengio et al. 2015)
-        bptt                mean over k of L_k; only the first input is the truth
+        bptt                mean over k of L_k; only the first n input frames are the truth
         causal_bptt         mean over k of exp(-eps * sum over j < k of L_j) L_k, the weights without gradient: later
                             steps count once earlier ones are right (Wang, Sankaran and Perdikaris 2024)
         pushforward         L_K, without gradient through the steps before K (Brandstetter, Worrall and Welling 2022)
@@ -114,8 +115,8 @@ class Unroll(nn.Module):
     ) -> Mapping[str, Tensor]:
         """Return the losses of one batch.
 
-        fields (B, K + 1, C, H, W) and constants (B, c, H, W) in raw units; forced (B, K) bool is True
-        where the input is the truth; noise (B, K, C, H, W), normalized, is added to these inputs.
+        fields (B, n + K, C, H, W) and constants (B, c, H, W) in raw units; forced (B, K) bool is True where the newest
+        input frame of a step is the truth; noise (B, n + K - 1, C, H, W), normalized, is added to true input frames.
         Returns scalars: loss (with gradient), mse and wavelet_l1 (means over windows and model steps, detached).
         """
         # Autocast stands here and not around the caller, since DeepSpeed ends an autocast that it did not start.
@@ -133,24 +134,27 @@ class Unroll(nn.Module):
         """Return the losses of the model steps that have one: all, or for pushforward the last."""
         fields = self.model.normalize(fields, dataset)
         constants = self.model.normalize_constants(constants, dataset)
-        last = fields.shape[1] - 2
-        terms = []
-        prediction = fields[:, 0]
+        context, last = self.model.context, fields.shape[1] - self.model.context - 1
+        inputs = fields[:, :-1] if noise is None else fields[:, :-1] + noise
+        terms: list[LossTerms] = []
+        frames = inputs[:, :context]
+        prediction = frames[:, -1]
         for k in range(last + 1):
-            truth = fields[:, k] if noise is None else fields[:, k] + noise[:, k]
-            state = truth if k == 0 else torch.where(forced[:, k, None, None, None], truth, prediction)
+            if k > 0:
+                truth = inputs[:, context + k - 1]
+                frames = next_frames(frames, torch.where(forced[:, k, None, None, None], truth, prediction))
             if self.kind == "pushforward" and k < last:
                 with torch.no_grad():
-                    prediction = self.model(state, constants, dataset)
+                    prediction = self.model(frames, constants, dataset)
                 continue
             if self.checkpoints:
-                prediction = checkpoint(self.model, state, constants, dataset, use_reentrant=False)
+                prediction = checkpoint(self.model, frames, constants, dataset, use_reentrant=False)
             else:
-                prediction = self.model(state, constants, dataset)
+                prediction = self.model(frames, constants, dataset)
             terms.append(
                 wavelit_loss(
                     prediction,
-                    fields[:, k + 1],
+                    fields[:, context + k],
                     self.model.residual_scale(dataset),
                     mse_weight=self.weights.mse,
                     wavelet_weight=self.weights.wavelet_l1,

@@ -141,7 +141,7 @@ def compile_objective(objective: Unroll, recipe: Recipe, accelerator: Accelerato
     _check_way(way, model, accelerator)
     if backend == INDUCTOR:
         _check_compiler(device)
-    calls = 1 if way == "blocks" else max(recipe.window_length(name) - 1 for name in model.specs)
+    calls = 1 if way == "blocks" else max(recipe.unroll_steps(name) for name in model.specs)
     allow_graphs(GRAPHS * len(model.specs) * calls)
     options: dict[str, Any] = {"mode": "reduce-overhead"} if way == "graphs" else {}
     for part in model.blocks if way == "blocks" else [objective]:

@@ -193,10 +193,10 @@ def _objective_inputs(recipe: Recipe, step: int, micro_batch: MicroBatch, batch:
         coins = coins.pin_memory()
     noise = None
     if train.jitter:
-        shape = (length, *batch.fields.shape[2:])
+        shape = (recipe.data.context + length - 1, *batch.fields.shape[2:])
         noise = input_noise(seed, batch.draw, micro_batch.places, shape, train.jitter, device)
     return {
-        "fields": batch.fields[:, : length + 1],
+        "fields": batch.fields[:, : recipe.data.context + length],
         "constants": batch.constants,
         "forced": coins.to(device, non_blocking=True),
         "dataset": batch.dataset,

@@ -19,7 +19,7 @@ from data_pipeline.windows.loader import scheduled_batches, sources
 from data_pipeline.windows.reader import Batch
 from fm.checkpoint import CheckpointWriter, keep_best, keep_incident, newest_checkpoint, read_state
 from fm.config import Recipe, changed_settings, recipe_to_dict, resolve
-from fm.datasets import build_model, check_same_shards, check_unrolls, open_split, shard_digests
+from fm.datasets import build_model, check_same_shards, check_windows, open_split, shard_digests
 from fm.distributed import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
@@ -112,7 +112,7 @@ class Trainer:
         check_trackers(recipe.tracking.log_with or ())
         self.readers = open_split(recipe, self.registry, "train")
         self.valid_readers = open_split(recipe, self.registry, "valid") if recipe.validation.every else {}
-        check_unrolls(recipe, self.readers)
+        check_windows(recipe, self.readers)
         self.lengths = {name: recipe.window_length(name) for name in self.readers}  # frames
         self.mixing = Mixing(recipe, sources(self.readers, self.lengths))
         self.anomalies = AnomalyDetector(recipe.guard)

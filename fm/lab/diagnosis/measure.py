@@ -135,14 +135,17 @@ def _measure(
 
     Returns the three error arrays of `Growth` in place of it, because the recurrence is fitted to all trajectories.
     """
-    manifest, num_steps = subject.reader.manifest, subject.reader.num_frames(trajectory) - 1
-    step, truth = subject.step([trajectory]), subject.states([trajectory], num_steps + 1)
-    single, states = [], [truth[:, 0]]
+    manifest, num_frames, context = subject.reader.manifest, subject.reader.num_frames(trajectory), subject.context
+    num_steps = num_frames - context
+    step, frames = subject.step([trajectory]), subject.frames([trajectory], num_frames)
+    single, predicted, state = [], [], subject.state(frames, 0)
     with torch.no_grad():
         for k in tqdm(range(num_steps), desc=f"roll out trajectory {trajectory}", leave=False):
-            single.append(_rms(step(truth[:, k].to(subject.device)).cpu() - truth[:, k + 1]))
-            states.append(step(states[-1].to(subject.device)).cpu())
-    rollout = torch.stack(states, dim=1)
+            single.append(_rms(subject.newest(step(subject.state(frames, k))) - frames[:, context + k]))
+            state = step(state)
+            predicted.append(subject.newest(state))
+    paths = frames, torch.cat([frames[:, :context], torch.stack(predicted, dim=1)], dim=1)
+    truth, rollout = (path[:, context - 1 :] for path in paths)  # (1, K + 1, C, H, W) each
     raw_truth, raw_rollout = subject.physical(truth), subject.physical(rollout)
     scores = vrmse(torch.from_numpy(raw_rollout[:, 1:]), torch.from_numpy(raw_truth[:, 1:])).mean(-1).numpy()
     errors = _rms(rollout[:, 1:] - truth[:, 1:]), np.stack(single, axis=1), scores
@@ -153,7 +156,7 @@ def _measure(
     shown = tuple(np.unique(np.geomspace(1, num_steps, NUM_SPECTRA).round().astype(int)).tolist())
     return (
         errors,
-        _stability(subject, trajectory, (truth, rollout), twins, std, row),
+        _stability(subject, trajectory, paths, twins, std, row),
         measure_spectra(*later, shown, spacing),
         measure_bands(*later, subject.model.specs[subject.dataset].periodic),
         measure_drifts(card, manifest.state_channels, raw_truth, raw_rollout, std),
@@ -168,25 +171,27 @@ def _stability(
     std: np.ndarray,
     row: int,
 ) -> Stability:
-    """Measure the growth of one small difference along truth and rollout, `paths` (1, K + 1, C, H, W).
+    """Measure the growth of one small difference along truth and rollout, `paths` (1, n + K, C, H, W).
 
     The difference is that of the twins, if any, else noise. The singular values are costly: only row 0 has them.
     """
-    step, shape, num_steps = subject.step([trajectory]), paths[0][:, 0].shape, paths[0].shape[1] - 1
+    context = subject.context
+    step, shape, num_steps = subject.step([trajectory]), subject.state(paths[0], 0).shape, paths[0].shape[1] - context
     true_flow, start = None, torch.randn(shape, generator=torch.Generator().manual_seed(row))
     if twins is not None:
-        difference = (twins[1, 0] - twins[0, 0]) / std[:, None, None]
-        start = torch.from_numpy(difference / np.abs(difference).max()).float()[None]
-        distance = twin_distance(twins, std)  # (T,)
+        difference = (twins[1, :context] - twins[0, :context]) / std[:, None, None]
+        start = torch.from_numpy(difference / np.abs(difference).max()).float().flatten(0, 1)[None]
+        distance = twin_distance(twins[:, context - 1 :], std)  # (K + 1,)
         true_flow = (distance[1:] / distance[:-1])[None]
     frames = evenly_spaced(num_steps, NUM_JACOBIANS) if row == 0 else []
     growth, largest = [], []
-    for path in (part.to(subject.device) for part in paths):
-        states = tqdm(path[:, :-1].unbind(1), desc=f"growth along trajectory {trajectory}", leave=False)
+    for path in paths:
+        steps = tqdm(range(num_steps), desc=f"growth along trajectory {trajectory}", leave=False)
+        states = (subject.state(path, k) for k in steps)
         growth.append(tangent_growth(step, states, start.to(subject.device)))
         vector, values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(subject.device), []
         for frame in tqdm(frames, desc="largest singular values", leave=False):
-            value, vector = largest_singular_value(step, path[:, frame], vector)
+            value, vector = largest_singular_value(step, subject.state(path, frame), vector)
             values.append(value)
         largest.append(np.array(values))
     return Stability(growth[0], growth[1], true_flow, tuple(frames), largest[0], largest[1])
@@ -194,14 +199,16 @@ def _stability(
 
 def _floors(subject: Subject, train: ShardReader) -> Floors:
     """Measure the one-step VRMSE of the model and of simpler predictors on the same windows."""
-    pairs = (subject.pairs(train, ids) for ids in _window_batches(train, FIT_WINDOWS))
+    length = subject.context + 1
+    pairs = (subject.pairs(train, ids) for ids in _window_batches(train, FIT_WINDOWS, length))
     pointwise = PointwiseMap.fit((source.numpy(), target.numpy()) for source, target in pairs)
     scores: dict[str, list[np.ndarray]] = {"model": [], "pointwise": [], "persistence": []}
-    for ids in _window_batches(subject.reader, SCORE_WINDOWS):
+    for ids in _window_batches(subject.reader, SCORE_WINDOWS, length):
         source, target = subject.pairs(subject.reader, ids)
-        step = subject.step(subject.reader.index(2).locate(ids)[0].tolist())
+        step = subject.step(subject.reader.index(subject.context + 1).locate(ids)[0].tolist())
         with torch.no_grad():
-            predicted = {"model": step(source.to(subject.device)), "persistence": source}
+            model = subject.newest(step(source.to(subject.device)))
+        predicted = {"model": model, "persistence": subject.newest(source)}
         predicted["pointwise"] = torch.from_numpy(pointwise(source.numpy()))
         for name, states in predicted.items():
             raw, wanted = (torch.from_numpy(subject.physical(part)) for part in (states, target))
@@ -210,9 +217,9 @@ def _floors(subject: Subject, train: ShardReader) -> Floors:
     return Floors(windows=sum(len(part) for part in scores["model"]), **medians)
 
 
-def _window_batches(reader: ShardReader, count: int) -> list[np.ndarray]:
-    """Return the ids of up to `count` evenly spaced windows of two frames, in batches."""
-    ids = np.array(evenly_spaced(len(reader.index(2)), count))
+def _window_batches(reader: ShardReader, count: int, length: int) -> list[np.ndarray]:
+    """Return the ids of up to `count` evenly spaced windows of `length` frames, in batches."""
+    ids = np.array(evenly_spaced(len(reader.index(length)), count))
     return np.array_split(ids, -(-len(ids) // BATCH))
 
 

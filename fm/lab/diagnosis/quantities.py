@@ -198,7 +198,7 @@ class Floors:
 
 @dataclass(frozen=True)
 class PointwiseMap:
-    """The map next = matrix @ (channels, 1) at each grid point; matrix (C, C + 1).
+    """The map next = matrix @ (channels, 1) at each grid point; matrix (C, n C + 1) for a state of n frames.
 
     A model with a larger error has learned less than pointwise algebra. Where the map is exact (helmholtz_staircase
     turns the phase of every point by one angle), the error shows how far the model is from a map that is easy to write.
@@ -208,7 +208,7 @@ class PointwiseMap:
 
     @classmethod
     def fit(cls, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> "PointwiseMap":
-        """Fit by least squares over pairs of states and next states (B, C, H, W), by normal equations in float64.
+        """Fit by least squares over states (B, n C, H, W) and next frames (B, C, H, W), by float64 normal equations.
 
         Copies of a channel (in a symmetric tensor) share its weight.
         """
@@ -222,9 +222,9 @@ class PointwiseMap:
         return cls(solution.T)
 
     def __call__(self, states: np.ndarray) -> np.ndarray:
-        """Return the next states (B, C, H, W), float64."""
-        batch, channels, height, width = states.shape
-        return (_columns(states) @ self.matrix.T).reshape(batch, height, width, channels).transpose(0, 3, 1, 2)
+        """Return the frames (B, C, H, W), float64, after states (B, n C, H, W)."""
+        batch, _, height, width = states.shape
+        return (_columns(states) @ self.matrix.T).reshape(batch, height, width, -1).transpose(0, 3, 1, 2)
 
 
 def _columns(states: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from data_pipeline.remote import is_url
 from data_pipeline.windows.reader import ShardReader
 from fm.evaluation.samples import evenly_spaced
 from fm.lab.diagnosis.growth import Step
-from fm.model.surrogate import Surrogate
+from fm.model.surrogate import Surrogate, next_frames
 
 SAME = 0.01  # rms distance, in std, below which two first frames are equal: float16 rounds to 0.001
 
@@ -30,32 +30,47 @@ SAME = 0.01  # rms distance, in std, below which two first frames are equal: flo
 class Subject:
     """One model on one dataset, in evaluation mode and without gradients of its parameters.
 
-    States are normalized as the model normalizes them, so that every channel counts by its own spread.
+    Frames are normalized as the model normalizes them, so that every channel counts by its own spread. What the model
+    reads, n frames of C channels, is its state: (B, n C, H, W), the oldest frame first.
     """
 
     def __init__(self, model: Surrogate, reader: ShardReader, device: torch.device) -> None:
         self.model = model.to(device).eval().requires_grad_(False)
         self.reader, self.device, self.dataset = reader, device, reader.dataset
+        self.context = model.context
 
-    def states(self, trajectories: Sequence[int], num_frames: int) -> Tensor:
+    def frames(self, trajectories: Sequence[int], num_frames: int) -> Tensor:
         """Return the first frames of trajectories, normalized: (R, T, C, H, W) on the CPU."""
         frames = np.stack([self.reader.trajectory_frames(index, 0, num_frames) for index in trajectories])
         return self.model.normalize(torch.from_numpy(frames).to(self.device), self.dataset).cpu()
 
-    def physical(self, states: Tensor) -> np.ndarray:
-        """Return normalized states (..., C, H, W) in physical units."""
-        return self.model.denormalize(states.to(self.device), self.dataset).cpu().numpy()
+    def physical(self, frames: Tensor) -> np.ndarray:
+        """Return normalized frames (..., C, H, W) in physical units."""
+        return self.model.denormalize(frames.to(self.device), self.dataset).cpu().numpy()
+
+    def state(self, frames: Tensor, index: int) -> Tensor:
+        """Return the state (B, n C, H, W) that begins with frame `index` of frames (B, T, C, H, W), on the device."""
+        return frames[:, index : index + self.context].flatten(1, 2).to(self.device)
+
+    def newest(self, states: Tensor) -> Tensor:
+        """Return the newest frame (B, C, H, W) of states, on the CPU."""
+        return states.unflatten(1, (self.context, -1))[:, -1].cpu()
 
     def step(self, trajectories: Sequence[int]) -> Step:
-        """Return the map from normalized states of these trajectories, in their order, to the next ones."""
+        """Return the map from states of these trajectories (B, n C, H, W), in their order, to the next states."""
         constants = torch.from_numpy(np.stack([self.reader.constants(index) for index in trajectories]))
         fixed = self.model.normalize_constants(constants.to(self.device), self.dataset)
-        return lambda state: self.model(state, fixed, self.dataset)
+
+        def step(states: Tensor) -> Tensor:
+            frames = states.unflatten(1, (self.context, -1))
+            return next_frames(frames, self.model(frames, fixed, self.dataset)).flatten(1, 2)
+
+        return step
 
     def pairs(self, reader: ShardReader, ids: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return normalized states and next states (B, C, H, W), on the CPU, of windows of a reader of the dataset."""
-        fields = self.model.normalize(reader.batch(ids, 2).fields.to(self.device), self.dataset).cpu()
-        return fields[:, 0], fields[:, 1]
+        """Return states (B, n C, H, W) and the frames after them (B, C, H, W), on the CPU, of a reader's windows."""
+        fields = self.model.normalize(reader.batch(ids, self.context + 1).fields.to(self.device), self.dataset).cpu()
+        return fields[:, :-1].flatten(1, 2), fields[:, -1]
 
 
 def choose_trajectories(reader: ShardReader, count: int) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from fm.evaluation.scores import (
     wins,
 )
 
-PLAIN = Protocol("plain", 1, {"all": Window(1, 2)}, eps=0.0)
+PLAIN = Protocol("plain", 1, {"all": Window(1, 2)}, eps=0.0, context=1)
 
 
 def score_of(rollout: np.ndarray, protocol: Protocol = PLAIN) -> DatasetScores:

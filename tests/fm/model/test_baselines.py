@@ -82,7 +82,7 @@ def test_grids_that_no_power_of_two_divides(name: str) -> None:
 
 def first_weight(model: Baseline) -> torch.nn.Parameter:
     """The weight that reads the joint input: (out, in, ...)."""
-    total = len(model.inputs) + len(model.specs)
+    total = len(model.slots) + len(model.specs)
     return next(p for p in model.network.parameters() if p.ndim >= 3 and p.shape[1] == total)
 
 
@@ -92,7 +92,7 @@ def test_absent_channels_and_other_datasets_are_zero_and_change_nothing(name: st
     before = model(state, constants, "rayleigh_benard")
     before.square().sum().backward()
     weight = first_weight(model)
-    read = [*model.inputs, *model.specs]
+    read = [*model.slots, *model.specs]
     used = [i for i, c in enumerate(read) if c in {*model.specs["rayleigh_benard"].state_channels, "rayleigh_benard"}]
     absent = [i for i in range(len(read)) if i not in used]
     assert len(used) == 5
@@ -108,8 +108,8 @@ def test_each_channel_dataset_and_constant_has_its_own_slot() -> None:
     model = small("wno")
     name = "acoustic_scattering_maze"
     state, constants = make_inputs(model.specs[name], 16, 16)
-    x = model._joint_input(state, constants, model.specs[name])
-    slots = dict(zip([*model.inputs, *model.specs], x.unbind(1), strict=True))
+    x = model._joint_input(model.inputs(state[:, None], constants, name), model.specs[name])
+    slots = dict(zip([*model.slots, *model.specs], x.unbind(1), strict=True))
     assert torch.equal(slots["pressure"], state[:, 0])
     assert torch.equal(slots["speed_of_sound"], constants[:, 1])
     assert (slots[name] == 1).all()

@@ -23,8 +23,8 @@ class Scaled(Surrogate):
         super().__init__(datasets, predict, override, "haar")
         self.factor = nn.Parameter(torch.tensor(0.5))
 
-    def output(self, state: Tensor, constants: Tensor, spec: DatasetSpec) -> Tensor:
-        return self.factor * state
+    def output(self, inputs: Tensor, spec: DatasetSpec) -> Tensor:
+        return self.factor * inputs[:, : len(spec.state_channels)]
 
     def adapted_to(self, datasets: Sequence[DatasetSpec]) -> "Scaled":
         return self

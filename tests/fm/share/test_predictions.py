@@ -84,7 +84,7 @@ def test_the_report_says_what_was_scored_and_that_one_step_was_not(
     assert main(["score", str(report), "--eps", "1e-5"]) == 0
     runs = load_runs([report, report])
     one_step = next(table for table in compare_document(runs).tables if table.title == "One step")
-    assert one_step.rows == [[MAZE, None, None, None, None, None]]
+    assert one_step.rows == [[MAZE, None, None, None, None, None, None]]
 
 
 def test_a_rollout_that_ends_early_is_not_taken_for_a_whole_one(

@@ -113,8 +113,8 @@ def test_variables_may_have_the_wells_names(tmp_path: Path) -> None:
     given = xarray.Dataset({**values, "velocity_x": (["x", "y"], np.full((4, 6), 7.0))})
     given.to_netcdf(tmp_path / "given.nc", engine="h5netcdf")
     registry = load_registry(tmp_path / "cards")
-    initial = read_xarray(tmp_path / "given.nc", registry, "mine", None, 0)
-    assert initial.state[0, :, 0, 0].tolist() == [1, 7, 0]
+    initial = read_xarray(tmp_path / "given.nc", registry, "mine", None, 0, 1)
+    assert initial.frames[0, 0, :, 0, 0].tolist() == [1, 7, 0]
     assert initial.dts is None
     assert [(one.name, one.mask.tolist()) for one in initial.setting.boundaries[1:]] == [
         ("y_wall", [True, False, False, False, False, False]),
@@ -122,7 +122,7 @@ def test_variables_may_have_the_wells_names(tmp_path: Path) -> None:
     ]
     given.rename(velocity_x="u").to_netcdf(tmp_path / "bad.nc", engine="h5netcdf")
     with pytest.raises(UserError, match=r"expected the variables of mine: pressure \(or p\), velocity_x \(or flow_x\)"):
-        read_xarray(tmp_path / "bad.nc", registry, "mine", None, 0)
+        read_xarray(tmp_path / "bad.nc", registry, "mine", None, 0, 1)
 
 
 def test_in_python_a_dataset_is_enough(folder: str, predicted: tuple[Path, Path], tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_the_gradient_is_backward_s_on_shared_parameters_and_nothing_is_left_beh
     def by_backward(name: str) -> np.ndarray:
         parallel.model.zero_grad()
         reader = trainer.readers[name]
-        batch = reader.batch(sampled_windows(reader, recipe.run.seed, 5), 2)
+        batch = reader.batch(sampled_windows(reader, recipe.run.seed, 5, 2), 2)
         forced = torch.ones(WINDOWS, 1, dtype=torch.bool)
         parallel.objective(batch.fields, batch.constants, forced, name)["loss"].backward()
         return np.concatenate([p.grad.flatten().numpy() for p in parallel.model.blocks.parameters()])
@@ -115,11 +115,11 @@ def test_the_gradient_is_backward_s_on_shared_parameters_and_nothing_is_left_beh
 def test_windows_are_a_function_of_seed_step_and_dataset(tiny_shards: Path, tmp_path: Path) -> None:
     trainer = Trainer(small(tiny_shards, tmp_path / "run", **THREE), make_accelerator(1.0))
     maze, waves = (trainer.readers[name] for name in DATASETS)
-    windows = sampled_windows(maze, 0, 3)
-    assert windows.tolist() == sampled_windows(maze, 0, 3).tolist()
-    assert len({tuple(sampled_windows(*key).tolist()) for key in ((maze, 0, 3), (maze, 1, 3), (maze, 0, 6))}) == 3
-    assert windows.tolist() != sampled_windows(waves, 0, 3).tolist()
-    many = np.concatenate([sampled_windows(maze, 0, step) for step in range(200)])
+    windows = sampled_windows(maze, 0, 3, 2)
+    assert windows.tolist() == sampled_windows(maze, 0, 3, 2).tolist()
+    assert len({tuple(sampled_windows(*key, 2).tolist()) for key in ((maze, 0, 3), (maze, 1, 3), (maze, 0, 6))}) == 3
+    assert windows.tolist() != sampled_windows(waves, 0, 3, 2).tolist()
+    many = np.concatenate([sampled_windows(maze, 0, step, 2) for step in range(200)])
     assert (many.min(), many.max()) == (0, len(maze.index(2)) - 1)
 
 

@@ -15,19 +15,22 @@ from fm.model.wavelit import WaveLiTFM
 from fm.training.objective import Unroll, causal_weights
 
 FACTOR, STEPS, WINDOWS = 1.1, 4, 3
+OLDEST = 0.3  # factor of the oldest of several input frames
 MOMENTS = ("mean", "std", "mean_delta", "std_delta")
 
 
 class Linear(nn.Module):
-    """x(t + 1) = a x(t) in normalised units, which are those of the fields."""
+    """x(t + 1) = a x(t) + b x(t - n + 1) in normalised units, which are those of the fields; b is 0 for one frame."""
 
-    def __init__(self) -> None:
+    def __init__(self, context: int = 1) -> None:
         super().__init__()
         self.factor = nn.Parameter(torch.tensor(FACTOR, dtype=torch.float64))
-        self.wavelet = "haar"
+        self.wavelet, self.context = "haar", context
 
-    def forward(self, state: Tensor, constants: Tensor, dataset: str) -> Tensor:
-        return self.factor * state
+    def forward(self, frames: Tensor, constants: Tensor, dataset: str) -> Tensor:
+        assert frames.shape[1] == self.context
+        newest = self.factor * frames[:, -1]
+        return newest if self.context == 1 else newest + OLDEST * frames[:, 0]
 
     def normalize(self, fields: Tensor, dataset: str) -> Tensor:
         return fields
@@ -187,3 +190,35 @@ def test_tf32_is_for_a_bf16_step_and_ends_with_it() -> None:
         with precision(autocast):
             assert torch.get_float32_matmul_precision() == expected
         assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("context", [2, 3])
+@pytest.mark.parametrize("objective", ["scheduled_sampling", "pushforward"])
+def test_a_model_of_several_frames_reads_the_truth_then_what_the_coins_chose(context: int, objective: Any) -> None:
+    generator = np.random.default_rng(5)
+    fields = generator.standard_normal((WINDOWS, context + STEPS, 1, 16, 16))
+    noise = 0.1 * generator.standard_normal((WINDOWS, context + STEPS - 1, 1, 16, 16))
+    coins = COINS if objective == "scheduled_sampling" else FREE
+
+    def loss(factor: float) -> float:
+        """Step by step and window by window, as the frames of a window are chosen."""
+        losses = np.empty((STEPS, WINDOWS))
+        for window in range(WINDOWS):
+            read = list(fields[window, :context] + noise[window, :context])
+            for k in range(STEPS):
+                predicted = factor * read[-1] + OLDEST * read[-context]
+                losses[k, window] = ((predicted - fields[window, context + k]) ** 2).mean()
+                if k + 1 < STEPS:
+                    truth = fields[window, context + k] + noise[window, context + k]
+                    read.append(truth if coins[window, k + 1] else predicted)
+        return float(losses[-1].mean() if objective == "pushforward" else losses.mean())
+
+    model: Any = Linear(context)
+    unroll = Unroll(model, LossSettings(mse=1.0, wavelet_l1=0.0), FinetuneSettings(pretrained="x", objective=objective))
+    tensors = [torch.from_numpy(array) for array in (fields, coins, noise)]
+    found = unroll(tensors[0], torch.zeros(WINDOWS, 0, 16, 16), tensors[1], "any", tensors[2])["loss"]
+    assert float(found) == pytest.approx(loss(FACTOR), rel=1e-5)  # the loss is float32
+    found.backward()
+    if objective == "scheduled_sampling":
+        slope = (loss(FACTOR + 1e-5) - loss(FACTOR - 1e-5)) / 2e-5
+        assert float(model.factor.grad) == pytest.approx(slope, rel=1e-4)

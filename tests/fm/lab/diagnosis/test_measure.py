@@ -85,9 +85,9 @@ def test_trajectories_are_measured_one_by_one(run: Path, tiny_shards: Path) -> N
     held: list[int] = []
 
     class Watched(Subject):
-        def states(self, trajectories: Sequence[int], num_frames: int) -> torch.Tensor:
+        def frames(self, trajectories: Sequence[int], num_frames: int) -> torch.Tensor:
             held.append(len(trajectories))
-            return super().states(trajectories, num_frames)
+            return super().frames(trajectories, num_frames)
 
     watched = Watched(subject.model, subject.reader, subject.device)
     both = diagnose(watched, train_reader, card, (0, 1))
@@ -122,7 +122,7 @@ def test_a_model_that_is_nowhere_finite_is_diagnosed(run: Path, subject: Subject
 
 def test_derivatives_of_the_model_and_their_transposes_belong_together(subject: Subject) -> None:
     """<w, J v> = <J^T w, v>: the difference quotient against backpropagation."""
-    state = subject.states((0,), 1)[:, 0]
+    state = subject.frames((0,), 1)[:, 0]
     generator = torch.Generator().manual_seed(0)
     v, w = (torch.randn(state.shape, generator=generator) for _ in range(2))
     step = subject.step((0,))
