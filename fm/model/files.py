@@ -27,6 +27,9 @@ WEIGHTS_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
 MODEL_FORMAT = 2
 BASELINE = "baseline"  # key of model.json that only baselines have
+# Keys that model.json of earlier versions lacks, with the values that reproduce those models. Defaults may change.
+EARLIER = {"context": 1}
+EARLIER_CONFIG = {"pointwise": False}  # of a WaveLiT
 
 EXPORT_FILE = "artefact.json"
 CARD_FILE = "README.md"
@@ -150,8 +153,8 @@ def copy_companions(origin: Path | None, folder: Path) -> None:
 def read_description(directory: Path | str) -> dict[str, Any]:
     """Return model.json: a dict with format, context, config, datasets; a baseline's has its name as `baseline`.
 
-    A file without a context is of a model of one frame. FileNotFoundError where there is none, ValueError where it is
-    of another format or not such a file.
+    Keys that an earlier version did not write get the values of its models. FileNotFoundError where there is none,
+    ValueError where it is of another format or not such a file.
     """
     file = Path(directory) / MODEL_FILE
     if not file.is_file():
@@ -159,13 +162,15 @@ def read_description(directory: Path | str) -> dict[str, Any]:
         if (Path(directory) / "checkpoints").is_dir():
             hint = f"{directory} is a run; export it (fm export), or name one of its checkpoints/step_*"
         raise FileNotFoundError(f"no {MODEL_FILE} in {directory}: {hint}")
-    description = {"context": 1, **_read_json(file, MODEL_FORMAT, "a model's description")}
+    description = {**EARLIER, **_read_json(file, MODEL_FORMAT, "a model's description")}
     keys = {"format", "context", "config", "datasets"}
     if set(description) - {BASELINE} != keys:
         missing, unexpected = sorted(keys - set(description)), sorted(set(description) - keys - {BASELINE})
         raise ValueError(f"{file}: missing keys {missing}, unexpected keys {unexpected}")
     if type(description["context"]) is not int or description["context"] < 1:
         raise ValueError(f"{file}: context: expected a number of input frames, got {description['context']!r}")
+    if BASELINE not in description and isinstance(description["config"], dict):
+        description["config"] = {**EARLIER_CONFIG, **description["config"]}
     return description
 
 

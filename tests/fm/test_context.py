@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import xarray
-from handmade import make_inputs, make_spec
+from handmade import make_inputs, make_spec, stir
 from whole_runs import DATASETS, fm, last_weights, small
 
 from data_pipeline.files import UserError
@@ -262,13 +262,14 @@ def test_an_exported_model_has_its_context(run: Path, model: Surrogate, tmp_path
             WaveLiTFM.from_pretrained(tmp_path / "damaged")
 
 
-def test_a_model_file_without_a_context_is_of_one_frame_and_predicts_the_same_bits(tmp_path: Path) -> None:
+def test_a_model_file_of_an_earlier_version_is_of_one_frame_and_predicts_the_same_bits(tmp_path: Path) -> None:
     spec = make_spec(MAZE)
-    model = WaveLiTFM(ModelConfig(16, 1, 2, pointwise=True), [spec], seed=4)
+    model = stir(WaveLiTFM(ModelConfig(16, 1, 2), [spec], seed=4)).eval()
     model.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "model.json").read_text())
     assert content.pop("context") == 1
-    (tmp_path / "model.json").write_text(json.dumps(content))  # as before there was a context
+    assert content["config"].pop("pointwise") is False
+    (tmp_path / "model.json").write_text(json.dumps(content))
     again = WaveLiTFM.from_pretrained(tmp_path)
     state, constants = make_inputs(spec)
     assert torch.equal(again(state, constants, MAZE), model(state, constants, MAZE))
