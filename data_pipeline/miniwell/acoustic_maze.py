@@ -204,7 +204,7 @@ SYSTEM = System(
     name="acoustic_scattering_maze",
     tensor_orders={"pressure": 0, "velocity": 1},
     presets={
-        "mini": Preset((64, 64), 36, 0.04, (ParameterSet("maze", {}, counts(7, 2, 8)),)),
+        "mini": Preset((64, 64), 36, 0.04, (ParameterSet("maze", {}, counts(12, 2, 8)),)),
         "tiny": Preset((32, 32), 9, 0.08, (ParameterSet("maze", {}, counts(2, 1, 1)),)),
     },
     simulate=simulate,

@@ -203,7 +203,7 @@ SYSTEM = System(
             num_frames=25,
             dt=0.3,
             options={"time_step": 0.0125},  # the alignment is explicit: 4 zeta dt must stay below 0.5
-            parameter_sets=(_set(-3.0, 3.0, 3, 1, 4), _set(-5.0, 1.0, 2, 1, 4)),
+            parameter_sets=(_set(-3.0, 3.0, 5, 1, 4), _set(-5.0, 1.0, 3, 1, 4)),
         ),
         "tiny": Preset(
             grid=(32, 32),

@@ -132,11 +132,11 @@ SYSTEM = System(
             dt=40.0,
             parameter_sets=(
                 _set("gliders", 0.014, 0.054, "blobs", 2, 0, 2),
-                _set("bubbles", 0.098, 0.057, "holes", 1, 1, 1),
-                _set("maze", 0.029, 0.057, "either", 1, 0, 1),
-                _set("worms", 0.058, 0.065, "fourier", 1, 0, 1),
+                _set("bubbles", 0.098, 0.057, "holes", 2, 1, 1),
+                _set("maze", 0.029, 0.057, "either", 2, 0, 1),
+                _set("worms", 0.058, 0.065, "fourier", 2, 0, 1),
                 _set("spirals", 0.018, 0.051, "either", 2, 1, 2),
-                _set("spots", 0.03, 0.062, "either", 1, 0, 1),
+                _set("spots", 0.03, 0.062, "either", 2, 0, 1),
             ),
         ),
         "tiny": Preset(

@@ -138,7 +138,7 @@ SYSTEM = System(
     tensor_orders={"density": 0, "pressure": 0, "velocity": 1},
     presets={
         "mini": Preset(
-            (32, 96), 41, 0.3, (_set(0.32, 3, 1, 4), _set(1.0, 3, 1, 4)), {"perturbation": 0.05, "spin_up": 4}
+            (32, 96), 41, 0.3, (_set(0.32, 5, 1, 4), _set(1.0, 5, 1, 4)), {"perturbation": 0.05, "spin_up": 4}
         ),
         # A coarse grid and few frames: start with a larger ripple, or almost nothing happens.
         "tiny": Preset((16, 48), 9, 1.2, (_set(0.32, 2, 1, 1),), {"perturbation": 0.3, "spin_up": 1}),

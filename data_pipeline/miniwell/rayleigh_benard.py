@@ -129,7 +129,7 @@ SYSTEM = System(
             grid=(128, 32),
             num_frames=41,
             dt=0.75,
-            parameter_sets=(_parameters(1e6, 1.0, 3, 1, 4), _parameters(3e5, 0.5, 3, 1, 4)),
+            parameter_sets=(_parameters(1e6, 1.0, 5, 1, 4), _parameters(3e5, 0.5, 5, 1, 4)),
             options={"dt": 0.02, "spin_up": 6.0, "amplitude": 0.2},
         ),
         "tiny": Preset(

