@@ -29,7 +29,7 @@ MODEL_FORMAT = 2
 BASELINE = "baseline"  # key of model.json that only baselines have
 # Keys that model.json of earlier versions lacks, with the values that reproduce those models. Defaults may change.
 EARLIER = {"context": 1}
-EARLIER_CONFIG = {"pointwise": False}  # of a WaveLiT
+EARLIER_CONFIG = {"pointwise": False, "decoder": "wavelet", "decoder_width": 24}  # of a WaveLiT
 
 EXPORT_FILE = "artefact.json"
 CARD_FILE = "README.md"

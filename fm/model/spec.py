@@ -103,6 +103,11 @@ class ModelConfig:
     # Each head also maps the state's channels point by point, C x C, for steps that are (partly) such a map, as a
     # rotation of two channels into each other. Not in the paper.
     pointwise: bool = False
+    # wavelet: each head writes the wavelet coefficients of its output, so the edges of tokens' patches may show. conv:
+    # it writes those of feature maps, which two 3x3 convolutions at full resolution turn into the output, together with
+    # the inputs. Not in the paper.
+    decoder: Literal["wavelet", "conv"] = "wavelet"
+    decoder_width: Annotated[int, Field(ge=2)] = 24  # channels between the two convolutions, twice the feature maps
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 4:

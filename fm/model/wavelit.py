@@ -5,7 +5,8 @@ What is special:
 - every dataset has a task vector and an output head, and everything between is shared. All are keyed by name: the order
   in which datasets are listed changes neither the initial weights nor an output;
 - each block runs on a pyramid of token grids with the same weights, on any even grid from 16 x 16;
-- a bespoke WaveLiT is the same class with one dataset.
+- a bespoke WaveLiT is the same class with one dataset;
+- instead of the paper's linear heads, two convolutions at full resolution can make the output (`decoder: conv`).
 
 Fields are (B, C, H, W). Statistics, wavelets, norms and the ridge solve are float32 whatever the autocast state.
 """
@@ -17,6 +18,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fm.model.attention import Linear, linear
 from fm.model.block import Pyramid, pyramid_tables
@@ -54,14 +56,50 @@ class ChannelEmbedding(nn.Module):
         return linear(coefficients.flatten(1, 2).permute(0, 2, 3, 1), weight.t())
 
 
-class Head(nn.Module):
-    """Map tokens to the wavelet coefficients of one dataset's state channels; `pointwise` adds a map of the frames."""
+class ConvDecoder(nn.Module):
+    """Two 3x3 convolutions at full resolution, from inputs and feature maps to the output of one dataset.
 
-    def __init__(self, width: int, channels: int, subbands: int, pointwise: bool = False, context: int = 1) -> None:
+        output = W_out * GELU(W_mix * (inputs, features) + bias)
+
+    They wrap on periodic axes and repeat the last value at the others. They reach over the edges of the tokens' patches
+    and see the inputs without a patch between, so neighboring patches fit together.
+    """
+
+    def __init__(self, inputs: int, features: int, hidden: int, channels: int) -> None:
         super().__init__()
-        self.subbands = subbands
-        self.linear = Linear(width, channels * subbands)
-        self.pointwise = nn.Parameter(torch.zeros(channels, context * channels)) if pointwise else None
+        self.mix = nn.Parameter(torch.zeros(hidden, inputs + features, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(hidden))
+        self.out = nn.Parameter(torch.zeros(channels, hidden, 3, 3))
+
+    def forward(self, inputs: Tensor, features: Tensor, periodic: Periodic) -> Tensor:
+        """Map inputs (B, nC + K, H, W) and features (B, F, H, W) to the output (B, C, H, W), float32."""
+        with torch.autocast(inputs.device.type, enabled=False):
+            x = _ring(torch.cat([inputs, features], dim=1), periodic)
+            return F.conv2d(_ring(F.gelu(F.conv2d(x, self.mix, self.bias)), periodic), self.out)
+
+
+def _ring(x: Tensor, periodic: Periodic) -> Tensor:
+    """Add a ring of points around fields (B, C, H, W): wrapped on periodic axes, the last values at the others."""
+    along_x, along_y = ("circular" if wraps else "replicate" for wraps in periodic)
+    return F.pad(F.pad(x, (0, 0, 1, 1), along_x), (1, 1, 0, 0), along_y)
+
+
+class Head(nn.Module):
+    """Map tokens to the output of one dataset's state channels.
+
+    `linear` gives wavelet coefficients: of the output, or of the feature maps that `decoder` reads. `pointwise` adds a
+    map of the inputs.
+    """
+
+    def __init__(self, config: ModelConfig, spec: DatasetSpec, context: int) -> None:
+        super().__init__()
+        channels, inputs = len(spec.state_channels), len(spec.inputs(context))
+        self.subbands = config.subbands
+        features = config.decoder_width // 2
+        convolves = config.decoder == "conv"
+        self.linear = Linear(config.width, (features if convolves else channels) * config.subbands)
+        self.decoder = ConvDecoder(inputs, features, config.decoder_width, channels) if convolves else None
+        self.pointwise = nn.Parameter(torch.zeros(channels, context * channels)) if config.pointwise else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, h, w, D) to coefficients (B, C, S, h, w)."""
@@ -101,9 +139,7 @@ class WaveLiTFM(Surrogate):
         self.lifting = ChannelEmbedding(inputs, subbands, width)
         self.task_vectors = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name in self.specs})
         self.blocks = nn.ModuleList(Pyramid(config.block(), config.pyramid_levels) for _ in range(config.depth))
-        self.heads = nn.ModuleDict(
-            {spec.name: Head(width, len(spec.state_channels), subbands, config.pointwise, context) for spec in specs}
-        )
+        self.heads = nn.ModuleDict({spec.name: Head(config, spec, context) for spec in specs})
         self.init_weights(seed)
 
     def output(self, inputs: Tensor, spec: DatasetSpec) -> Tensor:
@@ -117,7 +153,9 @@ class WaveLiTFM(Surrogate):
         for block in self.blocks:
             x = block(x, ropes, periodic)
         head = cast(Head, self.heads[spec.name])
-        output = self._untokenize(head(x).float(), spec, inputs.shape[-2:])  # inverse transform: (B, C, H, W)
+        output = self._untokenize(head(x).float(), spec, inputs.shape[-2:])  # inverse transform: (B, C or F, H, W)
+        if head.decoder is not None:
+            output = head.decoder(inputs, output, periodic)
         return output if head.pointwise is None else output + head.of_points(inputs)
 
     def _tokenize(self, x: Tensor, spec: DatasetSpec) -> Tensor:
@@ -140,10 +178,12 @@ class WaveLiTFM(Surrogate):
     def init_weights(self, seed: int) -> None:
         """Draw every parameter from a generator seeded by (seed, its own name), so that other parts do not matter.
 
-        Heads start at zero: an untrained model predicts persistence (delta) or the mean (state).
+        Heads, or the last convolutions of decoders, start at zero: an untrained model predicts persistence (delta) or
+        the mean (state).
         """
         for name, parameter in self.named_parameters():
-            if name.startswith("heads.") or name.endswith(("bias", "log_lambda")):
+            drawn = self.config.decoder == "conv" and name.endswith((".linear.weight", ".mix"))
+            if (name.startswith("heads.") and not drawn) or name.endswith(("bias", "log_lambda")):
                 parameter.zero_()
             elif name.endswith("norm.weight"):
                 parameter.fill_(1.0)

@@ -12,7 +12,7 @@ from handmade import make_inputs, make_spec, stir
 from fm.model.loss import wavelit_loss
 from fm.model.spec import ModelConfig
 from fm.model.wavelets import analysis
-from fm.model.wavelit import POINTWISE_GAIN, ChannelEmbedding, Head, WaveLiTFM
+from fm.model.wavelit import POINTWISE_GAIN, ChannelEmbedding, ConvDecoder, Head, WaveLiTFM
 
 SMALL = ModelConfig(width=16, depth=2, heads=2)
 MIXED = ["acoustic_scattering_maze", "active_matter", "rayleigh_benard"]
@@ -37,6 +37,7 @@ def small_model(*names: str, config: ModelConfig = SMALL, seed: int = 0) -> Wave
         {"kernel_gate": False, "lepe": False, "cpe": False, "mila": False},
         {"predict": "state"},
         {"pointwise": True},
+        {"decoder": "conv", "levels": 2, "decoder_width": 6},
     ],
 )
 @pytest.mark.parametrize("grid", [(16, 16), (18, 22)])
@@ -359,10 +360,58 @@ def test_an_absent_channel_changes_no_bit_and_gets_no_gradient() -> None:
 
 
 def test_head_gives_each_channel_its_subbands() -> None:
-    head = Head(width=6, channels=3, subbands=4)
+    spec = make_spec("acoustic_scattering_maze")  # three state channels
+    head = Head(ModelConfig(8, 1, 2), spec, context=1)
     torch.nn.init.normal_(head.linear.weight)
-    x = torch.randn(2, 5, 7, 6)
+    x = torch.randn(2, 5, 7, 8)
     coefficients = head(x)
     assert coefficients.shape == (2, 3, 4, 5, 7)
     row = head.linear.weight[2 * 4 + 1]
     torch.testing.assert_close(coefficients[:, 2, 1], x @ row + head.linear.bias[9], atol=1e-5, rtol=1e-5)
+
+
+def test_an_untrained_conv_decoder_predicts_persistence_and_can_learn() -> None:
+    model = small_model(config=dataclasses.replace(SMALL, decoder="conv"))
+    name = "rayleigh_benard"
+    state, constants = make_inputs(model.specs[name])
+    prediction = model(state, constants, name)
+    unmoved = state + model.moments[name].delta_shift
+    assert torch.equal(prediction, unmoved)
+    target = torch.zeros_like(state)
+    wavelit_loss(prediction, target, model.residual_scale(name)).total.mean().backward()
+    decoder = model.heads[name].decoder
+    assert decoder.out.grad.abs().max() > 0
+    with torch.no_grad():
+        decoder.out -= 1e-2 * decoder.out.grad
+    moved = model(state, constants, name)
+    assert not torch.equal(moved, unmoved)
+
+
+def test_a_conv_decoder_wraps_on_periodic_axes_and_keeps_a_constant_at_the_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    decoder = ConvDecoder(inputs=2, features=3, hidden=5, channels=2)
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    inputs, features = (torch.randn(1, count, 16, 20, generator=generator) for count in (2, 3))
+    found = decoder(inputs, features, (True, False))
+    rolled = decoder(inputs.roll(3, -2), features.roll(3, -2), (True, False))
+    torch.testing.assert_close(rolled, found.roll(3, -2))
+    assert not torch.allclose(decoder(inputs.roll(3, -1), features.roll(3, -1), (True, False)), found.roll(3, -1))
+    flat = decoder(torch.ones(1, 2, 16, 20), torch.ones(1, 3, 16, 20), (False, False))
+    torch.testing.assert_close(flat, flat[..., :1, :1].expand_as(flat))
+
+
+def test_a_conv_decoder_joins_the_patches_of_neighboring_tokens() -> None:
+    """A change of one token's features changes points beyond its patch, up to the reach of two 3x3 convolutions."""
+    spec = make_spec("rayleigh_benard")
+    config = dataclasses.replace(SMALL, levels=2, wavelet="haar", decoder="conv")
+    head = WaveLiTFM(config, [spec]).heads[spec.name]
+    torch.nn.init.normal_(head.decoder.out, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+    features = torch.zeros(2, 12, 32, 32)
+    features[1, :, 12:16, 12:16] = 1.0
+    apart = head.decoder(inputs.expand(2, -1, -1, -1), features, (True, True)).diff(dim=0)[0]
+    changed = (apart.abs() > 0).any(0)
+    expected = torch.zeros(32, 32, dtype=torch.bool)
+    expected[10:18, 10:18] = True
+    assert torch.equal(changed, expected)
