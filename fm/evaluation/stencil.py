@@ -32,6 +32,7 @@ from data_pipeline.hashing import splitmix64, stream_key
 from data_pipeline.shards.format import Manifest
 from data_pipeline.windows.reader import ShardReader
 from fm.evaluation.samples import evenly_spaced
+from fm.model.block import pad_fields
 
 RADIUS = 2
 SIDE = 2 * RADIUS + 1
@@ -44,7 +45,7 @@ ROWS = 4096  # points that are added to the normal equations at a time
 
 
 @dataclass(frozen=True)
-class Moments:
+class StencilScales:
     """Mean and scale of the state (C, 1, 1) and of the constant fields (K, 1, 1), float32."""
 
     mean: Tensor
@@ -53,7 +54,7 @@ class Moments:
     constant_scale: Tensor
 
     @classmethod
-    def of(cls, manifest: Manifest) -> "Moments":
+    def of(cls, manifest: Manifest) -> "StencilScales":
         """Return the moments of a manifest; the scale of a channel without variation is its size, or 1."""
         tensors = []
         for names in (manifest.state_channels, manifest.constant_channels):
@@ -80,7 +81,7 @@ class Stencil:
 
     weights: tuple[Tensor, ...]  # [a - 1] is used with a frames, a <= n: (C, K + a C, SIDE, SIDE)
     biases: tuple[Tensor, ...]  # (C,) each
-    moments: Moments
+    moments: StencilScales
     periodic: tuple[bool, bool]  # x, y
 
     @property
@@ -91,7 +92,7 @@ class Stencil:
     def to(self, device: torch.device) -> "Stencil":
         """Return the same stencil on another device."""
         weights, biases = (tuple(one.to(device) for one in some) for some in (self.weights, self.biases))
-        moments = Moments(*(one.to(device) for one in vars(self.moments).values()))
+        moments = StencilScales(*(one.to(device) for one in vars(self.moments).values()))
         return Stencil(weights, biases, moments, self.periodic)
 
     def iterate(self, frames: Tensor, constants: Tensor) -> Iterator[Tensor]:
@@ -102,7 +103,7 @@ class Stencil:
         while True:
             frames = frames[:, -self.num_frames :]
             used = frames.shape[1] - 1
-            padded = pad_neighbors(self.moments.inputs(frames, constants), self.periodic)
+            padded = pad_fields(self.moments.inputs(frames, constants), RADIUS, self.periodic)
             change = functional.conv2d(padded, self.weights[used], self.biases[used])
             state = frames[:, -1] + change * self.moments.scale
             yield state
@@ -134,12 +135,6 @@ def periodic_axes(manifest: Manifest) -> tuple[bool, bool]:
     return manifest.boundary[0][0] == "PERIODIC", manifest.boundary[1][0] == "PERIODIC"
 
 
-def pad_neighbors(fields: Tensor, periodic: tuple[bool, bool]) -> Tensor:
-    """Return fields (B, C, H, W) with RADIUS neighbors on each side: wrapped on periodic axes, else replicated."""
-    x, y = ("circular" if wraps else "replicate" for wraps in periodic)
-    return functional.pad(functional.pad(fields, (0, 0, RADIUS, RADIUS), x), (RADIUS, RADIUS, 0, 0), y)
-
-
 def frames_until(reader: ShardReader, trajectory: int, frame: int, most: int) -> int:
     """Return how many frames end with `frame` in its segment, at most `most`; 1 if it is in no segment."""
     segments = reader.manifest.trajectories[trajectory].segments
@@ -153,7 +148,7 @@ def fit(train: ShardReader) -> list[list[Stencil]]:
     With W = (G + r)^-1 (B + G e), where G are the covariances of the inputs, B those with the change, e selects the
     newest frame's center and r = ridge * s, the weights of the change are w = W - e = (G + r)^-1 (B - r e).
     """
-    manifest, moments, sums = train.manifest, Moments.of(train.manifest), _normal_equations(train)
+    manifest, moments, sums = train.manifest, StencilScales.of(train.manifest), _normal_equations(train)
     channels, constants = len(manifest.state_channels), len(manifest.constant_channels)
     solved: list[list[tuple[Tensor, Tensor]]] = []  # by frames and ridge
     for frames in range(1, min(MAX_FRAMES, len(sums)) + 1):
@@ -189,7 +184,7 @@ def _normal_equations(reader: ShardReader) -> list[Tensor]:
     Input 0 is the constant 1. Item a - 1 is the sum over the points with exactly a frames of the past (the last item:
     or more). Points with more frames count for the stencils of fewer frames too, whose inputs are the first ones.
     """
-    manifest, moments = reader.manifest, Moments.of(reader.manifest)
+    manifest, moments = reader.manifest, StencilScales.of(reader.manifest)
     channels, constants = len(manifest.state_channels), len(manifest.constant_channels)
     sizes = [1 + SIDE**2 * (constants + channels * (a + 1)) for a in range(MAX_FRAMES)]
     sums = [torch.zeros((size, size + channels), dtype=torch.float64) for size in sizes]

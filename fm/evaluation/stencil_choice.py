@@ -34,8 +34,8 @@ from fm.evaluation.stencil import (
     TRAIN_BYTES,
     TRAIN_POINTS,
     TRAIN_WINDOWS,
-    Moments,
     Stencil,
+    StencilScales,
     fit,
     frames_until,
     periodic_axes,
@@ -211,7 +211,7 @@ def load(file: Path, key: str, train: ShardReader) -> DatasetStencils | None:
                 raise ValueError(f"weights of shape {weight.shape}, biases of shape {bias.shape}")
             weights.append(torch.from_numpy(weight.astype(np.float32)))
             biases.append(torch.from_numpy(bias.astype(np.float32)))
-        return Stencil(tuple(weights), tuple(biases), Moments.of(manifest), periodic_axes(manifest))
+        return Stencil(tuple(weights), tuple(biases), StencilScales.of(manifest), periodic_axes(manifest))
 
     try:
         with np.load(file, allow_pickle=False) as arrays:

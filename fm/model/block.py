@@ -95,6 +95,15 @@ class DepthwiseConv(nn.Module):
         return image.permute(0, 2, 3, 1)
 
 
+def pad_fields(fields: Tensor, radius: int, periodic: Periodic) -> Tensor:
+    """Return fields (B, C, H, W) with `radius` points more on each side.
+
+    They wrap around on periodic axes and repeat the last value at the others.
+    """
+    along_x, along_y = ("circular" if wraps else "replicate" for wraps in periodic)
+    return F.pad(F.pad(fields, (0, 0, radius, radius), along_x), (radius, radius, 0, 0), along_y)
+
+
 class Block(nn.Module):
     """One block. Its weights do not depend on the grid, so the pyramid applies it at every level."""
 

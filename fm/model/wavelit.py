@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fm.model.attention import Linear, linear
-from fm.model.block import Pyramid, pyramid_tables
+from fm.model.block import Pyramid, pad_fields, pyramid_tables
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.surrogate import Surrogate
 from fm.model.wavelets import NOT_PERIODIC, Periodic, analysis, patches, synthesis, unpatches
@@ -74,14 +74,8 @@ class ConvDecoder(nn.Module):
     def forward(self, inputs: Tensor, features: Tensor, periodic: Periodic) -> Tensor:
         """Map inputs (B, nC + K, H, W) and features (B, F, H, W) to the output (B, C, H, W), float32."""
         with torch.autocast(inputs.device.type, enabled=False):
-            x = _ring(torch.cat([inputs, features], dim=1), periodic)
-            return F.conv2d(_ring(F.gelu(F.conv2d(x, self.mix, self.bias)), periodic), self.out)
-
-
-def _ring(x: Tensor, periodic: Periodic) -> Tensor:
-    """Add a ring of points around fields (B, C, H, W): wrapped on periodic axes, the last values at the others."""
-    along_x, along_y = ("circular" if wraps else "replicate" for wraps in periodic)
-    return F.pad(F.pad(x, (0, 0, 1, 1), along_x), (1, 1, 0, 0), along_y)
+            x = pad_fields(torch.cat([inputs, features], dim=1), 1, periodic)
+            return F.conv2d(pad_fields(F.gelu(F.conv2d(x, self.mix, self.bias)), 1, periodic), self.out)
 
 
 class Head(nn.Module):

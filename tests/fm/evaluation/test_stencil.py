@@ -16,7 +16,7 @@ from data_pipeline.windows.reader import ShardReader
 from fm.evaluation import stencil as module
 from fm.evaluation.errors import StencilChoice
 from fm.evaluation.protocol import PROTOCOLS
-from fm.evaluation.stencil import RIDGES, SIDE, fit, neighborhoods, pad_neighbors, sampled_points, train_windows
+from fm.evaluation.stencil import RADIUS, RIDGES, SIDE, fit, neighborhoods, sampled_points, train_windows
 from fm.evaluation.stencil_choice import (
     cache_key,
     choose,
@@ -27,6 +27,7 @@ from fm.evaluation.stencil_choice import (
     rollout_score,
     rollout_trials,
 )
+from fm.model.block import pad_fields
 
 CPU, THIRDS = torch.device("cpu"), PROTOCOLS["thirds"]
 DATASET = "gray_scott_reaction_diffusion"  # two scalar channels, periodic
@@ -122,7 +123,7 @@ def test_weights_are_those_of_a_plain_solve(tiny_shards: Path, ridge: int) -> No
 
 def test_neighbors_wrap_on_periodic_axes_and_repeat_elsewhere(tiny_shards: Path) -> None:
     fields = torch.randn(2, 3, 32, 8, generator=torch.Generator().manual_seed(0))
-    padded = pad_neighbors(fields, (True, False)).numpy()
+    padded = pad_fields(fields, RADIUS, (True, False)).numpy()
     expected = np.pad(fields.numpy(), ((0, 0), (0, 0), (2, 2), (0, 0)), mode="wrap")
     expected = np.pad(expected, ((0, 0), (0, 0), (0, 0), (2, 2)), mode="edge")
     np.testing.assert_array_equal(padded, expected)
@@ -130,7 +131,7 @@ def test_neighbors_wrap_on_periodic_axes_and_repeat_elsewhere(tiny_shards: Path)
     height, width = manifest.grid
     field = torch.randn(2, height, width, generator=torch.Generator().manual_seed(1))
     around = neighborhoods(field, torch.arange(height * width), manifest).reshape(height, width, 2, SIDE, SIDE)
-    padded = pad_neighbors(field[None], (True, False))[0]
+    padded = pad_fields(field[None], RADIUS, (True, False))[0]
     for x, y in ((0, 0), (height - 1, width - 1), (5, 7)):
         np.testing.assert_array_equal(around[x, y], padded[:, x : x + SIDE, y : y + SIDE])
 
