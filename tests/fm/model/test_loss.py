@@ -107,7 +107,7 @@ def test_stored_errors_average_to_the_wells() -> None:
     target[0, 0, 0] = 1e4  # of no variance
     squared, variance = (part.numpy() for part in squared_error_and_variance(prediction, target))
     assert squared.dtype == variance.dtype == np.float64
-    errors = Errors(variance, squared, variance, variance)
+    errors = Errors(variance, squared, variance, variance, variance)
     part = DatasetErrors(("a", "b", "c"), np.arange(5), errors, errors, "x", (32, 48))
     cells = score(ErrorFile(PROTOCOLS["thirds"], {"x": part})).datasets["x"]
     frames = the_wells_vrmse(prediction.double(), target.double()).numpy().mean(-1)  # (R, S)
