@@ -103,7 +103,7 @@ class TrainSettings:
     micro_batch: PositiveInt | None = None  # most windows that a process takes through the model at once; null: all
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the matrices of the blocks, AdamW for all else
     learning_rate: PositiveFloat = 1e-3  # peak
-    muon_learning_rate: PositiveFloat = 0.02  # Muon's peak; warm-up and schedule are those of learning_rate
+    muon_learning_rate: PositiveFloat = 0.02  # Muon's peak; same warm-up and schedule as learning_rate
     warmup_steps: NonNegativeInt = 5000  # linear from 0 to the peak
     schedule: Literal["exponential", "cosine"] = "exponential"  # after the warm-up
     decay: Annotated[float, Field(gt=0, le=1)] = 0.99  # exponential: factor every decay_every steps, continuous

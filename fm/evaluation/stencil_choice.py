@@ -64,7 +64,7 @@ class DatasetStencils:
 
 
 @dataclass(frozen=True)
-class Trial:
+class StencilTrial:
     """True frames that predictions start from, and the S frames that they are compared with."""
 
     frames: Tensor  # (B, n, C, H, W)
@@ -73,7 +73,9 @@ class Trial:
     variance: Tensor  # (B, S, C) of the truth over x, y, float64
 
     @classmethod
-    def read(cls, reader: ShardReader, starts: Sequence[tuple[int, int]], steps: int, device: torch.device) -> "Trial":
+    def read(
+        cls, reader: ShardReader, starts: Sequence[tuple[int, int]], steps: int, device: torch.device
+    ) -> "StencilTrial":
         """Read the trial that starts after frame `given` of each (trajectory, given)."""
         count = min(frames_until(reader, one, given, MAX_FRAMES) for one, given in starts)
         arrays = [reader.trajectory_frames(one, given - count + 1, count + steps) for one, given in starts]
@@ -97,7 +99,7 @@ class Trial:
         return errors
 
 
-def one_step_trials(valid: ShardReader, device: torch.device) -> list[Trial]:
+def one_step_trials(valid: ShardReader, device: torch.device) -> list[StencilTrial]:
     """Return some evenly spaced windows of the valid split, those with as many frames of the past together."""
     least, most = VALID_WINDOWS
     height, width = valid.manifest.grid
@@ -108,11 +110,11 @@ def one_step_trials(valid: ShardReader, device: torch.device) -> list[Trial]:
     for count in range(1, MAX_FRAMES + 1):
         starts = [place for place in places if frames_until(valid, place[0], place[1], MAX_FRAMES) == count]
         size = max(1, VALID_ROLLOUT_POINTS // (height * width))
-        trials += [Trial.read(valid, starts[at : at + size], 1, device) for at in range(0, len(starts), size)]
+        trials += [StencilTrial.read(valid, starts[at : at + size], 1, device) for at in range(0, len(starts), size)]
     return trials
 
 
-def rollout_trials(valid: ShardReader, given: int, max_steps: int | None, device: torch.device) -> list[Trial]:
+def rollout_trials(valid: ShardReader, given: int, max_steps: int | None, device: torch.device) -> list[StencilTrial]:
     """Return some rollouts of the valid split from frame `given` to the end of its segment; none if all are shorter."""
     height, width = valid.manifest.grid
     most = max(1, min(VALID_ROLLOUTS, VALID_ROLLOUT_POINTS // (height * width)))
@@ -123,17 +125,17 @@ def rollout_trials(valid: ShardReader, given: int, max_steps: int | None, device
         steps = min(stop - given - 1, max_steps or VALID_STEPS, VALID_STEPS)
         count = frames_until(valid, trajectory, given, MAX_FRAMES)
         lengths.setdefault((steps, count), []).append((trajectory, given))
-    return [Trial.read(valid, starts, steps, device) for (steps, _), starts in lengths.items() if steps > 0]
+    return [StencilTrial.read(valid, starts, steps, device) for (steps, _), starts in lengths.items() if steps > 0]
 
 
-def one_step_score(stencil: Stencil, trials: Sequence[Trial], protocol: Protocol) -> float:
+def one_step_score(stencil: Stencil, trials: Sequence[StencilTrial], protocol: Protocol) -> float:
     """Return VRMSE over all windows by the protocol's statistics; inf if it is not finite."""
     errors = np.concatenate([trial.vrmse(stencil, protocol.eps) for trial in trials])
     score = aggregate(errors, protocol, protocol.trajectories)
     return float("inf") if score is None else score
 
 
-def rollout_score(stencil: Stencil, trials: Sequence[Trial], protocol: Protocol) -> float:
+def rollout_score(stencil: Stencil, trials: Sequence[StencilTrial], protocol: Protocol) -> float:
     """Return the geometric mean over steps and rollouts of the VRMSE, which is limited to ERROR_LIMITS.
 
     The limit, since a rollout that grows ends at 1e30 and is as useless at 10. The geometric mean, since errors span

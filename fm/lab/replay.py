@@ -138,8 +138,7 @@ def _statistics(trainer: Trainer, draw: Draw, loss: float) -> DrawStatistics:
     """Return the statistics of a mini-batch, with the prediction of the first model step."""
     model, reader, length = trainer.state.parallel.model, trainer.readers[draw.dataset], trainer.lengths[draw.dataset]
     batch, context = reader.batch(draw.windows, length, draw=draw.index).to(trainer.accelerator.device), model.context
-    if trainer.state.augmentation is not None:
-        batch = trainer.state.augmentation.apply(batch, np.arange(len(draw.windows)))
+    batch = trainer.state.augmented(batch, np.arange(len(draw.windows)))
     fields = model.normalize(batch.fields, draw.dataset)
     target = fields[:, context]  # (B, C, H, W)
     prediction = model(fields[:, :context], model.normalize_constants(batch.constants, draw.dataset), draw.dataset)

@@ -237,7 +237,7 @@ class Surrogate(nn.Module, ABC):
         (steps, H, W) or (B, steps, H, W); in a Dataset the dimension `time` stands before x and y. `dt` is the time
         between your frames, if you want it compared. ValueError for a dataset the model does not know, missing or
         unknown channels, another number of frames, shapes that do not fit, NaN; FieldsWarning where grid, dt or units
-        are far from those of the training data.
+        differ much from the training data.
         """
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")

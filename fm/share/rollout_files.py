@@ -150,7 +150,7 @@ def _check_start(path: Path, count: int, start: int, context: int) -> None:
     if not context - 1 <= start < count:
         before = f"; the model reads {context} frames, the last of them this one" if context > 1 else ""
         raise UserError(
-            f"--start: expected a frame from {context - 1} to {count - 1}, those of {path}{before}; got {start}"
+            f"--start: expected a frame from {context - 1} to {count - 1}, the frames of {path}{before}; got {start}"
         )
 
 

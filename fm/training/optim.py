@@ -204,7 +204,7 @@ class MuonWithAdamW(GroupedAdamW):
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Return matrices (k, m, n) of the same singular vectors, whose singular values lie between about 0.7 and 1.2.
 
-    The singular values that are not tiny beside the matrix's norm do. Each of the five steps of Newton-Schulz applies
+    A singular value far below the matrix's norm stays smaller. Each of the five steps of Newton-Schulz applies
     x -> a x + b x^3 + c x^5 to the singular values. Products are in bfloat16 on a GPU, else in the dtype of the
     matrices: many CPUs have no fast bfloat16.
     """

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from data_pipeline.files import UserError
+from data_pipeline.windows.reader import Batch
 from fm.checkpoint import Snapshot, load_checkpoint, take_snapshot
 from fm.config import AdaptSettings, Recipe, TrainSettings
 from fm.distributed import autocast_dtype, fsdp_reshards, is_launched_with
@@ -57,6 +59,10 @@ class TrainingState:
     def symmetries(self) -> dict[str, list[str]]:
         """Return the symmetries that transform the windows, by dataset; {} without train.augment."""
         return {} if self.augmentation is None else {k: list(v) for k, v in self.augmentation.symmetries.items()}
+
+    def augmented(self, batch: Batch, places: np.ndarray) -> Batch:
+        """Return the batch with each window transformed, with train.augment; `places` (B,) in the draw choose how."""
+        return batch if self.augmentation is None else self.augmentation.apply(batch, places)
 
     def averaged_model(self) -> Surrogate | None:
         """Return the model with averaged weights on the main process, None on the others. Collective."""

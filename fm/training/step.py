@@ -153,8 +153,7 @@ def train_step(
         fetch_started = time.perf_counter()
         batch = next(batches).to(accelerator.device, non_blocking=True)
         data_seconds += time.perf_counter() - fetch_started
-        if state.augmentation is not None:
-            batch = state.augmentation.apply(batch, micro_batch.places)
+        batch = state.augmented(batch, micro_batch.places)
         end_phase("data")
         assert batch.draw == micro_batch.draw
         assert batch.dataset == division.schedule.source(batch.draw).name  # the shares are those the reader had
