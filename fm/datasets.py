@@ -1,8 +1,13 @@
 """From a recipe to what a run starts from: readers of its shards, specifications of its datasets, a model that fits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from pydantic import ValidationError
 from torch import nn
 
 from data_pipeline.files import UserError
@@ -14,9 +19,12 @@ from data_pipeline.windows.reader import ShardReader
 from fm.checkpoint import load_pretrained
 from fm.config import Recipe
 from fm.model.baselines import Baseline, BaselineConfig
-from fm.model.spec import DatasetSpec, ModelConfig
-from fm.model.surrogate import MIN_GRID, Surrogate
+from fm.model.constraints import Constraints
+from fm.model.spec import DatasetSpec, ModelConfig, explain
+from fm.model.surrogate import MIN_GRID, STD_FLOOR, Surrogate
 from fm.model.wavelit import WaveLiTFM
+
+VIOLATION = 0.1  # of the change in one step: a constraint that changes true states by more is left out
 
 
 def dataset_specs(readers: Mapping[str, ShardReader], registry: Registry) -> list[DatasetSpec]:
@@ -43,9 +51,65 @@ def dataset_specs(readers: Mapping[str, ShardReader], registry: Registry) -> lis
             stats=reader.manifest.stats,
             grid=reader.manifest.grid,
             dt=_common_dt(reader.manifest),
+            spacing=grid_spacing(registry.card(name), reader.manifest.grid),
         )
         for name, reader in sorted(readers.items())
     ]
+
+
+def grid_spacing(card: Card, grid: tuple[int, int]) -> tuple[float, float] | None:
+    """Return the distance of grid points along x and y; None if the card does not name the extent of the grid."""
+    if card.domain is None:
+        return None
+    x, y = ((upper - lower) / points for (lower, upper), points in zip(card.domain, grid, strict=True))
+    return x, y
+
+
+def with_constraints(
+    spec: DatasetSpec, card: Card, reader: ShardReader, log: Callable[[str], object] = print
+) -> DatasetSpec:
+    """Return the specification with the constraints of its card; log those left out, with the reason.
+
+    A constraint is left out where the model cannot impose it (a divergence on an open axis, or without the grid's
+    spacing), and where it would change true next states by more than VIOLATION of their change in one step. Points that
+    are not evenly spaced are such a case, since the derivatives are Fourier's.
+    """
+    frames = np.stack([reader.trajectory_frames(0, first, 2) for first in _places(reader.num_frames(0))])
+    mean, std = (spec.moment(key, spec.state_channels) for key in ("mean", "std"))
+    last, state = ((torch.from_numpy(frames) - mean) / std.clamp_min(STD_FLOOR)).float().unbind(1)
+    stated: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
+        (one.channels, {"conserved": ((one.kind, one.channels),)}, f"{one.kind} of {', '.join(one.channels)}")
+        for one in card.conserved
+    ]
+    for name in sorted(card.ranges.keys() & set(spec.state_channels)):
+        stated.append(((name,), {"ranges": {name: card.ranges[name]}}, f"range of {name}"))
+    kept, held = spec, []
+    for channels, constraint, words in stated:
+        try:
+            alone = replace(spec, **constraint)
+        except ValidationError as error:
+            log(f"model.constraints leaves out the {words}: {explain(error, DatasetSpec)}")
+            continue
+        moved = Constraints(alone, mean, std.clamp_min(STD_FLOOR))(state, last) - state
+        index = [spec.state_channels.index(name) for name in channels]
+        squares = [part[:, index].square().mean() for part in (moved, state - last)]
+        share = (squares[0] / squares[1].clamp_min(1e-30)).sqrt().item()
+        if share > VIOLATION:
+            log(
+                f"model.constraints leaves out the {words} of {spec.name}: it would change true next states by "
+                f"{share:.0%} of their change in one step"
+            )
+            continue
+        kept = replace(kept, conserved=kept.conserved + alone.conserved, ranges={**kept.ranges, **alone.ranges})
+        held.append(words)
+    if held:
+        log(f"model.constraints of {spec.name}: {'; '.join(held)}")
+    return kept
+
+
+def _places(frames: int) -> list[int]:
+    """Return the first frames of at most three pairs of neighbors, spread over a trajectory but for its start."""
+    return sorted({max(0, min(round(frames * part), frames - 2)) for part in (0.25, 0.5, 0.75)})
 
 
 def check_channels(reader: ShardReader, state: Sequence[str], constant: Sequence[str], origin: str) -> None:
@@ -121,13 +185,17 @@ def check_windows(recipe: Recipe, readers: Mapping[str, ShardReader]) -> None:
             )
 
 
-def build_model(recipe: Recipe, readers: Mapping[str, ShardReader], registry: Registry) -> Surrogate:
+def build_model(
+    recipe: Recipe, readers: Mapping[str, ShardReader], registry: Registry, log: Callable[[str], object] = print
+) -> Surrogate:
     """Return a new model, or when finetuning the pretrained one, for the datasets of the shards."""
     finetune, config = recipe.finetune, recipe.baseline or recipe.model
     specs = dataset_specs(readers, registry)
-    if finetune is None:
+    pretrained = load_pretrained(finetune.pretrained) if finetune else None
+    if getattr(pretrained.config if pretrained else config, "constraints", False):
+        specs = [with_constraints(spec, registry.card(spec.name), readers[spec.name], log) for spec in specs]
+    if finetune is None or pretrained is None:
         return new_model(config, specs, recipe.run.seed, recipe.data.context)
-    pretrained = load_pretrained(finetune.pretrained)
     if pretrained.context != recipe.data.context:
         raise UserError(
             f"data.context: the recipe has {recipe.data.context} input frames, but {finetune.pretrained} was trained "

@@ -29,7 +29,8 @@ MODEL_FORMAT = 2
 BASELINE = "baseline"  # key of model.json that only baselines have
 # Keys that model.json of earlier versions lacks, with the values that reproduce those models. Defaults may change.
 EARLIER = {"context": 1}
-EARLIER_CONFIG = {"pointwise": False, "decoder": "wavelet", "decoder_width": 24}  # of a WaveLiT
+EARLIER_CONFIG = {"pointwise": False, "decoder": "wavelet", "decoder_width": 24, "constraints": False}  # of a WaveLiT
+EARLIER_SPEC: dict[str, Any] = {"conserved": [], "ranges": {}, "spacing": None}  # of each dataset
 
 EXPORT_FILE = "artefact.json"
 CARD_FILE = "README.md"
@@ -171,6 +172,9 @@ def read_description(directory: Path | str) -> dict[str, Any]:
         raise ValueError(f"{file}: context: expected a number of input frames, got {description['context']!r}")
     if BASELINE not in description and isinstance(description["config"], dict):
         description["config"] = {**EARLIER_CONFIG, **description["config"]}
+    if isinstance(description["datasets"], list):
+        datasets = description["datasets"]
+        description["datasets"] = [{**EARLIER_SPEC, **spec} if isinstance(spec, dict) else spec for spec in datasets]
     return description
 
 

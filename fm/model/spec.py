@@ -25,6 +25,7 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)  # for every class of s
 Wavelet = Literal["haar", "bior2.2", "bior4.4"]  # the names in wavelets.WAVELETS
 Predict = Literal["delta", "state"]
 BoundaryType = Annotated[str, Field(pattern="^(WALL|OPEN|PERIODIC)$")]
+SOLVABLE = (("PERIODIC", "PERIODIC"), ("WALL", "WALL"))  # ends of an axis that `constraints.solenoidal` knows
 T = TypeVar("T")
 
 
@@ -39,6 +40,10 @@ class DatasetSpec:
     stats: Mapping[str, Mapping[str, float]]  # mean, std, mean_delta, std_delta -> channel -> value in raw units
     grid: tuple[int, int] | None = None  # (H, W) of the training data; None: not known
     dt: float | None = None  # physical time that one step advances; None: not known, or it differs by trajectory
+    # What a model with `constraints` holds its predictions to (fm/model/constraints.py), from the dataset's card.
+    conserved: tuple[tuple[Literal["mean", "mean_square", "divergence"], tuple[str, ...]], ...] = ()
+    ranges: Mapping[str, tuple[float | None, float | None]] = dataclasses.field(default_factory=dict)  # by channel
+    spacing: tuple[PositiveFloat, PositiveFloat] | None = None  # of grid points along x and y; a divergence needs it
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.state_channels, *self.constant_channels):
@@ -47,6 +52,16 @@ class DatasetSpec:
         for axis, (lower, upper) in zip("xy", self.boundary, strict=True):
             if (lower == "PERIODIC") != (upper == "PERIODIC"):
                 raise ValueError(f"dataset {self.name}: {axis} is periodic at one end only: {(lower, upper)}")
+        for name in (*self.ranges, *(name for _, names in self.conserved for name in names)):
+            if name not in self.state_channels:
+                raise ValueError(f"dataset {self.name}: a constraint is on {name!r}, which is no state channel")
+        for kind, names in self.conserved:
+            solvable = self.spacing is not None and all(ends in SOLVABLE for ends in self.boundary)
+            if kind == "divergence" and not (len(names) == 2 and solvable):
+                raise ValueError(
+                    f"dataset {self.name}: a divergence needs two channels, the spacing of the grid, and axes that are "
+                    f"periodic or end at walls, got {names}, {self.spacing}, {self.boundary}"
+                )
 
     @property
     def periodic(self) -> Periodic:
@@ -108,6 +123,8 @@ class ModelConfig:
     # the inputs. Not in the paper.
     decoder: Literal["wavelet", "conv"] = "wavelet"
     decoder_width: Annotated[int, Field(ge=2)] = 24  # channels between the two convolutions, twice the feature maps
+    # Hold each prediction to the conserved quantities and ranges of the dataset's card. Not in the paper.
+    constraints: bool = False
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 4:

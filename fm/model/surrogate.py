@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fm.model import files
+from fm.model.constraints import Constraints
 from fm.model.fields import Fields, GivenFields, given_fields
 from fm.model.spec import DatasetSpec, from_json, to_json
 
@@ -75,8 +76,11 @@ class Surrogate(nn.Module, ABC):
         predict_override: Mapping[str, str],
         wavelet: str,
         context: int = 1,
+        constraints: bool = False,
     ) -> None:
         """`predict` and, by dataset, `predict_override` are delta or state; `wavelet` is the loss's.
+
+        `constraints` holds predictions to the conserved quantities and ranges of the specifications.
 
         ValueError for a context below 1, and for datasets of one name.
         """
@@ -92,6 +96,10 @@ class Surrogate(nn.Module, ABC):
         self.delta = {name: predict_override.get(name, predict) == "delta" for name in self.specs}
         self.moments = nn.ModuleDict(
             {name: ChannelMoments(spec, self.delta[name]) for name, spec in self.specs.items()}
+        )
+        held = [name for name, spec in self.specs.items() if constraints and (spec.conserved or spec.ranges)]
+        self.constraints = nn.ModuleDict(
+            {name: Constraints(self.specs[name], self._moments(name).mean, self._moments(name).std) for name in held}
         )
 
     @abstractmethod
@@ -111,11 +119,12 @@ class Surrogate(nn.Module, ABC):
         spec = self._spec(dataset)
         frames = self._with_time(frames)
         self._check_inputs(spec, frames, constants)
-        output = self.output(self.inputs(frames, constants, dataset), spec)
-        if not self.delta[dataset]:
-            return output
-        moments = self._moments(dataset)
-        return torch.addcmul(frames[:, -1].float() + moments.delta_shift, output, moments.delta_scale)
+        state = self.output(self.inputs(frames, constants, dataset), spec)
+        last = frames[:, -1].float()
+        if self.delta[dataset]:
+            moments = self._moments(dataset)
+            state = torch.addcmul(last + moments.delta_shift, state, moments.delta_scale)
+        return self.constraints[dataset](state, last) if dataset in self.constraints else state
 
     def inputs(self, frames: Tensor, constants: Tensor, dataset: str) -> Tensor:
         """Return what the network reads, (B, n * C + K, H, W) float32, in the order of `DatasetSpec.inputs`.
@@ -219,7 +228,11 @@ class Surrogate(nn.Module, ABC):
             own, given = ((s.state_channels, s.constant_channels) for s in (known, spec))
             if own != given:
                 raise ValueError(f"dataset {spec.name}: the model has the channels {own}, the data {given}")
-        return [replace(self.specs.get(spec.name, spec), grid=spec.grid, dt=spec.dt) for spec in datasets]
+        adapted = []
+        for spec in datasets:
+            known = self.specs.get(spec.name, spec)
+            adapted.append(replace(known, grid=spec.grid, dt=spec.dt, spacing=spec.spacing or known.spacing))
+        return adapted
 
     def description(self) -> dict[str, Any]:
         """Return the content of model.json: format, context, configuration and dataset specifications, as JSON."""

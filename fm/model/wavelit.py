@@ -124,7 +124,7 @@ class WaveLiTFM(Surrogate):
     config: ModelConfig
 
     def __init__(self, config: ModelConfig, datasets: Sequence[DatasetSpec], seed: int = 0, context: int = 1) -> None:
-        super().__init__(datasets, config.predict, config.predict_override, config.wavelet, context)
+        super().__init__(datasets, config.predict, config.predict_override, config.wavelet, context, config.constraints)
         self.config = config
         width, subbands = config.width, config.subbands
         specs = self.specs.values()

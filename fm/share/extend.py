@@ -23,7 +23,7 @@ from data_pipeline.schema import nearest
 from data_pipeline.tables import markdown
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
-from fm.datasets import dataset_specs
+from fm.datasets import dataset_specs, with_constraints
 from fm.evaluation.evaluate import TrainedModel
 from fm.model.spec import DatasetSpec
 from fm.model.surrogate import MIN_GRID, Surrogate
@@ -59,6 +59,8 @@ def extend(
     try:
         readers = open_readers(shards, names, "train")
         added = dataset_specs(readers, described)
+        if model.config.constraints:
+            added = [with_constraints(spec, described.card(spec.name), readers[spec.name]) for spec in added]
         known = {name for spec in model.specs.values() for name in spec.channels}
         unseen = sorted({name for spec in added for name in spec.channels} - known)
         chosen = choose_rows(rows, unseen, known, described.channel_cards)

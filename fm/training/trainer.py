@@ -119,7 +119,7 @@ class Trainer:
         self.regression_limit = RegressionLimit(recipe.finetune, recipe.validation)
         self.changes: list[str] = []  # settings that differ from those the run began with
         self.saved: int | None = None  # the step of the last save
-        model = build_model(recipe, self.readers, self.registry)
+        model = build_model(recipe, self.readers, self.registry, accelerator.print)
         if checkpoint is None and recipe.checkpoint.resume == "auto":
             checkpoint = broadcast_from_main(
                 accelerator, lambda: newest_checkpoint(self.checkpoints, accelerator.print)

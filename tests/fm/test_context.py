@@ -268,8 +268,10 @@ def test_a_model_file_of_an_earlier_version_is_of_one_frame_and_predicts_the_sam
     model.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "model.json").read_text())
     assert content.pop("context") == 1
-    for key in ("pointwise", "decoder", "decoder_width"):
+    for key in ("pointwise", "decoder", "decoder_width", "constraints"):
         del content["config"][key]
+    for key in ("conserved", "ranges", "spacing"):
+        del content["datasets"][0][key]
     (tmp_path / "model.json").write_text(json.dumps(content))
     again = WaveLiTFM.from_pretrained(tmp_path)
     state, constants = make_inputs(spec)

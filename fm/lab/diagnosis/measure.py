@@ -17,7 +17,7 @@ from data_pipeline.files import UserError
 from data_pipeline.miniwell.twins import twin_distance
 from data_pipeline.registry import Card
 from data_pipeline.windows.reader import ShardReader
-from fm.datasets import check_channels
+from fm.datasets import check_channels, grid_spacing
 from fm.evaluation.evaluate import TrainedModel
 from fm.evaluation.samples import evenly_spaced
 from fm.lab.diagnosis.growth import Growth, Stability, largest_singular_value, tangent_growth
@@ -28,7 +28,6 @@ from fm.lab.diagnosis.quantities import (
     Floors,
     PointwiseMap,
     Spectra,
-    grid_spacing,
     measure_bands,
     measure_drifts,
     measure_spectra,

@@ -14,6 +14,7 @@ import torch
 from pydantic_core import to_jsonable_python
 
 from data_pipeline.registry import Boundary, Card
+from fm.datasets import grid_spacing
 from fm.evaluation.plots import radial_spectrum
 from fm.lab.diagnosis.growth import Growth, Stability
 
@@ -131,14 +132,6 @@ class Drift:
     unit: str
     truth: np.ndarray
     prediction: np.ndarray
-
-
-def grid_spacing(card: Card, grid: tuple[int, int]) -> Spacing | None:
-    """Return the distance of grid points along x and y; None if the card does not name the extent of the grid."""
-    if card.domain is None:
-        return None
-    x, y = ((upper - lower) / points for (lower, upper), points in zip(card.domain, grid, strict=True))
-    return x, y
 
 
 def measure_drifts(

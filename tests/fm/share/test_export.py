@@ -22,7 +22,7 @@ from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.cli import main
 from fm.evaluation.evaluate import TrainedModel
 from fm.model.files import verify_exported
-from fm.model.spec import ModelConfig
+from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.wavelit import WaveLiTFM
 from fm.share.export import export_run, find_cards, step_program
 from fm.training.trainer import train
@@ -229,22 +229,37 @@ numpy.savez(sys.argv[3], **{
 ENDS = (("PERIODIC", "PERIODIC"), ("WALL", "OPEN"))
 MAZE = replace(make_spec("acoustic_scattering_maze"), grid=(18, 22), boundary=ENDS)
 SHEAR = make_spec("shear_flow")
+HELD = replace(
+    make_spec("rayleigh_benard"),
+    grid=(18, 22),
+    conserved=(
+        ("mean", ("buoyancy",)),
+        ("mean_square", ("pressure",)),
+        ("divergence", ("velocity_x", "velocity_y")),
+    ),
+    ranges={"buoyancy": (-0.9, None)},
+    spacing=(0.5, 0.25),
+)
 
 
 @pytest.fixture(scope="module")
 def model() -> WaveLiTFM:
-    return stir(WaveLiTFM(ModelConfig(16, 1, 4), [MAZE, SHEAR])).eval()
+    return stir(WaveLiTFM(ModelConfig(16, 1, 4, constraints=True), [MAZE, SHEAR, HELD])).eval()
 
 
-def test_the_program_gives_the_models_steps_where_the_package_is_not(model: WaveLiTFM, tmp_path: Path) -> None:
-    (tmp_path / "step.pt2").write_bytes(step_program(model, MAZE.name))
+@pytest.mark.parametrize("spec", [MAZE, HELD], ids=["constants", "constraints"])
+def test_the_program_gives_the_models_steps_where_the_package_is_not(
+    model: WaveLiTFM, tmp_path: Path, spec: DatasetSpec
+) -> None:
+    (tmp_path / "step.pt2").write_bytes(step_program(model, spec.name))
     generator = torch.Generator().manual_seed(3)
-    state = model.denormalize(torch.randn(5, 3, 18, 22, generator=generator), MAZE.name)
-    constants = torch.randn(5, 2, 18, 22, generator=generator) + MAZE.moment("mean", MAZE.constant_channels).float()
+    state = model.denormalize(torch.randn(5, len(spec.state_channels), 18, 22, generator=generator), spec.name)
+    constants = torch.randn(5, len(spec.constant_channels), 18, 22, generator=generator)
+    constants += spec.moment("mean", spec.constant_channels).float()
     np.savez(tmp_path / "given.npz", state=state.numpy(), constants=constants.numpy())
     files = [str(tmp_path / name) for name in ("step.pt2", "given.npz", "out.npz")]
     subprocess.run([sys.executable, "-I", "-c", _without_editable_installs(SCRIPT), *files], check=True, cwd=tmp_path)
-    expected = next(model.iterate(state, constants, MAZE.name, 1))
+    expected = next(model.iterate(state, constants, spec.name, 1))
     moved = (expected - state).abs().amax()
     scale = expected.abs().amax(dim=(0, 2, 3), keepdim=True)
     with np.load(tmp_path / "out.npz") as out:
@@ -263,7 +278,8 @@ def _without_editable_installs(script: str) -> str:
 
 def test_what_cannot_be_a_program_is_refused(model: WaveLiTFM) -> None:
     with pytest.raises(
-        UserError, match="expected a dataset of the model, acoustic_scattering_maze, shear_flow; got 'x'"
+        UserError,
+        match="expected a dataset of the model, acoustic_scattering_maze, rayleigh_benard, shear_flow; got 'x'",
     ):
         step_program(model, "x")
     with pytest.raises(UserError, match="does not know the grid"):

@@ -8,11 +8,11 @@ import pywt
 import torch
 
 from data_pipeline.registry import Card, Conserved, load_registry
+from fm.datasets import grid_spacing
 from fm.lab.diagnosis.quantities import (
     PointwiseMap,
     band_energy,
     centered_difference,
-    grid_spacing,
     measure_bands,
     measure_drifts,
     measure_spectra,

@@ -1,0 +1,91 @@
+"""Hard constraints on predicted states: what the dataset's card says that the equations keep (`model.constraints`).
+
+    mean         the mean of a channel over the grid stays that of the last given frame
+    mean_square  the mean over the grid of the channels' sum of squares stays that of the last given frame
+    divergence   the velocity stays divergence-free: its part that is a gradient is removed (Helmholtz decomposition)
+    ranges       a channel stays within its lowest and highest value, as a density that is at least 0
+
+The model trains through the constraints. Derivatives are Fourier's. A channel between two walls is continued by its
+mirror image: the velocity along the wall is even, the velocity through it odd.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fm.model.spec import DatasetSpec
+
+TINY = 1e-12  # least mean square, so that a field of zeros stays one
+
+
+def solenoidal(velocity: Tensor, spacing: Sequence[float], walls: Sequence[bool]) -> Tensor:
+    """Return the divergence-free part of a velocity (..., 2, H, W), with the same mean.
+
+    `spacing` is the distance of grid points along x and y, in any common unit. `walls` says for x and y whether the
+    axis ends at walls half a spacing beyond its first and last point; another axis is periodic.
+    """
+    height, width = velocity.shape[-2:]
+    for axis in (0, 1):
+        if walls[axis]:
+            signs = velocity.new_ones(2, 1, 1)
+            signs[axis] = -1
+            velocity = torch.cat([velocity, signs * velocity.flip(axis - 2)], dim=axis - 2)
+    rows, columns = velocity.shape[-2:]
+    kind = {"dtype": velocity.dtype, "device": velocity.device}
+    kx = torch.fft.fftfreq(rows, **kind)[:, None]
+    ky = torch.fft.rfftfreq(columns, spacing[1] / spacing[0], **kind)[None]  # only the ratio of wavenumbers matters
+    # The shortest wave has no derivative on an even number of points: its sine is 0 at all of them.
+    if rows % 2 == 0:
+        kx = torch.where(kx.abs() == kx.abs().max(), 0.0, kx)
+    if columns % 2 == 0:
+        ky = torch.where(ky == ky.max(), 0.0, ky)
+    square = kx.square() + ky.square()
+    inverse = torch.where(square > 0, 1 / square.clamp_min(TINY), 0.0)
+    u, v = torch.fft.rfft2(velocity).unbind(-3)
+    potential = (kx * u + ky * v) * inverse
+    spectrum = torch.stack([u - kx * potential, v - ky * potential], dim=-3)
+    return torch.fft.irfft2(spectrum, s=(rows, columns))[..., :height, :width]
+
+
+class Constraints(nn.Module):
+    """The constraints of one dataset, on normalized states."""
+
+    mean: Tensor
+    std: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+    def __init__(self, spec: DatasetSpec, mean: Tensor, std: Tensor) -> None:
+        """Take mean and std (C, 1, 1), by which the states are normalized."""
+        super().__init__()
+        index = {name: number for number, name in enumerate(spec.state_channels)}
+        self.conserved = [(kind, [index[name] for name in names]) for kind, names in spec.conserved]
+        self.walls = [ends == ("WALL", "WALL") for ends in spec.boundary]
+        self.spacing = spec.spacing
+        limits = [spec.ranges.get(name, (None, None)) for name in spec.state_channels]
+        self.bounded = any(limit is not None for pair in limits for limit in pair)
+        for name, side, missing in (("lowest", 0, -torch.inf), ("highest", 1, torch.inf)):
+            values = [missing if pair[side] is None else pair[side] for pair in limits]
+            bounds = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) - mean) / std
+            self.register_buffer(name, bounds.float(), persistent=False)
+        self.register_buffer("mean", mean.float(), persistent=False)
+        self.register_buffer("std", std.float(), persistent=False)
+
+    def forward(self, state: Tensor, last: Tensor) -> Tensor:
+        """Return the next state (B, C, H, W), float32, with the constraints met; `last` (B, C, H, W) came before it."""
+        with torch.autocast(state.device.type, enabled=False):
+            for kind, channels in self.conserved:
+                part, before = state[:, channels], last[:, channels]
+                if kind == "mean":
+                    part = part + (before - part).mean(dim=(-2, -1), keepdim=True)
+                elif kind == "mean_square":
+                    raw, raw_before = (x * self.std[channels] + self.mean[channels] for x in (part, before))
+                    squares, wanted = (x.square().mean(dim=(1, 2, 3), keepdim=True) for x in (raw, raw_before))
+                    raw = raw * (wanted / squares.clamp_min(TINY)).sqrt()
+                    part = (raw - self.mean[channels]) / self.std[channels]
+                else:
+                    assert self.spacing is not None
+                    part = solenoidal(part * self.std[channels], self.spacing, self.walls) / self.std[channels]
+                state = state.index_copy(1, torch.tensor(channels, device=state.device), part)
+            return state.clamp(self.lowest, self.highest) if self.bounded else state
