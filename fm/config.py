@@ -61,8 +61,7 @@ class DataSettings:
     workers: NonNegativeInt = 1
     verify: bool = False  # compare each frame read with its checksum
     cache: str | None = None  # folder for what a URL gave; null means $XDG_CACHE_HOME/wavelit, or ~/.cache/wavelit
-    # limit of that folder; 0 keeps nothing there, for shuffle: global
-    cache_gb: Annotated[float, Field(ge=0, lt=1e9)] = 40.0
+    cache_gb: Annotated[float, Field(ge=0, lt=1e9)] = 40.0  # limit of that folder; 0 keeps nothing (shuffle: global)
     prefetch: NonNegativeInt = 64  # draws ahead of their use whose data are fetched from a URL, as far as there is room
     # dataset -> use only this many trajectories of its train split. The choice is nested: the trajectories chosen for N
     # are also chosen for N + 1, and they are those of `data-pipeline shard --restrict N`
@@ -166,12 +165,14 @@ class FinetuneSettings:
     pretrained: str  # run, checkpoint, exported model or hf://organization/name; its EMA weights and architecture
     # How a window's K model steps are trained (fm/training/objective.py). scheduled_sampling: an input is the truth
     # with a probability that falls during the run; bptt: only the first input is the truth; causal_bptt: as bptt, but
-    # later steps weigh little until earlier ones are right; pushforward: as bptt, but only the last step has a gradient
+    # later steps weigh little until earlier ones are right; pushforward: as bptt, with a gradient of the last steps
     objective: Literal["scheduled_sampling", "bptt", "causal_bptt", "pushforward"] = "scheduled_sampling"
     unroll_steps: PositiveInt = 4  # K: model steps per window
     unroll_override: dict[str, PositiveInt] = field(default_factory=dict)  # dataset -> K
     unroll_start: PositiveInt | None = None  # K of the first training step, which then grows; null: K at once
     unroll_growth: Annotated[float, Field(gt=0, le=1)] = 0.5  # share of the run in which K grows
+    unroll_random: bool = False  # K of each training step is a random number from 1 to the K above
+    gradient_steps: PositiveInt = 1  # pushforward: how many of the last model steps have a loss and a gradient
     forcing: Literal["linear", "cosine", "inverse_sigmoid"] = "linear"  # scheduled_sampling: from start to end
     forcing_start: Probability = 1.0  # scheduled_sampling: probability of feeding the truth at the first training step
     forcing_end: Probability = 0.0  # and at the last
@@ -179,15 +180,14 @@ class FinetuneSettings:
     checkpoint_activations: bool = False  # keep only the states between model steps: less memory, a third more work
     rehearse: bool = True  # before step 0, take the longest unroll on the largest grid once, to see that it fits
     # One-step regression limit: one-step VRMSE (geometric mean over datasets, valid split) may be at most this factor
-    # of the pretrained model's, 1.1 say; null: no limit. The checkpoint with the best rollouts within it is kept in
-    # <run>/best (fm/training/guard.py)
+    # of the pretrained model's; null: no limit. The best rollouts within it are kept in <run>/best (guard.py)
     gate: Annotated[float, Field(ge=1)] | None = None
     gate_action: Literal["stop", "keep_best"] = "stop"  # beyond the limit: end the run, or only keep the best
 
     def ignored(self) -> list[str]:
         """Return the given settings that nothing reads, each with the reason."""
         of_objective = dict.fromkeys(("forcing", "forcing_start", "forcing_end"), "scheduled_sampling")
-        of_objective["causal_eps"] = "causal_bptt"
+        of_objective |= {"causal_eps": "causal_bptt", "gradient_steps": "pushforward"}
         reasons = {
             name: f"finetune.objective is {self.objective}, only {owner} reads it"
             for name, owner in of_objective.items()

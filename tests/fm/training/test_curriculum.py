@@ -57,6 +57,22 @@ def test_the_horizon_grows_by_one_in_equal_parts_and_each_dataset_to_its_own_len
     assert unroll_length(0, 80, settings(unroll_steps=5), "long") == 5
 
 
+def test_a_random_horizon_takes_every_length_alike_and_the_last_step_the_longest() -> None:
+    drawn = settings(unroll_steps=5, unroll_random=True, unroll_override={"long": 10, "one": 1})
+    lengths = np.array([unroll_length(step, 5001, drawn, "any") for step in range(5001)])
+    assert np.bincount(lengths[:-1])[1:] == pytest.approx(np.full(5, 1000), rel=0.1)
+    assert abs(np.corrcoef(lengths[:-2], lengths[1:-1])[0, 1]) < 0.05
+    assert lengths[-1] == 5
+    longer = np.array([unroll_length(step, 5001, drawn, "long") for step in range(5000)])
+    assert ((longer + 1) // 2 == lengths[:-1]).all()  # the same share of the range
+    assert {unroll_length(step, 5001, drawn, "one") for step in range(100)} == {1}
+    growing = settings(unroll_steps=5, unroll_start=2, unroll_growth=0.5, unroll_random=True)
+    grown = [unroll_length(step, 80, growing, "any") for step in range(80)]
+    assert max(grown[:10]) == 2
+    assert max(grown) == 5
+    assert min(grown) == 1
+
+
 def test_noise_has_its_scale_and_is_a_function_of_window_and_draw() -> None:
     device, shape = torch.device("cpu"), (2, 3, 32, 32)
     noise = input_noise(1, 9, np.arange(4), shape, 0.05, device)

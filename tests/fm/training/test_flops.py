@@ -37,7 +37,7 @@ def real_pass(objective: Unroll, windows: int, calls: int) -> torch.Tensor:
     return objective(fields, torch.zeros(windows, 0, *GRID), coins, "shear_flow")["loss"]
 
 
-def finetune(objective: str, **settings: bool) -> FinetuneSettings:
+def finetune(objective: str, **settings: int) -> FinetuneSettings:
     return FinetuneSettings("nowhere", objective, **settings)  # type: ignore[arg-type]
 
 
@@ -70,6 +70,8 @@ def test_flops_grow_as_tokens() -> None:
         (finetune("scheduled_sampling"), 4, 12, 4),
         (finetune("bptt"), 4, 12, 4),
         (finetune("pushforward"), 4, 6, 1),
+        (finetune("pushforward", gradient_steps=3), 4, 10, 3),
+        (finetune("pushforward", gradient_steps=3), 2, 6, 2),
         (finetune("bptt", checkpoint_activations=True), 4, 16, 1),
         (finetune("pushforward", checkpoint_activations=True), 4, 7, 1),
     ],
