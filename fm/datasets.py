@@ -196,17 +196,22 @@ def build_model(
         specs = [with_constraints(spec, registry.card(spec.name), readers[spec.name], log) for spec in specs]
     if finetune is None or pretrained is None:
         return new_model(config, specs, recipe.run.seed, recipe.data.context)
-    if pretrained.context != recipe.data.context:
-        raise UserError(
-            f"data.context: the recipe has {recipe.data.context} input frames, but {finetune.pretrained} was trained "
-            f"with {pretrained.context}; write data.context={pretrained.context}"
-        )
+    check_context(recipe, pretrained, finetune.pretrained)
     if config is not None and config != pretrained.config:
         raise UserError(
             f"model: the recipe's architecture is not that of {finetune.pretrained}.\n"
             f"Recipe: {config}\nPretrained: {pretrained.config}\nLeave the section out to take the pretrained one."
         )
     return pretrained.adapted_to(specs)
+
+
+def check_context(recipe: Recipe, pretrained: Surrogate, where: str) -> None:
+    """Raise UserError if the recipe has another number of input frames than the pretrained model from `where`."""
+    if pretrained.context != recipe.data.context:
+        raise UserError(
+            f"data.context: the recipe has {recipe.data.context} input frames, but {where} was trained with "
+            f"{pretrained.context}; write data.context={pretrained.context}"
+        )
 
 
 def new_model(

@@ -3,7 +3,7 @@
 For each number of trajectories there are two runs of one architecture. Both draw windows of this dataset alone, the
 same windows in the same order for the same number of steps, and train one step ahead. All parts of the model learn: the
 recipe's section `adapt` protects other datasets, and here there are none. The two runs differ in their initial weights
-and, if so requested, in the learning rate. A sweep runs them (fm/lab/sweep.py).
+and, if so requested, in the learning rates. A sweep runs them (fm/lab/sweep.py).
 """
 
 import json
@@ -24,7 +24,8 @@ from data_pipeline.tables import Document, Marked, Table, render
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
 from fm.checkpoint import load_pretrained
-from fm.config import load_recipe
+from fm.config import Recipe, load_recipe
+from fm.datasets import check_context
 from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED
 from fm.evaluation.evaluate import TrainedModel
 from fm.evaluation.page import Facts, PageTable, Paragraph, Picture, Section, render_page
@@ -38,7 +39,7 @@ from fm.model.spec import to_json
 
 PRETRAINED, SCRATCH = ARMS = ("pretrained", "from scratch")
 Curves: TypeAlias = Mapping[str, Mapping[str, Sequence[float | None]]]  # arm -> block -> VRMSE at each count
-LENGTH = 2  # frames of a window of one-step training
+ADAMW_RATE, MUON_RATE = "train.learning_rate", "train.muon_learning_rate"
 DPI = 160
 # Settings that a run of one dataset cannot have, or does not need: shares and protection of others, validations.
 ALONE = {
@@ -63,6 +64,7 @@ class FewShot:
     steps: int  # of each run
     seen: int  # windows that each run draws
     rates: dict[str, float]  # arm -> peak learning rate
+    muon_rates: dict[str, float]  # arm -> Muon's peak learning rate; empty if the recipe has another optimizer
 
 
 def run_few_shot(
@@ -101,16 +103,17 @@ def plan_few_shot(
         )
     given = _checked_overrides(overrides)
     pretrained = load_pretrained(recipe.finetune.pretrained)
+    check_context(recipe, pretrained, recipe.finetune.pretrained)
     reader = open_readers(recipe.data.shards, [dataset], "train")[dataset]
     counts = parse_counts(trajectories, reader)
-    rate = recipe.train.learning_rate
-    if "train.learning_rate" not in given:  # that of the run that made the pretrained model, if it is known
-        with suppress(UserError):  # a model without a recipe
-            rate = TrainedModel.open(recipe.finetune.pretrained).recipe.train.learning_rate
-    rates, model = {PRETRAINED: rate, SCRATCH: scratch_rate or rate}, to_json(pretrained.config)
+    peaks = _peak_rates(recipe, recipe.finetune.pretrained, given)
+    rates = {PRETRAINED: peaks, SCRATCH: dict(peaks)}
+    if scratch_rate is not None:  # Muon's keeps its ratio to AdamW's
+        rates[SCRATCH] = {key: scratch_rate * (rate / peaks[ADAMW_RATE]) for key, rate in peaks.items()}
+    model = to_json(pretrained.config)
     starts: dict[str, dict[str, Any]] = {
-        PRETRAINED: {"train.learning_rate": rate, "finetune.gate": None, "finetune.unroll_override": {}},
-        SCRATCH: {"train.learning_rate": rates[SCRATCH], "finetune": None, pretrained.section: model},
+        PRETRAINED: {**rates[PRETRAINED], "finetune.gate": None, "finetune.unroll_override": {}},
+        SCRATCH: {**rates[SCRATCH], "finetune": None, pretrained.section: model},
     }
     variants = {
         variant_name(arm, count): {**starts[arm], "data.trajectories": {dataset: count}}
@@ -125,9 +128,37 @@ def plan_few_shot(
         overrides={**given, **ALONE, "data.datasets": [dataset]},
         protocol=recipe.validation.protocol,
     )
-    windows = tuple(len(reader.restricted_to(count).index(LENGTH)) for count in counts)
-    steps, seen = recipe.train.steps, recipe.train.steps * recipe.train.global_batch
-    return FewShot(sweep, dataset, recipe.finetune.pretrained, counts, windows, steps, seen, rates)
+    length = recipe.window_length(dataset)
+    return FewShot(
+        sweep,
+        dataset,
+        recipe.finetune.pretrained,
+        counts,
+        windows=tuple(len(reader.restricted_to(count).index(length)) for count in counts),
+        steps=recipe.train.steps,
+        seen=recipe.train.steps * recipe.train.global_batch,
+        rates={arm: of_arm[ADAMW_RATE] for arm, of_arm in rates.items()},
+        muon_rates={arm: of_arm[MUON_RATE] for arm, of_arm in rates.items() if MUON_RATE in of_arm},
+    )
+
+
+def _peak_rates(recipe: Recipe, pretrained: str, given: Mapping[str, Any]) -> dict[str, float]:
+    """Return the peak learning rates by key: AdamW's, and Muon's if the recipe trains with Muon.
+
+    They are the given ones, else those of the run that made the pretrained model, else the recipe's. The recipe's own
+    are for finetuning, and too low for a model from scratch.
+    """
+    train = recipe.train
+    peaks = {ADAMW_RATE: train.learning_rate}
+    if train.optimizer == "muon":
+        peaks[MUON_RATE] = train.muon_learning_rate
+    with suppress(UserError):  # a model without a recipe
+        source = TrainedModel.open(pretrained).recipe.train
+        if ADAMW_RATE not in given:
+            peaks[ADAMW_RATE] = source.learning_rate
+        if MUON_RATE in peaks and MUON_RATE not in given and source.optimizer == "muon":
+            peaks[MUON_RATE] = source.muon_learning_rate
+    return peaks
 
 
 def variant_name(arm: str, count: int) -> str:
@@ -215,14 +246,19 @@ def describe(
         f"Both arms: {study.steps} steps, {study.seen} windows of {study.dataset} alone, the same windows in the same "
         "order, one step at a time; one architecture, with as many parameters. Fewer trajectories are passed over more "
         "often. Sets of trajectories are nested.",
-        f"Pretrained: begins with {study.pretrained}, whose own training is not counted here; peak learning rate "
-        f"{study.rates[PRETRAINED]:g}. From scratch: peak learning rate {study.rates[SCRATCH]:g}.",
+        f"Pretrained: begins with {study.pretrained}, whose own training is not counted here; "
+        f"{_rates_text(study, PRETRAINED)}. From scratch: {_rates_text(study, SCRATCH)}.",
         "Normalization statistics are those of the whole train split, for both. One seed.",
     ]
     if unfinished:
         notes.append(f"No scores, see train.out there: {', '.join(unfinished)}.")
     about = f"VRMSE of {study.dataset}, lower is better. {load_protocol(study.sweep.protocol).describe()}."
     return Document(about, tables, notes)
+
+
+def _rates_text(study: FewShot, arm: str) -> str:
+    muon = f", Muon's {study.muon_rates[arm]:g}" if arm in study.muon_rates else ""
+    return f"peak learning rate {study.rates[arm]:g}{muon}"
 
 
 def few_shot_figure(

@@ -276,7 +276,8 @@ class _Planner:
     def _dataset(self, dataset: WorkloadDataset, draws: int, step: StepTime) -> DatasetPlan:
         name, window, batch = dataset.name, self.windows[dataset.name], self.workload.recipe.train.global_batch
         validation = self.workload.recipe.validation
-        calls = validation.windows + validation.rollouts * (dataset.frames - 1) if validation.every else 0
+        rollout = dataset.frames - self.model.context  # steps of one, from the first frames
+        calls = validation.windows + validation.rollouts * rollout if validation.every else 0
         own = self.model.parameters_by_datasets().get(frozenset({name}), []) if len(self.model.specs) > 1 else []
         return DatasetPlan(
             grid=dataset.grid,

@@ -213,7 +213,7 @@ def footprint(objective: Unroll, dataset: str, grid: tuple[int, int], windows: i
         return tensor
 
     with fake_mode(model), _OperationCounter() as counter:
-        fields, constants = zero_fields(model, dataset, grid, windows, frames=calls + 1)
+        fields, constants = zero_fields(model, dataset, grid, windows, frames=model.context + calls)
         forced = torch.ones(windows, calls, dtype=torch.bool)
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = objective(fields, constants, forced, dataset)["loss"]

@@ -97,6 +97,39 @@ def test_runs_differ_in_their_start_and_rate_alone(recipe: Path, tiny_shards: Pa
     assert [trial.recipe.train.learning_rate for trial in plan(faster.sweep, tmp_path)] == [0.25, 0.5]
 
 
+def test_a_model_of_two_frames_trained_with_muon_lends_both_rates_and_its_windows(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    muon = {"steps": 2, "optimizer": "muon", "learning_rate": 2e-3, "muon_learning_rate": 3e-2}
+    two = {"datasets": DATASETS, "context": 2}
+    assert train(small(tiny_shards, tmp_path / "pretrained", data=two, train=muon)) == 0
+    finetune = {"pretrained": str(tmp_path / "pretrained"), "unroll_steps": 1}
+    slow = {"steps": 2, "optimizer": "muon", "learning_rate": 1e-4, "muon_learning_rate": 5e-4}
+    file = tmp_path / "extend.yaml"
+    data = {"datasets": [*DATASETS, NEW], "context": 2}
+    file.write_text(dump_recipe(small(tiny_shards, tmp_path / "unused", data=data, train=slow, finetune=finetune)))
+
+    def trained_rates(*overrides: str, scratch: float | None = None) -> list[tuple[float, float]]:
+        study = plan_few_shot(file, NEW, "1", overrides, scratch)
+        trains = [trial.recipe.train for trial in plan(study.sweep, tmp_path / "study")]
+        assert [one.learning_rate for one in trains] == list(study.rates.values())
+        assert [one.muon_learning_rate for one in trains] == list(study.muon_rates.values())
+        return [(one.learning_rate, one.muon_learning_rate) for one in trains]
+
+    assert trained_rates() == [(2e-3, 3e-2), (2e-3, 3e-2)]
+    assert trained_rates("train.muon_learning_rate=0.25") == [(2e-3, 0.25), (2e-3, 0.25)]
+    assert trained_rates("train.learning_rate=0.25", scratch=0.5) == [(0.25, 3e-2), (0.5, 6e-2)]
+
+    frames = open_readers(tiny_shards, [NEW], "train")[NEW].num_frames(0)
+    assert plan_few_shot(file, NEW, "1").windows == (frames - 2,)  # two given frames and one to predict
+    with pytest.raises(UserError, match=r"data\.context: the recipe has 1 input frames, but .* trained with 2"):
+        plan_few_shot(file, NEW, "1", ["data.context=1"])
+    out = tmp_path / "study"
+    assert fm(["few-shot", str(file), "--dataset", NEW, "--trajectories", "1", "--out", str(out)]) == 0
+    assert "peak learning rate 0.002, Muon's 0.03. From scratch" in (out / "few_shot.md").read_text()
+    assert [load_pretrained(out / f"{arm}_1_seed0").context for arm in ("pretrained", "from_scratch")] == [2, 2]
+
+
 def test_more_trajectories_than_there_are_are_left_out(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan_few_shot(recipe, NEW, "1,4000").counts == (1,)
     assert "training trajectories: 4000 left out" in capsys.readouterr().out

@@ -100,6 +100,22 @@ def test_an_unroll_multiplies_calls_and_an_objective_its_backward_passes(tiny_sh
     assert unknown.notes[1].startswith(f"no model in {tmp_path / 'nowhere'} yet: sizes are the defaults")
 
 
+def test_a_model_of_two_frames_reads_a_frame_more_and_rolls_out_a_step_less(tmp_path: Path) -> None:
+    def of_frames(context: int) -> Plan:
+        validation = {"every": 4, "windows": 5, "rollouts": 2}
+        data = {"context": context}
+        return planned(small(tmp_path / "none", tmp_path / "run", data=data, validation=validation))
+
+    one, two, cards = of_frames(1), of_frames(2), load_registry().cards
+    for name in DATASETS:
+        channels, grid = len(cards[name].state_channels), cards[name].grid
+        before, after = one.datasets[name], two.datasets[name]
+        assert after.read_bytes - before.read_bytes == 4 * 4 * channels * grid[0] * grid[1]
+        assert before.windows - after.windows == sum(trajectories for trajectories, _ in cards[name].train)
+        assert before.validation_calls == 5 + 2 * (cards[name].num_frames[-1] - 1)
+        assert before.validation_calls - after.validation_calls == 2
+
+
 def test_micro_batches_and_processes_share_memory(tmp_path: Path, plan: Plan) -> None:
     half = planned(small(tmp_path / "none", tmp_path / "run", train={"micro_batch": 2}))
     shared = planned(small(tmp_path / "none", tmp_path / "run"), processes=2)

@@ -18,9 +18,9 @@ CONFIG = ModelConfig(width=WIDTH, depth=DEPTH, heads=HEADS, wavelet="haar", pyra
 TOKENS = WINDOWS * GRID[0] * GRID[1] // 4
 
 
-def fake_objective(autocast: torch.dtype | None = None) -> Unroll:
+def fake_objective(autocast: torch.dtype | None = None, context: int = 1) -> Unroll:
     with FakeTensorMode():
-        model = WaveLiTFM(CONFIG, [SPEC])
+        model = WaveLiTFM(CONFIG, [SPEC], context=context)
     return Unroll(model, LossSettings(), autocast=autocast)
 
 
@@ -107,6 +107,18 @@ def test_model_steps_keep_alike_and_bf16_less() -> None:
     assert four / one == pytest.approx(4, rel=0.1)
     halved = footprint(fake_objective(torch.bfloat16), "shear_flow", GRID, 2).kept_bytes
     assert 0.5 * one < halved < 0.9 * one
+
+
+def test_each_frame_more_is_lifted_in_each_model_step() -> None:
+    """Forward, and backward to the weights alone. The input of a second step, a prediction, needs a gradient too."""
+
+    def linear(context: int, calls: int) -> int:
+        found = footprint(fake_objective(context=context), "shear_flow", GRID, WINDOWS, calls)
+        return flops(list(found.products), "linear")
+
+    rows = 2 * TOKENS * 4 * WIDTH  # of one frame's coefficients
+    assert linear(2, 1) - linear(1, 1) == 2 * rows
+    assert linear(1, 2) - linear(1, 1) == linear(1, 1) + rows
 
 
 def test_a_footprint_moves_more_than_it_keeps_and_leaves_no_gradient() -> None:
