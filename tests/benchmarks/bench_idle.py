@@ -60,10 +60,11 @@ class Bench:
         recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
         assert recipe.model is not None
         self.readers = open_readers(options.shards, None, "train")
-        self.length = recipe.window_length
-        model = WaveLiTFM(recipe.model, dataset_specs(self.readers, load_registry()))
+        self.lengths = {name: recipe.window_length(name) for name in self.readers}
+        specs = dataset_specs(self.readers, load_registry())
+        model = WaveLiTFM(recipe.model, specs, context=recipe.data.context)
         self.objective = Unroll(model, recipe.loss)
-        schedule = Schedule(sources(self.readers, self.length), options.batch // options.draws, seed=0)
+        schedule = Schedule(sources(self.readers, self.lengths), options.batch // options.draws, seed=0)
         ways = [way for way in WAYS if way != "global" or schedule.batch % PROCESSES == 0]
         self.divisions = {way: Division(schedule, rank, PROCESSES, options.draws, way) for way in ways}
         self.divisions["whole"] = WholeDraws(schedule, rank, options.draws)
@@ -71,13 +72,13 @@ class Bench:
     def run(self, way: str, start: int, stop: int) -> torch.Tensor:
         """Take the steps start, ... stop - 1; return BUSY to PIECES of each, (steps, 5)."""
         division, record = self.divisions[way], []
-        batches = scheduled_batches(self.readers, division, self.length, start, stop)
+        batches = scheduled_batches(self.readers, division, self.lengths, start, stop)
         dist.barrier()
         for step in range(start, stop):
             began, cpu, tokens, pieces = time.perf_counter(), time.process_time(), 0, division.micro_batches(step)
             for piece in pieces:
                 batch = next(batches)
-                forced = torch.ones(len(batch.fields), self.length - 1, dtype=torch.bool)
+                forced = torch.ones(len(batch.fields), 1, dtype=torch.bool)
                 self.objective(batch.fields, batch.constants, forced, batch.dataset)["loss"].backward()
                 tokens += len(piece.places) * division.schedule.source(piece.draw).tokens
             self.objective.zero_grad(set_to_none=True)

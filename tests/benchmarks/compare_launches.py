@@ -5,8 +5,8 @@
 The reference is one process of one thread. Compared are --steps steps from the beginning, as many from its checkpoint,
 and a run that goes through all configurations, 10 steps under each, and ends in one process. Windows and learning rates
 must be equal. Losses differ by the order of summation, and training amplifies the difference; one row shows by how much
-for one process with two threads. The exit code is 1 if windows differ, or losses by more than 1e-3. On GPUs, name their
-configurations: --configs ddp fsdp deepspeed_zero2.
+for one process with two threads. The optimizer is AdamW, since FSDP and DeepSpeed refuse Muon. The exit code is 1 if
+windows differ, or losses by more than 1e-3. On GPUs, name their configurations: --configs ddp fsdp deepspeed_zero2.
 """
 
 import argparse
@@ -22,7 +22,7 @@ CONFIGS = ("cpu2", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsd
 
 def run(config: str, directory: Path, stop_at: int, options: argparse.Namespace, threads: int = 1) -> None:
     """Train to `stop_at`, in one process if `config` is empty."""
-    settings = [f"data.shards={options.shards}", f"run.stop_at={stop_at}", *options.overrides]
+    settings = [f"data.shards={options.shards}", f"run.stop_at={stop_at}", "train.optimizer=adamw", *options.overrides]
     finish(start(directory, settings, config, options.processes, threads), directory)
 
 

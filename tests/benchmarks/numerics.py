@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from fm.config import load_recipe
+
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 FLOAT32 = ["train.precision=float32", "train.compile=eager"]
 STEPS = 100
@@ -23,7 +25,7 @@ MEAN = "mean of all"
 ROUNDING = {10: 1e-6, 30: 1e-4, STEPS: 5e-2, MEAN: 1e-2}  # up to a step: largest relative difference of a loss
 BF16 = {10: 1e-3, 30: 1e-2, STEPS: float("inf"), MEAN: 2e-2}
 VARIANTS = {
-    "control": ([*FLOAT32, "train.learning_rate=4.0000004e-3"], ROUNDING),
+    "control": ([*FLOAT32, f"train.learning_rate={load_recipe(RECIPE).train.learning_rate * (1 + 1e-7)}"], ROUNDING),
     "eager": (FLOAT32, ROUNDING),  # beside --reference
     "blocks": (["train.precision=float32", "train.compile=blocks"], ROUNDING),
     "step": (["train.precision=float32", "train.compile=step"], ROUNDING),

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/reference_transformer.py SHARDS [--steps 10] [--rounds 7] [--threads N]
 
-The reference is a standard transformer: patches of 2 x 2 points, layers of nn.LayerNorm, nn.Linear,
-scaled_dot_product_attention over windows of 8 x 8 tokens, and a GELU MLP. It has the quickstart's width, heads and
-depth. The width of its MLP makes its forward pass cost the same FLOPs. On the grid and channels of each dataset of the
-shards, both use the same loss, AdamW and random data, normalized (never zeros), in batches of the quickstart's size.
+The reference is a standard transformer: layers of nn.LayerNorm, nn.Linear, scaled_dot_product_attention over windows of
+8 x 8 tokens, and a GELU MLP. It has the quickstart's patches, width, heads and depth. The width of its MLP makes its
+forward pass cost the same FLOPs. On the grid, frames and channels of each dataset of the shards, both use the
+quickstart's loss, AdamW and random data, normalized (never zeros), in batches of the quickstart's size.
 They train in turn, `--steps` steps each, `--rounds` times after one that does not count.
 
     FLOPs     of one window's forward pass, counted by torch; a step counts three times as many for each window
@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.registry import load_registry
 from data_pipeline.windows.loader import open_readers
-from fm.config import load_recipe
+from fm.config import LossSettings, Recipe, load_recipe
 from fm.datasets import dataset_specs
 from fm.model.loss import wavelit_loss
 from fm.model.spec import DatasetSpec, ModelConfig
@@ -38,7 +38,7 @@ from fm.model.wavelit import WaveLiTFM
 
 WINDOW = 8  # tokens along each side of an attention window, where the grid allows it
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
-Network = Callable[[Tensor], Tensor]  # (B, C + K, H, W), state and constants, to (B, C, H, W)
+Network = Callable[[Tensor], Tensor]  # (B, I, H, W), all inputs as `Surrogate.output` has them, to (B, C, H, W)
 
 
 class Layer(nn.Module):
@@ -62,34 +62,34 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Maps fields (B, C_in, H, W) to (B, C_out, H, W) with tokens of 2 x 2 points."""
+    """Maps fields (B, C_in, H, W) to (B, C_out, H, W) with one token for each patch."""
 
     def __init__(self, config: ModelConfig, channels: tuple[int, int], grid: tuple[int, int], hidden: int) -> None:
         super().__init__()
-        tokens = grid[0] // 2, grid[1] // 2
+        self.side = 2**config.levels  # points along each side of a patch
+        tokens = grid[0] // self.side, grid[1] // self.side
         window = gcd(tokens[0], WINDOW), gcd(tokens[1], WINDOW)
-        self.embed = nn.Linear(4 * channels[0], config.width)
+        self.embed = nn.Linear(self.side**2 * channels[0], config.width)
         self.position = nn.Parameter(0.02 * torch.randn(*tokens, config.width))
         layers = [Layer(config.width, config.heads, hidden, window) for _ in range(config.depth)]
         self.layers = nn.Sequential(*layers)
-        self.norm, self.head = nn.LayerNorm(config.width), nn.Linear(config.width, 4 * channels[1])
+        self.norm, self.head = nn.LayerNorm(config.width), nn.Linear(config.width, self.side**2 * channels[1])
 
     def forward(self, fields: Tensor) -> Tensor:
-        x = nn.functional.pixel_unshuffle(fields, 2).permute(0, 2, 3, 1)
+        x = nn.functional.pixel_unshuffle(fields, self.side).permute(0, 2, 3, 1)
         x = self.layers(self.embed(x) + self.position)
-        return nn.functional.pixel_shuffle(self.head(self.norm(x)).permute(0, 3, 1, 2), 2)
+        return nn.functional.pixel_shuffle(self.head(self.norm(x)).permute(0, 3, 1, 2), self.side)
 
 
 class Ours(nn.Module):
     """Return the quickstart's network for one dataset."""
 
-    def __init__(self, config: ModelConfig, spec: DatasetSpec) -> None:
+    def __init__(self, config: ModelConfig, spec: DatasetSpec, context: int) -> None:
         super().__init__()
-        self.model, self.spec = WaveLiTFM(config, [spec]), spec
+        self.model, self.spec = WaveLiTFM(config, [spec], context=context), spec
 
-    def forward(self, fields: Tensor) -> Tensor:
-        state, constants = fields.tensor_split([len(self.spec.state_channels)], dim=1)
-        return self.model.output(state, constants, self.spec)
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.model.output(inputs, self.spec)
 
 
 def forward_flops(network: nn.Module, fields: Tensor) -> int:
@@ -109,32 +109,38 @@ def as_costly(config: ModelConfig, channels: tuple[int, int], fields: Tensor, fl
 class Contender:
     """A network in training on one batch of random data."""
 
-    def __init__(self, network: nn.Module, inputs: Tensor, target: Tensor, learning_rate: float) -> None:
-        self.network, self.inputs, self.target = network, inputs, target
+    def __init__(
+        self, network: nn.Module, inputs: Tensor, target: Tensor, loss: LossSettings, learning_rate: float
+    ) -> None:
+        self.network, self.inputs, self.target, self.loss = network, inputs, target, loss
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, fused=True)
 
     def steps(self, count: int) -> tuple[float, float]:
         """Return wall-clock and CPU seconds of a step, the mean of `count`."""
         wall, cpu = time.perf_counter(), time.process_time()
+        weights = {"wavelet_weight": self.loss.wavelet_l1, "mse_weight": self.loss.mse, "rmse_weight": self.loss.rmse}
         for _ in range(count):
             scale = self.target.new_ones(self.target.shape[1], 1, 1)
-            wavelit_loss(self.network(self.inputs), self.target, scale, wavelet="haar").total.mean().backward()
+            terms = wavelit_loss(self.network(self.inputs), self.target, scale, wavelet="haar", **weights)
+            terms.total.mean().backward()
             nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
         return (time.perf_counter() - wall) / count, (time.process_time() - cpu) / count
 
 
-def compare(spec: DatasetSpec, config: ModelConfig, batch: int, steps: int, rounds: int) -> tuple[str, float, float]:
+def compare(spec: DatasetSpec, recipe: Recipe, steps: int, rounds: int) -> tuple[str, float, float]:
     """Return a row of the table, and both ratios of one dataset."""
     assert spec.grid is not None
-    channels = len(spec.state_channels) + len(spec.constant_channels), len(spec.state_channels)
+    assert recipe.model is not None
+    config, context, batch = recipe.model, recipe.data.context, recipe.train.global_batch
+    channels = len(spec.inputs(context)), len(spec.state_channels)
     inputs, target = (torch.randn(batch, count, *spec.grid) for count in channels)
-    ours = Ours(config, spec)
+    ours = Ours(config, spec, context)
     flops = forward_flops(ours, inputs[:1])
     reference = as_costly(config, channels, inputs[:1], flops)
     off = forward_flops(reference, inputs[:1]) / flops - 1
-    pair = [Contender(network, inputs, target, 1e-4) for network in (ours, reference)]
+    pair = [Contender(network, inputs, target, recipe.loss, 1e-4) for network in (ours, reference)]
     times = [[one.steps(steps) for one in pair] for _ in range(rounds + 1)][1:]  # (rounds, 2, 2)
     speeds = [[1 / took[which][0] for took in times] for which in (0, 1)]
     wall, cpu = (median(theirs[clock] / mine[clock] for mine, theirs in times) for clock in (0, 1))
@@ -156,14 +162,13 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     recipe = load_recipe(RECIPE, [f"data.shards={options.shards}"])
-    assert recipe.model is not None
     specs = dataset_specs(open_readers(options.shards, None, "train"), load_registry())
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, batch {recipe.train.global_batch}\n")
     print("| dataset | grid, channels | FLOPs | reference | steps/s | reference | GFLOP/s | its | ratio | by CPU |")
     print("|:--|:--|--:|--:|--:|--:|--:|--:|--:|--:|")
     ratios = []
     for spec in specs:
-        row, *found = compare(spec, recipe.model, recipe.train.global_batch, options.steps, options.rounds)
+        row, *found = compare(spec, recipe, options.steps, options.rounds)
         ratios.append(found)
         print(row, flush=True)
     wall, cpu = (geometric_mean(column) for column in zip(*ratios, strict=True))

@@ -131,7 +131,7 @@ def make_sweeps(
     def size(value: float, name: str, model: ModelConfig, side: int, windows: int = 1, calls: int = 1) -> Size:
         finetune = FinetuneSettings("", objective="bptt", unroll_steps=calls) if calls > 1 else None
         step = replace(resized(recipe, windows), model=model, finetune=finetune)
-        state = TrainingState(step, new_model(model, [spec], 0), accelerator, None)
+        state = TrainingState(step, new_model(model, [spec], 0, recipe.data.context), accelerator, None)
         return Size(value, name, DryRun(step, spec, (side, side), accelerator), state)
 
     def widened(factor: float) -> ModelConfig:
