@@ -11,12 +11,16 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
-from whole_runs import ROOT, fm, small
+from whole_runs import ROOT, fm
 
+from fm.config import load_recipe
 from fm.training.trainer import train
 
 TUTORIALS = sorted((ROOT / "recipes" / "tutorials").glob("*.md"))
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SMALL = ["model.width=16", "model.depth=1", "model.heads=2", "train.steps=8", "validation.every=4"]
+SMALL += ["train.warmup_steps=2", "validation.windows=2", "checkpoint.every=3", "checkpoint.keep=3"]
+SMALL += ["tracking.every=2", "tracking.progress=false"]
 STEPS = "train.steps=2 train.warmup_steps=1 validation.every=2 validation.windows=2 validation.rollouts=0"
 ALONE = "adapt.alone_steps=1"
 PROGRAMS = {
@@ -36,14 +40,8 @@ def quickstart(tiny_well: Path, tiny_shards: Path, tmp_path_factory: pytest.Temp
     (folder / "data" / "mini").mkdir(parents=True)
     (folder / "data" / "mini" / "well").symlink_to(tiny_well)
     (folder / "data" / "mini" / "shards").symlink_to(tiny_shards)
-    recipe = small(
-        Path("data/mini/shards"),
-        folder / "runs" / "quickstart",
-        data={"datasets": None},
-        validation={"every": 4, "windows": 2, "rollouts": 1},
-    )
     with chdir(folder):
-        assert train(recipe) == 0
+        assert train(load_recipe(Path("recipes/quickstart.yaml"), SMALL)) == 0
         assert fm("evaluate", "runs/quickstart", "--windows", "4").returncode == 0
     return folder
 

@@ -80,20 +80,23 @@ def test_the_walk_through_trains_and_scores_nine_datasets(tiny_shards: Path) -> 
     assert NINTH in json.loads((checkpoint / "state.json").read_text())["registry"]["cards"]
 
     nine = load_pretrained(checkpoint)
-    eight = WaveLiTFM(nine.config, dataset_specs(open_readers(tiny_shards, None, "train"), EIGHT))
+    eight = WaveLiTFM(nine.config, dataset_specs(open_readers(tiny_shards, None, "train"), EIGHT), context=nine.context)
     added = nine.state_dict().keys() - eight.state_dict().keys()
     assert eight.state_dict().keys() <= nine.state_dict().keys()
     assert {name.split(".")[1] for name in added if name.startswith("heads.")} == {NINTH}
     new = {name.removeprefix("lifting.rows.") for name in added if name.startswith("lifting.rows.")}
-    assert new == {"energy", "momentum_x", "momentum_y"} == set(load_registry().channels) - set(EIGHT.channels)
+    unseen = {"energy", "momentum_x", "momentum_y"}
+    assert unseen == set(load_registry().channels) - set(EIGHT.channels)
+    assert nine.context == 2
+    assert new == unseen | {f"{name}@1" for name in unseen}  # of the last frame and of the one before it
 
     # Finetuning takes a model of the eight to nine, and its predictions for the eight are the same bits.
     wider = eight.adapted_to(dataset_specs(open_readers(Path("data/nine"), None, "train"), load_registry()))
     reader = open_readers(tiny_shards, ["shear_flow"], "test")["shear_flow"]
-    state = torch.from_numpy(reader.trajectory_frames(0, 0, 1))
+    frames = torch.from_numpy(reader.trajectory_frames(0, 0, 2))[None]
     constants = torch.from_numpy(reader.constants(0))[None]
     with torch.no_grad():
-        assert torch.equal(eight(state, constants, "shear_flow"), wider(state, constants, "shear_flow"))
+        assert torch.equal(eight(frames, constants, "shear_flow"), wider(frames, constants, "shear_flow"))
 
 
 @pytest.mark.usefixtures("walked")

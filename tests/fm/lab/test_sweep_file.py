@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.files import UserError
-from fm.config import recipe_to_dict
+from fm.config import load_recipe, recipe_to_dict
 from fm.lab.sweep_file import load_sweep, plan
 from fm.model.spec import DatasetSpec
 from fm.model.wavelit import WaveLiTFM
@@ -37,6 +37,20 @@ def test_every_shipped_sweep_is_made_of_recipes_that_differ(file: Path, tmp_path
     assert len(set(trained)) == len(trained)
 
 
+def test_the_papers_ablations_have_the_papers_frame_loss_and_optimizer(tmp_path: Path) -> None:
+    files = [file for file in SHIPPED if file.stem.startswith(("table", "appendix"))]
+    assert len(files) == 6
+    for trial in (trial for file in files for trial in plan(load_sweep(file), tmp_path)):
+        recipe, changed = trial.recipe, trial.variant.overrides
+        assert recipe.data.context == 1
+        assert (recipe.train.optimizer, recipe.train.augment) == ("adamw", False)
+        assert recipe.loss.rmse == 0
+        assert (recipe.loss.mse, recipe.loss.wavelet_l1) == (1, 1) or "loss.mse" in changed
+        if recipe.model is not None:
+            assert (recipe.model.decoder, recipe.model.pointwise) == ("wavelet", False)
+            assert recipe.model.pyramid_levels == 1 or "model.pyramid_levels" in changed
+
+
 def test_what_is_nearer_wins(tmp_path: Path) -> None:
     file = write(
         tmp_path,
@@ -52,7 +66,7 @@ def test_what_is_nearer_wins(tmp_path: Path) -> None:
     assert first.train.steps == last.train.steps == 7
     assert first.train.clip == last.train.clip == 2.5
     assert (first.run.seed, last.run.seed) == (3, 5)
-    assert first.model.width == 64  # the recipe's
+    assert first.model.width == load_recipe(QUICKSTART).model.width
     assert not first.tracking.progress
     assert (sweep.windows, sweep.protocol, sweep.seconds, sweep.published) == (2, "thirds", None, None)
 

@@ -360,19 +360,22 @@ def test_a_recipe_is_the_quickstart_but_for_its_network(name: str) -> None:
     quickstart, recipe = load_recipe(RECIPES / "quickstart.yaml"), load(name)
     compile((RECIPES / "baselines" / f"{name}.yaml").read_text(), name, "exec")
     assert recipe.run.name == f"baseline_{name}"
-    for section in ("data", "sampling", "train", "loss", "checkpoint", "validation"):
+    for section in ("data", "sampling", "loss", "checkpoint", "validation"):
         assert getattr(recipe, section) == getattr(quickstart, section)
-    network = recipe.baseline or recipe.model
-    assert network is not None
     assert quickstart.model is not None
-    assert (network.wavelet, network.predict) == (quickstart.model.wavelet, quickstart.model.predict)
+    if recipe.baseline is None:
+        assert (recipe.model, recipe.train) == (quickstart.model, quickstart.train)
+        return
+    assert recipe.train == dataclasses.replace(quickstart.train, optimizer="adamw")  # a baseline has no blocks for Muon
+    assert (recipe.baseline.wavelet, recipe.baseline.predict) == (quickstart.model.wavelet, quickstart.model.predict)
 
 
 @pytest.mark.parametrize("name", [*SIZES, "wavelit"])
 def test_a_recipe_has_the_quickstarts_number_of_parameters(name: str) -> None:
     pytest.importorskip("tltorch" if name in ("fno", "tfno") else "huggingface_hub", reason="needs the extra baselines")
     specs = [make_spec(dataset) for dataset in STATE_CHANNELS]
-    recipe = load(name)
-    model = new_model(recipe.baseline or recipe.model, specs)
-    expected = new_model(load_recipe(RECIPES / "quickstart.yaml").model, specs).num_parameters()
-    assert model.num_parameters() == pytest.approx(expected, rel=0.1)
+
+    def parameters(recipe: Recipe) -> int:
+        return new_model(recipe.baseline or recipe.model, specs, context=recipe.data.context).num_parameters()
+
+    assert parameters(load(name)) == pytest.approx(parameters(load_recipe(RECIPES / "quickstart.yaml")), rel=0.1)
