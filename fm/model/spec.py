@@ -119,10 +119,10 @@ class ModelConfig:
     # rotation of two channels into each other. Not in the paper.
     pointwise: bool = False
     # wavelet: each head writes the wavelet coefficients of its output, so the edges of tokens' patches may show. conv:
-    # it writes those of feature maps, which two 3x3 convolutions at full resolution turn into the output, together with
-    # the inputs. Not in the paper.
+    # it writes feature maps, which are interpolated, and two 3x3 convolutions at full resolution turn them and the
+    # inputs into the output. Not in the paper.
     decoder: Literal["wavelet", "conv"] = "wavelet"
-    decoder_width: Annotated[int, Field(ge=2)] = 24  # channels between the two convolutions, twice the feature maps
+    decoder_width: PositiveInt = 32  # feature maps, and channels between the two convolutions
     # Hold each prediction to the conserved quantities and ranges of the dataset's card. Not in the paper.
     constraints: bool = False
 

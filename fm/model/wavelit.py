@@ -57,46 +57,70 @@ class ChannelEmbedding(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Two 3x3 convolutions at full resolution, from inputs and feature maps to the output of one dataset.
+    """Two 3x3 convolutions at full resolution, from the inputs and the tokens' feature maps to one dataset's output.
 
         output = W_out * GELU(W_mix * (inputs, features) + bias)
 
-    They wrap on periodic axes and repeat the last value at the others. They reach over the edges of the tokens' patches
-    and see the inputs without a patch between, so neighboring patches fit together.
+    The feature maps are interpolated linearly between the centers of the tokens' patches. So a prediction has no edges
+    of patches, and its details come from the inputs. The convolutions wrap on periodic axes and repeat the last value
+    at the others.
     """
 
-    def __init__(self, inputs: int, features: int, hidden: int, channels: int) -> None:
+    def __init__(self, inputs: int, width: int, channels: int, patch: int) -> None:
+        """Take the numbers of inputs, of feature maps (and channels between the convolutions), and of outputs.
+
+        `patch` is the number of points along a side of a token's patch.
+        """
         super().__init__()
-        self.mix = nn.Parameter(torch.zeros(hidden, inputs + features, 3, 3))
-        self.bias = nn.Parameter(torch.zeros(hidden))
-        self.out = nn.Parameter(torch.zeros(channels, hidden, 3, 3))
+        self.patch = patch
+        self.mix = nn.Parameter(torch.zeros(width, inputs + width, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.out = nn.Parameter(torch.zeros(channels, width, 3, 3))
 
     def forward(self, inputs: Tensor, features: Tensor, periodic: Periodic) -> Tensor:
-        """Map inputs (B, nC + K, H, W) and features (B, F, H, W) to the output (B, C, H, W), float32."""
+        """Map inputs (B, nC + K, H, W) and features of tokens (B, F, h, w) to the output (B, C, H, W), float32."""
         with torch.autocast(inputs.device.type, enabled=False):
+            along_x, along_y = (
+                interpolation(inputs.shape[axis], features.shape[axis], self.patch, wraps, inputs.device)
+                for axis, wraps in zip((-2, -1), periodic, strict=True)
+            )
+            features = along_x @ features.float() @ along_y.t()  # products, whose order is fixed on a GPU, too
             x = pad_fields(torch.cat([inputs, features], dim=1), 1, periodic)
             return F.conv2d(pad_fields(F.gelu(F.conv2d(x, self.mix, self.bias)), 1, periodic), self.out)
+
+
+def interpolation(points: int, tokens: int, patch: int, wraps: bool, device: torch.device) -> Tensor:
+    """Return the matrix (points, tokens) that interpolates linearly between the centers of patches of `patch` points.
+
+    Beyond the first and the last center it goes on to the other end of a periodic axis, or keeps the value.
+    """
+    place = (torch.arange(points, device=device) + 0.5) / patch - 0.5  # in tokens
+    distance = (place[:, None] - torch.arange(tokens, device=device)).abs()
+    if wraps:
+        distance = torch.minimum(distance, tokens - distance)
+    else:
+        distance = (place.clamp(0, tokens - 1)[:, None] - torch.arange(tokens, device=device)).abs()
+    return (1 - distance).clamp_min(0)
 
 
 class Head(nn.Module):
     """Map tokens to the output of one dataset's state channels.
 
-    `linear` gives wavelet coefficients: of the output, or of the feature maps that `decoder` reads. `pointwise` adds a
+    `linear` gives the wavelet coefficients of the output, or the feature maps that `decoder` reads. `pointwise` adds a
     map of the inputs.
     """
 
     def __init__(self, config: ModelConfig, spec: DatasetSpec, context: int) -> None:
         super().__init__()
         channels, inputs = len(spec.state_channels), len(spec.inputs(context))
-        self.subbands = config.subbands
-        features = config.decoder_width // 2
         convolves = config.decoder == "conv"
-        self.linear = Linear(config.width, (features if convolves else channels) * config.subbands)
-        self.decoder = ConvDecoder(inputs, features, config.decoder_width, channels) if convolves else None
+        self.subbands = 1 if convolves else config.subbands
+        self.linear = Linear(config.width, config.decoder_width if convolves else channels * config.subbands)
+        self.decoder = ConvDecoder(inputs, config.decoder_width, channels, 2**config.levels) if convolves else None
         self.pointwise = nn.Parameter(torch.zeros(channels, context * channels)) if config.pointwise else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map tokens (B, h, w, D) to coefficients (B, C, S, h, w)."""
+        """Map tokens (B, h, w, D) to coefficients (B, C, S, h, w), or feature maps (B, F, 1, h, w)."""
         return self.linear(x).permute(0, 3, 1, 2).unflatten(1, (-1, self.subbands))
 
     def of_points(self, inputs: Tensor) -> Tensor:
@@ -147,9 +171,10 @@ class WaveLiTFM(Surrogate):
         for block in self.blocks:
             x = block(x, ropes, periodic)
         head = cast(Head, self.heads[spec.name])
-        output = self._untokenize(head(x).float(), spec, inputs.shape[-2:])  # inverse transform: (B, C or F, H, W)
-        if head.decoder is not None:
-            output = head.decoder(inputs, output, periodic)
+        if head.decoder is None:
+            output = self._untokenize(head(x).float(), spec, inputs.shape[-2:])  # inverse transform: (B, C, H, W)
+        else:
+            output = head.decoder(inputs, head(x)[:, :, 0], periodic)
         return output if head.pointwise is None else output + head.of_points(inputs)
 
     def _tokenize(self, x: Tensor, spec: DatasetSpec) -> Tensor:

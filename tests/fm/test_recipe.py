@@ -101,7 +101,7 @@ def test_every_shipped_recipe_loads_builds_its_model_and_is_a_program(file: Path
     assert recipe.run.name == file.stem
     model = WaveLiTFM(recipe.model or ModelConfig(), _specs(recipe.data.datasets), context=recipe.data.context)
     assert model.num_parameters() > 0
-    sizes = {"fm_pretrain": 10e6, "fm_best": 10.4e6, "bespoke_1m": 1.2e6, "bespoke_9m": 9.5e6}
+    sizes = {"fm_pretrain": 10e6, "fm_best": 9.8e6, "bespoke_1m": 1.2e6, "bespoke_9m": 9.5e6}
     if file.stem in sizes:
         assert model.num_parameters() == pytest.approx(sizes[file.stem], rel=0.03)
 

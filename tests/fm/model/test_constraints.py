@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from handmade import make_spec, stir
 from torch import Tensor
 
 from data_pipeline.registry import load_registry
@@ -14,7 +15,6 @@ from fm.datasets import dataset_specs, with_constraints
 from fm.model.constraints import solenoidal
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.wavelit import WaveLiTFM
-from tests.helpers.handmade import make_spec, stir
 
 SMALL = ModelConfig(width=16, depth=1, heads=2, constraints=True)
 CONSTRAINED = ("active_matter", "helmholtz_staircase", "rayleigh_benard", "shear_flow", "turbulent_radiative_layer_2D")

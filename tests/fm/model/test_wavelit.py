@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from handmade import make_inputs, make_spec, stir
+from torch.nn import functional as F
 
 from fm.model.loss import wavelit_loss
 from fm.model.spec import ModelConfig
 from fm.model.wavelets import analysis
-from fm.model.wavelit import POINTWISE_GAIN, ChannelEmbedding, ConvDecoder, Head, WaveLiTFM
+from fm.model.wavelit import POINTWISE_GAIN, ChannelEmbedding, ConvDecoder, Head, WaveLiTFM, interpolation
 
 SMALL = ModelConfig(width=16, depth=2, heads=2)
 MIXED = ["acoustic_scattering_maze", "active_matter", "rayleigh_benard"]
@@ -389,29 +390,25 @@ def test_an_untrained_conv_decoder_predicts_persistence_and_can_learn() -> None:
 
 def test_a_conv_decoder_wraps_on_periodic_axes_and_keeps_a_constant_at_the_others() -> None:
     generator = torch.Generator().manual_seed(0)
-    decoder = ConvDecoder(inputs=2, features=3, hidden=5, channels=2)
+    decoder = ConvDecoder(inputs=2, width=5, channels=2, patch=2)
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
-    inputs, features = (torch.randn(1, count, 16, 20, generator=generator) for count in (2, 3))
+    inputs, features = torch.randn(1, 2, 16, 20, generator=generator), torch.randn(1, 5, 8, 10, generator=generator)
     found = decoder(inputs, features, (True, False))
-    rolled = decoder(inputs.roll(3, -2), features.roll(3, -2), (True, False))
-    torch.testing.assert_close(rolled, found.roll(3, -2))
-    assert not torch.allclose(decoder(inputs.roll(3, -1), features.roll(3, -1), (True, False)), found.roll(3, -1))
-    flat = decoder(torch.ones(1, 2, 16, 20), torch.ones(1, 3, 16, 20), (False, False))
+    rolled = decoder(inputs.roll(6, -2), features.roll(3, -2), (True, False))
+    torch.testing.assert_close(rolled, found.roll(6, -2))
+    assert not torch.allclose(decoder(inputs.roll(6, -1), features.roll(3, -1), (True, False)), found.roll(6, -1))
+    flat = decoder(torch.ones(1, 2, 16, 20), torch.ones(1, 5, 8, 10), (False, False))
     torch.testing.assert_close(flat, flat[..., :1, :1].expand_as(flat))
 
 
-def test_a_conv_decoder_joins_the_patches_of_neighboring_tokens() -> None:
-    """A change of one token's features changes points beyond its patch, up to the reach of two 3x3 convolutions."""
-    spec = make_spec("rayleigh_benard")
-    config = dataclasses.replace(SMALL, levels=2, wavelet="haar", decoder="conv")
-    head = WaveLiTFM(config, [spec]).heads[spec.name]
-    torch.nn.init.normal_(head.decoder.out, generator=torch.Generator().manual_seed(0))
-    inputs = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(1))
-    features = torch.zeros(2, 12, 32, 32)
-    features[1, :, 12:16, 12:16] = 1.0
-    apart = head.decoder(inputs.expand(2, -1, -1, -1), features, (True, True)).diff(dim=0)[0]
-    changed = (apart.abs() > 0).any(0)
-    expected = torch.zeros(32, 32, dtype=torch.bool)
-    expected[10:18, 10:18] = True
-    assert torch.equal(changed, expected)
+@pytest.mark.parametrize("wraps", [True, False])
+def test_feature_maps_are_interpolated_between_the_centers_of_patches(wraps: bool) -> None:
+    """torch's bilinear interpolation has the same points; here its input is padded by one token at each end."""
+    features = torch.randn(1, 3, 6, generator=torch.Generator().manual_seed(0))
+    padded = F.pad(features, (1, 1), "circular" if wraps else "replicate")
+    expected = F.interpolate(padded, scale_factor=4, mode="linear")[..., 4:-4]
+    found = features @ interpolation(24, 6, 4, wraps, torch.device("cpu")).t()
+    torch.testing.assert_close(found, expected)
+    cut = features @ interpolation(22, 6, 4, wraps, torch.device("cpu")).t()  # a grid that ends inside a patch
+    torch.testing.assert_close(cut, expected[..., :22])
