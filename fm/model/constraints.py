@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from fm.model.spec import DatasetSpec
 
-TINY = 1e-12  # least mean square, so that a field of zeros stays one
-
 
 def solenoidal(velocity: Tensor, spacing: Sequence[float], walls: Sequence[bool]) -> Tensor:
     """Return the divergence-free part of a velocity (..., 2, H, W), with the same mean.
@@ -41,7 +39,7 @@ def solenoidal(velocity: Tensor, spacing: Sequence[float], walls: Sequence[bool]
     if columns % 2 == 0:
         ky = torch.where(ky == ky.max(), 0.0, ky)
     square = kx.square() + ky.square()
-    inverse = torch.where(square > 0, 1 / square.clamp_min(TINY), 0.0)
+    inverse = torch.where(square > 0, 1 / square.clamp_min(torch.finfo(square.dtype).tiny), 0.0)
     u, v = torch.fft.rfft2(velocity).unbind(-3)
     potential = (kx * u + ky * v) * inverse
     spectrum = torch.stack([u - kx * potential, v - ky * potential], dim=-3)
@@ -59,8 +57,10 @@ class Constraints(nn.Module):
     def __init__(self, spec: DatasetSpec, mean: Tensor, std: Tensor) -> None:
         """Take mean and std (C, 1, 1), by which the states are normalized."""
         super().__init__()
-        index = {name: number for number, name in enumerate(spec.state_channels)}
-        self.conserved = [(kind, [index[name] for name in names]) for kind, names in spec.conserved]
+        self.kinds = [kind for kind, _ in spec.conserved]
+        for number, (_, names) in enumerate(spec.conserved):
+            channels = torch.tensor([spec.state_channels.index(name) for name in names])
+            self.register_buffer(f"channels_{number}", channels, persistent=False)
         self.walls = [ends == ("WALL", "WALL") for ends in spec.boundary]
         self.spacing = spec.spacing
         limits = [spec.ranges.get(name, (None, None)) for name in spec.state_channels]
@@ -75,17 +75,18 @@ class Constraints(nn.Module):
     def forward(self, state: Tensor, last: Tensor) -> Tensor:
         """Return the next state (B, C, H, W), float32, with the constraints met; `last` (B, C, H, W) came before it."""
         with torch.autocast(state.device.type, enabled=False):
-            for kind, channels in self.conserved:
-                part, before = state[:, channels], last[:, channels]
+            for number, kind in enumerate(self.kinds):
+                channels = self.get_buffer(f"channels_{number}")
+                mean, std = self.mean.index_select(0, channels), self.std.index_select(0, channels)
+                part, before = (x.index_select(1, channels) for x in (state, last))
                 if kind == "mean":
                     part = part + (before - part).mean(dim=(-2, -1), keepdim=True)
                 elif kind == "mean_square":
-                    raw, raw_before = (x * self.std[channels] + self.mean[channels] for x in (part, before))
+                    raw, raw_before = part * std + mean, before * std + mean
                     squares, wanted = (x.square().mean(dim=(1, 2, 3), keepdim=True) for x in (raw, raw_before))
-                    raw = raw * (wanted / squares.clamp_min(TINY)).sqrt()
-                    part = (raw - self.mean[channels]) / self.std[channels]
+                    part = (raw * (wanted / squares.clamp_min(torch.finfo(squares.dtype).tiny)).sqrt() - mean) / std
                 else:
                     assert self.spacing is not None
-                    part = solenoidal(part * self.std[channels], self.spacing, self.walls) / self.std[channels]
-                state = state.index_copy(1, torch.tensor(channels, device=state.device), part)
+                    part = solenoidal(part * std, self.spacing, self.walls) / std
+                state = state.index_copy(1, channels, part)
             return state.clamp(self.lowest, self.highest) if self.bounded else state

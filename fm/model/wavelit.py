@@ -95,11 +95,11 @@ def interpolation(points: int, tokens: int, patch: int, wraps: bool, device: tor
     Beyond the first and the last center it goes on to the other end of a periodic axis, or keeps the value.
     """
     place = (torch.arange(points, device=device) + 0.5) / patch - 0.5  # in tokens
+    if not wraps:
+        place = place.clamp(0, tokens - 1)
     distance = (place[:, None] - torch.arange(tokens, device=device)).abs()
     if wraps:
         distance = torch.minimum(distance, tokens - distance)
-    else:
-        distance = (place.clamp(0, tokens - 1)[:, None] - torch.arange(tokens, device=device)).abs()
     return (1 - distance).clamp_min(0)
 
 

@@ -183,13 +183,23 @@ class _Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("objective", ["scheduled_sampling", "causal_bptt", "pushforward"])
 def test_a_gpu_never_makes_the_host_wait_in_forward_and_backward(objective: str) -> None:
-    moments = {key: {"a": 1.0, "b": 1.0} for key in MOMENTS}
-    spec = DatasetSpec("flow", ("a",), ("b",), (("PERIODIC",) * 2, ("WALL",) * 2), moments)
-    model = WaveLiTFM(ModelConfig(width=16, depth=1, heads=2, pointwise=True), [spec])
+    moments = {key: {"a": 1.0, "b": 1.0, "c": 1.0} for key in MOMENTS}
+    spec = DatasetSpec(
+        "flow",
+        ("a", "b"),
+        ("c",),
+        (("PERIODIC",) * 2, ("WALL",) * 2),
+        moments,
+        conserved=(("mean", ("a",)), ("mean_square", ("b",)), ("divergence", ("a", "b"))),
+        ranges={"a": (None, 9.0)},
+        spacing=(1.0, 0.5),
+    )
+    config = ModelConfig(width=16, depth=1, heads=2, pointwise=True, decoder="conv", constraints=True)
+    model = WaveLiTFM(config, [spec])
     unroll = Unroll(model, LossSettings(), FinetuneSettings(pretrained="x", objective=objective), torch.bfloat16)
-    windows = torch.randn(2, STEPS + 1, 1, 16, 16)
+    windows = torch.randn(2, STEPS + 1, 2, 16, 16)
     with _Waits() as waits:
-        unroll(windows, windows[:, 0], torch.ones(2, STEPS, dtype=torch.bool), "flow")["loss"].backward()
+        unroll(windows, windows[:, 0, :1], torch.ones(2, STEPS, dtype=torch.bool), "flow")["loss"].backward()
     assert not waits.found
     with _Waits() as waits:
         float(windows.sum())
