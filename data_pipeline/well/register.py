@@ -250,6 +250,8 @@ def _card_text(files: _Files, found: Survey, decisions: Sequence[str]) -> str:
             else []
         ),
         "# ranges: {<channel>: [<lowest or null>, <highest or null>]}",
+        "# conserved:  # kinds: mean, mean_square, divergence (of a velocity x, y)",
+        "#   - {kind: <kind>, channels: [<channel>]}",
         f"# Over {found.sample.num_frames} frames:",
     ]
     lines += [f"#   {name}: {_figures(found, name)}" for field in found.fields for name in field.channels]
