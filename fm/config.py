@@ -165,14 +165,13 @@ class FinetuneSettings:
     pretrained: str  # run, checkpoint, exported model or hf://organization/name; its EMA weights and architecture
     # How a window's K model steps are trained (fm/training/objective.py). scheduled_sampling: an input is the truth
     # with a probability that falls during the run; bptt: only the first input is the truth; causal_bptt: as bptt, but
-    # later steps weigh little until earlier ones are right; pushforward: as bptt, with a gradient of the last steps
+    # later steps weigh little until earlier ones are right; pushforward: as bptt, but only the last step has a gradient
     objective: Literal["scheduled_sampling", "bptt", "causal_bptt", "pushforward"] = "scheduled_sampling"
     unroll_steps: PositiveInt = 4  # K: model steps per window
     unroll_override: dict[str, PositiveInt] = field(default_factory=dict)  # dataset -> K
     unroll_start: PositiveInt | None = None  # K of the first training step, which then grows; null: K at once
     unroll_growth: Annotated[float, Field(gt=0, le=1)] = 0.5  # share of the run in which K grows
     unroll_random: bool = False  # K of each training step is a random number from 1 to the K above
-    gradient_steps: PositiveInt = 1  # pushforward: how many of the last model steps have a loss and a gradient
     forcing: Literal["linear", "cosine", "inverse_sigmoid"] = "linear"  # scheduled_sampling: from start to end
     forcing_start: Probability = 1.0  # scheduled_sampling: probability of feeding the truth at the first training step
     forcing_end: Probability = 0.0  # and at the last
@@ -180,14 +179,15 @@ class FinetuneSettings:
     checkpoint_activations: bool = False  # keep only the states between model steps: less memory, a third more work
     rehearse: bool = True  # before step 0, take the longest unroll on the largest grid once, to see that it fits
     # One-step regression limit: one-step VRMSE (geometric mean over datasets, valid split) may be at most this factor
-    # of the pretrained model's; null: no limit. The best rollouts within it are kept in <run>/best (guard.py)
+    # of the pretrained model's, 1.1 say; null: no limit. The checkpoint with the best rollouts within it is kept in
+    # <run>/best (fm/training/guard.py)
     gate: Annotated[float, Field(ge=1)] | None = None
     gate_action: Literal["stop", "keep_best"] = "stop"  # beyond the limit: end the run, or only keep the best
 
     def ignored(self) -> list[str]:
         """Return the given settings that nothing reads, each with the reason."""
         of_objective = dict.fromkeys(("forcing", "forcing_start", "forcing_end"), "scheduled_sampling")
-        of_objective |= {"causal_eps": "causal_bptt", "gradient_steps": "pushforward"}
+        of_objective["causal_eps"] = "causal_bptt"
         reasons = {
             name: f"finetune.objective is {self.objective}, only {owner} reads it"
             for name, owner in of_objective.items()

@@ -193,7 +193,11 @@ def build_model(
     specs = dataset_specs(readers, registry)
     pretrained = load_pretrained(finetune.pretrained) if finetune else None
     if getattr(pretrained.config if pretrained else config, "constraints", False):
-        specs = [with_constraints(spec, registry.card(spec.name), readers[spec.name], log) for spec in specs]
+        known = pretrained.specs if pretrained else {}  # these keep their constraints
+        specs = [
+            spec if spec.name in known else with_constraints(spec, registry.card(spec.name), readers[spec.name], log)
+            for spec in specs
+        ]
     if finetune is None or pretrained is None:
         return new_model(config, specs, recipe.run.seed, recipe.data.context)
     check_context(recipe, pretrained, finetune.pretrained)

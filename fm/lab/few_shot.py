@@ -145,8 +145,8 @@ def plan_few_shot(
 def _peak_rates(recipe: Recipe, pretrained: str, given: Mapping[str, Any]) -> dict[str, float]:
     """Return the peak learning rates by key: AdamW's, and Muon's if the recipe trains with Muon.
 
-    They are the given ones, else those of the run that made the pretrained model, else the recipe's. The recipe's own
-    are for finetuning, and too low for a model from scratch.
+    A rate on the command line comes first, then the rate of the run that made the pretrained model, then the recipe's.
+    The recipe's rates are for finetuning, and too low for a model from scratch.
     """
     train = recipe.train
     peaks = {ADAMW_RATE: train.learning_rate}

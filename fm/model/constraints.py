@@ -1,12 +1,13 @@
 """Hard constraints on predicted states: what the dataset's card says that the equations keep (`model.constraints`).
 
-    mean         the mean of a channel over the grid stays that of the last given frame
-    mean_square  the mean over the grid of the channels' sum of squares stays that of the last given frame
+    mean         a channel has the same mean over the grid as in the frame before
+    mean_square  the channels' sum of squares has the same mean over the grid as in the frame before
     divergence   the velocity stays divergence-free: its part that is a gradient is removed (Helmholtz decomposition)
     ranges       a channel stays within its lowest and highest value, as a density that is at least 0
 
-The model trains through the constraints. Derivatives are Fourier's. A channel between two walls is continued by its
-mirror image: the velocity along the wall is even, the velocity through it odd.
+The model trains through the constraints. Derivatives are computed by the Fourier transform. Its fields must
+be periodic, so a flow between two walls is continued by its mirror image: the velocity along the wall is even about it,
+the velocity through it odd.
 """
 
 from collections.abc import Sequence

@@ -27,22 +27,18 @@ def forward_flops(model: Surrogate, dataset: str, grid: tuple[int, int]) -> int:
 def forward_passes(calls: int, finetune: FinetuneSettings | None) -> int:
     """Return the work of training on one window of `calls` model calls, in forward passes.
 
-    A backward pass counts as two forward passes. Each call has one; with pushforward only the last calls have one.
+    A backward pass counts as two forward passes. Each call has one; with pushforward only the last call has one.
     Activation checkpointing repeats the forward pass of each call with a backward pass.
     """
-    backward = _calls_with_gradient(calls, finetune)
+    backward = 1 if finetune and finetune.objective == "pushforward" else calls
     repeated = backward if finetune and finetune.checkpoint_activations else 0
     return calls + repeated + BACKWARD * backward
 
 
 def held_calls(calls: int, finetune: FinetuneSettings | None) -> int:
     """Return the number of model calls, out of `calls`, whose activations are held at once for the backward pass."""
-    return 1 if finetune and finetune.checkpoint_activations else _calls_with_gradient(calls, finetune)
-
-
-def _calls_with_gradient(calls: int, finetune: FinetuneSettings | None) -> int:
-    pushes = finetune is not None and finetune.objective == "pushforward"
-    return min(calls, finetune.gradient_steps) if finetune and pushes else calls
+    holds_one = finetune is not None and (finetune.checkpoint_activations or finetune.objective == "pushforward")
+    return 1 if holds_one else calls
 
 
 def fake_mode(model: Surrogate) -> AbstractContextManager[object]:

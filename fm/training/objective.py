@@ -24,8 +24,8 @@ def unroll_length(step: int, steps: int, settings: FinetuneSettings | None, data
     """Return the model steps K of a window of `dataset` at optimizer step `step` of `steps`; 1 in pretraining.
 
     With unroll_start, K grows by one at a time. Each length lasts an equal part of the first `unroll_growth` of the
-    run. With unroll_random, that is the largest K, and each step but the last draws its own from 1 up to it: the same
-    share of the range for all datasets and processes, so that these work equally long.
+    run. With unroll_random, each step but the last draws its K from 1 to this length. All datasets and processes take
+    the same share of their range, so that processes finish a step together.
     """
     if settings is None:
         return 1
@@ -91,12 +91,10 @@ class Unroll(nn.Module):
         bptt                mean over k of L_k; only the first n input frames are the truth
         causal_bptt         mean over k of exp(-eps * sum over j < k of L_j) L_k, the weights without gradient: later
                             steps count once earlier ones are right (Wang, Sankaran and Perdikaris 2024)
-        pushforward         mean of the last `gradient_steps` L_k, without gradient through the steps before them (with
-                            one: Brandstetter, Worrall and Welling 2022)
+        pushforward         L_K, without gradient through the steps before K (Brandstetter, Worrall and Welling 2022)
 
-    Gradients flow through predictions that are inputs, but those that pushforward leaves out. K = 1 is one-step
-    training for every objective. The class owns the model, so that one forward of the (DDP-wrapped) objective spans the
-    whole unroll.
+    Gradients flow through predictions that are inputs, except for pushforward. K = 1 is one-step training for every
+    objective. The class owns the model, so that one forward of the (DDP-wrapped) objective spans the whole unroll.
     """
 
     def __init__(
@@ -113,7 +111,6 @@ class Unroll(nn.Module):
         self.autocast = autocast
         self.kind = finetune.objective if finetune else "bptt"
         self.causal_eps = finetune.causal_eps if finetune else 0.0
-        self.gradient_steps = finetune.gradient_steps if finetune and self.kind == "pushforward" else None
         self.checkpoints = finetune is not None and finetune.checkpoint_activations
 
     def forward(
@@ -128,7 +125,7 @@ class Unroll(nn.Module):
         # Autocast stands here and not around the caller, since DeepSpeed ends an autocast that it did not start.
         with torch.autocast(fields.device.type, self.autocast, enabled=self.autocast is not None):
             terms = self._unrolled(fields, constants, forced, dataset, noise)
-        total = torch.stack([term.total for term in terms])  # (K, B), or for pushforward fewer rows
+        total = torch.stack([term.total for term in terms])  # (K, B), or (1, B) for pushforward
         if self.kind == "causal_bptt":
             total = total * causal_weights(total, self.causal_eps)
         parts = {name: torch.stack([getattr(term, name) for term in terms]).mean() for name in ("mse", "wavelet_l1")}
@@ -137,7 +134,7 @@ class Unroll(nn.Module):
     def _unrolled(
         self, fields: Tensor, constants: Tensor, forced: Tensor, dataset: str, noise: Tensor | None
     ) -> list[LossTerms]:
-        """Return the losses of the model steps that have one: all, or for pushforward the last ones."""
+        """Return the losses of the model steps that have one: all, or for pushforward the last."""
         fields = self.model.normalize(fields, dataset)
         constants = self.model.normalize_constants(constants, dataset)
         context, last = self.model.context, fields.shape[1] - self.model.context - 1
@@ -149,7 +146,7 @@ class Unroll(nn.Module):
             if k > 0:
                 truth = inputs[:, context + k - 1]
                 frames = next_frames(frames, torch.where(forced[:, k, None, None, None], truth, prediction))
-            if self.gradient_steps is not None and k <= last - self.gradient_steps:
+            if self.kind == "pushforward" and k < last:
                 with torch.no_grad():
                     prediction = self.model(frames, constants, dataset)
                 continue

@@ -71,7 +71,7 @@ def measured(recipe: Recipe, folder: Path, every: int) -> Recipe:
 
 
 def seconds_to(targets: Sequence[float], recipe: Recipe, every: int) -> tuple[list[float | None], float, float]:
-    """Train the recipe; return the CPU seconds to each target, those of the whole run, and its error on the test split.
+    """Train the recipe. Return CPU seconds to each target, CPU seconds of the whole run, and the test split's error.
 
     A target that is not reached has None.
     """

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from data_pipeline.registry import load_registry
 from data_pipeline.windows.loader import open_readers
-from fm.datasets import dataset_specs, with_constraints
+from fm.config import load_recipe
+from fm.datasets import build_model, dataset_specs, open_split, with_constraints
 from fm.model.constraints import solenoidal
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.wavelit import WaveLiTFM
@@ -174,6 +175,25 @@ def test_the_constraints_are_saved_with_the_model(tiny_shards: Path, tmp_path: P
     assert loaded.specs == model.specs
     for name in ("shear_flow", "turbulent_radiative_layer_2D"):
         assert torch.equal(states_of(loaded, readers, name, 2)[1], states_of(model, readers, name, 2)[1])
+
+
+def test_finetuning_keeps_the_constraints_of_known_datasets_and_adds_those_of_new_ones(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    specs, _ = constrained_specs(tiny_shards, ("shear_flow",))
+    WaveLiTFM(SMALL, [replace(specs[0], ranges={"tracer": (-1.5, None)})]).save_pretrained(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"run: {{name: again}}\ndata: {{shards: {tiny_shards}}}\nfinetune: {{pretrained: {tmp_path}}}\n"
+        "train: {steps: 1, global_batch: 1}\n"
+    )
+    names = "data.datasets=[shear_flow, rayleigh_benard]"
+    loaded, registry, lines = load_recipe(recipe, [names]), load_registry(), []
+    model = build_model(loaded, open_split(loaded, registry, "train"), registry, lines.append)
+    assert model.specs["shear_flow"].ranges == {"tracer": (-1.5, None)}
+    assert len(lines) == 1
+    assert lines[0].startswith("model.constraints of rayleigh_benard: ")
+    assert set(model.constraints) == {"shear_flow", "rayleigh_benard"}
 
 
 @pytest.mark.parametrize(
