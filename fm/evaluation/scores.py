@@ -22,6 +22,7 @@ from fm.evaluation.errors import BASELINES, FORMAT, PREDICTORS, DatasetErrors, E
 from fm.evaluation.protocol import Protocol, Window, check_same_rollouts
 
 ONE_STEP = "one step"
+RATIO_FLOOR = 0.01  # of ratios to persistence in a mean, so that a solved dataset does not outweigh the others
 SCORES_FILE = "scores.json"
 Row: TypeAlias = Sequence[float | None]  # scores of several competitors on one dataset
 _STATISTICS: dict[str, Callable[..., Any]] = {"mean": np.mean, "median": np.median}
@@ -122,7 +123,7 @@ class Scores:
         for name in self.mean_ratios():
             blocks = [part.blocks()[name] for part in self.datasets.values()]
             pairs = [(block.linear_stencil, block.persistence) if block else (None, None) for block in blocks]
-            ratios[name] = geometric_mean([ours / held if ours is not None and held else None for ours, held in pairs])
+            ratios[name] = mean_ratio([ours / held if ours is not None and held else None for ours, held in pairs])
         return ratios
 
     def to_json(self) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def score(errors: ErrorFile, protocol: Protocol | None = None) -> Scores:
     ratios = {}
     for name in (ONE_STEP, *protocol.windows):
         blocks = [part.blocks()[name] for part in datasets.values()]
-        ratios[name] = geometric_mean([block.ratio_to_persistence if block else None for block in blocks])
+        ratios[name] = mean_ratio([block.ratio_to_persistence if block else None for block in blocks])
     return Scores(
         format=FORMAT,
         origin=errors.origin,
@@ -257,6 +258,11 @@ def geometric_mean(values: Row) -> float | None:
     if not positive or len(positive) < len(values):
         return None
     return math.exp(sum(math.log(value) for value in positive) / len(positive))
+
+
+def mean_ratio(ratios: Row) -> float | None:
+    """Return the geometric mean of datasets' ratios to persistence, each at least RATIO_FLOOR; None as above."""
+    return geometric_mean([None if ratio is None else max(ratio, RATIO_FLOOR) for ratio in ratios])
 
 
 def mean_ranks(rows: Sequence[Row]) -> list[float]:

@@ -12,7 +12,7 @@ from data_pipeline.files import UserError
 from data_pipeline.tables import Cell, Document, Marked, Table, format_number, render
 from fm.evaluation.errors import BASELINES, ErrorFile, find_errors
 from fm.evaluation.protocol import STATISTICS, Protocol
-from fm.evaluation.scores import ONE_STEP, BlockScores, Scores, WindowScores, geometric_mean, mean_ranks, score, wins
+from fm.evaluation.scores import ONE_STEP, BlockScores, Scores, WindowScores, mean_ranks, mean_ratio, score, wins
 
 BASELINE_HEADS = tuple(name.replace("_", " ") for name in BASELINES)
 FIXED_COLUMNS = ("dataset", "steps", "change", *BASELINE_HEADS)  # no run may have such a label
@@ -213,7 +213,7 @@ def _comparison(runs: Runs, blocks: Sequence[str], names: Sequence[str], statist
             rank: list[Cell] = []
             if len(runs) > 1:
                 rank = [ranks[index], won[index]] if common else [None, None]
-            ratio = geometric_mean([cells[index].ratio_to_persistence for cells in common])
+            ratio = mean_ratio([cells[index].ratio_to_persistence for cells in common])
             diverged = sum(cells[index].diverged for cells in common)
             rows.append([block, label, len(common), diverged, *rank, ratio])
     ranks_and_wins = ["mean rank", "wins"] if len(runs) > 1 else []

@@ -22,7 +22,7 @@ from fm.config import recipe_to_dict
 from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED, StopSignal
 from fm.lab.sweep_file import Probe, Sweep, Trial, find_changes, plan, read_scores
 from fm.lab.sweep_table import sweep_document, sweep_results
-from fm.training.runlog import parse_lines
+from fm.training.runlog import parse_lines, seconds_spent
 
 EXIT_FAILED = 1
 WARM_UP, PROBE = 5, 30  # steps of a probe: the first ones, which are slow and left out, and those timed
@@ -146,7 +146,7 @@ class Runner:
             lines, _ = parse_lines((directory / "events.jsonl").read_text())
             shutil.rmtree(directory)
             paces = [line for line in lines if line["kind"] == "pace" and line["step"] > WARM_UP]
-            pace = sum(line["seconds"] for line in paces) / sum(line["steps"] for line in paces)
+            pace = sum(map(seconds_spent, paces)) / sum(line["steps"] for line in paces)
             probe = Probe(seconds, pace, max(1, round(seconds / pace)), settings)
             probe.save(trial.probe)
             self.bar.write(f"{trial.variant.name}: {pace:.3g} s a step, {probe.steps} steps", file=sys.stderr)

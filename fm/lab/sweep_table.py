@@ -13,10 +13,10 @@ from data_pipeline.tables import DASH, Cell, Document, Marked, Table, format_num
 from fm.checkpoint import load_pretrained
 from fm.evaluation.errors import BASELINES
 from fm.evaluation.protocol import load_protocol
-from fm.evaluation.scores import ONE_STEP, Scores, geometric_mean, mean_ranks, spearman
+from fm.evaluation.scores import ONE_STEP, RATIO_FLOOR, Scores, mean_ranks, mean_ratio, spearman
 from fm.evaluation.tables import BASELINE_HEADS
 from fm.lab.sweep_file import Sweep, Trial, check_same_data, find_changes, read_scores
-from fm.training.runlog import parse_lines
+from fm.training.runlog import parse_lines, seconds_spent
 
 DONE, OTHER, FAILED, NOT_RUN = "done", "other settings", "failed", "not run"
 MIN_AGREEMENT = 3  # variants that a rank correlation needs: any two are in the same order or in the opposite one
@@ -82,7 +82,7 @@ def _scored_run(trial: Trial, scores: Scores, datasets: Sequence[str], blocks: S
     for block in blocks:
         parts = {name: scores.block(name, block) for name in datasets}
         by_block[block] = {
-            "over_persistence": geometric_mean([one.ratio_to_persistence if one else None for one in parts.values()]),
+            "over_persistence": mean_ratio([one.ratio_to_persistence if one else None for one in parts.values()]),
             "vrmse": {name: one.vrmse(scores.statistic) if one else None for name, one in parts.items()},
             "diverged": {name: one.diverged if one else 0 for name, one in parts.items()},
             "count": {name: one.count if one else 0 for name, one in parts.items()},
@@ -91,7 +91,7 @@ def _scored_run(trial: Trial, scores: Scores, datasets: Sequence[str], blocks: S
         "context": scores.protocol.context,
         "parameters": load_pretrained(trial.model).num_parameters(),
         "steps": 0 if trial.variant.only_evaluate else scores.origin["step"],
-        "seconds": sum(line["seconds"] for line in events if line["kind"] == "pace"),
+        "seconds": sum(seconds_spent(line) for line in events if line["kind"] == "pace"),
         "scores": by_block,
     }
 
@@ -145,8 +145,9 @@ def sweep_document(sweep: Sweep, results: Mapping[str, Any]) -> Document:
     several = f", mean over seeds {', '.join(map(str, sweep.seeds))} (± their standard deviation)"
     about = (
         f"VRMSE, lower is better. {sweep.scored_protocol().describe()}. In the first table it is over persistence's, "
-        f"as the geometric mean over the datasets below{several if len(sweep.seeds) > 1 else ''}; seconds are of "
-        "training, without validations and saves."
+        f"as the geometric mean over the datasets below, each at least {RATIO_FLOOR:g}"
+        f"{several if len(sweep.seeds) > 1 else ''}; seconds are of training (on a CPU its own, whatever else runs), "
+        "without validations and saves."
     )
     # A block has no score on a dataset whose trajectories are shorter than its window.
     covered = {block: all(part[block]["persistence"] is not None for part in references.values()) for block in blocks}

@@ -49,11 +49,14 @@ class StepResult:
     model_calls: tuple[int, ...]  # forward passes of the unroll, one number per draw
     data_seconds: float
     seconds: float
+    cpu_seconds: float  # of the main process
     stop: bool  # a process received a signal to stop
 
     @classmethod
-    def of(cls, taken: PendingStep, seconds: float, recipe: Recipe, readers: Mapping[str, ShardReader]) -> "StepResult":
-        """Return the result of a step that took `seconds`; `readers` are those of the training data."""
+    def of(
+        cls, taken: PendingStep, took: tuple[float, float], recipe: Recipe, readers: Mapping[str, ShardReader]
+    ) -> "StepResult":
+        """Return the result of a step that took (seconds, CPU seconds); `readers` are those of the training data."""
         names, metrics, length = [draw.dataset for draw in taken.draws], taken.metrics, recipe.train.steps
         return cls(
             step=taken.step + 1,
@@ -68,7 +71,8 @@ class StepResult:
             samples=recipe.train.global_batch,
             model_calls=tuple(unroll_length(taken.step, length, recipe.finetune, name) for name in names),
             data_seconds=taken.data_seconds,
-            seconds=seconds,
+            seconds=took[0],
+            cpu_seconds=took[1],
             stop=metrics.stop_requested,
         )
 
@@ -313,7 +317,10 @@ class Meter:
             "throughput/peak_memory_gb": peak_memory_bytes() / 1e9,
             "throughput/hours_left": (self._num_steps - last.step) * seconds_per_step / 3600,
         }
-        return values, {"steps": count, "seconds": seconds, "samples": samples}
+        pace = {"steps": count, "seconds": seconds, "samples": samples}
+        if next(self._model.parameters()).device.type == "cpu":
+            pace["cpu_seconds"] = sum(s.cpu_seconds for s in results)
+        return values, pace
 
 
 def draws_pictures(step: int, recipe: Recipe) -> bool:

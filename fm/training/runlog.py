@@ -122,6 +122,7 @@ class EventLog(JsonLog):
 
         start       text                      the process began, or continued, at this step
         pace        steps, seconds, samples   since the previous pace line: of stepping, without validations and saves
+                    cpu_seconds               where the model is on a CPU: of the main process
         save        scalars, texts, pending   before a checkpoint is written: what TensorBoard has of this step, and the
                                               steps whose means it does not have yet
         validation  mean_ratio, datasets      {name: {"vrmse", "over_persistence"}}, one step, averaged weights
@@ -157,6 +158,11 @@ def lacks_validation(file: Path, step: int) -> bool:
         return False
     lines, _ = parse_lines(file.read_text(errors="replace"))
     return not any(line.get("kind") == "validation" and line["step"] == step for line in lines)
+
+
+def seconds_spent(pace: Mapping[str, Any]) -> float:
+    """Return the seconds of a pace line: on a CPU the run's own, since other jobs may share the cores."""
+    return float(pace.get("cpu_seconds", pace["seconds"]))
 
 
 def parse_lines(text: str) -> tuple[list[dict[str, Any]], int]:

@@ -83,6 +83,7 @@ class PendingStep:
     draws: Sequence[Draw]
     learning_rate: float
     started: float  # time.perf_counter()
+    cpu_started: float  # time.process_time()
     data_seconds: float  # that this process waited for data
     metrics: StepMetrics
 
@@ -139,7 +140,7 @@ def train_step(
     (`PendingSteps.found_inf`). `stop_requested` says whether this process was asked to stop. `end_phase` is called with
     the name of a phase, one of PHASES, when the host has queued all of its work.
     """
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     torch.manual_seed(recipe.run.seed * 1_000_003 + step)  # a random layer draws the same numbers in a continued run
     parallel, draws = state.parallel, division.draws_of(step)
     rate = learning_rate(step, recipe.train)
@@ -179,7 +180,7 @@ def train_step(
         state.ema.update(parallel.shards(), step, found_inf)
     parallel.zero_grad()
     end_phase("optimizer")
-    return PendingStep(step, draws, rate, started, data_seconds, metrics)
+    return PendingStep(step, draws, rate, started, cpu_started, data_seconds, metrics)
 
 
 def _objective_inputs(recipe: Recipe, step: int, micro_batch: MicroBatch, batch: Batch) -> dict[str, Any]:

@@ -215,11 +215,12 @@ class Trainer:
                 break
         taken = pending.read()
         seconds = (time.perf_counter() - taken[0].started) / len(taken)
+        cpu_seconds = (time.process_time() - taken[0].cpu_started) / len(taken)
         for one in taken:
             reason = reasons[one.step] if one.step in reasons else self._judge(one.step, one.metrics)
             if reason is not None:
                 self._refuse(one, reason)
-            self.record.log_step(StepResult.of(one, seconds, self.recipe, self.readers))
+            self.record.log_step(StepResult.of(one, (seconds, cpu_seconds), self.recipe, self.readers))
             self.state.step = one.step + 1
             if reason is not None and one is not taken[-1]:
                 self._batches = None  # read again from the step after the refused one

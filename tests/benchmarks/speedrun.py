@@ -21,6 +21,7 @@ Rules:
 """
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -28,7 +29,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from data_pipeline.windows.loader import open_readers
@@ -42,7 +42,6 @@ from fm.training.trainer import train
 
 HERE = Path(__file__).parent
 UNIT = HERE / "speedrun_unit.yaml"
-FLOOR = 0.01  # least error of a dataset, so that one that is solved does not outweigh the others
 
 
 def one_step_error(run: Path, shards: Path, split: str) -> float:
@@ -53,9 +52,7 @@ def one_step_error(run: Path, shards: Path, split: str) -> float:
     for name, reader in open_readers(shards, sorted(model.specs), split).items():
         errors = measure_windows(model, reader, one_step_windows(reader, protocol), torch.device("cpu"), batch_size=8)
         datasets[name] = dataset_errors(reader, (), protocol, [errors], ())
-    parts = score(ErrorFile(protocol, datasets)).datasets.values()
-    ratios = [part.one_step.ratio_to_persistence for part in parts if part.one_step is not None]
-    return float(np.exp(np.mean([np.log(max(ratio or np.inf, FLOOR)) for ratio in ratios])))
+    return score(ErrorFile(protocol, datasets)).geometric_mean_ratio_to_persistence or math.inf
 
 
 def measured(recipe: Recipe, folder: Path, every: int) -> Recipe:

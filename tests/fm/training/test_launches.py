@@ -137,7 +137,9 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         return small(tiny_shards, folder / name, data={"datasets": DATASETS[:1]}, train=train)
 
     def orthogonal(name: str) -> Recipe:
-        return recipe(name, train={**SECTIONS["train"], "steps": 6, "optimizer": "muon"})
+        """A run of the quickstart's kind."""
+        model = {**SECTIONS["model"], "pointwise": True, "decoder": "conv", "constraints": True}
+        return recipe(name, model=model, train={**SECTIONS["train"], "steps": 6, "optimizer": "muon"})
 
     shared = {**SECTIONS["train"], "steps": 12, "global_batch": 12, "draws": 4}
     compared = {"tracking": {"gradient_cosine_every": 6}}
