@@ -19,6 +19,7 @@ from fm.evaluation.scores import (
     aggregate,
     geometric_mean,
     mean_ranks,
+    mean_ratio,
     score,
     spearman,
     wins,
@@ -141,6 +142,8 @@ def test_geometric_mean_ratio_over_datasets() -> None:
     scores = score(ErrorFile(PLAIN, {"shear_flow": first, "active_matter": second}))
     assert scores.geometric_mean_ratio_to_persistence == pytest.approx(math.sqrt(1 / 4 * 1))
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+    assert mean_ratio([1e-7, 1.0]) == pytest.approx(0.1)  # a solved dataset counts as 0.01
+    assert mean_ratio([1e-7, None]) is None
     assert geometric_mean([2.0, None]) is None
     assert geometric_mean([]) is None
 

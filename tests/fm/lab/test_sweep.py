@@ -98,7 +98,7 @@ def test_the_table_says_what_the_reports_say(done: Path) -> None:
             window = part["windows"]["last_third"]
             assert row["scores"]["last_third"]["vrmse"][dataset] == window["median"]
         paces = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines() if '"pace"' in line]
-        assert row["seconds"] == pytest.approx(sum(line["seconds"] for line in paces))
+        assert row["seconds"] == pytest.approx(sum(line["cpu_seconds"] for line in paces))
         assert row["steps"] == 3
         assert row["scores"]["one step"]["spread"] is None
         leads[name] = row["scores"]["one step"]["over_persistence"]

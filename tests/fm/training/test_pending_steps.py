@@ -112,7 +112,7 @@ def test_what_is_broken_halts_until_the_next_read() -> None:
         for name, expected in zip(names, flags, strict=True):
             metrics = StepMetrics(torch.tensor(steps[name]))
             assert float(pending.found_inf(metrics)) == expected
-            pending.append(PendingStep(1, (), 0.1, 0.0, 0.0, metrics))
+            pending.append(PendingStep(1, (), 0.1, 0.0, 0.0, 0.0, metrics))
         assert len(pending.read()) == len(names)
 
 
