@@ -1,11 +1,12 @@
 """Processes and their connections, precision, memory and signals of a run."""
 
+import logging
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
@@ -55,12 +56,37 @@ def detect_lost_processes() -> Iterator[None]:
         raise
 
 
+def launch(processes: int, arguments: Sequence[str]) -> int:
+    """Run `fm` with these arguments in connected processes of this machine, and return its exit code.
+
+    This is torchrun without the traceback and the log lines that follow the message of a process that failed.
+    """
+    from torch.distributed import run as torchrun  # here, since it takes time that only launchers need
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if processes < 1:
+        raise UserError(f"--processes: expected a number above 0, got {processes}")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    command = ["--nproc_per_node", str(processes), "-m", "fm", *arguments]
+    try:
+        torchrun.run(torchrun.get_args_parser().parse_args(command))
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 1  # of a killed process it is the signal's number, negative
+    except SignalException:
+        return EXIT_INTERRUPTED
+    return EXIT_DONE
+
+
 def make_accelerator(clip: float) -> Accelerator:
     """Return the Accelerator of this process: its device, and its connection with the others.
 
     It does not cast: fm does (see `precision`). DeepSpeed clips gradients by itself, to the norm `clip`. UserError
     where accelerate would silently run something else than the launch configuration asks for.
     """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # threads wait for each other: beside other programs, two are far slower than one
     settings = accelerate_settings()
     if refused := [name for name in REFUSED if name in settings]:
         raise UserError(
