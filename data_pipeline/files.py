@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import resource
 import shutil
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ class UserError(Exception):
 
 
 TEMPORARY_SUFFIX = ".tmp"  # of files and folders that are being written, and of those that a killed process left
+ENOUGH_OPEN_FILES = 65_536  # a hard limit may be a billion; programs that walk through all descriptors would crawl
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -41,6 +43,24 @@ def disk_full_error(path: object, error: OSError) -> UserError:
         f"{path}: cannot be written, the disk or the quota is full ({error.strerror or error}); "
         "nothing half written was kept; free some space and run the same command again, it goes on from there"
     )
+
+
+def open_files_limit() -> int:
+    """Raise this process's limit of open files as far as the system lets it, and return the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = ENOUGH_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, ENOUGH_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # macOS states a hard limit that it does not allow
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return wanted if soft == resource.RLIM_INFINITY else soft
+
+
+def reason_and_remedy(error: OSError, remedy: str) -> str:
+    """Return why a file could not be opened and what to do: `remedy`, unless too many other files are open."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        remedy = f"let a process open more than {open_files_limit()} files (ulimit -n)"
+    return f"{error.strerror or error}; {remedy}"
 
 
 def free_bytes(folder: Path) -> int:

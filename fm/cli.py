@@ -5,6 +5,7 @@ of the user (one message on stderr), 130 interrupted; `train` and `evaluate` hav
 """
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from fm.parser import PARSER, arg, command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     options = PARSER.parse_args(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
     try:
         return options.command(options) or 0
     except UserError as error:
@@ -42,6 +44,7 @@ def _write_results(content: dict[str, Any], file: Path | None) -> None:
 OVERRIDES = arg("overrides", nargs="*", help="section.key=value")
 MODEL_HELP = "run directory, checkpoint, exported model, or hf://organization/name"
 JSON_FILE = arg("--json", type=Path, metavar="FILE", help="also write every number to this file")
+PROCESSES = arg("--processes", type=int, default=1, metavar="N", help="number of processes, of one thread each")
 LAUNCH_CONFIG = arg("--launch-config", type=Path, metavar="FILE", help="configuration of accelerate launch")
 
 
@@ -67,8 +70,7 @@ def plan(options: Namespace) -> None:
     if not 0 < options.utilisation <= 1:
         raise UserError(f"--utilisation: expected a share in (0, 1], got {options.utilisation}")
     _check_above_zero("--probe-seconds", options.probe_seconds, "seconds")
-    if options.processes < 1:
-        raise UserError(f"--processes: expected a number of at least 1, got {options.processes}")
+    _check_above_zero("--processes", options.processes)
     _check_above_zero("--network", options.network, "GB/s")
     overrides = [*options.overrides, *([f"data.shards={options.shards}"] if options.shards else [])]
     shared = {"processes": options.processes, "require_shards": options.shards is not None}
@@ -128,12 +130,12 @@ def benchmark(options: Namespace) -> None:
         write_whole(options.markdown, text.encode())
 
 
-@command(arg("recipe", help="a recipe, such as recipes/quickstart.yaml"), OVERRIDES)
+@command(arg("recipe", help="a recipe, such as recipes/quickstart.yaml"), OVERRIDES, PROCESSES)
 def train(options: Namespace) -> int:
-    """Run a recipe in this process; `accelerate launch RECIPE` runs it in several."""
+    """Run a recipe in one process, or in N of this machine; launch/README.md has more ways."""
     from fm.recipe import main as run_recipe
 
-    return run_recipe(options.recipe, options.overrides)
+    return run_recipe(options.recipe, options.overrides, options.processes)
 
 
 @command(
@@ -172,8 +174,7 @@ def export(options: Namespace) -> None:
     """Write a run's averaged weights with cards, scores and a model card, for others to use.
 
     The folder needs no shards and none of your cards: WaveLiTFM.from_pretrained(DIR), fm evaluate DIR and
-    finetune.pretrained accept it. --program also writes one step of a dataset as a program for torch alone
-    (torch.export).
+    finetune.pretrained accept it. --program also writes one step of a dataset as a program of torch.export.
     """
     from fm.model.hub import upload
     from fm.share.export import export_run
@@ -240,8 +241,7 @@ def extend(options: Namespace) -> None:
     """
     from fm.share.extend import extend
 
-    out, rows, seed = options.out, options.rows, options.seed
-    extend(options.model, options.dataset, options.shards, out, rows, seed, options.registry)
+    extend(options.model, options.dataset, options.shards, options.out, options.rows, options.seed, options.registry)
 
 
 @command(
@@ -252,14 +252,14 @@ def extend(options: Namespace) -> None:
     arg("--protocol", help="name, or .yaml file with a protocol (default: the recipe's validation.protocol; thirds)"),
     arg("--split", help="split to score (default: the protocol's, test)"),
     arg("--windows", type=int, metavar="N", help="number of one-step windows per dataset (default: the protocol's)"),
+    PROCESSES,
 )
 def evaluate(options: Namespace) -> int:
     """Score a run's averaged weights, one step and rolled out, or a file of predictions.
 
-    A report is written. If the command is interrupted, the same command continues. Several processes share the work:
-    `accelerate launch --config_file launch/cpu2.yaml -m fm evaluate RUN` (launch/README.md). With --truth, the rollouts
-    in a file of `fm rollout` are scored, whose frames are found in the truth by their time. Exit codes: 0 done, 2 your
-    mistake, 3 another process is lost, 130 interrupted.
+    A report is written. If the command is interrupted, the same command continues. With --truth, the rollouts in a file
+    of `fm rollout` are scored, whose frames are found in the truth by their time. Exit codes: 0 done, 2 your mistake, 3
+    another process is lost, 130 interrupted.
     """
     if options.truth is not None or Path(options.run).suffix in (".hdf5", ".h5", ".nc", ".zarr"):
         from fm.share.predictions import evaluate_prediction
@@ -269,9 +269,13 @@ def evaluate(options: Namespace) -> int:
             raise UserError(f"--{others[0]}: is of an evaluation of a run; with --truth the two files say all")
         evaluate_prediction(Path(options.run), options.truth, options.protocol, options.out)
         return 0
-    from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED, EXIT_LOST, ProcessLost
+    from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED, EXIT_LOST, ProcessLost, launch
     from fm.evaluation.evaluate import evaluate_run
 
+    if options.processes != 1:
+        names = {"shards", "out", "protocol", "split", "windows"}
+        given = [f"--{name}={value}" for name, value in vars(options).items() if name in names and value is not None]
+        return launch(options.processes, ["evaluate", options.run, *given])
     try:
         evaluate_run(options.run, options.shards, options.out, options.protocol, options.split, options.windows)
     except KeyboardInterrupt:

@@ -1,15 +1,16 @@
 """Processes and their connections, precision, memory and signals of a run."""
 
+import logging
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -23,11 +24,24 @@ T = TypeVar("T")
 # process dies the launcher ends the others at once, whatever stands here.
 TIMEOUT = timedelta(hours=2)
 ZERO_BUCKET = 50_000_000  # numbers that ZeRO exchanges at once; DeepSpeed alone takes ten times as many, 2 GB
+# Settings of accelerate, from its configuration files or the environment: those that fm ignores, and what decides
+# instead; and those that would train another model than the recipe's.
+IGNORED = {
+    "mixed_precision": "train.precision",
+    "dynamo_backend": "train.compile",
+    "gradient_accumulation_steps": "train.micro_batch",
+    "gradient_clipping": "train.clip",
+}
+REFUSED = ("use_megatron_lm", "use_parallelism_config", "use_sagemaker")
 EXIT_DONE, EXIT_USER_ERROR, EXIT_LOST, EXIT_INTERRUPTED = 0, 2, 3, 130
 
 
 class ProcessLost(Exception):
     """Another process of the run has ended, or cannot be reached."""
+
+
+class Interrupted(Exception):
+    """A process of the run was asked to stop while the main one worked (`run_on_main`)."""
 
 
 @contextmanager
@@ -42,12 +56,43 @@ def detect_lost_processes() -> Iterator[None]:
         raise
 
 
+def launch(processes: int, arguments: Sequence[str]) -> int:
+    """Run `fm` with these arguments in connected processes of this machine, and return its exit code.
+
+    This is torchrun without the traceback and the log lines that follow the message of a process that failed.
+    """
+    from torch.distributed import run as torchrun  # here, since it takes time that only launchers need
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if processes < 1:
+        raise UserError(f"--processes: expected a number above 0, got {processes}")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    command = ["--nproc_per_node", str(processes), "-m", "fm", *arguments]
+    try:
+        torchrun.run(torchrun.get_args_parser().parse_args(command))
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 1  # of a killed process it is the signal's number, negative
+    except SignalException:
+        return EXIT_INTERRUPTED
+    return EXIT_DONE
+
+
 def make_accelerator(clip: float) -> Accelerator:
     """Return the Accelerator of this process: its device, and its connection with the others.
 
     It does not cast: fm does (see `precision`). DeepSpeed clips gradients by itself, to the norm `clip`. UserError
     where accelerate would silently run something else than the launch configuration asks for.
     """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # threads wait for each other: beside other programs, two are far slower than one
+    settings = accelerate_settings()
+    if refused := [name for name in REFUSED if name in settings]:
+        raise UserError(
+            f"accelerate's configuration asks for {', '.join(refused)}, which fm does not do; leave it out "
+            "(`accelerate env` prints the configuration), or launch with a file of launch/ (--config_file)"
+        )
     # Heads and embedding rows of the datasets that a step does not draw have no gradient, hence find_unused_parameters.
     # Gradients that are views of DDP's buckets need no copy back.
     handlers: list = [DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)]
@@ -64,6 +109,7 @@ def make_accelerator(clip: float) -> Accelerator:
         accelerator = Accelerator(
             cpu=connect_on_cpu,
             mixed_precision="no",
+            dynamo_backend="no",
             kwargs_handlers=handlers,
             deepspeed_plugin=_deepspeed_plugin(clip) if zero else None,
         )
@@ -84,7 +130,22 @@ def make_accelerator(clip: float) -> Accelerator:
             f"the launch configuration asks for DeepSpeed, but accelerate runs {kind.value}, as it does with use_cpu "
             "or ACCELERATE_USE_CPU; leave that out, DeepSpeed finds out by itself that there is no GPU"
         )
+    for name in [name for name in IGNORED if name in settings]:
+        accelerator.print(f"accelerate's {name}: {settings[name]} is ignored, {IGNORED[name]} of the recipe decides")
     return accelerator
+
+
+def accelerate_settings() -> dict[str, str]:
+    """Return accelerate's settings that are not its defaults, by name, whoever set them."""
+    prefix, defaults = "ACCELERATE_", {"", "no", "none", "false", "default"}
+    found = {
+        name.removeprefix(prefix).lower(): os.environ[name] for name in sorted(os.environ) if name.startswith(prefix)
+    }
+    return {
+        name: value
+        for name, value in found.items()
+        if value.lower() not in defaults and (name, value) != ("gradient_accumulation_steps", "1")
+    }
 
 
 def broadcast_from_main(accelerator: Accelerator, look: Callable[[], T]) -> T:
@@ -94,6 +155,31 @@ def broadcast_from_main(accelerator: Accelerator, look: Callable[[], T]) -> T:
     """
     found = [look() if accelerator.is_main_process else None]
     return broadcast_object_list(found)[0]
+
+
+def run_on_main(
+    accelerator: Accelerator, stop: "StopSignal", work: Callable[[Callable[[int], object]], T] | None
+) -> T | None:
+    """Return what `work` returns on the main process; on the others, where `work` is None, wait for it. Collective.
+
+    `work` gets a function, which it calls after each batch with the batch's size. Raises Interrupted on all processes
+    after the batch in which one of them was asked to stop.
+    """
+
+    def ended(done: bool) -> bool:
+        own = torch.tensor([[stop.received, done]], dtype=torch.uint8, device=accelerator.device)
+        stopping, finished = accelerator.gather(own).amax(dim=0).tolist()
+        if stopping and not finished:
+            raise Interrupted
+        return bool(finished)
+
+    if work is not None:
+        result = work(lambda size: ended(done=False))
+        ended(done=True)
+        return result
+    while not ended(done=False):
+        pass
+    return None
 
 
 def is_launched_with(kind: str) -> bool:
@@ -224,11 +310,15 @@ class StopSignal:
             raise KeyboardInterrupt
 
     @contextmanager
-    def listen(self) -> Iterator["StopSignal"]:
-        """Handle the signals within the block, and restore the handlers after it."""
-        previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+    def listen(self, at_once: bool = False) -> Iterator["StopSignal"]:
+        """Handle the signals within the block, and restore the handlers after it.
+
+        With `at_once`, each raises KeyboardInterrupt, for work that can be interrupted anywhere.
+        """
+        handler: Callable[[int, FrameType | None], Any] = signal.default_int_handler if at_once else self._handle
+        previous = {number: signal.signal(number, handler) for number in self.SIGNALS}
         try:
             yield self
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            for number, before in previous.items():
+                signal.signal(number, before)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_pipeline.files import UserError
 from fm.config import load_recipe
-from fm.distributed import EXIT_LOST, EXIT_USER_ERROR, ProcessLost
+from fm.distributed import EXIT_LOST, EXIT_USER_ERROR, ProcessLost, launch
 from fm.training.trainer import train
 
 
@@ -23,13 +23,14 @@ def run(path: str) -> None:
     sys.exit(main(path, sys.argv[1:]))
 
 
-def main(path: str, overrides: Sequence[str]) -> int:
-    """Train a recipe and return the exit code; print mistakes of the user without a traceback."""
+def main(path: str, overrides: Sequence[str], processes: int = 1) -> int:
+    """Train a recipe, here or in new processes, and return the exit code. Mistakes of the user have no traceback."""
     if {"-h", "--help"} & set(overrides):
         print(f"usage: accelerate launch {path} [section.key=value ...]\n\n{Path(path).read_text()}")
         return 0
     try:
-        return train(load_recipe(Path(path), overrides))
+        recipe = load_recipe(Path(path), overrides)
+        return train(recipe) if processes == 1 else launch(processes, ["train", path, *overrides])
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR

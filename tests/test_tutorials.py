@@ -24,9 +24,8 @@ SMALL += ["tracking.every=2", "tracking.progress=false"]
 STEPS = "train.steps=2 train.warmup_steps=1 validation.every=2 validation.windows=2 validation.rollouts=0"
 ALONE = "adapt.alone_steps=1"
 PROGRAMS = {
-    "fm": '-m fm "$@"',
+    "fm": f'-m fm "$@" $([[ $1 != train ]] || echo {STEPS}) $([[ "$*" != *extend_finetune* ]] || echo {ALONE})',
     "data-pipeline": '-m data_pipeline "${@/#mini/tiny}"',
-    "accelerate": f'-m accelerate.commands.accelerate_cli "$@" {STEPS} $([[ "$*" != *extend* ]] || echo {ALONE})',
     "python": '"$@"',
 }
 

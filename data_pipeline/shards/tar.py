@@ -14,6 +14,7 @@ import math
 import mmap
 import os
 import stat
+import sys
 import tarfile
 import zlib
 from collections import deque
@@ -24,7 +25,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from data_pipeline.files import UserError, sha256
+from data_pipeline.files import UserError, reason_and_remedy, sha256
 from data_pipeline.schema import canonical
 from data_pipeline.shards.format import Manifest, Shard
 from data_pipeline.well.stats import Stats
@@ -213,10 +214,21 @@ def check_shard(path: Path, num_bytes: int) -> None:
 def map_shard(path: Path, num_bytes: int) -> mmap.mmap:
     """Map a shard for reading. Raises UserError unless it is a plain file of exactly the size in its manifest."""
     check_shard(path, num_bytes)
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         if os.fstat(descriptor).st_size != num_bytes:  # replaced since the check above
+            os.close(descriptor)
             raise UserError(f"{path}: its size changed while it was opened; {_REMEDY}")
+        return map_and_close(descriptor, num_bytes)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {reason_and_remedy(error, _REMEDY)}") from error
+
+
+def map_and_close(descriptor: int, num_bytes: int) -> mmap.mmap:
+    """Map an open file for reading, and close the descriptor."""
+    try:
+        if sys.version_info >= (3, 13):  # before, the map kept a duplicate of the descriptor
+            return mmap.mmap(descriptor, num_bytes, access=mmap.ACCESS_READ, trackfd=False)
         return mmap.mmap(descriptor, num_bytes, access=mmap.ACCESS_READ)
     finally:
         os.close(descriptor)

@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.files import UserError, is_disk_full, sha256_file, sync
+from data_pipeline.files import UserError, is_disk_full, reason_and_remedy, sha256_file, sync
 
 _NAME = re.compile(r"[0-9a-f]{64}(?:-\d{1,20}-\d{1,20})?")
 _PART = re.compile(rf"({_NAME.pattern})\.(\d{{1,20}})\.part")
@@ -55,7 +55,8 @@ class BlobCache:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise UserError(f"{path}: cannot be read from the cache ({error.strerror}); set data.cache") from error
+            why = reason_and_remedy(error, "set data.cache to another folder")
+            raise UserError(f"{path}: cannot be read from the cache: {why}") from error
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode) or found.st_size != num_bytes:
             os.close(descriptor)
@@ -177,9 +178,8 @@ class BlobCache:
                     folder.mkdir(parents=True, exist_ok=True)
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
-            raise UserError(
-                f"{path}: the cache cannot be written ({error.strerror}); set data.cache to another folder"
-            ) from error
+            why = reason_and_remedy(error, "set data.cache to another folder")
+            raise UserError(f"{path}: the cache cannot be written: {why}") from error
 
     def _refuse_larger(self, num_bytes: int) -> None:
         if num_bytes > self.limit_bytes:

@@ -7,18 +7,22 @@
 from __future__ import annotations
 
 import copy
+import mmap
+import weakref
 import zlib
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data_pipeline.files import UserError
+from data_pipeline.files import UserError, open_files_limit
 from data_pipeline.hashing import nested_choice
 from data_pipeline.remote import RemoteFolder
 from data_pipeline.shards.format import MANIFEST_NAME, Manifest, Range, trajectory_key
@@ -95,16 +99,54 @@ class Windows(NamedTuple):
     length: int
 
 
+class ShardMaps:
+    """The memory maps of all shards that this process reads; of too many, the least recently used one is dropped.
+
+    A map keeps its file open (before Python 3.13), and many systems let a process open fewer files than The Well has
+    shards. Threads share the maps without a lock, since each method of an OrderedDict is atomic and since a forked
+    process could inherit a lock that is never released. A map that is dropped while it is read stays until then.
+    """
+
+    def __init__(self) -> None:
+        self._maps: OrderedDict[tuple[int, int], memoryview] = OrderedDict()  # (id of the Shards, shard) -> its bytes
+
+    @cached_property
+    def most(self) -> int:
+        """The number of maps that are kept: a quarter of the files that this process may open."""
+        return max(open_files_limit() // 4, 1)
+
+    def get(self, owner: int, shard: int, make: Callable[[], mmap.mmap]) -> memoryview:
+        """Return the bytes of a shard, which `make` maps if it is not mapped."""
+        key = owner, shard
+        try:
+            self._maps.move_to_end(key)
+            return self._maps[key]
+        except KeyError:
+            content = self._maps[key] = memoryview(make())
+        while len(self._maps) > self.most:
+            self._maps.popitem(last=False)
+        return content
+
+    def drop(self, owner: int) -> None:
+        """Drop all maps of some shards."""
+        for key in tuple(self._maps):
+            if key[0] == owner:
+                self._maps.pop(key, None)
+
+
 class Shards(ABC):
     """The stored bytes of one dataset and split.
 
     Sizes that the manifest states are compared with the real files at the latest by `hold`, before memory is allocated.
     """
 
+    maps = ShardMaps()  # of all instances
     folder: Path | RemoteFolder
-    manifest: Manifest
-    traffic: Traffic
     draws_ahead: int = 0  # number of draws whose windows should be prefetched
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest, self.traffic = manifest, Traffic()
+        weakref.finalize(self, self.maps.drop, id(self))
 
     def prefetch(self, windows: Windows) -> bool:
         """Start to fetch windows that will be held soon. Return False if there is no room for them yet."""
@@ -124,22 +166,18 @@ class Shards(ABC):
 
 
 class LocalShards(Shards):
-    """Memory maps of the shards of a folder, each made when it is first read, once per process."""
+    """Memory maps of the shards of a folder, each made when it is read."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(Manifest.load(folder / MANIFEST_NAME))
         self.folder: Path = folder
-        self.manifest = Manifest.load(folder / MANIFEST_NAME)
-        self.traffic = Traffic()
         for shard in self.manifest.shards:
             check_shard(folder / shard.name, shard.bytes)
-        self._maps: dict[int, memoryview] = {}
 
     def read(self, shard: int, start: int, stop: int) -> memoryview:
         """Return bytes [start, stop) of a shard."""
-        if shard not in self._maps:
-            record = self.manifest.shards[shard]
-            self._maps[shard] = memoryview(map_shard(self.folder / record.name, record.bytes))
-        return self._maps[shard][start:stop]
+        record = self.manifest.shards[shard]
+        return self.maps.get(id(self), shard, lambda: map_shard(self.folder / record.name, record.bytes))[start:stop]
 
 
 class ShardReader:

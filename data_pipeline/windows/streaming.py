@@ -26,6 +26,7 @@ from pathlib import Path
 from data_pipeline.files import UserError
 from data_pipeline.remote import RemoteFile, RemoteFolder, Retries
 from data_pipeline.shards.format import MANIFEST_NAME, Manifest
+from data_pipeline.shards.tar import map_and_close
 from data_pipeline.windows.cache import BlobCache
 from data_pipeline.windows.reader import Shards, Traffic, Windows
 from data_pipeline.workers import Threads
@@ -213,9 +214,9 @@ class RemoteShards(Shards):
     """The shards of one dataset and split behind a URL."""
 
     def __init__(self, folder: RemoteFolder, fetcher: Fetcher, cache: BlobCache | None, draws_ahead: int) -> None:
+        super().__init__(Manifest.load(folder.file(MANIFEST_NAME)))
         self.folder: RemoteFolder = folder
-        self.manifest = Manifest.load(folder.file(MANIFEST_NAME))
-        self.traffic, self.draws_ahead = Traffic(), draws_ahead
+        self.draws_ahead = draws_ahead
         self._fetcher, self._cache = fetcher, cache
         self._sizes_checked: set[int] = set()
 
@@ -355,8 +356,19 @@ class WholeShards(RemoteShards):
         return [Request([one], one.start, one.stop) for one in ranges]
 
     def load(self, request: Request) -> memoryview:
-        """Return the memory map of a shard in the cache, where it is fetched if it is missing."""
-        shard = request.ranges[0].shard
+        """Fetch a shard into the cache if it is missing there. `read` maps it: a process can map few shards at once."""
+        self._mapped(request.ranges[0].shard)
+        return memoryview(b"")
+
+    def read(self, shard: int, start: int, stop: int) -> memoryview:
+        """Return bytes [start, stop) of a shard that is held."""
+        return self._mapped(shard)[start:stop]
+
+    def _mapped(self, shard: int) -> memoryview:
+        """Return the bytes of a shard. It is fetched again if it has left both the maps and the cache."""
+        return self.maps.get(id(self), shard, lambda: self._map(shard))
+
+    def _map(self, shard: int) -> mmap.mmap:
         record = self.manifest.shards[shard]
 
         def fill(path: Path) -> None:
@@ -365,11 +377,4 @@ class WholeShards(RemoteShards):
             file.fetch(path, record.bytes, lambda count: self._fetcher.count(self.traffic, fetched=count))
 
         descriptor = self._cache.fetch(record.sha256, record.bytes, fill, str(self.folder.file(record.name)))
-        try:
-            return memoryview(mmap.mmap(descriptor, record.bytes, access=mmap.ACCESS_READ))
-        finally:
-            os.close(descriptor)
-
-    def read(self, shard: int, start: int, stop: int) -> memoryview:
-        """Return bytes [start, stop) of a shard that is held."""
-        return self._fetcher.held[self._whole(shard)].read(start, stop)
+        return map_and_close(descriptor, record.bytes)

@@ -27,7 +27,7 @@ from data_pipeline.windows.streaming import default_cache
 from fm.checkpoint import find_checkpoint, load_pretrained, verify_model
 from fm.config import Recipe, ValidationSettings, load_recipe, resolve
 from fm.datasets import check_channels
-from fm.distributed import broadcast_from_main, detect_lost_processes, make_accelerator
+from fm.distributed import StopSignal, broadcast_from_main, detect_lost_processes, make_accelerator
 from fm.evaluation.errors import ERRORS_FILE, FORMAT, TASKS, DatasetErrors, ErrorFile, check_names
 from fm.evaluation.measure import (
     FrameErrors,
@@ -137,7 +137,7 @@ def evaluate_run(
     chosen = replace(chosen, split=split or chosen.split, one_step_windows=windows or chosen.one_step_windows)
     readers = trained.readers(sorted(trained.model.specs), chosen.split, shards)
     out = out or trained.report
-    with detect_lost_processes():
+    with detect_lost_processes(), StopSignal().listen(at_once=True):
         accelerator = make_accelerator(trained.recipe.train.clip)  # nothing is clipped, but DeepSpeed needs the value
         log = print if accelerator.is_main_process else lambda text: None
         fit_readers = trained.fit_readers(sorted(readers), shards, log)
@@ -377,7 +377,11 @@ class ValidationResult:
 
 
 def validate(
-    model: Surrogate, readers: Mapping[str, ShardReader], settings: ValidationSettings, device: torch.device
+    model: Surrogate,
+    readers: Mapping[str, ShardReader],
+    settings: ValidationSettings,
+    device: torch.device,
+    advance: Callable[[int], object] = lambda count: None,
 ) -> ValidationResult:
     """Score `settings.windows` windows, evenly spaced, and `settings.rollouts` rollouts of each dataset."""
     protocol = load_protocol(settings.protocol).for_context(model.context)
@@ -386,9 +390,9 @@ def validate(
     for name, reader in sorted(readers.items()):
         trajectories = range(min(settings.rollouts, reader.num_trajectories))
         shown = choose_shown(reader, protocol, VALIDATION_STEPS_SHOWN, trajectory=0)
-        one_step = measure_windows(model, reader, one_step_windows(reader, protocol), device, BATCH_SIZE)
+        one_step = measure_windows(model, reader, one_step_windows(reader, protocol), device, BATCH_SIZE, advance)
         batches = rollout_batches(reader, trajectories, protocol, BATCH_SIZE)
-        rollouts = [measure_rollouts(model, reader, ids, protocol, device, shown=shown) for ids in batches]
+        rollouts = [measure_rollouts(model, reader, ids, protocol, device, advance, shown) for ids in batches]
         datasets[name] = dataset_errors(reader, trajectories, protocol, [one_step], rollouts)
         sample = make_sample(reader, shown, rollouts, datasets[name], protocol.eps)
         if sample is not None:

@@ -116,7 +116,7 @@ def _train_to(trainer: Trainer, step: int) -> int:
     with tqdm(total=step, initial=trainer.step, desc="replay", unit="step", disable=not missing) as bar:
         while True:
             if trainer.mixing.changes_at(trainer.step):  # adaptive shares follow the validation
-                trainer.validate()
+                trainer.validate(StopSignal())
             if trainer.step == step:
                 return missing
             trainer.train_steps(StopSignal())

@@ -93,6 +93,7 @@ class NullRecord(AbstractContextManager["NullRecord"]):
     """The record on processes other than the main one, with the methods of RunRecord."""
 
     end_reason: str | None = None
+    interrupted = False
 
     def _ignore(self, *arguments: Any) -> None:
         pass
@@ -103,7 +104,7 @@ class NullRecord(AbstractContextManager["NullRecord"]):
 class RunRecord(AbstractContextManager["RunRecord"]):
     """The record on the main process, from the step at which the run starts or continues.
 
-    `end_reason` may be set to explain why the run ends before its last step.
+    `end_reason` may be set to explain why the run ends before its last step, `interrupted` if it was asked to stop.
     """
 
     def __init__(self, recipe: Recipe, schedule: Schedule, model: Surrogate, step: int, spread: str) -> None:
@@ -113,6 +114,7 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         over processes.
         """
         self.end_reason: str | None = None
+        self.interrupted = False
         self._recipe, self._schedule, self._step = recipe, schedule, step
         self._warned: set[str] = set()  # datasets with a warning of too many passes
         resolved = replace(recipe, **{model.section: model.config})
@@ -161,7 +163,7 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         if error is not None:
             reason = str(error).strip().partition("\n")[0]
             state, text = "failed", f"{type(error).__name__}: {reason}" if reason else type(error).__name__
-        elif self.end_reason is None and self._step < self._recipe.train.steps:
+        elif self.interrupted or (self.end_reason is None and self._step < self._recipe.train.steps):
             state, text = "interrupted", f"ended after step {self._step}, as asked"
         self._log_event("end", self._step, state=state, text=text)
         self._console.close()
@@ -321,6 +323,12 @@ class Meter:
         if next(self._model.parameters()).device.type == "cpu":
             pace["cpu_seconds"] = sum(s.cpu_seconds for s in results)
         return values, pace
+
+
+def is_validated(step: int, recipe: Recipe) -> bool:
+    """Return whether a validation follows `step` steps: every validation.every steps, and at the end."""
+    every, has_limit = recipe.validation.every, recipe.finetune is not None and recipe.finetune.gate is not None
+    return every > 0 and (step % every == 0 or (step == recipe.train.steps and (step > every or has_limit)))
 
 
 def draws_pictures(step: int, recipe: Recipe) -> bool:

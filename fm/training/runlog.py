@@ -24,6 +24,7 @@ import psutil
 import torch
 
 from data_pipeline.files import atomic_file
+from fm.distributed import accelerate_settings
 
 KINDS_OF_A_PROCESS = ("start", "end")  # kept, whatever step a later process continues from
 # written after the checkpoint of their step, and written again by a run that continues from that checkpoint
@@ -62,10 +63,11 @@ def is_alive(process: Mapping[str, Any]) -> bool | None:
 
 def environment(device: torch.device, spread: str) -> dict[str, str]:
     """Return the software and hardware of the run, by name, for people."""
+    settings = ", ".join(f"{name} {value}" for name, value in accelerate_settings().items())
     facts = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "accelerate": version("accelerate"),
+        "accelerate": f"{version('accelerate')}; {settings}" if settings else version("accelerate"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": f"{processor_name()}, {os.cpu_count()} threads",
         "processes": f"{os.environ.get('WORLD_SIZE', '1')} ({spread})",

@@ -2,14 +2,15 @@
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipeline.files import UserError
 from data_pipeline.windows.reader import Batch
@@ -130,8 +131,11 @@ def compile_objective(objective: Unroll, recipe: Recipe, accelerator: Accelerato
 
     `auto` is blocks on a GPU. It is eager on a CPU, where compiling takes longer than most runs would save, for
     baselines and under ZeRO-3. Graphs are whole (fullgraph) and have fixed shapes. Parameters keep their names, and the
-    averaged model, which validation uses, is not compiled. For tests (`pytest --compile`), VARIABLE=WAY or WAY:BACKEND
-    in the environment sets what `auto` means, and which backend of torch compiles in place of inductor.
+    averaged model, which validation uses, is not compiled. Under `auto`, what cannot be compiled runs eagerly, and one
+    message gives the reason; a way that the recipe names is an error there.
+
+    For tests (`pytest --compile`), VARIABLE=WAY or WAY:BACKEND in the environment sets what `auto` means, and which
+    backend of torch compiles in place of inductor.
     """
     model, device = objective.model, accelerator.device
     way, _, backend = os.environ.get(VARIABLE, "").partition(":")
@@ -146,12 +150,45 @@ def compile_objective(objective: Unroll, recipe: Recipe, accelerator: Accelerato
         return
     _check_way(way, model, accelerator)
     if backend == INDUCTOR:
-        _check_compiler(device)
+        try:
+            _check_compiler(device)
+        except UserError as error:
+            if setting != "auto":
+                raise
+            accelerator.print(f"training is not compiled: {error}")
+            return
     calls = 1 if way == "blocks" else max(recipe.unroll_steps(name) for name in model.specs)
     allow_graphs(GRAPHS * len(model.specs) * calls)
     options: dict[str, Any] = {"mode": "reduce-overhead"} if way == "graphs" else {}
-    for part in model.blocks if way == "blocks" else [objective]:
+    parts: list[nn.Module] = [*model.blocks] if way == "blocks" else [objective]
+    for part in parts:
         part.compile(backend=backend, fullgraph=True, dynamic=False, **options)
+    if setting == "auto":
+        _fall_back_to_eager(parts, accelerator.print)
+
+
+def _fall_back_to_eager(parts: Sequence[nn.Module], log: Callable[[str], object]) -> None:
+    """Make compiled modules run eagerly from the first call on whose graph cannot be compiled."""
+
+    def call(part: nn.Module, compiled: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        try:
+            return compiled(*inputs, **options)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if part._compiled_call_impl is not None:
+                cause = getattr(error, "inner_exception", error)
+                reason = str(cause).strip().partition("\n")[0]
+                log(
+                    f"training goes on uncompiled, which is slower: torch.compile failed ({type(cause).__name__}: "
+                    f"{reason}). train.compile=eager leaves it out, train.compile=blocks makes it an error"
+                )
+            for one in parts:
+                one._compiled_call_impl = None
+            return part(*inputs, **options)
+
+    for part in parts:
+        compiled = part._compiled_call_impl
+        assert compiled is not None
+        part._compiled_call_impl = partial(call, part, compiled)
 
 
 def allow_graphs(number: int) -> None:
@@ -161,6 +198,11 @@ def allow_graphs(number: int) -> None:
     for name in (limit, f"accumulated_{limit}"):
         setattr(config, name, max(number, getattr(config, name)))
     config.optimize_ddp = False  # it would split graphs at DDP's buckets
+    functorch: Any = torch._functorch.config
+    if hasattr(
+        functorch, "force_non_lazy_backward_lowering"
+    ):  # torch >= 2.9: a backward graph fails in the forward pass
+        functorch.force_non_lazy_backward_lowering = True
 
 
 def _is_zero3(accelerator: Accelerator) -> bool:

@@ -23,10 +23,12 @@ from fm.datasets import build_model, check_same_shards, check_windows, open_spli
 from fm.distributed import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
+    Interrupted,
     StopSignal,
     broadcast_from_main,
     detect_lost_processes,
     make_accelerator,
+    run_on_main,
 )
 from fm.evaluation.evaluate import ValidationResult, validate
 from fm.training.checks import check_launch, check_memory, gradient_cosines
@@ -34,7 +36,7 @@ from fm.training.guard import AnomalyDetector, RefusedStep, RegressionLimit, Rol
 from fm.training.mixing import Mixing
 from fm.training.objective import unroll_length
 from fm.training.optim import learns_alone
-from fm.training.record import NullRecord, RunRecord, StepResult
+from fm.training.record import NullRecord, RunRecord, StepResult, is_validated
 from fm.training.runlog import lacks_validation
 from fm.training.state import TrainingState
 from fm.training.step import PendingStep, PendingSteps, StepMetrics, train_step
@@ -118,15 +120,14 @@ class Trainer:
         self.anomalies = AnomalyDetector(recipe.guard)
         self.regression_limit = RegressionLimit(recipe.finetune, recipe.validation)
         self.changes: list[str] = []  # settings that differ from those the run began with
-        self.saved: int | None = None  # the step of the last save
         model = build_model(recipe, self.readers, self.registry, accelerator.print)
         if checkpoint is None and recipe.checkpoint.resume == "auto":
-            checkpoint = broadcast_from_main(
-                accelerator, lambda: newest_checkpoint(self.checkpoints, accelerator.print)
-            )
+            find = partial(newest_checkpoint, self.checkpoints, accelerator.print)
+            checkpoint = broadcast_from_main(accelerator, find)
         self.state = TrainingState(recipe, model, self.accelerator, checkpoint)
         if checkpoint is not None and self.state.facts is not None:
             self._restore(checkpoint, self.state.facts)
+        self.saved = self.step  # the step of the last save, or the step that the run began with
         self.anomalies.refused.update(passed_over)
         check_launch(recipe, self.state.parallel, list(self.readers))
         self.division = self._divide()
@@ -134,7 +135,7 @@ class Trainer:
         # FSDP and DeepSpeed take no flag on the device, and whether a loss is a spike depends on the step before.
         self._judges_first = not self.state.parallel.takes_found_inf or recipe.guard.spike is not None
         self._read_every = recipe.train.read_every or (1 if accelerator.device.type == "cpu" else READ_EVERY)
-        ended = self.step == recipe.train.steps and self._validated_at(self.step)
+        ended = self.step == recipe.train.steps and is_validated(self.step, recipe)
         log = self.directory / "events.jsonl"  # lacks its last validation if the run was killed in it
         self.validation_pending = broadcast_from_main(accelerator, lambda: ended and lacks_validation(log, self.step))
 
@@ -163,28 +164,35 @@ class Trainer:
 
     def train(self, stop: StopSignal) -> int:
         """Take the steps to the end of the run, save and validate; return the exit code."""
-        steps, every = self.recipe.train.steps, self.recipe.checkpoint.every
-        self._before_first_step()
-        while self.step < steps and not self.regression_limit.ends_run:
-            interrupted = self.train_steps(stop)
-            last = self.step == steps
-            stopped = interrupted or self.step == self.recipe.run.stop_at
-            if last or stopped or self.step % every == 0:
-                self.save(wait=last or stopped)
-            if stopped and not last:
-                why = "interrupted" if interrupted else "run.stop_at"
-                self.record.print(f"{why}: saved step {self.step}; the same command continues from here.")
-                return EXIT_INTERRUPTED if interrupted else EXIT_DONE
-            self.compare_gradients()
-            if self._validated_at(self.step):
-                self.validate()
+        steps, every, stop_at = self.recipe.train.steps, self.recipe.checkpoint.every, self.recipe.run.stop_at
+        try:
+            self._before_first_step(stop)
+            while self.step < steps and not self.regression_limit.ends_run:
+                interrupted = self.train_steps(stop)
+                ends = self.step in (steps, stop_at)
+                if ends or (self.step % every == 0 and not interrupted):
+                    self.save(wait=ends)
+                if interrupted and self.step < steps:
+                    raise Interrupted
+                if self.step == stop_at and self.step < steps:
+                    self.record.print(f"run.stop_at: saved step {stop_at}; the same command continues from here.")
+                    return EXIT_DONE
+                self.compare_gradients()
+                if is_validated(self.step, self.recipe):
+                    self.validate(stop)
+        except Interrupted:  # after a step, or within a validation, which is made again when the run continues
+            if self.saved != self.step:
+                self.save(wait=True)
+            self.record.interrupted = True
+            self.record.print(f"interrupted: saved step {self.step}; the same command continues from here.")
+            return EXIT_INTERRUPTED
         if self.regression_limit.ends_run:
             if self.saved != self.step:
                 self.save(wait=True)
             self.record.end_reason = f"ended by finetune.gate after step {self.step}"
         return EXIT_DONE
 
-    def _before_first_step(self) -> None:
+    def _before_first_step(self, stop: StopSignal) -> None:
         """Check the memory, and make up for comparisons and validations that came after the checkpoint."""
         adapt, every = self.recipe.adapt, self.recipe.validation.every
         if self.recipe.finetune and self.recipe.finetune.rehearse and self.step < self.recipe.train.steps:
@@ -197,7 +205,7 @@ class Trainer:
         self.compare_gradients()
         missed = self.regression_limit.needs_pretrained or self.validation_pending
         if missed or (every and self.step and self.step % every == 0):
-            self.validate()
+            self.validate(stop)
 
     def train_steps(self, stop: StopSignal) -> bool:
         """Take the steps up to the next synchronization with the device, and record them. Collective.
@@ -209,8 +217,7 @@ class Trainer:
         self._report_save(self.writer.failure())
         pending, reasons = PendingSteps(), dict[int, str | None]()
         for step in range(self.step, self.recipe.train.steps):
-            skip_update = partial(self._skip_update, step, pending, reasons)
-            pending.append(self.take_step(step, skip_update, stop.received))
+            pending.append(self.take_step(step, partial(self._skip_update, step, pending, reasons), stop.received))
             if (step + 1) % self._read_every == 0 or self._judges_first or self._needs_state(step + 1):
                 break
         taken = pending.read()
@@ -314,11 +321,11 @@ class Trainer:
                 raise failure  # even with checkpoint.on_error: continue, since no later save follows
         self.accelerator.wait_for_everyone()
 
-    def validate(self) -> None:
-        """Score the averaged weights on the valid split, on the main process. Collective."""
-        result, model = None, self.state.averaged_model()
-        if model is not None:
-            result = validate(model, self.valid_readers, self.recipe.validation, self.accelerator.device)
+    def validate(self, stop: StopSignal) -> None:
+        """Score the averaged weights on the valid split, on the main process. Collective. Raises Interrupted."""
+        model, settings, device = self.state.averaged_model(), self.recipe.validation, self.accelerator.device
+        work = partial(validate, model, self.valid_readers, settings, device) if model is not None else None
+        result = run_on_main(self.accelerator, stop, work)
         if self.regression_limit.active:
             self._check_regression(result)
         if result is not None:
@@ -390,10 +397,4 @@ class Trainer:
         """Return whether the state after `step` steps is saved, validated or compared, or is the run's last."""
         every, cosines = self.recipe.checkpoint.every, self.recipe.tracking.gradient_cosine_every
         ends = step in (self.recipe.train.steps, self.recipe.run.stop_at)
-        return ends or step % every == 0 or self._validated_at(step) or (cosines > 0 and step % cosines == 0)
-
-    def _validated_at(self, step: int) -> bool:
-        """Return whether a validation follows `step` steps: every validation.every steps, and at the end."""
-        every = self.recipe.validation.every
-        last = step == self.recipe.train.steps and (step > every or self.regression_limit.active)
-        return every > 0 and (step % every == 0 or last)
+        return ends or step % every == 0 or is_validated(step, self.recipe) or (cosines > 0 and step % cosines == 0)

@@ -66,16 +66,18 @@ def write_shard(path: Path, index: int, trajectories: list[np.ndarray], constant
     return records, Shard(path.name, len(content), hashlib.sha256(content).hexdigest())
 
 
-def write_dataset(folder: Path, name: str, dtype: str, state: tuple[str, ...], constant: tuple[str, ...] = ()) -> None:
-    """Train shards of ten random trajectories of 7 to 11 frames, two a shard."""
+def write_dataset(
+    folder: Path, name: str, dtype: str, state: tuple[str, ...], constant: tuple[str, ...] = (), num_shards: int = 5
+) -> None:
+    """Train shards of random trajectories of 7 to 11 frames, two a shard."""
     rng = np.random.default_rng(len(name))
-    lengths = rng.integers(7, 12, 10)
+    lengths = rng.integers(7, 12, 2 * num_shards)
     frames = [rng.standard_normal((length, len(state), *GRID)).astype(dtype) for length in lengths]
     train = folder / name / "train"
     train.mkdir(parents=True)
     parts = [
         write_shard(train / f"shard-{index:06d}.tar", index, frames[2 * index :][:2], len(constant))
-        for index in range(5)
+        for index in range(num_shards)
     ]
     Manifest(
         dataset=name,

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,10 +15,13 @@ from typing import Any
 
 import numpy as np
 from forked import Forked
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from data_pipeline.shards.format import Manifest
 from fm.cli import main
 from fm.config import Recipe, dump_recipe, resolve
+from fm.model.surrogate import Surrogate
 
 ROOT = Path(__file__).parents[2]
 DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]
@@ -103,6 +107,26 @@ def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)  # long enough to leave the core to the process, short enough to meet it in a save
+
+
+class SignalInEvaluation:
+    """Sends this process a signal, once, while a model in evaluation mode makes its `call`-th prediction."""
+
+    def __init__(self, number: signal.Signals, call: int) -> None:
+        self.number, self.call, self.count = number, call, 0  # `count`: predictions that were begun
+        self._hook = register_module_forward_pre_hook(self._count)
+
+    def __enter__(self) -> "SignalInEvaluation":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hook.remove()
+
+    def _count(self, module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, Surrogate) and not module.training:
+            self.count += 1
+            if self.count == self.call:
+                os.kill(os.getpid(), self.number)
 
 
 def last_weights(directory: Path) -> dict[str, bytes]:

@@ -106,7 +106,7 @@ def test_what_does_not_fit_names_the_setting(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1000 bytes is larger than the cache \(999 bytes\); raise data.cache_gb"):
         fetch(BlobCache(tmp_path, 999), 0)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be read from the cache .Not a directory.; set data.cache"):
+    with pytest.raises(UserError, match=r"cannot be read from the cache: Not a directory; set data.cache"):
         fetch(BlobCache(tmp_path / "file", SIZE), 0)
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import webdataset
 from faulty_server import FaultyServer
-from streamed import FRAME_BYTES, LENGTH, MAZE, NAMES, assert_all_same, assert_same, batches, settings
+from forked import Forked
+from streamed import FRAME_BYTES, LENGTH, MAZE, NAMES, assert_all_same, assert_same, batches, settings, write_dataset
 
 from data_pipeline.files import UserError
 from data_pipeline.windows.loader import open_readers
@@ -77,6 +78,32 @@ def test_shards_are_prefetched_while_others_are_mapped_and_unmapped(
                 assert len(shards.read(number % 10 // 2, 0, 512)) == 512
         ended.set()
         prefetching.result(30)
+
+
+def test_more_shards_than_files_that_may_be_open(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "shards", MAZE, "float32", ("pressure",), num_shards=60)
+    (tmp_path / "read.py").write_text(READ_AT_LIMIT)
+    with FaultyServer(tmp_path / "shards") as server:
+        process = Forked(tmp_path / "read.py", str(tmp_path / "shards"), server.url, str(tmp_path / "cache"))
+        printed, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors, printed) == (0, "", "48\nthe same\n")
+
+
+READ_AT_LIMIT = """
+import resource, sys
+from pathlib import Path
+from streamed import MAZE, assert_same, batches, settings
+from data_pipeline.windows.loader import open_readers
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (32, 48))
+_, shards, url, cache = sys.argv
+ahead = settings(Path(cache), "blocks", draws_ahead=300)  # about 50 shards are held at once
+local, streamed = (open_readers(source, [MAZE], "train", stream=ahead) for source in (shards, url))
+for one, other in zip(*(batches(readers, "blocks", stop=250) for readers in (local, streamed)), strict=True):
+    assert_same(one, other)
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])  # raised to the hard limit
+print("the same")
+"""
 
 
 @pytest.mark.parametrize("shuffle", ["global", "blocks"])

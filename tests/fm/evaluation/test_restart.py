@@ -1,7 +1,9 @@
 """An evaluation shared by processes, killed and started again, writes what one process does that nothing disturbs."""
 
 import json
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ import psutil
 import pytest
 import torch
 from torch import Tensor, nn
-from whole_runs import DATASETS, ROOT, accelerate, small, wait_for
+from whole_runs import DATASETS, ROOT, SignalInEvaluation, fm, small, wait_for
 
 from data_pipeline.files import UserError, only_process
 from data_pipeline.windows.loader import open_readers
@@ -57,8 +59,8 @@ def assert_same_report(out: Path, expected: Path) -> None:
 
 @contextmanager
 def two_processes(run: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
-    """`fm evaluate` under the launcher; none of its processes outlives the test."""
-    command = [*accelerate("cpu2"), "-m", "fm", "evaluate", str(run), "--out", str(out)]
+    """`fm evaluate` in two processes; none of them outlives the test."""
+    command = [sys.executable, "-m", "fm", "evaluate", str(run), "--out", str(out), "--processes", "2"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, **streams) as launcher:
         try:
@@ -86,6 +88,7 @@ def test_two_processes_that_are_killed_and_started_again_write_what_one_writes(r
         ranks["0"].kill()
         _, said = launcher.communicate(timeout=60)
     assert launcher.returncode == 1, said
+    assert "Traceback" not in said
     assert not any(process.is_running() for process in ranks.values())
     assert not (out / "scores.json").exists()
     kept = len(finished(out))
@@ -96,6 +99,18 @@ def test_two_processes_that_are_killed_and_started_again_write_what_one_writes(r
     assert f"parts: {kept} of 8 parts are there, measuring the rest" in table
     assert table.count("### One step") == 1  # the main process alone prints
     assert_same_report(out, run / "report")
+
+
+def test_a_signal_ends_an_evaluation_which_the_same_command_continues(run: Path, tmp_path: Path) -> None:
+    kept = 0
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        with SignalInEvaluation(number, 12) as sent:
+            stopped = fm("evaluate", str(run), "--out", str(tmp_path))
+        assert (stopped.returncode, sent.count) == (130, 12)
+        assert stopped.stderr.endswith("interrupted; what is finished is kept: the same command goes on\n")
+        assert (f"{kept} of 8 parts are there" in stopped.stdout) == (kept > 0)
+        assert len(finished(tmp_path)) > kept
+        kept = len(finished(tmp_path))
 
 
 class Steps:

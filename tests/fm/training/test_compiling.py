@@ -9,6 +9,7 @@ import pytest
 import torch
 from handmade import STATE_CHANNELS, make_inputs, make_spec, stir
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from whole_runs import last_weights, log, small
 
@@ -38,6 +39,22 @@ def _counting_both(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
     """Counts graphs; compiles forward and backward to eager operations, as a compiler would see them."""
     GRAPHS.append(graph)
     return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
+@torch._dynamo.register_backend(name="failing")
+def _failing(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+    """Fails for every graph."""
+    raise NotImplementedError("no kernel for this graph\nand much more text")
+
+
+@torch._dynamo.register_backend(name="failing_backward")
+def _failing_backward(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+    """Compiles forward passes, and fails for backward passes."""
+
+    def fail(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        raise NotImplementedError("no kernel for this graph\nand much more text")
+
+    return aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=fail)(graph, inputs)
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +182,22 @@ def test_a_compiled_run_is_the_run(tiny_shards: Path, tmp_path: Path, graphs: li
     assert last_weights(tmp_path / "resumed") == last_weights(tmp_path / "compiled")
 
 
+@pytest.mark.parametrize("backend", ["failing", "failing_backward"])
+def test_what_auto_cannot_compile_runs_eagerly_with_one_message(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: str
+) -> None:
+    options = {"train": {"steps": 3}, "model": {"depth": 2}}
+    monkeypatch.setenv(VARIABLE, "eager")
+    assert train(small(tiny_shards, tmp_path / "eager", **options)) == 0
+    monkeypatch.setenv(VARIABLE, f"blocks:{backend}")
+    capsys.readouterr()
+    assert train(small(tiny_shards, tmp_path / "auto", **options)) == 0
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("uncompiled") == 1
+    assert "torch.compile failed (NotImplementedError: no kernel for this graph). train.compile=eager" in said.out
+    assert last_weights(tmp_path / "auto") == last_weights(tmp_path / "eager")
+
+
 def test_what_cannot_be_compiled_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator, objective = make_accelerator(1.0), small_objective()
     with pytest.raises(UserError, match=r"compile=graphs: expected one process on a GPU, got 1 .* on cpu; use blocks"):
@@ -180,13 +213,20 @@ def test_what_cannot_be_compiled_is_refused_with_the_way_out(monkeypatch: pytest
         compile_objective(Unroll(baseline, LossSettings()), recipe_for("step"), accelerator)
 
 
-def test_a_machine_without_compiler_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_compiler_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import torch._inductor.config as inductor
 
-    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setenv(VARIABLE, "blocks")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(UserError) as error:
-        compile_objective(small_objective(), recipe_for("blocks"), make_accelerator(1.0))
+    objective, accelerator = small_objective(), make_accelerator(1.0)
+    with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        compile_objective(objective, recipe_for("auto"), accelerator)
+        with pytest.raises(UserError) as error:
+            compile_objective(objective, recipe_for("blocks"), accelerator)
+    assert capsys.readouterr().out.count("training is not compiled: train.compile: torch.compile does not work") == 1
+    assert all(block._compiled_call_impl is None for block in objective.model.blocks)
     assert "does not work on this machine (" in str(error.value)
     assert "apt install g++" in str(error.value)
     assert "no-such-compiler" in str(error.value)

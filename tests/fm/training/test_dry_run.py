@@ -1,10 +1,14 @@
 """Steps on random data: they are the trainer's, their phases add up, and they have the sizes that were asked for."""
 
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from handmade import make_spec
 from whole_runs import small
 
 from fm.config import FinetuneSettings, Recipe
@@ -16,7 +20,7 @@ from fm.training.dry_run import DryRun, StepTimer, resized
 from fm.training.objective import Unroll
 from fm.training.optim import learning_rate
 from fm.training.state import TrainingState
-from fm.training.step import PHASES
+from fm.training.step import PHASES, PendingSteps, train_step
 
 NAME = "shear_flow"
 STATS = {key: {"tracer": 1.0} for key in ("mean", "std", "mean_delta", "std_delta")}
@@ -116,3 +120,59 @@ def test_a_dry_run_without_an_update_changes_nothing(recipe: Recipe) -> None:
         assert parameter.grad is None
         assert torch.equal(parameter, before[name])
         assert torch.equal(state.ema.average[name], before[name])
+
+
+BEST = {  # as recipes/fm_best.yaml
+    "data": {"context": 2},
+    "model": {"levels": 2, "decoder": "conv", "decoder_width": 4, "pointwise": True, "predict": "delta"},
+    "loss": {"mse": 0, "wavelet_l1": 0, "rmse": 1},
+    "train": {"optimizer": "muon", "augment": True},
+}
+
+
+@pytest.fixture
+def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a step run on torch's meta device, which computes nothing and otherwise is a device such as a GPU.
+
+    An operation on tensors of two devices raises, and so does reading a value on the host.
+    """
+    monkeypatch.setattr(ACCELERATOR.state, "device", torch.device("meta"))
+    monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: nullcontext())  # has no meta device
+    # The fused AdamW runs there, but is not on torch's list of devices.
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *arguments: None)
+
+
+@pytest.mark.parametrize(
+    ("sections", "finetune"),
+    [
+        ({}, None),
+        (BEST, None),
+        ({}, {"objective": "scheduled_sampling", "checkpoint_activations": True}),
+        ({}, {"objective": "bptt"}),
+        ({}, {"objective": "causal_bptt"}),
+        ({}, {"objective": "pushforward"}),
+    ],
+)
+@pytest.mark.usefixtures("on_meta")
+def test_the_whole_step_runs_on_the_device(
+    tmp_path: Path, sections: dict[str, Any], finetune: dict[str, Any] | None
+) -> None:
+    recipe = small(tmp_path / "none", tmp_path / "run", **sections)
+    spec = make_spec("shear_flow" if sections else "acoustic_scattering_maze")  # symmetries, or constant fields
+    if finetune is not None:
+        recipe = replace(recipe, finetune=FinetuneSettings("x", unroll_steps=2, **finetune))
+    state = TrainingState(recipe, new_model(recipe.model, [spec], context=recipe.data.context), ACCELERATOR, None)
+    dry_run, pending = DryRun(recipe, spec, GRID, ACCELERATOR), PendingSteps()
+
+    def take_step() -> None:
+        steps = recipe, state, dry_run._division, iter(dry_run.batches), ACCELERATOR, dry_run._step
+        pending.append(train_step(*steps, pending.found_inf))
+
+    take_step()
+    take_step()  # finds the moments and the halt flag of the first
+    moments = [tensor for moments in state.parallel.optimizer.state.values() for tensor in moments.values()]
+    assert all(tensor.is_meta for tensor in [*moments, *state.ema.average.values(), pending._found_inf])
+    average = next(iter(state.ema.average))
+    state.ema.average[average] = torch.zeros(state.ema.average[average].shape)
+    with pytest.raises(RuntimeError, match="device"):
+        take_step()

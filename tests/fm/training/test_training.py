@@ -1,5 +1,6 @@
 """Whole runs on real shards: learning, exact resume, interruption, bad input, two processes, finetuning, the record."""
 
+import json
 import os
 import resource
 import shutil
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from whole_runs import DATASETS, finish, fork, last_weights, log, small, start, wait_for
+from whole_runs import DATASETS, SignalInEvaluation, finish, fork, last_weights, log, small, start, wait_for, written
 
 from data_pipeline.files import UserError
 from fm.checkpoint import verify_checkpoint
@@ -80,6 +82,55 @@ def test_a_signal_saves_exits_130_and_the_same_command_continues(
     assert (tmp_path / f"run/checkpoints/step_{done:08d}").is_dir()
     assert train(recipe) == 0
     assert [line["step"] for line in log(tmp_path / "run")] == list(range(1, 41))
+
+
+def test_a_signal_within_a_validation_is_obeyed_after_one_batch_and_the_validation_made_again(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"train": {"steps": 4}, "validation": {"every": 2}, "checkpoint": {"every": 3}, "tracking": {"every": 9}}
+    recipe, undisturbed = (small(tiny_shards, tmp_path / name, **options) for name in ("run", "undisturbed"))
+    with SignalInEvaluation(signal.SIGTERM, -1) as both_validations:
+        assert train(undisturbed) == 0
+    for done, call in ((2, 1), (4, both_validations.count - 1)):  # the first batch, and nearly the last
+        with SignalInEvaluation(signal.SIGTERM, call) as sent:
+            assert train(recipe) == 130
+        assert sent.count == call
+        assert f"interrupted: saved step {done}; the same command continues" in capsys.readouterr().err
+        assert json.loads((tmp_path / "run/events.jsonl").read_text().splitlines()[-1])["state"] == "interrupted"
+        assert verify_checkpoint(tmp_path / f"run/checkpoints/step_{done:08d}")
+    assert train(recipe) == 0
+    assert log(tmp_path / "run") == log(tmp_path / "undisturbed")
+    assert last_weights(tmp_path / "run") == last_weights(tmp_path / "undisturbed")
+    ours, theirs = (
+        [
+            (event["step"], event["datasets"])
+            for event in map(json.loads, (tmp_path / name / "events.jsonl").read_text().splitlines())
+            if event["kind"] == "validation"
+        ]
+        for name in ("run", "undisturbed")
+    )
+    assert [step for step, _ in ours] == [2, 4]
+    assert ours == theirs
+
+
+def test_what_accelerate_is_configured_to_do_is_ignored_reported_or_refused(tiny_shards: Path, tmp_path: Path) -> None:
+    """`accelerate launch` puts the settings of its files, the user's default_config.yaml too, into the environment."""
+    recipe, undisturbed = (small(tiny_shards, tmp_path / name, train={"steps": 2}) for name in ("run", "undisturbed"))
+    settings = {"DYNAMO_BACKEND": "EAGER", "MIXED_PRECISION": "bf16", "GRADIENT_ACCUMULATION_STEPS": "4"}
+    variables = {f"ACCELERATE_{name}": value for name, value in settings.items()} | {
+        "ACCELERATE_DYNAMO_MODE": "default"
+    }
+    code, output = finish(Forked(written(recipe), environment={**os.environ, **variables}))
+    assert code == 0, output
+    assert "accelerate's dynamo_backend: EAGER is ignored, train.compile of the recipe decides" in output
+    assert output.count("is ignored") == 3
+    assert finish(fork(undisturbed))[0] == 0
+    assert last_weights(tmp_path / "run") == last_weights(tmp_path / "undisturbed")
+    board = b"".join(file.read_bytes() for file in (tmp_path / "run/tensorboard").iterdir())
+    assert b"dynamo_backend EAGER, gradient_accumulation_steps 4, mixed_precision bf16 |" in board
+    code, output = finish(Forked(written(recipe), environment={**os.environ, "ACCELERATE_USE_MEGATRON_LM": "true"}))
+    assert code == 2
+    assert output.startswith("\nerror: accelerate's configuration asks for use_megatron_lm, which fm does not do")
 
 
 def test_a_second_training_does_not_join_the_first(tiny_shards: Path, tmp_path: Path) -> None:
