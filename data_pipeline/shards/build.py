@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline import __version__
-from data_pipeline.files import TEMPORARY_SUFFIX, UserError, only_process, write_whole
+from data_pipeline.files import TEMPORARY_SUFFIX, UserError, only_process, read_json, write_whole
 from data_pipeline.registry import Card, Channel, Registry, load_registry
 from data_pipeline.remote import is_url
-from data_pipeline.schema import canonical, read_json, validate
+from data_pipeline.schema import canonical, validate
 from data_pipeline.shards.audit import condense, merge, split_findings
 from data_pipeline.shards.convert import PARTIAL, ShardRecord, ShardTask, saved_record, write_shard
 from data_pipeline.shards.format import MANIFEST_NAME, SKIPPABLE, Finding, Manifest, usable_segments

@@ -17,10 +17,10 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from data_pipeline.files import UserError, write_whole
+from data_pipeline.files import UserError, parse_json, read_json, write_whole
 from data_pipeline.registry import Boundary
 from data_pipeline.remote import RemoteFile
-from data_pipeline.schema import Strict, canonical, digest, parse_json, read_json, validate
+from data_pipeline.schema import Strict, canonical, digest, validate
 from data_pipeline.well.stats import DELTA_STATISTICS, VALUE_STATISTICS
 
 KINDS = {  # in the order of reports
