@@ -10,7 +10,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
@@ -37,11 +37,30 @@ MAX_PLAIN_BYTES = 2**28  # of a file that is read as a whole; a manifest of a mi
 
 def printable(text: str) -> str:
     """Return a text whose control characters, which terminals obey, are written as escapes."""
-    if text.isprintable():
+    if text.replace("\n", "").isprintable():
         return text
     return "".join(
         char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
     )
+
+
+class _PrintableOutput:
+    """A stream of text that writes control characters as escapes."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def printable_stdout() -> AbstractContextManager[object]:
+    """Return a block in which nothing that is printed can control the terminal: names come from files of strangers."""
+    return redirect_stdout(_PrintableOutput(sys.stdout))
 
 
 def shortened(text: str, limit: int) -> str:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.files import UserError
+from data_pipeline.files import UserError, printable_stdout
 from fm.config import load_recipe
 from fm.distributed import EXIT_LOST, EXIT_USER_ERROR, ProcessLost
 from fm.training.trainer import train
@@ -29,7 +29,8 @@ def main(path: str, overrides: Sequence[str]) -> int:
         print(f"usage: accelerate launch {path} [section.key=value ...]\n\n{Path(path).read_text()}")
         return 0
     try:
-        return train(load_recipe(Path(path), overrides))
+        with printable_stdout():
+            return train(load_recipe(Path(path), overrides))
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from data_pipeline.files import UserError, only_process, sha256
+from data_pipeline.files import UserError, inside, only_process, sha256
 from data_pipeline.registry import Domain, Registry, load_folders, packaged_folder, user_folders
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
@@ -136,7 +136,7 @@ def evaluate_run(
     chosen = load_protocol(protocol or trained.recipe.validation.protocol).for_context(trained.model.context)
     chosen = replace(chosen, split=split or chosen.split, one_step_windows=windows or chosen.one_step_windows)
     readers = trained.readers(sorted(trained.model.specs), chosen.split, shards)
-    out = out or trained.report
+    out = out or inside(trained.report.parent, trained.report.name)
     with detect_lost_processes():
         accelerator = make_accelerator(trained.recipe.train.clip)  # nothing is clipped, but DeepSpeed needs the value
         log = print if accelerator.is_main_process else lambda text: None

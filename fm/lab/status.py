@@ -11,7 +11,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from data_pipeline.files import UserError
+from data_pipeline.files import UserError, inside
 from fm.checkpoint import list_checkpoints, read_state
 from fm.config import read_recipe
 from fm.training.runlog import is_alive, parse_lines
@@ -69,6 +69,8 @@ def read_status(run: Path) -> RunStatus:
             f"{run}: not a run directory, it has no recipe.yaml. Expected one such as runs/quickstart (run.dir, or "
             "runs/<run.name>); a run makes it when its first step begins."
         )
+    for name in ("recipe.yaml", "log.jsonl", "events.jsonl", "run.json"):
+        inside(run, name)
     problems: list[str] = []
     recipe = _read_recipe(run / "recipe.yaml", problems)
     steps = recipe.get("train", {}).get("steps")

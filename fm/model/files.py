@@ -186,6 +186,11 @@ def verify_exported(folder: Path, names: Collection[str] | None = None) -> dict[
     Errors as of `read_exported` and `verify_files`.
     """
     content = read_exported(folder)
+    if names is None:
+        cards = (path.relative_to(folder).as_posix() for path in (folder / CARDS).rglob("*.yaml"))
+        surplus = [name for name in (*cards, RECIPE_FILE) if name not in content["files"] and (folder / name).exists()]
+        if surplus:
+            raise ValueError(f"{folder / surplus[0]}: {EXPORT_FILE} does not list it; remove it, or export again")
     checked = content["files"].keys() - {CARD_FILE} if names is None else names
     verify_files(folder / EXPORT_FILE, content, checked, remedy="; fetch or export it again")
     return content

@@ -14,6 +14,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from data_pipeline.files import UserError, inside
+
 # Files that an upload may replace: cards, scores and pictures of another model must not stay in the repository.
 UPLOADED = [
     *("README.md", "LICENSE", "artefact.json", "recipe.yaml", "scores.json"),
@@ -59,7 +61,9 @@ class HubFolder(ModelHubMixin):
         self.folder = folder
 
     def save_pretrained(self, save_directory: Path | str, **options: Any) -> None:
-        """Copy the folder. `options` are a configuration and a card, which the folder has."""
+        """Copy the folder, but nothing from outside. `options` are a configuration and a card, which the folder has."""
+        for path in self.folder.rglob("*"):
+            inside(self.folder, path.relative_to(self.folder))
         shutil.copytree(self.folder, save_directory, dirs_exist_ok=True)
 
 
@@ -73,6 +77,8 @@ def upload(folder: Path, repository: str, **options: Any) -> str:
         return str(HubFolder(folder).push_to_hub(repository, **{"delete_patterns": UPLOADED, **options}))
     except ValueError:
         raise
+    except UserError as error:  # a link out of the folder
+        raise ValueError(str(error)) from error
     except Exception as error:  # the classes depend on the HTTP client of huggingface_hub's version
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConnectionError(

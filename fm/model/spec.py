@@ -10,7 +10,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import inf, isfinite
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import to_json as to_json_text
 from torch import Tensor
 
-from data_pipeline.files import brief, shortened
+from data_pipeline.files import brief, file_name, shortened
 from fm.model.block import BlockConfig
 from fm.model.wavelets import Periodic
 
@@ -28,6 +28,7 @@ Wavelet = Literal["haar", "bior2.2", "bior4.4"]  # the names in wavelets.WAVELET
 Predict = Literal["delta", "state"]
 BoundaryType = Annotated[str, Field(pattern="^(WALL|OPEN|PERIODIC)$")]
 SOLVABLE = (("PERIODIC", "PERIODIC"), ("WALL", "WALL"))  # ends of an axis that `constraints.solenoidal` knows
+MAX_SIDE = 2**14  # grid points of a side; fields on twice that would not fit into memory
 MAX_FAULTS = 10  # that one message lists
 T = TypeVar("T")
 
@@ -50,8 +51,19 @@ class DatasetSpec:
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.state_channels, *self.constant_channels):
-            if not name or "." in name:  # names become parts of parameter names, which torch separates by dots
-                raise ValueError(f"dataset {self.name!r}: a name must be non-empty and without dots, got {name!r}")
+            if file_name(name) != name or "." in name:  # torch separates the parts of parameter names by dots
+                raise ValueError(f"dataset {brief(self.name)}: a name must be without dots, got {brief(name)}")
+        if self.dt is not None and not 0 < self.dt < inf:
+            raise ValueError(f"dataset {self.name}: expected a time step above 0, got {self.dt}")
+        for name, (lowest, highest) in self.ranges.items():
+            if lowest is not None and highest is not None and lowest > highest:
+                raise ValueError(
+                    f"dataset {self.name}: {name}: expected the lowest value first, got {lowest}, {highest}"
+                )
+        if self.grid is not None and not 0 < min(self.grid) <= max(self.grid) <= MAX_SIDE:
+            raise ValueError(
+                f"dataset {self.name}: expected a grid of at most {MAX_SIDE} points a side, got {self.grid}"
+            )
         for axis, (lower, upper) in zip("xy", self.boundary, strict=True):
             if (lower == "PERIODIC") != (upper == "PERIODIC"):
                 raise ValueError(f"dataset {self.name}: {axis} is periodic at one end only: {(lower, upper)}")
@@ -94,6 +106,9 @@ class DatasetSpec:
         damaged = [f"{name} = {values[name]}" for name in channels if not isfinite(values[name])]
         if damaged:
             raise ValueError(f"dataset {self.name}: statistic {statistic!r} is not finite: {', '.join(damaged)}")
+        negative = [f"{name} = {values[name]}" for name in channels if values[name] < 0 and statistic.startswith("std")]
+        if negative:
+            raise ValueError(f"dataset {self.name}: statistic {statistic!r} is below 0: {', '.join(negative)}")
         return torch.tensor([values[name] for name in channels], dtype=torch.float64).view(-1, 1, 1)
 
 
