@@ -46,7 +46,7 @@ from fm.evaluation.samples import Sample
 from fm.evaluation.scores import SCORES_FILE, Scores, score
 from fm.evaluation.stencil_choice import DatasetStencils, linear_stencils
 from fm.evaluation.tables import score_table
-from fm.model.files import CARDS, RECIPE_FILE, is_exported
+from fm.model.files import CARDS, EXPORT_FILE, RECIPE_FILE, is_exported
 from fm.model.surrogate import Surrogate
 
 BATCH_SIZE = 8
@@ -83,6 +83,8 @@ class TrainedModel:
             shards = facts["shards"]
             lineage, license = {"pretrained": recipe.finetune.pretrained} if recipe.finetune else {}, None
         model = load_pretrained(folder)
+        if is_exported(folder) and shards.keys() != model.specs.keys():
+            raise UserError(f"{folder / EXPORT_FILE}: expected the model's datasets, {', '.join(model.specs)}")
         return cls(folder, report, facts["step"], weights, recipe, model, shards, lineage, license)
 
     def card_folders(self) -> list[Traversable]:

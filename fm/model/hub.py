@@ -61,9 +61,7 @@ class HubFolder(ModelHubMixin):
         self.folder = folder
 
     def save_pretrained(self, save_directory: Path | str, **options: Any) -> None:
-        """Copy the folder, but nothing from outside. `options` are a configuration and a card, which the folder has."""
-        for path in self.folder.rglob("*"):
-            inside(self.folder, path.relative_to(self.folder))
+        """Copy the folder. `options` are a configuration and a card, which the folder has."""
         shutil.copytree(self.folder, save_directory, dirs_exist_ok=True)
 
 
@@ -71,9 +69,12 @@ def upload(folder: Path, repository: str, **options: Any) -> str:
     """Make `organization/name` hold a model's folder, and return the commit's address.
 
     Files of an earlier upload that the folder does not have are deleted. `options` are those of
-    ModelHubMixin.push_to_hub. ValueError for a name of another form, ConnectionError where the Hub refuses the upload.
+    ModelHubMixin.push_to_hub. ValueError for a name of another form or a link out of the folder, ConnectionError where
+    the Hub refuses the upload.
     """
     try:
+        for path in folder.rglob("*"):
+            inside(folder, path.relative_to(folder))
         return str(HubFolder(folder).push_to_hub(repository, **{"delete_patterns": UPLOADED, **options}))
     except ValueError:
         raise

@@ -109,7 +109,8 @@ class DatasetSpec:
         negative = [f"{name} = {values[name]}" for name in channels if values[name] < 0 and statistic.startswith("std")]
         if negative:
             raise ValueError(f"dataset {self.name}: statistic {statistic!r} is below 0: {', '.join(negative)}")
-        return torch.tensor([values[name] for name in channels], dtype=torch.float64).view(-1, 1, 1)
+        chosen = [values[name] for name in channels]
+        return torch.tensor(chosen, dtype=torch.float64, device="cpu").view(-1, 1, 1)
 
 
 @dataclass(frozen=True, config=STRICT)
