@@ -1,17 +1,22 @@
 """Recipes: the YAML-and-Python form, strictness, overrides, and that every shipped recipe builds its model."""
 
+import ast
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from fuzzing import CHANGES, EDITS, Guard, cases, edited, mutated, same
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_pipeline.files import UserError
 from data_pipeline.registry import load_registry
 from fm.cli import main
-from fm.config import changed_settings, dump_recipe, load_recipe
+from fm.config import changed_settings, dump_recipe, load_recipe, recipe_to_dict
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.wavelit import WaveLiTFM
 
@@ -205,3 +210,27 @@ def test_changed_settings_name_what_was_added_and_taken_away() -> None:
         "finetune.unroll_override.maze: 3 -> None",
         "finetune.unroll_override.layer: None -> 2",
     ]
+
+
+PLAIN = recipe_to_dict(load_recipe(RECIPES[0].parent / "quickstart.yaml"))
+
+
+@cases(60)
+@given(changes=CHANGES, edits=st.none() | EDITS)
+def test_a_spoilt_recipe_is_refused_or_is_what_it_says(
+    tmp_path_factory: pytest.TempPathFactory, changes: list, edits: list | None
+) -> None:
+    """Launched, an accepted file runs nothing but the training; its settings are the file's, of the same types."""
+    root = tmp_path_factory.getbasetemp() / "recipes"
+    root.mkdir(exist_ok=True)
+    tree, loaded, file = mutated(PLAIN, changes), [], root / "recipe.yaml"
+    raw = "\n".join(
+        [FIRST, *(f"{json.dumps(key)}: {json.dumps(part)}" for key, part in tree.items()), LAST, ""]
+    ).encode()
+    file.write_bytes(raw if edits is None else (raw := edited(raw, edits)))
+    if not Guard(root).check(lambda: loaded.append(load_recipe(file))):
+        return
+    assert [type(line) for line in ast.parse(raw).body] == [ast.AnnAssign, ast.ImportFrom, ast.Expr, ast.Expr]
+    if edits is None:
+        made = recipe_to_dict(loaded[0])
+        assert all(same(made[section][key], value) for section in tree for key, value in (tree[section] or {}).items())
