@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import UserError, disk_full_error, is_disk_full, write_whole
+from data_pipeline.files import UserError, disk_full_error, is_disk_full, printable_stdout, write_whole
 
 
 def names(text: str) -> list[str]:
@@ -275,9 +275,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument(argument, **settings)
     options = parser.parse_args(arguments)
     try:
-        code: int = options.function(options)
-        sys.stdout.flush()
-        return code
+        with printable_stdout():
+            code: int = options.function(options)
+            sys.stdout.flush()
+            return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

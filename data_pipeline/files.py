@@ -1,16 +1,19 @@
-"""Files that are written whole or not at all, their digests, and the error for what a user can correct."""
+"""Files: written whole or not at all, read from inside their folder; and the error for what a user can correct."""
 
 import errno
 import fcntl
 import hashlib
+import json
 import os
+import reprlib
 import resource
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -21,7 +24,135 @@ class UserError(Exception):
 
     Commands print the message alone and exit with code 2. Any other exception is a bug and keeps its traceback. This is
     no ValueError, so code that turns a library's ValueError into a UserError lets a UserError through.
+
+    A message may quote a file of a stranger, so it holds no control characters and at most MAX_MESSAGE characters.
     """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(shortened(printable(str(message)), MAX_MESSAGE))
+
+
+MAX_MESSAGE = 6000  # characters: a screen or two
+MAX_PLAIN_BYTES = 2**28  # of a file that is read as a whole; a manifest of a million windows has 9 MB
+
+
+def printable(text: str) -> str:
+    """Return a text whose control characters, which terminals obey, are written as escapes."""
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+class _PrintableOutput:
+    """A stream of text that writes control characters as escapes."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def printable_stdout() -> AbstractContextManager[object]:
+    """Return a block in which nothing that is printed can control the terminal: names come from files of strangers."""
+    return redirect_stdout(_PrintableOutput(sys.stdout))
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return a text, or its beginning and its length where it has more than `limit` characters."""
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+def inside(root: Path, name: str | PurePath) -> Path:
+    """Return `root / name`. UserError if the name or a link leads out of `root`.
+
+    All that is read, copied, uploaded or deleted because a file names it goes through this function. `root` itself may
+    be a link: the user chose it. In the cache of the Hugging Face Hub, files are links to `blobs` beside `snapshots`.
+    """
+    path = PurePath(name)
+    try:
+        base, real = root.resolve(), (root / path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a zero byte
+        raise UserError(
+            f"{root}: expected a path inside it, got {shortened(repr(str(name)), 200)} ({error})"
+        ) from error
+    blobs = base.parent.parent / "blobs"
+    in_hub_cache = base.parent.name == "snapshots" and real.is_relative_to(blobs)
+    if path.is_absolute() or ".." in path.parts or "\\" in str(name) or not (real.is_relative_to(base) or in_hub_cache):
+        raise UserError(
+            f"{root}: expected paths inside it, got {shortened(repr(str(name)), 200)}, which leads out of it; put the "
+            "file itself there, or remove the link"
+        )
+    return root / path
+
+
+def read_plain_file(path: Path, max_bytes: int = MAX_PLAIN_BYTES) -> bytes:
+    """Return the content of a plain file. A link could lead anywhere; a pipe or a device has no end.
+
+    OSError if it cannot be read, ValueError if it is something else or larger.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > max_bytes:
+            raise ValueError(f"expected a plain file of at most {max_bytes} bytes")
+        return file.read(found.st_size)
+
+
+def brief(value: object) -> str:
+    """Return a value for a message; a damaged file may hold a very long one."""
+    return shortened(reprlib.repr(value), 80)
+
+
+def file_name(text: str) -> str:
+    """Return a text that can be the name of a file or folder on any system. ValueError for any other."""
+    if (
+        not 0 < len(text) <= 200
+        or not text.isprintable()
+        or set(text) & set('/\\:*?"<>|')
+        or text in (".", "..")
+        or text != text.strip()
+    ):
+        raise ValueError(f"expected a name that a folder can have, got {brief(text)}")
+    return text
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file. UserError when it cannot be read, is a link, or holds something else."""
+    try:
+        content = read_plain_file(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    return parse_json(content, str(path))
+
+
+def parse_json(content: bytes, where: str) -> dict[str, Any]:
+    """Return the JSON object in a text that comes from `where`. UserError when it is something else."""
+    try:
+        value = json.loads(content, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a JSON object, got {brief(value)}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for key in made if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"key {brief(twice)} twice")
+    return made
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")
 
 
 TEMPORARY_SUFFIX = ".tmp"  # of files and folders that are being written, and of those that a killed process left

@@ -1,36 +1,32 @@
-"""JSON and YAML files, read strictly: a message names the file, the place in it, what was expected and what came.
+"""Plain values and YAML files, read strictly: a message names the file, the place, what was expected and what came.
 
 A file is first read as plain values: mappings, lists, texts, numbers. Then pydantic makes a dataclass of them, with
 exactly the annotated types (`validate`). A key that is missing or unknown is refused.
 
-YAML tags, anchors and duplicate keys are refused. No card needs them, and a hostile file uses them to run code, to grow
-without bound, or to hold two values for one key.
+YAML tags, anchors and duplicate keys are refused, and sizes are limited. No file of ours needs them, and a hostile file
+uses them to run code, to grow without bound, or to hold two values for one key.
 """
 
 import difflib
 import functools
 import json
-import os
 import re
-import reprlib
-import stat
 import types
 import typing
 from collections.abc import Callable, Collection, Hashable, Mapping
 from importlib.resources.abc import Traversable
-from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, core_schema, to_jsonable_python
 
-from data_pipeline.files import UserError, sha256
+from data_pipeline.files import UserError, brief, sha256
 
-MAX_JSON_BYTES = 2**28  # a manifest of a million windows has 9 MB
 MAX_YAML_BYTES = 64 * 1024
 MAX_TEXT = 2000  # characters of one value in YAML
 MAX_DEPTH = 32  # of YAML
+MAX_DIGITS = 40  # of an integer in YAML
 MAX_COUNT = 2**40  # above every count, frame and grid size, and products of a few stay inside float range
 MAX_NUMBER = 1e30
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")  # a name becomes a folder and a key, hence the narrow alphabet
@@ -50,42 +46,13 @@ def digest(content: object) -> str:
     return sha256(canonical(content))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. UserError when it cannot be read, is a link, or holds something else."""
-    try:
-        content = _read_plain_file(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
-    return parse_json(content, str(path))
-
-
-def parse_json(content: bytes, where: str) -> dict[str, Any]:
-    """Return the JSON object in a text that comes from `where`. UserError when it is something else."""
-    try:
-        value = json.loads(content, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected a JSON object, got {_brief(value)}")
-    return value
-
-
-def _read_plain_file(path: Path) -> bytes:
-    """Return the content of a plain file. A link could lead anywhere; a pipe or a device has no end."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_JSON_BYTES:
-            raise ValueError(f"expected a plain file of at most {MAX_JSON_BYTES} bytes")
-        return file.read(found.st_size)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
-
-
 def read_yaml(file: Traversable, max_bytes: int = MAX_YAML_BYTES) -> Any:
     """Return the plain values in a file. UserError if it cannot be read or is not plain YAML."""
+    return parse_yaml(read_text(file, max_bytes), str(file))
+
+
+def read_text(file: Traversable, max_bytes: int = MAX_YAML_BYTES) -> bytes:
+    """Return the content of a small file of text. UserError if it cannot be read or is too large."""
     try:
         if not file.is_file():
             raise UserError(f"{file}: expected a YAML file, found none.")
@@ -95,50 +62,84 @@ def read_yaml(file: Traversable, max_bytes: int = MAX_YAML_BYTES) -> Any:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}.") from error
     if len(raw) > max_bytes:
         raise UserError(f"{file}: expected at most {max_bytes} bytes, got more.")
+    return raw
+
+
+def parse_yaml(raw: bytes, where: str, aliases: bool = False, hint: str = "") -> Any:
+    """Return the plain values in a text that comes from `where`. UserError, ending in `hint`, if it is not plain YAML.
+
+    With `aliases`, a value may stand for several: the caller must not walk through all that they stand for.
+    """
     try:
-        # PyYAML raises ValueError and ArithmeticError for scalars that look right and are not, such as the date
-        # 2020-99-99 or an integer of ten thousand digits. Nesting by the thousand ends in RecursionError.
+        # PyYAML raises ValueError and ArithmeticError for scalars that look right and are not. Nesting by the thousand
+        # ends in RecursionError.
         text = raw.decode("utf-8")
-        _check_events(text)
+        _check_events(text, aliases)
         value = yaml.load(text, _PlainLoader)
-        _json_bytes(value)  # an escape may have made a character that is none
+        if not aliases:
+            _json_bytes(value)  # an escape may have made a character that is none
         return value
     except (yaml.YAMLError, ValueError, ArithmeticError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{file}: expected plain YAML in UTF-8, got something else: {reason}") from error
+        raise UserError(f"{where}: expected plain YAML in UTF-8, got something else: {reason}{hint}") from error
 
 
 # libyaml's parser where PyYAML was built with it: it reads the cards ten times faster, and gives the same events.
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def _check_events(text: str) -> None:
+def _check_events(text: str, aliases: bool) -> None:
     """Refuse aliases, explicit tags, endless values and deep nesting, before anything is made of them."""
     depth = 0
     for event in yaml.parse(text, Loader=_SafeLoader):
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+        anchored = isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None
+        if anchored and not aliases:
             raise _refusal("anchors and aliases are not used", event.start_mark)
         if getattr(event, "tag", None) is not None:
             raise _refusal("tags are not used", event.start_mark)
-        if len(getattr(event, "value", "")) > MAX_TEXT:
-            raise _refusal(f"a value of more than {MAX_TEXT} characters", event.start_mark)
+        if isinstance(event, yaml.ScalarEvent):
+            if len(event.value) > MAX_TEXT:
+                raise _refusal(f"a value of more than {MAX_TEXT} characters", event.start_mark)
+            if event.implicit[0] and len(event.value) > MAX_DIGITS and _INTEGER.match(event.value):
+                raise _refusal(f"a number of more than {MAX_DIGITS} digits", event.start_mark)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:  # libyaml's loader has no limit of its own
             raise _refusal(f"nested more than {MAX_DEPTH} deep", event.start_mark)
 
 
+_YAML = "tag:yaml.org,2002:"
+_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]{3})*)\Z")
+_FLOAT = re.compile(
+    r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?\Z"  # 0.5
+    r"|[-+]?[0-9]+[eE][-+]?[0-9]+\Z"  # 1e-3
+    r"|[-+]?\.(?:inf|Inf|INF)\Z|\.(?:nan|NaN|NAN)\Z"
+)
+
+
 class _PlainLoader(_SafeLoader):
-    """SafeLoader that also refuses duplicate keys, and keys that are no texts (JSON has only these)."""
+    """SafeLoader that also refuses duplicate keys, and keys that are no texts (JSON has only these).
+
+    Numbers are those of YAML 1.2 and 1_000_000: 1e-3 is one, and 010 (8 in YAML 1.1), 1:30 (90) and dates are texts.
+    """
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {
+        first: [one for one in known if one[0] not in (f"{_YAML}int", f"{_YAML}float", f"{_YAML}timestamp")]
+        for first, known in _SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.tag != "tag:yaml.org,2002:str":
+            if key.tag != f"{_YAML}str":
                 raise _refusal(f"expected a text as key, got {key.value[:64]}; put it in quotes", key.start_mark)
             if key.value in seen:
-                raise _refusal(f"key {key.value!r} twice", key.start_mark)
+                raise _refusal(f"key {key.value[:64]!r} twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
+
+
+_PlainLoader.add_implicit_resolver(f"{_YAML}int", _INTEGER, list("-+0123456789"))
+_PlainLoader.add_implicit_resolver(f"{_YAML}float", _FLOAT, list("-+.0123456789"))
 
 
 def _refusal(message: str, mark: Any) -> yaml.YAMLError:
@@ -205,17 +206,13 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and -MAX_NUMBER <= value <= MAX_NUMBER
 
 
-def _number_hint(value: Any) -> str:
-    return "YAML reads 1e-3 as text; write 1.0e-3." if isinstance(value, str) else ""
-
-
 _TEXT_HINT = f"At most {MAX_TEXT} printable characters."
 Line = Annotated[str, checked(lambda value: _is_line(value, MAX_TEXT), "one line of text", _TEXT_HINT)]
 Key = Annotated[str, checked(lambda value: _is_line(value, 64), "a text as key", "At most 64 printable characters.")]
 Name = Annotated[str, checked(_is_name, "a name", "Up to 64 letters, digits and underscores, a letter first.")]
 Count = Annotated[int, at_least(1)]
-Real = Annotated[float, checked(_is_number, "a number", _number_hint)]
-Positive = Annotated[float, checked(lambda value: _is_number(value) and value > 0, "a number above 0", _number_hint)]
+Real = Annotated[float, checked(_is_number, "a number")]
+Positive = Annotated[float, checked(lambda value: _is_number(value) and value > 0, "a number above 0")]
 
 
 class Stored:
@@ -274,7 +271,7 @@ def _explain(kind: Any, error: Mapping[str, Any]) -> str:
         place = place[:-1]
     if what == "value_error":
         return _mismatch(error["ctx"]["error"], place, value)
-    return f"{_path(place)}expected {_expected(kind, place, error)}, got {_brief(value)}"
+    return f"{_path(place)}expected {_expected(kind, place, error)}, got {brief(value)}"
 
 
 def _mismatch(failure: ValueError, place: tuple[str | int, ...], value: Any) -> str:
@@ -282,7 +279,7 @@ def _mismatch(failure: ValueError, place: tuple[str | int, ...], value: Any) -> 
         return f"{_path(place)}{failure}"
     for key in failure.at:
         value = value[key]
-    return f"{_path(place + failure.at)}expected {failure.expected}, got {_brief(value)}. {failure.hint}"
+    return f"{_path(place + failure.at)}expected {failure.expected}, got {brief(value)}. {failure.hint}"
 
 
 def _expected(kind: Any, place: tuple[str | int, ...], error: Mapping[str, Any]) -> str:
@@ -330,12 +327,6 @@ def _path(place: tuple[str | int, ...]) -> str:
             name = step if step.isprintable() else ascii(step)
             text += f".{name[:64]}" if text else name[:64]
     return f"{text}: " if text else ""
-
-
-def _brief(value: object) -> str:
-    """Return a value for a message; a damaged file may hold a very long one."""
-    text = reprlib.repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def nearest(name: object, valid: Collection[str]) -> str:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from data_pipeline.files import UserError
+from data_pipeline.files import UserError, printable
 
 DASH = "-"
 LATEX_ESCAPES = {char: "\\" + char for char in "&%$#_{}"}
 LATEX_ESCAPES |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+MARKDOWN_ESCAPES = {"|": "\\|", "<": "&lt;", "[": "\\[", "]": "\\]"}
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,21 @@ def cell_text(cell: Cell, percent: bool = False) -> str:
     return f"{100 * cell:+.0f}%" if percent and cell is not None else format_number(cell)
 
 
+def one_line(text: str) -> str:
+    """Return a text without line breaks and control characters."""
+    return printable(" ".join(text.split()) if not text.isprintable() else text)
+
+
+def escape_latex(text: str) -> str:
+    """Return a text that LaTeX prints as it is, and neither runs nor breaks."""
+    return "".join(LATEX_ESCAPES.get(char, char) for char in one_line(text))
+
+
+def escape_markdown(text: str) -> str:
+    """Return a text that is no HTML, link or new line in Markdown; backquotes still mark code."""
+    return "".join(MARKDOWN_ESCAPES.get(char, char) for char in one_line(text))
+
+
 def plain(head: Sequence[str], rows: Sequence[Sequence[Cell]], text_columns: Container[str]) -> str:
     """Return an aligned table without rules; the columns named in `text_columns` are aligned to the left."""
     lines = _aligned([head, *rows], [name in text_columns for name in head])
@@ -99,7 +115,7 @@ def plain(head: Sequence[str], rows: Sequence[Sequence[Cell]], text_columns: Con
 def markdown(head: Sequence[str], rows: Sequence[Sequence[Cell]], num_text_columns: int = 1) -> str:
     """Return a Markdown table padded to equal widths; the first columns are aligned to the left, the others right."""
     left = [column < num_text_columns for column in range(len(head))]
-    escaped = [[cell_text(cell).replace("|", "\\|") for cell in row] for row in [head, *rows]]
+    escaped = [[escape_markdown(cell_text(cell)) for cell in row] for row in [head, *rows]]
     first, *others = _aligned(escaped, left)
     dashes = ["-" * (len(cell) + 1) for cell in first]
     rules = [f":{dash}" if to_left else f"{dash}:" for dash, to_left in zip(dashes, left, strict=True)]
@@ -118,9 +134,11 @@ def _aligned(rows: Sequence[Sequence[Cell]], left: Sequence[bool]) -> list[list[
 
 
 def _markdown(document: Document) -> str:
-    parts = [document.about]
-    parts += [f"### {table.title}\n\n{markdown(table.head, table.text_rows())}" for table in document.tables]
-    parts += ["\n".join(f"- {note}" for note in document.notes)] if document.notes else []
+    parts = [escape_markdown(document.about)]
+    parts += [
+        f"### {escape_markdown(table.title)}\n\n{markdown(table.head, table.text_rows())}" for table in document.tables
+    ]
+    parts += ["\n".join(f"- {escape_markdown(note)}" for note in document.notes)] if document.notes else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -161,22 +179,19 @@ def _value(cell: Cell) -> str | int | float | None:
 
 def _latex(document: Document) -> str:
     """One table environment for each table, for the package booktabs."""
-    parts = [f"% {document.about}", *map(_latex_table, document.tables)]
-    parts += ["\n".join(f"% {note}" for note in document.notes)] if document.notes else []
+    parts = [f"% {one_line(document.about)}", *map(_latex_table, document.tables)]
+    parts += ["\n".join(f"% {one_line(note)}" for note in document.notes)] if document.notes else []
     return "\n\n".join(parts) + "\n"
 
 
 def _latex_table(table: Table) -> str:
-    def escaped(text: str) -> str:
-        return "".join(LATEX_ESCAPES.get(char, char) for char in text)
-
     def line(cells: Sequence[str]) -> str:
-        return " & ".join("--" if cell == DASH else escaped(cell) for cell in cells) + r" \\"
+        return " & ".join("--" if cell == DASH else escape_latex(cell) for cell in cells) + r" \\"
 
     body = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{escaped(table.title)}}}",
+        rf"\caption{{{escape_latex(table.title)}}}",
         rf"\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}",
         r"\toprule",
         line(table.head),

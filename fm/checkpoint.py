@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as serialize_tensors
 
-from data_pipeline.files import TEMPORARY_SUFFIX, UserError, atomic_path, remove, sha256
+from data_pipeline.files import TEMPORARY_SUFFIX, UserError, atomic_path, inside, remove, sha256
 from data_pipeline.workers import Threads
 from fm.config import changed_settings
 from fm.model import files
@@ -50,8 +50,11 @@ def _user_errors(prefix: str = "") -> Iterator[None]:
 
 
 def list_checkpoints(root: Path) -> dict[int, Path]:
-    """Return step -> folder of the checkpoints under `root`, newest first, whole or not."""
-    if not root.is_dir():
+    """Return step -> folder of the checkpoints under `root`, newest first, whole or not.
+
+    UserError if `root` is a link out of the run: old checkpoints there would be deleted.
+    """
+    if not inside(root.parent, root.name).is_dir():
         return {}
     found = [p for p in root.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()]
     return dict(sorted(((int(p.name.removeprefix("step_")), p) for p in found), reverse=True))
@@ -66,7 +69,7 @@ def newest_checkpoint(root: Path, report: Callable[[str], None]) -> Path | None:
     found = list_checkpoints(root)
     for path in found.values():
         try:
-            verify_checkpoint(path)
+            verify_checkpoint(inside(root, path.name))
         except UserError as error:
             report(f"skipping a damaged checkpoint: {error}")
         else:
@@ -91,7 +94,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """Return a checkpoint's state.json. UserError if it is missing, not JSON, or of another format version."""
     file = path / STATE_FILE
     try:
-        state = json.loads(file.read_text())
+        state = json.loads(files.path_inside(path, STATE_FILE).read_text())
         version = state["format_version"]
         listing = files.read_listing(file, state)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import UserError, write_whole
+from data_pipeline.files import UserError, printable_stdout, write_whole
 from fm.parser import PARSER, arg, command
 
 
@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = PARSER.parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
     try:
-        return options.command(options) or 0
+        with printable_stdout():
+            return options.command(options) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

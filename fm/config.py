@@ -10,21 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.files import UserError
+from data_pipeline.files import UserError, brief, file_name
+from data_pipeline.schema import parse_yaml, read_text
 from data_pipeline.windows.streaming import StreamSettings
 from fm.model.baselines import BaselineConfig
-from fm.model.spec import STRICT, ModelConfig, explain
+from fm.model.spec import STRICT, ModelConfig, from_plain
 
 # A recipe is YAML that is also a Python program (fm/recipe.py), by these lines around it.
 FIRST_LINE = 'launch: 0; from fm.recipe import run; run(__file__); r"""'
@@ -37,7 +30,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 class RunSettings:
     """Name, place and seed of a run."""
 
-    name: str  # also the default folder: runs/<name>
+    name: Annotated[str, AfterValidator(file_name)]  # also the default folder: runs/<name>
     dir: str | None = None  # run directory; null means runs/<name>
     seed: int = 0  # initialization, sampling and teacher-forcing coins are functions of it
     # end the process after this step, with a checkpoint; train.steps stays the run's length
@@ -335,27 +328,36 @@ class Recipe:
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply dotted overrides and check everything."""
-    try:
-        document = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(document, dict):
-        sections = ", ".join(one.name for one in fields(Recipe))
-        raise UserError(f"{path}: expected a mapping with the sections {sections}, got {document!r}")
-    document.pop("launch", None)
+    document = read_recipe(path)
     for override in overrides:
         _apply_override(document, override)
     return resolve(document, str(path))
 
 
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return the sections of a recipe's file, unchecked. UserError if launching it would run anything but `run`."""
+    raw = read_text(path)
+    lines = raw.replace(b"\r\n", b"\n").rstrip(b"\n").split(b"\n")
+    for which, found, expected in (("first", lines[0], FIRST_LINE), ("last", lines[-1], LAST_LINE)):
+        if found != expected.encode():
+            raise UserError(f"{path}: expected as its {which} line {expected}, got {brief(found)}. {_CODE}")
+    if b'"""' in b"".join(lines[1:-1]):
+        raise UserError(f'{path}: expected """ in the first and the last line only. {_CODE}')
+    sections: dict[str, Any] = parse_yaml(raw, str(path))  # a mapping, since the first line is a key
+    return {key: part for key, part in sections.items() if key != "launch"}
+
+
+_CODE = (
+    "Launched, other lines would run as Python: copy both from recipes/quickstart.yaml, and launch no stranger's file"
+)
+
+
 def resolve(document: dict[str, Any], where: str) -> Recipe:
     """Return a checked Recipe of nested dicts. UserError as of `load_recipe`; `where` names the source in messages."""
     try:
-        return TypeAdapter(Recipe).validate_python(document)
-    except ValidationError as error:
-        raise UserError(f"{where}: {explain(error, Recipe)}") from error
+        return from_plain(Recipe, document)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -383,12 +385,10 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _apply_override(document: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
+    where = f"override {brief(override)}"
     if not separator or not key or key.startswith("-"):
-        raise UserError(f"override {override!r}: expected section.key=value, such as train.steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        raise UserError(f"{where}: expected section.key=value, such as train.steps=100")
+    value = parse_yaml(text.encode(errors="surrogateescape"), where)
     *sections, last = key.split(".")
     node = document
     for section in sections:
@@ -396,5 +396,5 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
             node[section] = {}
         node = node[section]
         if not isinstance(node, dict):
-            raise UserError(f"override {override!r}: {section} is not a section")
+            raise UserError(f"{where}: {section} is not a section")
     node[last] = value

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.files import UserError
+from data_pipeline.files import UserError, printable_stdout
 from fm.config import load_recipe
 from fm.distributed import EXIT_LOST, EXIT_USER_ERROR, ProcessLost, launch
 from fm.training.trainer import train
@@ -29,8 +29,9 @@ def main(path: str, overrides: Sequence[str], processes: int = 1) -> int:
         print(f"usage: accelerate launch {path} [section.key=value ...]\n\n{Path(path).read_text()}")
         return 0
     try:
-        recipe = load_recipe(Path(path), overrides)
-        return train(recipe) if processes == 1 else launch(processes, ["train", path, *overrides])
+        with printable_stdout():
+            recipe = load_recipe(Path(path), overrides)
+            return train(recipe) if processes == 1 else launch(processes, ["train", path, *overrides])
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR

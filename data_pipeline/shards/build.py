@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline import __version__
-from data_pipeline.files import TEMPORARY_SUFFIX, UserError, only_process, write_whole
+from data_pipeline.files import TEMPORARY_SUFFIX, UserError, inside, only_process, read_json, write_whole
 from data_pipeline.registry import Card, Channel, Registry, load_registry
 from data_pipeline.remote import is_url
-from data_pipeline.schema import canonical, read_json, validate
+from data_pipeline.schema import canonical, validate
 from data_pipeline.shards.audit import condense, merge, split_findings
 from data_pipeline.shards.convert import PARTIAL, ShardRecord, ShardTask, saved_record, write_shard
 from data_pipeline.shards.format import MANIFEST_NAME, SKIPPABLE, Finding, Manifest, usable_segments
@@ -69,6 +69,8 @@ def build_shards(
         raise UserError(f"{out}: expected a local folder for the shards; upload them when they are whole")
     out, jobs, registry = Path(out), jobs or available_cores(), registry or load_registry()
     plans = plan_all(well, out, datasets, splits, settings, registry)
+    for plan in plans:
+        inside(out, plan.folder.relative_to(out))
     with only_process(out, "`data-pipeline shard`"):
         done = {plan.folder: built for plan in plans if (built := _reuse(plan, chosen)) is not None}
         pending = [plan for plan in plans if plan.folder not in done]

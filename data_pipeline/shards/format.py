@@ -17,10 +17,10 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from data_pipeline.files import UserError, write_whole
+from data_pipeline.files import UserError, brief, parse_json, read_json, write_whole
 from data_pipeline.registry import Boundary
 from data_pipeline.remote import RemoteFile
-from data_pipeline.schema import Strict, canonical, digest, parse_json, read_json, validate
+from data_pipeline.schema import NAME, Strict, canonical, digest, validate
 from data_pipeline.well.stats import DELTA_STATISTICS, VALUE_STATISTICS
 
 KINDS = {  # in the order of reports
@@ -253,6 +253,8 @@ def _checks(manifest: Manifest) -> Iterator[tuple[bool, str]]:
     """Yield what must hold, with the message if it does not; a condition may rely on those before it."""
     state, channels = manifest.state_channels, manifest.state_channels + manifest.constant_channels
     yield len(state) > 0, "state_channels is empty"
+    for name in (manifest.dataset, *channels):  # they are printed, and name files
+        yield NAME.fullmatch(name) is not None, f"expected a name of letters, digits and _, got {brief(name)}"
     yield len(set(channels)) == len(channels), f"a channel is listed twice: {', '.join(channels)}"
     yield min(manifest.grid) >= 1, f"grid: expected positive sizes, got {manifest.grid}"
     yield manifest.frames_per_chunk >= 1, "frames_per_chunk: expected at least 1"

@@ -14,7 +14,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from data_pipeline.files import UserError
+from data_pipeline.files import UserError, printable
 from data_pipeline.registry import BOUNDARY_TYPES, Boundary
 from data_pipeline.remote import RemoteFile, RemoteFolder, is_url
 
@@ -113,9 +113,12 @@ def _check_hard_link(parent: h5py.Group, name: str, where: str) -> None:
 
 
 def texts(attribute: object) -> list[str]:
-    """Return the texts of an attribute that holds one or a list; HDF5 libraries write them as str or as bytes."""
+    """Return the texts of an attribute that holds one or a list; HDF5 libraries write them as str or as bytes.
+
+    Their control characters become escapes: the texts are printed, and become names of files.
+    """
     items = np.atleast_1d(np.asarray(attribute, dtype=object))
-    return [item.decode(errors="replace") if isinstance(item, bytes) else str(item) for item in items]
+    return [printable(item.decode(errors="replace") if isinstance(item, bytes) else str(item)) for item in items]
 
 
 def check_extent(data: h5py.Dataset, where: str) -> None:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import yaml
 
 from data_pipeline.files import UserError
 from data_pipeline.registry import Card
+from data_pipeline.schema import parse_yaml
 from data_pipeline.well.hdf5 import WellFile, block_frames
 from data_pipeline.well.layout import File, read_small
 
@@ -156,12 +156,7 @@ def parse_stats(path: File) -> Any:
 
     Aliases are allowed, for PyYAML writes them.
     """
-    text = read_small(path)
-    try:
-        return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (yaml.YAMLError, RecursionError, ValueError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path}: not a YAML file ({reason}); remove it to have the statistics computed") from error
+    return parse_yaml(read_small(path), str(path), aliases=True, hint="; remove it to have the statistics computed")
 
 
 def _leaves(value: object, depth: int = 0) -> Iterator[Any]:

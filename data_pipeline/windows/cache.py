@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.files import UserError, is_disk_full, reason_and_remedy, sha256_file, sync
+from data_pipeline.files import UserError, inside, is_disk_full, reason_and_remedy, sha256_file, sync
 
 _NAME = re.compile(r"[0-9a-f]{64}(?:-\d{1,20}-\d{1,20})?")
 _PART = re.compile(rf"({_NAME.pattern})\.(\d{{1,20}})\.part")
@@ -175,6 +175,7 @@ class BlobCache:
         try:
             if not folders[-1].is_dir():
                 for folder in folders:
+                    inside(self.folder, folder.name)
                     folder.mkdir(parents=True, exist_ok=True)
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:

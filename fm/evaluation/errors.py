@@ -9,6 +9,7 @@ stands for trajectories, S for steps, and C for state channels.
 """
 
 import json
+import math
 import re
 import zipfile
 import zlib
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.files import UserError, atomic_file
+from data_pipeline.files import UserError, atomic_file, brief
 from fm.evaluation.protocol import Protocol
 
 FORMAT = 3  # 3: the linear stencil; 2: the grid of each dataset
@@ -34,6 +35,8 @@ PICTURES = ("overview", "growth", "spectra")  # of all datasets; a picture of on
 # Raised by numpy, zipfile, and the functions that unpack their arrays, when a file is damaged.
 DAMAGED: tuple[type[Exception], ...] = (AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError)
 DAMAGED += (ValueError, zipfile.BadZipFile, zlib.error)
+SPARE_BYTES = 2**28  # that the arrays of an .npz may have beyond twice its size: fields are compressed
+MAX_EMPTY_SIDE = 2**20  # of an array without numbers
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
@@ -155,14 +158,40 @@ class ErrorFile:
             return cls(Protocol.from_json(head["protocol"]), datasets, head["origin"])
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an .npz by name; one of DAMAGED if it is another file, or declares more than it holds.
+
+    The sizes in the headers are compared before memory is allocated: NumPy allocates what a header says.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    arrays: dict[str, np.ndarray] = {}
+    room = 2 * path.stat().st_size + SPARE_BYTES
+    with zipfile.ZipFile(path) as file:
+        for entry in file.infolist():
+            room -= entry.file_size
+            name = entry.filename.removesuffix(".npy")
+            if name in arrays or room < 0:
+                raise ValueError(f"{brief(entry.filename)}: it is there twice, or larger than its file")
+            with file.open(entry) as member:
+                if np.lib.format.read_magic(member) != (1, 0):
+                    raise ValueError(f"{brief(entry.filename)}: expected an array in NPY format 1.0")
+                shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+                size = entry.file_size - member.tell()
+                if math.prod(shape) * dtype.itemsize != size or max(shape, default=0) > size + MAX_EMPTY_SIDE:
+                    raise ValueError(f"{brief(entry.filename)}: {shape} of {dtype} is not what the file holds")
+            with file.open(entry) as member:
+                arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+    return arrays
+
+
 @contextmanager
 def stored_arrays(
     path: Path, name: str, versions: Collection[int]
 ) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
     """Give the head and the arrays of an .npz of these formats; UserError if it is damaged, as the block may find."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
+        arrays = read_arrays(path)
         head = json.loads(str(arrays["head"]))
         if head["format"] not in versions:
             raise ValueError(f"format {head['format']}, not {' or '.join(map(str, versions))}")

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from data_pipeline.files import UserError, only_process, sha256
+from data_pipeline.files import UserError, inside, only_process, sha256
 from data_pipeline.registry import Domain, Registry, load_folders, packaged_folder, user_folders
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
@@ -46,7 +46,7 @@ from fm.evaluation.samples import Sample
 from fm.evaluation.scores import SCORES_FILE, Scores, score
 from fm.evaluation.stencil_choice import DatasetStencils, linear_stencils
 from fm.evaluation.tables import score_table
-from fm.model.files import CARDS, RECIPE_FILE, is_exported
+from fm.model.files import CARDS, EXPORT_FILE, RECIPE_FILE, is_exported
 from fm.model.surrogate import Surrogate
 
 BATCH_SIZE = 8
@@ -83,6 +83,8 @@ class TrainedModel:
             shards = facts["shards"]
             lineage, license = {"pretrained": recipe.finetune.pretrained} if recipe.finetune else {}, None
         model = load_pretrained(folder)
+        if is_exported(folder) and shards.keys() != model.specs.keys():
+            raise UserError(f"{folder / EXPORT_FILE}: expected the model's datasets, {', '.join(model.specs)}")
         return cls(folder, report, facts["step"], weights, recipe, model, shards, lineage, license)
 
     def card_folders(self) -> list[Traversable]:
@@ -136,7 +138,7 @@ def evaluate_run(
     chosen = load_protocol(protocol or trained.recipe.validation.protocol).for_context(trained.model.context)
     chosen = replace(chosen, split=split or chosen.split, one_step_windows=windows or chosen.one_step_windows)
     readers = trained.readers(sorted(trained.model.specs), chosen.split, shards)
-    out = out or trained.report
+    out = out or inside(trained.report.parent, trained.report.name)
     with detect_lost_processes(), StopSignal().listen(at_once=True):
         accelerator = make_accelerator(trained.recipe.train.clip)  # nothing is clipped, but DeepSpeed needs the value
         log = print if accelerator.is_main_process else lambda text: None

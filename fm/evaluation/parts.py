@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.files import UserError, atomic_file, write_whole
+from data_pipeline.files import UserError, atomic_file, inside, write_whole
 from data_pipeline.windows.reader import ShardReader
-from fm.evaluation.errors import DAMAGED
+from fm.evaluation.errors import DAMAGED, read_arrays
 from fm.evaluation.measure import FrameErrors, one_step_windows, rollout_batches, rollout_steps
 from fm.evaluation.protocol import Protocol
 
@@ -93,6 +93,7 @@ class PartFolder:
         found = self._read_identity()
         if found == self.identity:
             return
+        inside(self.folder.parent, FOLDER)
         if found is not None:
             print(f"{self.folder}: removing what another evaluation left (other {self._differences(found)})")
         remove_parts(self.folder.parent)
@@ -123,8 +124,7 @@ class PartFolder:
         """Return the measurements of a part, or None if it has no file; a damaged file is reported and removed."""
         file = self._file(part)
         try:
-            with np.load(file, allow_pickle=False) as stored:
-                errors = FrameErrors(**stored)
+            errors = FrameErrors(**read_arrays(file))
             if not len(errors.trajectories) == len(errors.steps) == len(errors.values):
                 raise ValueError("its arrays differ in length")
             if len(errors.steps) != part.frames:
@@ -164,7 +164,7 @@ class PartFolder:
 
 def remove_parts(out: Path) -> None:
     """Remove the parts of a report that is complete, or of another evaluation; files of the user's stay."""
-    folder = out / FOLDER
+    folder = inside(out, FOLDER)
     (folder / IDENTITY).unlink(missing_ok=True)  # first, since parts without an identity are never read
     for file in folder.iterdir() if folder.is_dir() else ():
         if _OURS.fullmatch(file.name):

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from PIL import Image
 
@@ -103,7 +104,10 @@ def log_ticks(axis: Any, subs: Sequence[float] = (1, 3)) -> None:
 
 
 def rasterize(figure: Figure, dpi: int) -> Image.Image:
-    """Return the figure as an RGB image."""
+    """Return the figure as an RGB image. Names are drawn as they are: a dollar sign in one begins no formula."""
+    for text in figure.findobj(Text):
+        if text.get_text():  # those of ticks come later, and may be formulas
+            text.set_parse_math(False)
     figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

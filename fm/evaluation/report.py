@@ -20,7 +20,7 @@ import matplotlib
 import numpy as np
 import yaml
 
-from data_pipeline.files import UserError, write_whole
+from data_pipeline.files import UserError, inside, write_whole
 from data_pipeline.tables import Cell, Table, render
 from fm.evaluation.errors import BASELINES, ERRORS_FILE, ErrorFile, find_errors
 from fm.evaluation.page import PAGE, Block, Code, Facts, PageTable, Paragraph, Picture, Section, render_page
@@ -38,6 +38,7 @@ ZOOM = 0.7  # a page has 96 pixels an inch; the text in pictures should stay rea
 def write_report(out: Path, errors: ErrorFile, scores: Scores, samples: Sequence[Sample]) -> None:
     """Write the report of an evaluation into `out`; an older scores.json is removed first."""
     out.mkdir(parents=True, exist_ok=True)
+    inside(out, "pictures")
     (out / SCORES_FILE).unlink(missing_ok=True)
     errors.save(out / ERRORS_FILE)
     save_samples(out / SAMPLES_FILE, samples)

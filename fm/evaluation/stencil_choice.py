@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data_pipeline.files import UserError, atomic_file, sha256
 from data_pipeline.windows.reader import ShardReader
 from fm.distributed import precision
-from fm.evaluation.errors import DAMAGED, StencilChoice
+from fm.evaluation.errors import DAMAGED, StencilChoice, read_arrays
 from fm.evaluation.protocol import Protocol
 from fm.evaluation.samples import evenly_spaced
 from fm.evaluation.scores import aggregate
@@ -216,13 +216,13 @@ def load(file: Path, key: str, train: ShardReader) -> DatasetStencils | None:
         return Stencil(tuple(weights), tuple(biases), StencilScales.of(manifest), periodic_axes(manifest))
 
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            head = json.loads(str(arrays["head"]))
-            found, choice = head["key"], StencilChoice(**head["choice"])
-            tasks = {
-                "one_step": stencil(arrays, "one_step", choice.one_step_frames),
-                "rollout": stencil(arrays, "rollout", choice.rollout_frames),
-            }
+        arrays = read_arrays(file)
+        head = json.loads(str(arrays["head"]))
+        found, choice = head["key"], StencilChoice(**head["choice"])
+        tasks = {
+            "one_step": stencil(arrays, "one_step", choice.one_step_frames),
+            "rollout": stencil(arrays, "rollout", choice.rollout_frames),
+        }
     except DAMAGED:
         return None
     return DatasetStencils(**tasks, choice=choice, key=key) if found == key else None

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FormatStrFormatter
 
-from data_pipeline.files import UserError, write_whole
+from data_pipeline.files import UserError, brief, write_whole
+from data_pipeline.schema import parse_yaml
 from data_pipeline.tables import Document, Marked, Table, render
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
@@ -190,7 +190,7 @@ def _checked_overrides(overrides: Sequence[str]) -> dict[str, Any]:
                 f"override {override!r}: few-shot names and places its runs, chooses their data itself, and lets all "
                 "parts of the model move"
             )
-        given[key] = yaml.safe_load(text)
+        given[key] = parse_yaml(text.encode(errors="surrogateescape"), f"override {brief(override)}")
     return given
 
 

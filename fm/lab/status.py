@@ -11,10 +11,9 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-import yaml
-
-from data_pipeline.files import UserError
+from data_pipeline.files import UserError, inside
 from fm.checkpoint import list_checkpoints, read_state
+from fm.config import read_recipe
 from fm.training.runlog import is_alive, parse_lines
 
 NUM_RATE_LINES = 20  # pace lines of the present process that the rate is measured over
@@ -70,6 +69,8 @@ def read_status(run: Path) -> RunStatus:
             f"{run}: not a run directory, it has no recipe.yaml. Expected one such as runs/quickstart (run.dir, or "
             "runs/<run.name>); a run makes it when its first step begins."
         )
+    for name in ("recipe.yaml", "log.jsonl", "events.jsonl", "run.json"):
+        inside(run, name)
     problems: list[str] = []
     recipe = _read_recipe(run / "recipe.yaml", problems)
     steps = recipe.get("train", {}).get("steps")
@@ -160,12 +161,12 @@ def _validation_lines(line: Mapping[str, Any] | None) -> list[str]:
 def _read_recipe(file: Path, problems: list[str]) -> dict[str, Any]:
     """Return the sections of recipe.yaml, unchecked, so that the recipe of another version can be read too."""
     try:
-        document = yaml.safe_load(file.read_text())
+        document = read_recipe(file)
         sections = {name: part for name, part in document.items() if isinstance(part, dict)}
-        if not isinstance(sections["train"]["steps"], int):
-            raise TypeError("train.steps is not a whole number")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        problems.append(f"recipe.yaml: cannot be read ({type(error).__name__}); the length of the run is not known")
+        if type(sections["train"]["steps"]) is not int:
+            raise UserError(f"{file}: train.steps: expected a whole number")
+    except (UserError, KeyError) as error:
+        problems.append(f"recipe.yaml: cannot be read ({error}); the length of the run is not known")
         return {}
     return sections
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_pipeline.files import UserError, write_whole
+from data_pipeline.files import UserError, read_json, write_whole
 from data_pipeline.remote import is_url
 from data_pipeline.schema import (
     Count,
@@ -24,7 +24,6 @@ from data_pipeline.schema import (
     checked,
     checked_list,
     nearest,
-    read_json,
     read_yaml,
     validate,
 )

@@ -68,7 +68,7 @@ class Constraints(nn.Module):
         self.bounded = any(limit is not None for pair in limits for limit in pair)
         for name, side, missing in (("lowest", 0, -torch.inf), ("highest", 1, torch.inf)):
             values = [missing if pair[side] is None else pair[side] for pair in limits]
-            bounds = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) - mean) / std
+            bounds = (torch.tensor(values, dtype=torch.float64, device="cpu").view(-1, 1, 1) - mean) / std
             self.register_buffer(name, bounds.float(), persistent=False)
         self.register_buffer("mean", mean.float(), persistent=False)
         self.register_buffer("std", std.float(), persistent=False)

@@ -9,18 +9,33 @@ model card, also in the browser. fm/checkpoint.py checks checkpoints by the same
 """
 
 import json
-import shutil
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import torch
+from pydantic import AfterValidator, Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from data_pipeline.files import sha256_file
+from data_pipeline.files import (
+    UserError,
+    atomic_file,
+    brief,
+    file_name,
+    inside,
+    parse_json,
+    read_plain_file,
+    sha256,
+    sha256_file,
+    shortened,
+)
+from fm.model.spec import from_plain
 
 MODEL_FILE = "model.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -38,42 +53,84 @@ RECIPE_FILE = "recipe.yaml"
 SCORES_FILE = "scores.json"
 CARDS = "cards"  # a registry folder, which load_folders reads
 EXPORT_FORMAT = 1
-EXPORT_KEYS = ("name", "step", "licence", "datasets", "lineage")
+Made = TypeVar("Made", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class ListedFile:
     """Size and digest of a file, as artefact.json and a checkpoint's state.json hold them."""
 
-    bytes: int
+    bytes: Annotated[int, Field(ge=0)]
     sha256: str
 
 
-_LISTING = TypeAdapter(dict[str, ListedFile])
+@dataclass(frozen=True)
+class Listing:
+    """The part of artefact.json or state.json that lists the other files of the folder."""
+
+    files: dict[str, ListedFile]
+
+
+@dataclass(frozen=True)
+class _ExportedDataset:
+    shards: str | None
+
+
+@dataclass(frozen=True)
+class _Lineage:
+    added: list[str] = field(default_factory=list)
+    model: str = ""
+    earlier: "_Lineage | None" = None
+
+
+@dataclass(frozen=True)
+class _ExportFacts(Listing):
+    """What is read of artefact.json; it holds more."""
+
+    name: Annotated[str, AfterValidator(file_name)]  # a report's folder is called after it
+    step: Annotated[int, Field(ge=0)]
+    licence: str
+    datasets: dict[str, _ExportedDataset]
+    lineage: _Lineage
+
+
+@contextmanager
+def _value_errors() -> Iterator[None]:
+    """Raise the UserError of a block as ValueError: the callers of a model's Python interface expect that."""
+    try:
+        yield
+    except UserError as error:
+        raise ValueError(str(error)) from error
+
+
+def path_inside(folder: Path, name: str) -> Path:
+    """Return the path of a file in a model's folder. ValueError if the name or a link leads out of the folder."""
+    with _value_errors():
+        return inside(folder, name)
 
 
 def read_listing(file: Path, content: Any) -> dict[str, ListedFile]:
     """Return `files` of a JSON file's content. ValueError if it is none, or names a path outside the file's folder."""
     try:
-        listing = _LISTING.validate_python(content["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: expected a list of files with their sizes and SHA-256, got {error!r}") from error
+        listing = from_plain(Listing, content).files
+    except ValueError as error:
+        raise ValueError(f"{file}: expected a list of files with their sizes and SHA-256: {error}") from error
     for name in listing:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name:
-            raise ValueError(f"{file}: expected paths inside {file.parent}, got {name!r}")
+        path_inside(file.parent, name)
     return listing
 
 
 def verify_files(file: Path, content: Any, names: Collection[str] | None = None, remedy: str = "") -> None:
     """Compare the files beside `file`, all or those in `names`, with their sizes and digests in its content.
 
-    ValueError, ending with `remedy`, names the first one that differs or is missing.
+    ValueError, ending with `remedy`, names the first one that differs, is missing or is not listed.
     """
-    for name, listed in read_listing(file, content).items():
-        if names is not None and name not in names:
-            continue
+    listing = read_listing(file, content)
+    for name in listing if names is None else names:
         path = file.parent / name
+        if name not in listing:
+            raise ValueError(f"{path}: expected a file that {file.name} lists, with its SHA-256{remedy}")
+        listed = listing[name]
         if not path.is_file() or path.stat().st_size != listed.bytes:
             size = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
             raise ValueError(f"{path}: expected {listed.bytes} bytes, found {size}{remedy}")
@@ -81,16 +138,19 @@ def verify_files(file: Path, content: Any, names: Collection[str] | None = None,
             raise ValueError(f"{path}: its bytes differ from the SHA-256 in {file.name}{remedy}")
 
 
-def _read_json(file: Path, number: int, what: str) -> dict[str, Any]:
+def _read_json(folder: Path, name: str, number: int, what: str) -> dict[str, Any]:
     """Return the JSON object of a file, `what` in words, of format `number`. ValueError for anything else."""
+    file = path_inside(folder, name)
     try:
-        content = json.loads(file.read_text())
+        with _value_errors():
+            content = parse_json(read_plain_file(file.resolve()), str(file))
         found = content["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{file}: expected {what} with a format, got {error!r}") from error
-    if found != number:
+    if type(found) is not int or found != number:
         raise ValueError(
-            f"{file} has format {found}, this version reads {number}; install the version of the project that wrote it"
+            f"{file} has format {brief(found)}, this version reads {number}; install the version of the project that "
+            "wrote it"
         )
     return content
 
@@ -108,12 +168,15 @@ def read_exported(folder: Path) -> dict[str, Any]:
     file = folder / EXPORT_FILE
     if not file.is_file():
         raise FileNotFoundError(f"no {EXPORT_FILE} in {folder}: expected a folder that `fm export` wrote")
-    content = _read_json(file, EXPORT_FORMAT, "a list of files")
+    content = _read_json(folder, EXPORT_FILE, EXPORT_FORMAT, "a list of files")
     files = read_listing(file, content)
-    missing = [name for name in EXPORT_KEYS if name not in content]
-    missing += [name for name in (MODEL_FILE, WEIGHTS_FILE) if name not in files]
+    missing = [name for name in (MODEL_FILE, WEIGHTS_FILE) if name not in files]
     if missing:
         raise ValueError(f"{file}: it is incomplete, {', '.join(missing)} is missing")
+    try:
+        from_plain(_ExportFacts, content)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     return content
 
 
@@ -123,32 +186,39 @@ def verify_exported(folder: Path, names: Collection[str] | None = None) -> dict[
     Errors as of `read_exported` and `verify_files`.
     """
     content = read_exported(folder)
+    if names is None:
+        cards = (path.relative_to(folder).as_posix() for path in (folder / CARDS).rglob("*.yaml"))
+        surplus = [name for name in (*cards, RECIPE_FILE) if name not in content["files"] and (folder / name).exists()]
+        if surplus:
+            raise ValueError(f"{folder / surplus[0]}: {EXPORT_FILE} does not list it; remove it, or export again")
     checked = content["files"].keys() - {CARD_FILE} if names is None else names
     verify_files(folder / EXPORT_FILE, content, checked, remedy="; fetch or export it again")
     return content
 
 
-def copy_companions(origin: Path | None, folder: Path) -> None:
-    """After weights were saved to `folder`: make the files beside them (cards, scores, pictures) belong to them.
-
-    Files that an earlier export of other weights left in `folder` are deleted. Files that `origin` lists are copied, if
-    `origin` was exported with the same weights. Errors as of `read_exported`, and FileNotFoundError for a listed file
-    that is missing.
-    """
-    weights = sha256_file(folder / WEIGHTS_FILE)
-    if is_exported(folder):
-        files = read_exported(folder)["files"]
-        if files[WEIGHTS_FILE]["sha256"] == weights:
-            return
-        for name in {EXPORT_FILE, *files} - {MODEL_FILE, WEIGHTS_FILE}:
-            (folder / name).unlink(missing_ok=True)
-    if origin is None or not is_exported(origin):
-        return
-    files = read_exported(origin)["files"]
+def _stale_companions(folder: Path, weights: str) -> list[Path]:
+    """Return the files that an export of other weights than those of SHA-256 `weights` left in `folder`."""
+    if not is_exported(folder):
+        return []
+    files = read_exported(folder)["files"]
     if files[WEIGHTS_FILE]["sha256"] == weights:
-        for name in {EXPORT_FILE, *files} - {WEIGHTS_FILE}:  # model.json, too: its digest is listed
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(origin / name, folder / name)
+        return []
+    return [path_inside(folder, name) for name in {EXPORT_FILE, *files} - {MODEL_FILE, WEIGHTS_FILE}]
+
+
+def _companions(origin: Path | None, folder: Path, weights: str) -> dict[str, bytes]:
+    """Return the files beside the weights of SHA-256 `weights` by path, if `origin` was exported with them.
+
+    Everything that `origin` lists is verified, except for the words of the model card. Nothing for `folder` itself.
+    """
+    if origin is None or not is_exported(origin) or origin.resolve() == folder.resolve():
+        return {}
+    files = read_exported(origin)["files"]
+    if files[WEIGHTS_FILE]["sha256"] != weights:
+        return {}
+    verify_exported(origin)
+    names = {EXPORT_FILE, *files} - {WEIGHTS_FILE}  # model.json, too: its digest is listed
+    return {name: read_plain_file(path_inside(origin, name).resolve()) for name in sorted(names)}
 
 
 def read_description(directory: Path | str) -> dict[str, Any]:
@@ -157,43 +227,112 @@ def read_description(directory: Path | str) -> dict[str, Any]:
     Keys that an earlier version did not write get the values of its models. FileNotFoundError where there is none,
     ValueError where it is of another format or not such a file.
     """
-    file = Path(directory) / MODEL_FILE
+    directory = Path(directory)
+    file = directory / MODEL_FILE
     if not file.is_file():
         hint = "expected a folder of save_pretrained"
-        if (Path(directory) / "checkpoints").is_dir():
+        if (directory / "checkpoints").is_dir():
             hint = f"{directory} is a run; export it (fm export), or name one of its checkpoints/step_*"
         raise FileNotFoundError(f"no {MODEL_FILE} in {directory}: {hint}")
-    description = {**EARLIER, **_read_json(file, MODEL_FORMAT, "a model's description")}
+    description = {**EARLIER, **_read_json(directory, MODEL_FILE, MODEL_FORMAT, "a model's description")}
     keys = {"format", "context", "config", "datasets"}
     if set(description) - {BASELINE} != keys:
         missing, unexpected = sorted(keys - set(description)), sorted(set(description) - keys - {BASELINE})
-        raise ValueError(f"{file}: missing keys {missing}, unexpected keys {unexpected}")
+        raise ValueError(f"{file}: missing keys {missing}, unexpected keys {brief(unexpected)}")
+    config, datasets = description["config"], description["datasets"]
     if type(description["context"]) is not int or description["context"] < 1:
-        raise ValueError(f"{file}: context: expected a number of input frames, got {description['context']!r}")
-    if BASELINE not in description and isinstance(description["config"], dict):
-        description["config"] = {**EARLIER_CONFIG, **description["config"]}
-    if isinstance(description["datasets"], list):
-        datasets = description["datasets"]
-        description["datasets"] = [{**EARLIER_SPEC, **spec} if isinstance(spec, dict) else spec for spec in datasets]
+        raise ValueError(f"{file}: context: expected a number of input frames, got {brief(description['context'])}")
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: config: expected settings by name, got {brief(config)}")
+    if not isinstance(datasets, list) or not all(isinstance(spec, dict) for spec in datasets):
+        raise ValueError(f"{file}: datasets: expected a list of specifications, got {brief(datasets)}")
+    if BASELINE not in description:
+        description["config"] = {**EARLIER_CONFIG, **config}
+    elif description[BASELINE] != config.get("name"):
+        raise ValueError(
+            f"{file}: {BASELINE}: expected the name in config, {brief(config.get('name'))}, got "
+            f"{brief(description[BASELINE])}"
+        )
+    description["datasets"] = [{**EARLIER_SPEC, **spec} for spec in datasets]
     return description
 
 
-def write_model(directory: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: str) -> None:
-    """Write model.json and the weights into `directory`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / MODEL_FILE).write_text(json.dumps(description, indent=1) + "\n")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / weights)
+def write_model(
+    folder: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: str, origin: Path | None
+) -> None:
+    """Write model.json and the weights into `folder`, and what belongs to them (cards, scores, pictures).
+
+    If `weights` is the exported model's name of weights, files that `origin` lists are copied, if `origin` was exported
+    with the same weights, and those that an earlier export of other weights left in `folder` are deleted. Errors as of
+    `verify_exported`; then nothing has been written. Links are replaced and never written through.
+    """
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    written = {MODEL_FILE: (json.dumps(description, indent=1) + "\n").encode(), weights: data}
+    stale: list[Path] = []
+    if weights == WEIGHTS_FILE:
+        digest = sha256(data)
+        stale = _stale_companions(folder, digest)
+        written |= _companions(origin, folder, digest)
+    paths = {path_inside(folder, str(Path(name).parent)) / Path(name).name: data for name, data in written.items()}
+    for path in stale:
+        path.unlink(missing_ok=True)
+    for path, content in paths.items():
+        with atomic_file(path, durable=False) as file:
+            file.write(content)
+
+
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in a file by name, from its header alone. Errors as of `read_weights`."""
+    with _opened_weights(file) as path, safe_open(path, "pt") as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+
+
+def make_on_meta(make: Callable[[], Made], shapes: Mapping[str, tuple[int, ...]], context: int, where: str) -> Made:
+    """Return the model that `make` returns, without memory for its parameters.
+
+    model.json may come from a stranger and declare any size. So the model is first made on the meta device, which holds
+    shapes alone, and no further than the weights' file has parameters and numbers: then ValueError, naming `where`.
+    """
+    # Twice as many, since networks may replace some of their parts while they are made.
+    room = [2 * len(shapes), 2 * sum(map(prod, shapes.values()))]
+    message = f"{where} does not fit the model: model.json declares a larger one"
+
+    def count_down(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            room[0] -= 1
+            room[1] -= parameter.numel()
+            if min(room) < 0:
+                raise ValueError(message)
+
+    # Each input frame has parameters of its own (WaveLiT) or columns in the first ones (baselines).
+    if context > max([len(shapes), *(side for shape in shapes.values() for side in shape)]):
+        raise ValueError(message)
+    hook = register_module_parameter_registration_hook(count_down)
+    try:
+        with torch.device("meta"):
+            return make()
+    except (RuntimeError, OverflowError, MemoryError, TypeError) as error:  # sizes beyond those of any tensor
+        raise ValueError(f"{message} ({shortened(str(error), 200)})") from error
+    finally:
+        hook.remove()
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Return tensors by name. FileNotFoundError where there are none, ValueError where the file is torn."""
-    if not file.is_file():
+    """Return tensors by name. FileNotFoundError where there are none, ValueError where the file is torn or a link."""
+    with _opened_weights(file) as path:
+        tensors: dict[str, Tensor] = load_file(path)
+    return tensors
+
+
+@contextmanager
+def _opened_weights(file: Path) -> Iterator[Path]:
+    path = path_inside(file.parent, file.name)
+    if not path.is_file():
         raise FileNotFoundError(f"no weights at {file}")
     try:
-        tensors: dict[str, Tensor] = load_file(file)
+        yield path
     except SafetensorError as error:
         raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
-    return tensors
 
 
 def locate(source: Path | str) -> Path:

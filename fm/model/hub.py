@@ -14,6 +14,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from data_pipeline.files import UserError, inside
+
 # Files that an upload may replace: cards, scores and pictures of another model must not stay in the repository.
 UPLOADED = [
     *("README.md", "LICENSE", "artefact.json", "recipe.yaml", "scores.json"),
@@ -67,12 +69,17 @@ def upload(folder: Path, repository: str, **options: Any) -> str:
     """Make `organization/name` hold a model's folder, and return the commit's address.
 
     Files of an earlier upload that the folder does not have are deleted. `options` are those of
-    ModelHubMixin.push_to_hub. ValueError for a name of another form, ConnectionError where the Hub refuses the upload.
+    ModelHubMixin.push_to_hub. ValueError for a name of another form or a link out of the folder, ConnectionError where
+    the Hub refuses the upload.
     """
     try:
+        for path in folder.rglob("*"):
+            inside(folder, path.relative_to(folder))
         return str(HubFolder(folder).push_to_hub(repository, **{"delete_patterns": UPLOADED, **options}))
     except ValueError:
         raise
+    except UserError as error:  # a link out of the folder
+        raise ValueError(str(error)) from error
     except Exception as error:  # the classes depend on the HTTP client of huggingface_hub's version
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConnectionError(

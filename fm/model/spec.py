@@ -10,14 +10,16 @@ import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import inf, isfinite
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import to_json as to_json_text
 from torch import Tensor
 
+from data_pipeline.files import brief, file_name, shortened
 from fm.model.block import BlockConfig
 from fm.model.wavelets import Periodic
 
@@ -26,6 +28,8 @@ Wavelet = Literal["haar", "bior2.2", "bior4.4"]  # the names in wavelets.WAVELET
 Predict = Literal["delta", "state"]
 BoundaryType = Annotated[str, Field(pattern="^(WALL|OPEN|PERIODIC)$")]
 SOLVABLE = (("PERIODIC", "PERIODIC"), ("WALL", "WALL"))  # ends of an axis that `constraints.solenoidal` knows
+MAX_SIDE = 2**14  # grid points of a side; fields on twice that would not fit into memory
+MAX_FAULTS = 10  # that one message lists
 T = TypeVar("T")
 
 
@@ -47,8 +51,19 @@ class DatasetSpec:
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.state_channels, *self.constant_channels):
-            if not name or "." in name:  # names become parts of parameter names, which torch separates by dots
-                raise ValueError(f"dataset {self.name!r}: a name must be non-empty and without dots, got {name!r}")
+            if file_name(name) != name or "." in name:  # torch separates the parts of parameter names by dots
+                raise ValueError(f"dataset {brief(self.name)}: a name must be without dots, got {brief(name)}")
+        if self.dt is not None and not 0 < self.dt < inf:
+            raise ValueError(f"dataset {self.name}: expected a time step above 0, got {self.dt}")
+        for name, (lowest, highest) in self.ranges.items():
+            if lowest is not None and highest is not None and lowest > highest:
+                raise ValueError(
+                    f"dataset {self.name}: {name}: expected the lowest value first, got {lowest}, {highest}"
+                )
+        if self.grid is not None and not 0 < min(self.grid) <= max(self.grid) <= MAX_SIDE:
+            raise ValueError(
+                f"dataset {self.name}: expected a grid of at most {MAX_SIDE} points a side, got {self.grid}"
+            )
         for axis, (lower, upper) in zip("xy", self.boundary, strict=True):
             if (lower == "PERIODIC") != (upper == "PERIODIC"):
                 raise ValueError(f"dataset {self.name}: {axis} is periodic at one end only: {(lower, upper)}")
@@ -91,7 +106,11 @@ class DatasetSpec:
         damaged = [f"{name} = {values[name]}" for name in channels if not isfinite(values[name])]
         if damaged:
             raise ValueError(f"dataset {self.name}: statistic {statistic!r} is not finite: {', '.join(damaged)}")
-        return torch.tensor([values[name] for name in channels], dtype=torch.float64).view(-1, 1, 1)
+        negative = [f"{name} = {values[name]}" for name in channels if values[name] < 0 and statistic.startswith("std")]
+        if negative:
+            raise ValueError(f"dataset {self.name}: statistic {statistic!r} is below 0: {', '.join(negative)}")
+        chosen = [values[name] for name in channels]
+        return torch.tensor(chosen, dtype=torch.float64, device="cpu").view(-1, 1, 1)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -159,38 +178,52 @@ def from_json(cls: type[T], value: Any, where: str) -> T:
     ValueError, naming `where`, for a wrong value, an unknown key, or a missing one: its default may change.
     """
     try:
-        made = TypeAdapter(cls).validate_python(value)
-    except ValidationError as error:
-        raise ValueError(f"{where}: {explain(error, cls)}") from error
+        made = from_plain(cls, value)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     missing = sorted({f.name for f in dataclasses.fields(cls)} - set(value))  # type: ignore[arg-type]
     if missing:
         raise ValueError(f"{where}: missing keys {missing}")
     return made
 
 
+def from_plain(cls: type[T], value: Any) -> T:
+    """Return plain values as a `cls` with exactly its types: true is no number, and neither is "1".
+
+    ValueError as of `explain`.
+    """
+    try:
+        # JSON's strict mode takes no text for a number, but a list for a tuple and a mapping for a dataclass.
+        return TypeAdapter(cls).validate_json(to_json_text(value, inf_nan_mode="constants"), strict=True)
+    except ValidationError as error:
+        raise ValueError(explain(error, cls)) from error
+
+
 def explain(error: ValidationError, cls: Any) -> str:
     """Return one line for each fault in what should be a `cls`: key path, expectation, value, nearest valid name."""
-    return "\n".join(_explained(fault, cls) for fault in error.errors(include_url=False))
+    faults = error.errors(include_url=False)
+    lines = [_explained(fault, cls) for fault in faults[:MAX_FAULTS]]
+    return "\n".join([*lines, f"and {len(faults) - MAX_FAULTS} more faults"] if len(faults) > MAX_FAULTS else lines)
 
 
 def _explained(fault: Any, cls: Any) -> str:
-    key, value = ".".join(map(str, fault["loc"])), fault["input"]
+    key, value = ".".join(str(part)[:64] for part in fault["loc"]), fault["input"]
     if fault["type"] == "missing":
         return f"{key} is missing"
     if fault["type"] == "unexpected_keyword_argument":
         *parents, name = fault["loc"]
         valid = _keys(cls, parents)
-        near = difflib.get_close_matches(str(name), valid, n=1)
+        near = difflib.get_close_matches(str(name)[:64], valid, n=1)
         meant = f"did you mean {'.'.join([*map(str, parents), *near])}?" if near else f"valid here: {', '.join(valid)}"
-        return f"unknown key {key} (value {value!r}); {meant}"
+        return f"unknown key {key} (value {brief(value)}); {meant}"
     # The messages of our own checks hold the value already, and a whole section is no help.
-    shown = "" if fault["type"] == "value_error" or isinstance(value, dict) else f" (got {value!r})"
+    shown = "" if fault["type"] == "value_error" or isinstance(value, dict) else f" (got {brief(value)})"
     near = []
     if fault["type"] == "literal_error":
         valid = [part.strip(" '") for part in fault["ctx"]["expected"].replace(" or ", ",").split(",")]
-        near = difflib.get_close_matches(str(value), valid, n=1)
+        near = difflib.get_close_matches(str(value)[:64], valid, n=1)
     meant = f"; did you mean {near[0]}?" if near else ""
-    message = fault["msg"].removeprefix("Value error, ")
+    message = shortened(fault["msg"].removeprefix("Value error, "), 500)
     return f"{key}: {message}{shown}{meant}".removeprefix(": ")  # checks of the whole have no key
 
 

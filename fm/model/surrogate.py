@@ -8,6 +8,7 @@ standard deviation. A subclass implements `output`, its network on these inputs,
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -299,9 +300,7 @@ class Surrogate(nn.Module, ABC):
         directory = Path(directory)
         tensors = self.state_dict() if state is None else dict(state)
         self._check_state(tensors, "the state to be saved")
-        files.write_model(directory, self.description(), tensors, weights)
-        if weights == files.WEIGHTS_FILE:
-            files.copy_companions(self.origin, directory)
+        files.write_model(directory, self.description(), tensors, weights, self.origin)
 
     def push_to_hub(self, repository: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes to `organization/name` on the Hugging Face Hub; return its address.
@@ -325,19 +324,25 @@ class Surrogate(nn.Module, ABC):
         those that were exported. `fm.load` opens any kind, and a run's folder.
         """
         directory = files.locate(source)
-        if files.is_exported(directory):
-            files.verify_exported(directory, (files.MODEL_FILE, weights or files.WEIGHTS_FILE))
+        exported = files.is_exported(directory)
+        if weights is None:
+            averaged = not exported and (directory / files.EMA_FILE).exists()
+            weights = files.EMA_FILE if averaged else files.WEIGHTS_FILE
+        if exported:
+            files.verify_exported(directory, (files.MODEL_FILE, weights))
         description, where = files.read_description(directory), str(directory / files.MODEL_FILE)
         if (files.BASELINE in description) != (cls.section == files.BASELINE):
             found = f"the baseline {description[files.BASELINE]!r}" if cls.section == "model" else "a WaveLiT"
             raise ValueError(f"{where} is of {found}, not of a {cls.__name__}; fm.load opens either")
         specs = [from_json(DatasetSpec, spec, f"datasets of {where}") for spec in description["datasets"]]
-        make: Any = cls  # subclasses are made alike
         config: Any = from_json(cls.config_class, description["config"], f"config of {where}")
-        model = make(config, specs, context=description["context"]).eval()
-        if weights is None:
-            weights = files.EMA_FILE if (directory / files.EMA_FILE).exists() else files.WEIGHTS_FILE
-        model.load_weights(directory / weights)
+        subclass: Any = cls  # subclasses are made alike
+        make = partial(subclass, config, specs, context=description["context"])
+        file = directory / weights
+        shapes = files.read_shapes(file)
+        files.make_on_meta(make, shapes, description["context"], str(file)).check_shapes(shapes, str(file))
+        model: Self = make().eval()
+        model.load_weights(file)
         model.origin = directory
         return model
 
@@ -348,8 +353,11 @@ class Surrogate(nn.Module, ABC):
         self.load_state_dict(tensors)
 
     def _check_state(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        self.check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, where)
+
+    def check_shapes(self, given: Mapping[str, tuple[int, ...]], where: str) -> None:
+        """ValueError, naming `where`, unless these are the names and shapes of the model's weights."""
         own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         problems = [f"missing {name} {shape}" for name, shape in own.items() if name not in given]
         problems += [f"unexpected {name} {shape}" for name, shape in given.items() if name not in own]
         problems += [

@@ -201,6 +201,8 @@ class WaveLiTFM(Surrogate):
         the mean (state).
         """
         for name, parameter in self.named_parameters():
+            if parameter.is_meta:  # of a model that is made for its shapes alone
+                continue
             drawn = self.config.decoder == "conv" and name.endswith((".linear.weight", ".mix"))
             if (name.startswith("heads.") and not drawn) or name.endswith(("bias", "log_lambda")):
                 parameter.zero_()

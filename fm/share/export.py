@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from data_pipeline.files import UserError, atomic_path, sha256
+from data_pipeline.files import UserError, atomic_path, inside, read_plain_file, sha256
 from data_pipeline.registry import Card, Channel, Registry, load_folders
 from fm.checkpoint import read_state
 from fm.config import dump_recipe
@@ -192,7 +192,7 @@ def report_files(report: Path, trained: TrainedModel) -> dict[str, bytes]:
     """
     again = f"make one: fm evaluate {trained.checkpoint} --out {report}"
     try:
-        data = (report / SCORES_FILE).read_bytes()
+        data = read_plain_file(inside(report, SCORES_FILE))
     except OSError as error:
         raise UserError(f"{report}: no report there ({error.strerror}); {again}") from error
     origin = Scores.from_json(data, str(report / SCORES_FILE)).origin
@@ -200,8 +200,8 @@ def report_files(report: Path, trained: TrainedModel) -> dict[str, bytes]:
         raise UserError(
             f"{report}: a report of other weights, of step {origin.get('step')}, not {trained.step}; {again}"
         )
-    pictures = sorted((report / "pictures").glob("*.png"))
-    return {SCORES_FILE: data, **{f"pictures/{file.name}": file.read_bytes() for file in pictures}}
+    names = sorted(f"pictures/{file.name}" for file in (report / "pictures").glob("*.png"))
+    return {SCORES_FILE: data, **{name: inside(report, name).read_bytes() for name in names}}
 
 
 class DatasetStep(nn.Module):

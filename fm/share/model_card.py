@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 
 import fm
 from data_pipeline.registry import Registry
-from data_pipeline.tables import Cell, Table, format_number, listed, markdown
+from data_pipeline.tables import Cell, Table, escape_markdown, format_number, listed, markdown
 from fm.config import Recipe
 from fm.evaluation.scores import ONE_STEP, Scores
 from fm.evaluation.tables import vrmse_cell
@@ -100,7 +100,7 @@ def model_card(exported: ExportedModel, files: Mapping[str, bytes], address: str
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"listed": listed, "code": lambda name: f"`{name}`"}
+    environment.filters |= {"text": escape_markdown, "listed": listed, "code": lambda name: f"`{name}`"}
     template = environment.from_string(resources("fm.share").joinpath("model_card.md.j2").read_text("utf-8"))
     scores = Scores.from_json(files[SCORES_FILE], SCORES_FILE) if SCORES_FILE in files else None
     programs = [name for name in files if name.startswith("programs/")]

@@ -11,7 +11,7 @@ Array legend: n trajectories, T frames, C state channels, X Y grid; channels are
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.files import UserError
+from data_pipeline.files import UserError, brief
 from data_pipeline.registry import Card, Registry
 from data_pipeline.well.hdf5 import Setting, WellFile, read_attributes, read_setting, stored_card
 from data_pipeline.well.layout import edges
@@ -29,6 +29,10 @@ from data_pipeline.well.write import WellWriter
 
 WELL_SUFFIXES = (".hdf5", ".h5")
 ENGINES = {".nc": "h5netcdf", ".zarr": "zarr"}  # suffix -> engine of xarray
+CODECS = {"bytes", "transpose", "sharding_indexed", "blosc", "zstd", "lz4", "gzip", "zlib", "bz2", "lzma"}
+CODECS |= {"shuffle", "delta", "bitround", "quantize", "fixedscaleoffset", "packbits"}
+CODECS |= {"crc32", "crc32c", "adler32", "fletcher32"}
+MAX_POINTS = 2**20  # along an axis of a zarr folder; a header can declare any number
 DIMENSIONS = ("trajectory", "time", "x", "y")
 
 
@@ -86,8 +90,14 @@ def read_xarray(
     xarray = import_xarray()
     if not path.exists():
         raise UserError(f"{path}: expected fields to start from, found no such file")
+    options: dict[str, Any] = {"engine": ENGINES[path.suffix], "decode_times": False}
     try:
-        given = xarray.open_dataset(path, engine=ENGINES[path.suffix], decode_times=False)
+        if path.suffix == ".zarr":
+            _check_codecs(path)
+            options["consolidated"] = False  # what was checked, and not a copy of it
+        given = xarray.open_dataset(path, **options)
+    except UserError:
+        raise
     except Exception as error:  # the backends raise errors of many types for bytes of another kind
         raise UserError(f"{path}: cannot be read as {path.suffix[1:]} by xarray ({error})") from error
     with given:
@@ -118,6 +128,36 @@ def read_xarray(
         setting = Setting(card, x, y, constants, scalars, edges(card.boundary, (len(x), len(y))))
         last = np.full(len(chosen), times[start if len(times) > 1 else 0])
         return InitialStates(setting, chosen, np.stack(states, axis=1), last, dts)
+
+
+def _check_codecs(path: Path) -> None:
+    """Raise UserError unless a zarr folder holds numbers alone, stored by codecs that make numbers of bytes.
+
+    zarr finds codecs by the names in the file, and some of them, such as pickle, run code.
+    """
+    import zarr
+
+    group = zarr.open_group(path, mode="r", use_consolidated=False)
+    for name, array in group.arrays():
+        stored = array.metadata.to_dict()
+        parts = [stored.get("compressor"), *(stored.get("filters") or ()), *(stored.get("codecs") or ())]
+        unknown = [codec for part in parts if part is not None for codec in _codecs(part) if codec not in CODECS]
+        if array.dtype.kind not in "iufb" or unknown:
+            what = f"the codec {brief(unknown[0])}" if unknown else f"values of type {array.dtype}"
+            raise UserError(
+                f"{path}: expected numbers, stored by {', '.join(sorted(CODECS))}; got {what} in {brief(name)}: write "
+                "the file again without it"
+            )
+        if max(array.shape, default=0) > MAX_POINTS:
+            raise UserError(f"{path}: expected at most {MAX_POINTS} points along an axis, got {array.shape} in {name}")
+
+
+def _codecs(part: Any) -> Iterator[str]:
+    """Yield the names of a codec of either zarr format, and of those within it."""
+    yield str(part.get("id", part.get("name"))).removeprefix("numcodecs.")
+    inner = part.get("configuration") or {}
+    for codec in (*inner.get("codecs", ()), *inner.get("index_codecs", ())):
+        yield from _codecs(codec)
 
 
 def import_xarray() -> ModuleType:

@@ -1,11 +1,21 @@
-"""Files and folders that appear whole or not at all, and their digests."""
+"""Files and folders that appear whole or not at all, their digests, ways out of a folder, and messages."""
 
 import hashlib
 from pathlib import Path
 
 import pytest
 
-from data_pipeline.files import UserError, atomic_file, atomic_path, sha256, sha256_file, write_whole
+from data_pipeline.files import (
+    UserError,
+    atomic_file,
+    atomic_path,
+    inside,
+    parse_json,
+    printable_stdout,
+    sha256,
+    sha256_file,
+    write_whole,
+)
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -55,3 +65,65 @@ def test_digests(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"one")
     expected = hashlib.sha256(b"onetwo").hexdigest()
     assert sha256(b"one", memoryview(b"two")) == sha256_file(tmp_path / "file", b"two") == expected
+
+
+def test_no_way_out_of_a_folder_is_followed(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "root_of_another"
+    (root / "deeper").mkdir(parents=True)
+    outside.mkdir()
+    (outside / "secret").write_text("secret")
+    (root / "file").write_text("own")
+    (root / "own").symlink_to("file")
+    (root / "folder").symlink_to(outside)
+    (root / "secret").symlink_to("../root_of_another/secret")
+    (root / "chain").symlink_to("secret")
+    (root / "circle").symlink_to("circle")
+    (tmp_path / "link").symlink_to(root)
+    for name in ("file", "own", "deeper", "deeper/absent", "."):
+        assert inside(root, name) == root / name
+        assert inside(tmp_path / "link", name) == tmp_path / "link" / name  # the user's own link
+    ways = ("..", "../root", "deeper/../../x", str(outside / "secret"), str(root / "file"), "folder", "folder/secret")
+    for name in (*ways, "secret", "chain", "a\\b", "a\0b", "x" * 10_000 + "/../../.."):
+        with pytest.raises(UserError, match=r"expected (a path|paths) inside it") as caught:
+            inside(root, name)
+        assert len(str(caught.value)) < 1000
+
+
+def test_links_of_the_hubs_cache_lead_to_its_own_blobs_alone(tmp_path: Path) -> None:
+    snapshot, other = tmp_path / "models--a--b/snapshots/main", tmp_path / "models--c--d/blobs"
+    for folder in (snapshot, snapshot.parents[1] / "blobs", other):
+        folder.mkdir(parents=True)
+        (folder / "1").write_text("blob")
+    (snapshot / "own").symlink_to("../../blobs/1")
+    (snapshot / "other").symlink_to("../../../models--c--d/blobs/1")
+    assert inside(snapshot, "own").read_text() == "blob"
+    with pytest.raises(UserError, match="leads out of it"):
+        inside(snapshot, "other")
+    (snapshot.parents[1] / "blobs/1").unlink()
+    (snapshot.parents[1] / "blobs").rmdir()
+    (snapshot.parents[1] / "blobs").symlink_to(other)
+    with pytest.raises(UserError, match="leads out of it"):
+        inside(snapshot, "own")
+
+
+HOSTILE = "a\x1b[31m\x9b2J\r\x07\x00\u202e\ud800b\n\tc é"
+
+
+def test_a_message_and_what_is_printed_cannot_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    clean = "a\\x1b[31m\\x9b2J\\r\\x07\\x00\\u202e\\ud800b\n\tc é"
+    assert str(UserError(HOSTILE)) == clean
+    with printable_stdout():
+        print(HOSTILE)
+    assert capsys.readouterr().out == f"{clean}\n"
+
+
+def test_a_message_has_an_end() -> None:
+    message = str(UserError("x" * 10**6))
+    assert len(message) < 6100
+    assert message.endswith("... (1000000 characters)")
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"a": {"b": 1, "b": 1}}', '{"a": NaN}', "[" * 10**5, "9" * 5000])
+def test_json_with_two_values_or_without_end_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="here: cannot be read as JSON"):
+        parse_json(text.encode(), "here")

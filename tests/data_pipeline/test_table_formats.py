@@ -100,3 +100,19 @@ def test_plain_tables_align_numbers_to_the_right_and_the_named_columns_to_the_le
     assert plain(["name", "x", "remark"], [["a", "1.0", "long"], ["longer", "10.25", ""]], {"name", "remark"}) == (
         "name        x  remark\na         1.0  long\nlonger  10.25"
     )
+
+
+HOSTILE = "x\n\\input{/etc/passwd}\r|<script>[a](javascript:b)\x1b[31m\u2028$_"
+
+
+def test_a_name_is_no_command_in_any_format() -> None:
+    document = Document(HOSTILE, [Table(HOSTILE, ["dataset", HOSTILE], [[HOSTILE, 1.0]])], [HOSTILE])
+    latex, text = render(document, "latex"), render(document, "md")
+    for line in latex.splitlines():
+        assert "\\input" not in line.partition("%")[0]
+    assert latex.count(r"x \textbackslash{}input\{/etc/passwd\} |") == 3
+    assert "<script>" not in text
+    assert "](javascript" not in text.replace("\\]", "")
+    assert [line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")] == [3, 3, 3]
+    assert len(text.splitlines()) == 9
+    assert not any(char in latex + text for char in "\x1b\r\u2028")

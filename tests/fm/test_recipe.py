@@ -1,16 +1,22 @@
 """Recipes: the YAML-and-Python form, strictness, overrides, and that every shipped recipe builds its model."""
 
+import ast
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from fuzzing import CHANGES, EDITS, Guard, cases, edited, mutated, same
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_pipeline.files import UserError
 from data_pipeline.registry import load_registry
-from fm.config import changed_settings, dump_recipe, load_recipe
+from fm.cli import main
+from fm.config import changed_settings, dump_recipe, load_recipe, recipe_to_dict
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.wavelit import WaveLiTFM
 
@@ -71,7 +77,17 @@ def test_the_resolved_recipe_is_again_a_recipe(recipe_file: Path, tmp_path: Path
         ("--steps=3", "expected section.key=value"),
         ("train.steps.x=3", "steps is not a section"),
         ("train=3", "train"),
-        ("run.name=[", "not valid YAML"),
+        ("run.name=[", "override 'run.name=[': expected plain YAML in UTF-8, got something else"),
+        ("run.name=../outside", "run.name: expected a name that a folder can have, got '../outside'"),
+        ("run.name=\x1b[31m", "expected plain YAML in UTF-8"),
+        ("train.steps=true", "train.steps: Input should be a valid integer (got True)"),
+        ("train.steps='10'", "train.steps: Input should be a valid integer (got '10')"),
+        ("train.steps=010", "train.steps: Input should be a valid integer (got '010')"),
+        ("train.steps=1:30", "train.steps: Input should be a valid integer (got '1:30')"),
+        (f"train.steps={'9' * 1000}", "a number of more than 40 digits"),
+        ("train.steps=&a [*a]", "anchors and aliases are not used"),
+        ("model.lepe=1", "model.lepe: Input should be a valid boolean (got 1)"),
+        ("train={steps: 3, steps: 4}", "key 'steps' twice"),
     ],
 )
 def test_a_wrong_override_says_where_what_and_what_instead(recipe_file: Path, override: str, message: str) -> None:
@@ -80,17 +96,64 @@ def test_a_wrong_override_says_where_what_and_what_instead(recipe_file: Path, ov
     assert message in str(caught.value)
 
 
+FIRST, LAST = 'launch: 0; from fm.recipe import run; run(__file__); r"""', '# """'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- a list", "expected a mapping"), ("a: [", "not valid YAML"), ("run: {name: x}", "train is missing")],
+    [
+        ("- a list", "expected plain YAML"),
+        ("a: [", "expected plain YAML"),
+        ("run: {name: x}", "train is missing"),
+        (f"run: {{name: {'x' * 2001}}}", "a value of more than 2000 characters"),
+        ("# " + "x" * 70_000, "expected at most 65536 bytes"),
+        (f"run: {'[' * 40}{']' * 40}", "nested more than 32 deep"),
+        ("run: {name: a}\nrun: {name: b}", "key 'run' twice"),
+        ("a: &a [0, 0]\nb: [*a, *a]", "anchors and aliases are not used"),
+        ("run: !!python/object/apply:os.getcwd []", "tags are not used"),
+    ],
 )
 def test_a_wrong_file_is_explained(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "wrong.yaml"
-    file.write_text(text)
-    with pytest.raises(UserError, match=message):
+    file.write_text(f"{FIRST}\n{text}\n{LAST}\n")
+    with pytest.raises(UserError, match=message) as caught:
         load_recipe(file)
-    with pytest.raises(UserError, match="cannot read the recipe"):
+    assert len(str(caught.value)) < 2000
+    with pytest.raises(UserError, match="expected a YAML file, found none"):
         load_recipe(tmp_path / "absent.yaml")
+
+
+CODE = "import pathlib; pathlib.Path('ran').touch()"
+
+
+@pytest.mark.parametrize(
+    ("first", "body", "last", "message"),
+    [
+        (f'launch: 0; {CODE}; r"""', "", LAST, "expected as its first line launch: 0; from fm.recipe"),
+        (FIRST.replace("run(__file__)", f"{CODE}; run(__file__)"), "", LAST, "expected as its first line"),
+        (f"# coding: utf-7\n{FIRST}", "", LAST, "expected as its first line"),
+        (f"\ufeff{FIRST}", "", LAST, "expected as its first line"),
+        (f"{FIRST}\r{CODE}", "", LAST, "expected as its first line"),
+        (FIRST, "", f'# """; {CODE}', 'expected as its last line # """, got'),
+        (FIRST, f'\n# """; {CODE}; r"""', LAST, 'expected """ in the first and the last line only'),
+        (FIRST, f'\n# """\n{CODE}\nr"""', LAST, 'expected """ in the first and the last line only'),
+        (FIRST, "", f"{LAST}\n{CODE}", 'expected as its last line # """, got'),
+        ("run: {name: x}", "", "train: {steps: 1}", "expected as its first line"),
+        ("", "", "", "expected as its first line"),
+    ],
+)
+def test_a_recipe_that_would_run_other_code_is_refused(
+    recipe_file: Path, first: str, body: str, last: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    middle = recipe_file.read_text().split("\n", 1)[1].rpartition("\n# ")[0]
+    recipe_file.write_text(f"{first}\n{middle}{body}\n{last}\n", newline="")
+    for command in (["plan"], ["train"], ["few-shot", "--dataset", "x"], ["benchmark", "--recipe"]):
+        assert main([*command, str(recipe_file)]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "copy both from recipes/quickstart.yaml, and launch no stranger's file" in error
+    recipe_file.write_bytes(f"{FIRST}\r\n{middle}\r\n{LAST}\r\n".encode())  # of an editor on Windows
+    assert load_recipe(recipe_file).run.name == "small"
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
@@ -147,3 +210,27 @@ def test_changed_settings_name_what_was_added_and_taken_away() -> None:
         "finetune.unroll_override.maze: 3 -> None",
         "finetune.unroll_override.layer: None -> 2",
     ]
+
+
+PLAIN = recipe_to_dict(load_recipe(RECIPES[0].parent / "quickstart.yaml"))
+
+
+@cases(60)
+@given(changes=CHANGES, edits=st.none() | EDITS)
+def test_a_spoilt_recipe_is_refused_or_is_what_it_says(
+    tmp_path_factory: pytest.TempPathFactory, changes: list, edits: list | None
+) -> None:
+    """Launched, an accepted file runs nothing but the training; its settings are the file's, of the same types."""
+    root = tmp_path_factory.getbasetemp() / "recipes"
+    root.mkdir(exist_ok=True)
+    tree, loaded, file = mutated(PLAIN, changes), [], root / "recipe.yaml"
+    raw = "\n".join(
+        [FIRST, *(f"{json.dumps(key)}: {json.dumps(part)}" for key, part in tree.items()), LAST, ""]
+    ).encode()
+    file.write_bytes(raw if edits is None else (raw := edited(raw, edits)))
+    if not Guard(root).check(lambda: loaded.append(load_recipe(file))):
+        return
+    assert [type(line) for line in ast.parse(raw).body] == [ast.AnnAssign, ast.ImportFrom, ast.Expr, ast.Expr]
+    if edits is None:
+        made = recipe_to_dict(loaded[0])
+        assert all(same(made[section][key], value) for section in tree for key, value in (tree[section] or {}).items())

@@ -1,4 +1,4 @@
-"""What the fuzz tests share: mutations of data and bytes, and a guard that sees what Python reaches for."""
+"""What the fuzz tests share: mutations of data and bytes, an equality, and a guard of what Python reaches for."""
 
 import copy
 import functools
@@ -158,3 +158,13 @@ def edited(content: bytes, edits: list[tuple[float, str, bytes, int]]) -> bytes:
         elif kind == "end":
             del raw[at:]
     return bytes(raw)
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two trees of plain values are equal: 1 equals 1.0, but neither true nor "1"."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(same, first, second))
+    kinds = [bool if isinstance(one, bool) else float if isinstance(one, int) else type(one) for one in (first, second)]
+    return kinds[0] is kinds[1] and bool(first == second)

@@ -112,6 +112,23 @@ def test_texts_may_be_bytes(copy_of) -> None:
     assert [field.name for field in read_header(path)[0]] == [field.name for field in card.fields]
 
 
+@pytest.mark.parametrize("place", ["bc_type", "spatial_dims", "field_names"])
+def test_texts_of_a_file_cannot_control_the_terminal(copy_of, place: str) -> None:
+    path = copy_of("helmholtz_staircase")
+    with h5py.File(path, "r+") as file:
+        group = {"bc_type": file["boundary_conditions"], "spatial_dims": file["dimensions"]}.get(
+            place, file["t0_fields"]
+        )
+        group = next(iter(group.values())) if place == "bc_type" else group
+        group.attrs[place] = ["\x1b]0;owned\x07", "\x9b2J"]
+    with (
+        pytest.raises(UserError, match=r"(?i)\\x1b\]0;owned") as caught,
+        WellFile(path, CARDS["helmholtz_staircase"]) as file,
+    ):
+        assert file.boundary
+    assert str(caught.value).replace("\n", "").isprintable()
+
+
 def test_times_may_differ_between_trajectories(copy_of) -> None:
     path = copy_of("viscoelastic_instability")
     with h5py.File(path, "r+") as file:
@@ -349,7 +366,7 @@ def test_stats_file_that_is_no_good_is_refused(tiny_well: Path, tmp_path: Path, 
 def test_stats_file_that_is_no_yaml_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "stats.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match="not a YAML file"):
+    with pytest.raises(UserError, match=r"expected plain YAML in UTF-8.*remove it to have the statistics computed"):
         read_stats(path, CARDS["shear_flow"])
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -100,4 +102,39 @@ def test_names_that_pictures_cannot_have_are_refused(tmp_path: Path, name: str) 
     part = dataclasses.replace(dataset_errors(np.ones((1, 2, 1))), channels=("../up",))
     ErrorFile(PLAIN, {"shear_flow": part}).save(path)
     with pytest.raises(UserError, match=r"expected a name of letters, digits, .*got '\.\./up'"):
+        ErrorFile.load(path)
+
+
+def npy(header: str, data: bytes = b"") -> bytes:
+    text = header.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,)}", "is not what the file holds"),
+        ("{'descr': '<U100000000', 'fortran_order': False, 'shape': ()}", "is not what the file holds"),
+        ("{'descr': '<f8', 'fortran_order': False, 'shape': (0, 1000000000000)}", "is not what the file holds"),
+        ("{'descr': '|O', 'fortran_order': False, 'shape': ()}", "Object arrays cannot be loaded"),
+    ],
+)
+def test_sizes_in_a_header_are_compared_before_memory_is_allocated(tmp_path: Path, header: str, message: str) -> None:
+    path = tmp_path / "errors.npz"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("head.npy", npy(header, pickle.dumps(0)[:8].ljust(8) if "|O" in header else b""))
+    with pytest.raises(UserError, match=message):
+        ErrorFile.load(path)
+
+
+def test_an_archive_that_unpacks_to_more_than_memory_holds_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "errors.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("head.npy", npy("{'descr': '<f8', 'fortran_order': False, 'shape': (0,)}"))
+        file.getinfo("head.npy").file_size = 2**30
+    with pytest.raises(UserError, match="it is there twice, or larger than its file"):
+        ErrorFile.load(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="found none"):
         ErrorFile.load(path)

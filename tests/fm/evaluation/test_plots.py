@@ -17,6 +17,7 @@ from fm.evaluation.plots import (
     growth_curve,
     growth_figure,
     radial_spectrum,
+    rasterize,
     spectra_figure,
 )
 from fm.evaluation.protocol import PROTOCOLS
@@ -106,3 +107,15 @@ def test_a_single_step_has_the_full_shade() -> None:
     axes = Figure().subplots()
     draw_spectra(axes, ramp_sample().at([0]))
     assert {line.get_label(): line.get_color() for line in axes.lines}["truth"] == to_rgb(TRUTH)
+
+
+@pytest.mark.parametrize("name", ["$\\frac{1$", "$x$ and $", r"\$a_b$", "$\\bad$"])
+def test_names_are_drawn_and_never_read_as_formulas(name: str) -> None:
+    sample = replace(ramp_sample(), dataset=name, channel=name)
+    figure = spectra_figure([sample])
+    figure.axes[0].set_ylabel(name)
+    image = np.asarray(rasterize(figure, 60))
+    assert (image < 128).any()
+    assert name in figure.axes[0].get_title()
+    assert not figure.axes[0].title.get_parse_math()
+    assert any(label.get_parse_math() for label in figure.axes[0].get_yticklabels())  # of the log axis

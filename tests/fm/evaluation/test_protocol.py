@@ -98,7 +98,7 @@ def test_a_name_is_a_named_protocol() -> None:
         ('"1:5"', "one_step", r"windows\.one_step: expected another name for a window than 'one_step', got"),
         ("parts: 3", "part: 3", r"windows\.first_third\.part: unknown key 'part'\. Did you mean 'parts'\?"),
         ("parts: 3", "parts: 0", r"first_third\.parts: expected a whole number of at least 1, got 0"),
-        ("eps: 1.0e-5", "eps: 1e-5", r"eps: expected a number, got '1e-5'. YAML reads 1e-3 as text; write 1\.0e-3"),
+        ("eps: 1.0e-5", "eps: 1_0", r"eps: expected a number, got '1_0'"),
         ("eps: 1.0e-5", "eps: -1", r"early\.yaml: protocol: expected .*eps >= 0"),
         ("steps: median\n", "steps: modus\n", r"steps: expected a statistic, got 'modus'\. Valid: mean, median"),
         ("per_trajectory", "per_traject", r"order: expected an order of averages.*Did you mean 'per_trajectory'\?"),

@@ -164,7 +164,7 @@ def test_weights_load_on_a_machine_without_shards(run: Path) -> None:
     [
         (("evaluate", "nowhere"), "no checkpoint found: looked for nowhere/model.json"),
         (("compare", "nowhere", "nowhere"), "looked for nowhere/errors.npz and nowhere/report/errors.npz"),
-        (("train", "nowhere.yaml"), "cannot read the recipe nowhere.yaml"),
+        (("train", "nowhere.yaml"), "nowhere.yaml: expected a YAML file, found none"),
     ],
 )
 def test_what_is_not_there_is_said_without_a_traceback(arguments: tuple[str, ...], message: str) -> None:

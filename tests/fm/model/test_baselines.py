@@ -195,7 +195,7 @@ def test_a_baseline_is_not_a_wavelit_nor_of_other_sizes(tmp_path: Path) -> None:
     for change, message in (
         ({"config": {"name": "wno"}}, r"missing keys \['predict', 'sizes', 'wavelet'\]"),
         (
-            {"config": {**description["config"], "name": "gno"}},
+            {"baseline": "gno", "config": {**description["config"], "name": "gno"}},
             r"config of .*: name: Input should be 'unet.*got 'gno'",
         ),
         ({"extra": 1}, r"unexpected keys \['extra'\]"),

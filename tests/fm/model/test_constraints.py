@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data_pipeline.registry import load_registry
 from data_pipeline.windows.loader import open_readers
-from fm.config import load_recipe
+from fm.config import FIRST_LINE, LAST_LINE, load_recipe
 from fm.datasets import build_model, dataset_specs, open_split, with_constraints
 from fm.model.constraints import solenoidal
 from fm.model.spec import DatasetSpec, ModelConfig
@@ -184,8 +184,8 @@ def test_finetuning_keeps_the_constraints_of_known_datasets_and_adds_those_of_ne
     WaveLiTFM(SMALL, [replace(specs[0], ranges={"tracer": (-1.5, None)})]).save_pretrained(tmp_path)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"run: {{name: again}}\ndata: {{shards: {tiny_shards}}}\nfinetune: {{pretrained: {tmp_path}}}\n"
-        "train: {steps: 1, global_batch: 1}\n"
+        f"{FIRST_LINE}\nrun: {{name: again}}\ndata: {{shards: {tiny_shards}}}\nfinetune: {{pretrained: {tmp_path}}}\n"
+        f"train: {{steps: 1, global_batch: 1}}\n{LAST_LINE}\n"
     )
     names = "data.datasets=[shear_flow, rayleigh_benard]"
     loaded, registry, lines = load_recipe(recipe, [names]), load_registry(), []

@@ -139,6 +139,20 @@ def test_without_a_report_of_these_weights_there_are_no_scores(run: Path, tmp_pa
     assert not (tmp_path / "asked").exists()
 
 
+def test_a_link_in_a_received_run_is_not_exported(run: Path, tmp_path: Path) -> None:
+    received, key = tmp_path / "run", tmp_path / "id_rsa"
+    shutil.copytree(run, received)
+    key.write_text("secret")
+    (received / "report/pictures/key.png").symlink_to(key)
+    with pytest.raises(UserError, match=r"report: expected paths inside it, got 'pictures/key.png'"):
+        export_run(received, tmp_path / "model", report=received / "report")
+    (received / "checkpoints").rename(tmp_path / "others")
+    (received / "checkpoints").symlink_to(tmp_path / "others")
+    for command in (["export", str(received), str(tmp_path / "model")], ["status", str(received)]):
+        assert main(command) == 2
+    assert not (tmp_path / "model").exists()
+
+
 def test_an_earlier_export_is_replaced_and_nothing_else(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

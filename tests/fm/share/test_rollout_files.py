@@ -1,5 +1,7 @@
 """netCDF and zarr: read with other names and orders, written so that xarray reads them."""
 
+import json
+import pickle
 import subprocess
 import sys
 import warnings
@@ -142,3 +144,36 @@ def test_without_xarray_the_way_to_get_it_is_told(folder: str, maze: Path, tmp_p
     done = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "install them with `launch/setup xarray`" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"compressor": {"id": "pickle"}}, "cannot be read as zarr|got the codec 'pickle'"),
+        ({"filters": [{"id": "json2"}]}, "cannot be read as zarr|got the codec 'json2'"),
+        ({"filters": [{"id": "vlen-utf8"}], "dtype": "|O"}, "got the codec 'vlen-utf8' in 'time'"),
+        ({"dtype": "<U8", "fill_value": ""}, "got values of type <U8 in 'time'"),
+        ({"shape": [10**12]}, "expected at most 1048576 points along an axis"),
+    ],
+)
+def test_a_zarr_folder_is_opened_only_if_it_holds_plain_numbers(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    path = tmp_path / "states.zarr"
+    xarray.Dataset(coords={"time": np.zeros(3)}).to_zarr(path, zarr_format=2, consolidated=True)
+    file, ran = path / "time" / ".zarray", tmp_path / "ran"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    (path / "time" / "0").write_bytes(pickle.dumps([[Touch(ran)], "|O", (1,)]))
+    with pytest.raises(UserError, match=message):
+        read_xarray(path, REGISTRY, NAME, None, 0, 1)
+    assert not ran.exists()
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.file,)
