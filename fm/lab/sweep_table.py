@@ -5,6 +5,7 @@ variants have. Scores of several seeds are averaged, with their standard deviati
 settings than the sweep has now is named below the table and not ranked.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
@@ -14,7 +15,7 @@ from fm.checkpoint import load_pretrained
 from fm.evaluation.errors import BASELINES
 from fm.evaluation.protocol import load_protocol
 from fm.evaluation.scores import ONE_STEP, Scores, geometric_mean, mean_ranks, spearman
-from fm.evaluation.tables import BASELINE_HEADS
+from fm.evaluation.tables import BASELINE_HEADS, short_windows
 from fm.lab.sweep_file import Sweep, Trial, check_same_data, find_changes, read_scores
 from fm.training.runlog import parse_lines
 
@@ -70,6 +71,7 @@ def sweep_results(sweep: Sweep, trials: Sequence[Trial], failed: Collection[str]
         "blocks": blocks,
         "references": references,
         "variants": rows,
+        "short_windows": short_windows(scores.values()),
         "spearman": agreement,
     }
 
@@ -131,12 +133,17 @@ def _add_ranks(rows: Sequence[dict[str, Any]], published: Mapping[str, float]) -
     }
     for row in rows:
         row |= {key: column.get(row["variant"]) for key, column in columns.items()}
-    return spearman([*ours.values()], [*theirs.values()]) if len(ours) >= MIN_AGREEMENT else None
+    return spearman(_last_if_none(ours), [*theirs.values()]) if len(ours) >= MIN_AGREEMENT else None
 
 
 def _ranks(values: Mapping[str, float | None]) -> dict[str, float]:
     """Return the ranks, 1 for the lowest. Equal values share their mean rank; None comes last."""
-    return dict(zip(values, mean_ranks([list(values.values())]), strict=True)) if values else {}
+    ranks = mean_ranks([_last_if_none(values)]) if len(values) > 1 else [1.0] * len(values)
+    return {name: rank for name, rank in zip(values, ranks, strict=True) if rank is not None}
+
+
+def _last_if_none(values: Mapping[str, float | None]) -> list[float]:
+    return [math.inf if value is None else value for value in values.values()]
 
 
 def sweep_document(sweep: Sweep, results: Mapping[str, Any]) -> Document:
@@ -209,6 +216,7 @@ def _notes(sweep: Sweep, results: Mapping[str, Any]) -> list[str]:
         notes.append(f"Paper: {sweep.paper}.")
     if sweep.published:
         notes.append("The paper's numbers are of other data, protocol and unit; only the order may be compared.")
+    notes += results["short_windows"]
     if sweep.seconds is not None:
         notes.append(f"Each variant has as many steps as {sweep.seconds:g} s would hold, by a probe on this machine.")
     contexts = {

@@ -148,7 +148,8 @@ class WaveLiTFM(Surrogate):
     config: ModelConfig
 
     def __init__(self, config: ModelConfig, datasets: Sequence[DatasetSpec], seed: int = 0, context: int = 1) -> None:
-        super().__init__(datasets, config.predict, config.predict_override, config.wavelet, context, config.constraints)
+        switches = (config.predict, config.predict_override, config.wavelet, context, config.constraints, config.levels)
+        super().__init__(datasets, *switches)
         self.config = config
         width, subbands = config.width, config.subbands
         specs = self.specs.values()
