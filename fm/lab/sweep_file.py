@@ -195,10 +195,10 @@ def _check_file(given: SweepFile) -> None:
         raise Mismatch("no seconds beside train.steps", hint, ("seconds",))
     tables: dict[tuple[str, ...], Mapping[str, float]] = {("published",): given.published or {}}
     tables |= {("published_windows", window): numbers for window, numbers in given.published_windows.items()}
-    for place, numbers in tables.items():
+    for table, numbers in tables.items():
         for name in numbers:
             if name not in given.variants:
-                raise Mismatch("the name of a variant", nearest(name, given.variants), (*place, name))
+                raise Mismatch("the name of a variant", nearest(name, given.variants), (*table, name))
 
 
 def _check_settings(settings: Mapping[str, Any], place: tuple[str, ...]) -> None:
