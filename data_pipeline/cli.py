@@ -235,7 +235,7 @@ COMMANDS: tuple[tuple[Any, ...], ...] = (
     (
         *("inspect", "show what shards hold, or the paper's tables of the datasets", _inspect),
         _arg("shards", "folder of shards", nargs="?", metavar="DIR_OR_URL"),
-        _flag("--paper", "print the paper's tables 7 and 8 from the cards"),
+        _flag("--paper", "print the paper's Tables 7 to 9 from the cards"),
         _flag("--findings", "list all that the audit found, not the worst alone"),
         _REGISTRY,
     ),

@@ -155,6 +155,7 @@ class PublishedTable(BaseModel):
     table: Line
     protocol: Name
     context: Count = 1  # frames that the models saw
+    inferred: dict[Key, dict[Key, Positive]] = {}  # window -> model -> a number that the source has lost
 
     @property
     def vrmse(self) -> Mapping[str, Mapping[str, float]]:

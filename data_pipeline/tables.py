@@ -21,9 +21,9 @@ MARKDOWN_ESCAPES = {"|": "\\|", "<": "&lt;", "[": "\\[", "]": "\\]"}
 
 @dataclass(frozen=True)
 class Marked:
-    """A number with a remark, such as the score of a model that diverged."""
+    """A number with a remark, such as the score of a model that diverged; or a text."""
 
-    value: float | None
+    value: float | str | None
     mark: str
 
 
@@ -38,11 +38,12 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     percents: Sequence[str] = ()  # columns of relative changes: -0.25 is printed as -25%
+    exact: bool = False  # print numbers with all their digits
 
     def text_rows(self) -> list[list[str]]:
         """Return the cells as Markdown, LaTeX and HTML print them."""
         return [
-            [cell_text(cell, percent=name in self.percents) for name, cell in zip(self.head, row, strict=True)]
+            [cell_text(cell, name in self.percents, self.exact) for name, cell in zip(self.head, row, strict=True)]
             for row in self.rows
         ]
 
@@ -82,11 +83,11 @@ def listed(names: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def cell_text(cell: Cell, percent: bool = False) -> str:
+def cell_text(cell: Cell, percent: bool = False, exact: bool = False) -> str:
     """Return a cell as text: text and integers as they are, numbers rounded, a mark in brackets after its number."""
     if isinstance(cell, Marked):
-        return cell.mark if cell.value is None else f"{cell_text(cell.value, percent)} ({cell.mark})"
-    if isinstance(cell, str | int):
+        return cell.mark if cell.value is None else f"{cell_text(cell.value, percent, exact)} ({cell.mark})"
+    if isinstance(cell, str | int) or (exact and cell is not None):
         return str(cell)
     return f"{100 * cell:+.0f}%" if percent and cell is not None else format_number(cell)
 

@@ -208,10 +208,11 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 def precision(autocast: torch.dtype | None = None, exact: bool = False) -> Iterator[None]:
     """Set how a GPU computes what stays float32 within the block, and put the settings back after it.
 
-    A step whose products are cast to bf16 (`autocast`) may round float32 products, which are attention's with keys and
-    queries, to TF32's 10 bits: bf16 has 7. With `exact` neither products nor convolutions are rounded, for evaluation.
-    Otherwise torch's settings stay. Autocast itself is entered by the objective (fm/training/objective.py), since
-    DeepSpeed ends an autocast around its engine, and since torch.compile traces it there.
+    A step whose products are cast to bf16 (`autocast`) may round the factors of float32 products, which are attention's
+    with keys and queries, the embedding's and the heads', to TF32's 10 bits: bf16 has 7. With `exact` neither products
+    nor convolutions are rounded, for evaluation. Otherwise torch's settings stay. Autocast itself is entered by the
+    objective (fm/training/objective.py), since DeepSpeed ends an autocast around its engine, and since torch.compile
+    traces it there.
     """
     convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     if exact:

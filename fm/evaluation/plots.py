@@ -171,8 +171,8 @@ def _draw_growth(axes: Axes, errors: DatasetErrors, protocol: Protocol) -> None:
     axes.set_xlim(1, max(horizon, 2))
     log_ticks(axes.yaxis)
     style_panel(axes)
-    for window in list(protocol.windows.values())[::2]:
-        if covered := window.steps(horizon):
+    for window in list(protocol.windows)[::2]:
+        if covered := protocol.covered(window, rollout.steps.tolist()):
             axes.axvspan(covered[0] - 0.5, covered[1] + 0.5, color=SHADE, linewidth=0, zorder=0)
     failures = rollout.first_failures()
     failures = failures[failures > 0]

@@ -1,21 +1,26 @@
-"""Scores that others published, from the datasets' cards: on their own, or beside ours where they are comparable.
+"""Numbers that others published: on their own, or beside ours where they are comparable.
+
+Scores of a dataset are in its card, and the other tables of the paper in paper.yaml. What was lost in the text at hand
+and inferred is marked, and never set beside ours.
 
 A published number is comparable if protocol, context, split, grid and number of trajectories are those of ours.
 Otherwise a note gives the reasons why it is not.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
+from importlib.resources import files
 from pathlib import Path
 
 from data_pipeline.registry import Card, PublishedTable, Registry, load_registry
-from data_pipeline.tables import Cell, Document, Table, render
+from data_pipeline.schema import read_yaml
+from data_pipeline.tables import Cell, Document, Marked, Table, render
 from fm.evaluation.protocol import PROTOCOLS, Protocol, load_protocol
 from fm.evaluation.scores import ONE_STEP, DatasetScores
 from fm.evaluation.tables import Runs, compare_document, load_runs, vrmse_cell
 
-VERSION = 1  # of the protocols that the cards' tables follow
 CARD_ONE_STEP = "one_step"  # as cards call it
+INFERRED = "inferred"
 
 
 def comparison(
@@ -35,19 +40,36 @@ def comparison(
 
 
 def published_document(registry: Registry) -> Document:
-    """Return all published tables of the cards: one for each source and window, a row for each dataset."""
-    found: dict[tuple[str, str, str], dict[str, Mapping[str, float]]] = {}
+    """Return all that is published: of the cards a table for each source and window, then the paper's other tables."""
+    found: dict[tuple[str, str, str], dict[str, dict[str, Cell]]] = {}
     for card in registry.cards.values():
         for table in card.published:
             for window, vrmse in table.vrmse.items():
-                found.setdefault((table.table, table.protocol, window), {})[card.name] = vrmse
+                inferred = {model: Marked(value, INFERRED) for model, value in table.inferred.get(window, {}).items()}
+                found.setdefault((table.table, table.protocol, window), {})[card.name] = {**vrmse, **inferred}
     tables = []
     for (source, protocol, window), datasets in found.items():
         models = list(dict.fromkeys(model for vrmse in datasets.values() for model in vrmse))
         rows: list[list[Cell]] = [[name, *(vrmse.get(model) for model in models)] for name, vrmse in datasets.items()]
         block = "one step" if window == CARD_ONE_STEP else f"rollout, {window}"
-        tables.append(Table(f"{source}: {block} (protocol {protocol} v{VERSION})", ["dataset", *models], rows))
-    return Document("VRMSE on the test split as published, lower is better.", tables)
+        title = f"{source}: {block} (protocol {protocol} v{_version(protocol)})"
+        tables.append(Table(title, ["dataset", *models], rows, exact=True))
+    paper = read_yaml(files("fm.evaluation") / "paper.yaml")
+    notes = [f"The WaveLiT paper: {paper['source']}."]
+    for one in paper["tables"]:
+        unit = f" ({one['unit']})" if "unit" in one else ""
+        title = f"WaveLiT paper, {one['table']}, {one['section']}: {one['title']}{unit}"
+        rows = [
+            [Marked(cell[INFERRED], INFERRED) if isinstance(cell, dict) else cell for cell in row]
+            for row in one["rows"]
+        ]
+        tables.append(Table(title, one["columns"], rows, exact=True))
+        notes += [f"{one['table']}: {one['note']}"] if "note" in one else []
+    about = (
+        "Published numbers. Scores of datasets are VRMSE on the test split, lower is better. Inferred: lost in the "
+        "text at hand, and reconstructed."
+    )
+    return Document(about, tables, notes)
 
 
 def beside_published(runs: Runs, registry: Registry) -> tuple[list[Table], list[str]]:
@@ -65,11 +87,13 @@ def beside_published(runs: Runs, registry: Registry) -> tuple[list[Table], list[
     sources: dict[str, int] = {}
     tables = []
     for block in [ONE_STEP, *protocol.windows]:
-        covered = [card for card in comparable if block == ONE_STEP or _covers(card, protocol, block)]
+        covered = [
+            card for card in comparable if block == ONE_STEP or _same_steps(card, parts[card.name], protocol, block)
+        ]
         tables += _block_tables(runs, block, covered, protocol, sources)
         notes += [
-            f"{card.name}, {block}: not comparable with published scores: not all published trajectories "
-            f"({' or '.join(map(str, card.num_frames))} frames) reach its last step."
+            f"{card.name}, {block}: not comparable with published scores, which are of other steps: published "
+            f"trajectories have {' or '.join(map(str, card.num_frames))} frames."
             for card in comparable
             if card not in covered
         ]
@@ -119,8 +143,8 @@ def _differences(card: Card, part: DatasetScores, protocol: Protocol) -> list[st
 
     reasons = []
     contexts = dict.fromkeys(str(table.context) for table in card.published if table.protocol == protocol.name)
-    if not contexts or protocol.version != VERSION:
-        followed = dict.fromkeys(f"{table.protocol} v{VERSION}" for table in card.published)
+    if not contexts or protocol.version != _version(protocol.name):
+        followed = dict.fromkeys(f"{table.protocol} v{_version(table.protocol)}" for table in card.published)
         reasons.append(f"protocol {protocol.name} v{protocol.version}, published under {' and '.join(followed)}")
     elif not _same_protocol(card, protocol):
         reasons.append(f"context {protocol.context}, published {' and '.join(contexts)}")
@@ -138,9 +162,16 @@ def _differences(card: Card, part: DatasetScores, protocol: Protocol) -> list[st
     return reasons
 
 
-def _covers(card: Card, protocol: Protocol, window: str) -> bool:
-    """Whether the shortest published trajectory covers a window. If not, the published number is of other steps."""
+def _version(protocol: str) -> int:
+    """Return the version of a protocol that a card names: the newest is closest to what was published."""
+    return PROTOCOLS[protocol].version if protocol in PROTOCOLS else 1
+
+
+def _same_steps(card: Card, part: DatasetScores, protocol: Protocol, window: str) -> bool:
+    """Whether a window was scored over the steps that it has in the shortest published trajectory."""
     if not card.num_frames:
         return True
-    steps = card.num_frames[0] - 1 - protocol.last_given
-    return protocol.windows[window].steps(steps) is not None
+    shortest = card.num_frames[0] - 1 - protocol.last_given
+    published = protocol.windows[window].steps(shortest, shortest if protocol.short == "cut" else None)
+    ours = part.windows[window]
+    return ours is not None and published == (ours.first, ours.last)

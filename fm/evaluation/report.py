@@ -26,7 +26,7 @@ from fm.evaluation.errors import BASELINES, ERRORS_FILE, ErrorFile, find_errors
 from fm.evaluation.page import PAGE, Block, Code, Facts, PageTable, Paragraph, Picture, Section, render_page
 from fm.evaluation.pictures import gif, overview, strip
 from fm.evaluation.plots import QUANTILES, encode, growth_figure, rasterize, spectra_figure
-from fm.evaluation.protocol import PROTOCOLS, Protocol, load_protocol
+from fm.evaluation.protocol import PROTOCOLS, VERSIONS, Protocol, load_protocol
 from fm.evaluation.samples import SAMPLES_FILE, Sample, load_samples, save_samples
 from fm.evaluation.scores import SCORES_FILE, Averages, Scores, WindowScores, score
 from fm.evaluation.tables import STENCIL_TEXT, about, failures, score_document, score_table, vrmse_cell
@@ -330,15 +330,16 @@ def _reproduction(errors: ErrorFile, scores: Scores) -> list[Block]:
 
 def _commands(protocol: Protocol, what: str) -> str:
     """The commands that measure `what` again; a protocol that no name and options describe has to be in a file."""
-    named = PROTOCOLS.get(protocol.name, protocol)
+    named = next((one for one in VERSIONS if one.reference == protocol.reference), None)
     count, eps = protocol.one_step_windows, protocol.eps  # set by options
-    known = protocol.name in PROTOCOLS and protocol == replace(
+    known = named is not None and protocol == replace(
         named, split=protocol.split, context=protocol.context, one_step_windows=count, eps=eps
     )
     subset = f" --windows {count}" if count else ""
-    which = f"{protocol.name} --split {protocol.split}{subset}" if known else "PROTOCOL.yaml"
+    name = protocol.name if named in PROTOCOLS.values() else protocol.reference
+    which = f"{name} --split {protocol.split}{subset}" if known else "PROTOCOL.yaml"
     head = "# from the weights" if known else "# from the weights, with the protocol below in a file PROTOCOL.yaml"
-    if named.eps == eps or not known:
+    if named is None or named.eps == eps or not known:
         return f"{head}\nfm evaluate {what} --protocol {which} --out DIR"
     rescored = f"fm score MEASURED --eps {eps!r} --out DIR"
     return f"{head}\nfm evaluate {what} --protocol {which} --out MEASURED\n{rescored}"

@@ -1,7 +1,7 @@
 """Scores: every number that is made from stored errors, for any window, average or eps, without the model.
 
-Lower scores are better. A score that is missing because a model diverged is None and ranks last, so a model cannot rise
-by failing.
+Lower scores are better. In a ranking, a model that diverged has the score inf and comes last, so a model cannot rise by
+failing; a model that was not evaluated has the score None and is left out.
 
 Array legend: R trajectories, S steps, C state channels.
 """
@@ -19,12 +19,12 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from data_pipeline.files import UserError, write_whole
 from fm.evaluation.errors import BASELINES, FORMAT, PREDICTORS, DatasetErrors, ErrorFile, Errors, StencilChoice
-from fm.evaluation.protocol import Protocol, Window, check_same_rollouts
+from fm.evaluation.protocol import Protocol, check_same_rollouts
 
 ONE_STEP = "one step"
 RATIO_FLOOR = 0.01  # of ratios to persistence in a mean, so that a solved dataset does not outweigh the others
 SCORES_FILE = "scores.json"
-Row: TypeAlias = Sequence[float | None]  # scores of several competitors on one dataset
+Row: TypeAlias = Sequence[float | None]  # scores of several competitors on one dataset; None: not evaluated
 _STATISTICS: dict[str, Callable[..., Any]] = {"mean": np.mean, "median": np.median}
 
 
@@ -189,9 +189,7 @@ def _score_dataset(errors: DatasetErrors, protocol: Protocol) -> DatasetScores:
         trajectories=len(errors.trajectories),
         horizon=int(rollout.steps.max(initial=0)),
         one_step=_score_one_step(errors, protocol),
-        windows={
-            name: _score_window(rollout, window, errors.channels, protocol) for name, window in protocol.windows.items()
-        },
+        windows={name: _score_window(rollout, name, errors.channels, protocol) for name in protocol.windows},
         diverged={trajectory: step for trajectory, step in failures if step},
         stencil=errors.stencil,
     )
@@ -206,9 +204,9 @@ def _score_one_step(errors: DatasetErrors, protocol: Protocol) -> BlockScores | 
     return BlockScores(**_score_block(vrmse, errors.channels, protocol))
 
 
-def _score_window(rollout: Errors, window: Window, channels: Sequence[str], protocol: Protocol) -> WindowScores | None:
-    """Scores over the trajectories that cover the whole window; None if there are none."""
-    steps = window.steps(int(rollout.steps.max(initial=0)))
+def _score_window(rollout: Errors, window: str, channels: Sequence[str], protocol: Protocol) -> WindowScores | None:
+    """Scores over the trajectories that cover the whole window, perhaps cut; None if there are none."""
+    steps = protocol.covered(window, rollout.steps.tolist())
     if steps is None:
         return None
     first, last = steps
@@ -265,29 +263,41 @@ def mean_ratio(ratios: Row) -> float | None:
     return geometric_mean([None if ratio is None else max(ratio, RATIO_FLOOR) for ratio in ratios])
 
 
-def mean_ranks(rows: Sequence[Row]) -> list[float]:
-    """Return for each competitor (column) its mean rank over datasets (rows): 1 is the best, equal scores share."""
-    return [float(rank) for rank in np.mean([_ranks(row) for row in rows], axis=0)] if rows else []
+def mean_ranks(rows: Sequence[Row]) -> list[float | None]:
+    """Return for each competitor (column) its mean rank over the datasets (rows) where it was evaluated.
+
+    1 is the best, and equal scores share. A dataset counts where two were evaluated; None for who was in no such.
+    """
+    columns = zip(*(_ranks(row) for row in rows if _compares(row)), strict=True)
+    ranks = [[rank for rank in column if not math.isnan(rank)] for column in columns]
+    return [sum(one) / len(one) if one else None for one in ranks] or [None] * len(rows[0] if rows else [])
 
 
 def wins(rows: Sequence[Row]) -> list[int]:
     """Return for each competitor (column) on how many datasets (rows) its score is lower than all others."""
-    columns = range(len(rows[0])) if rows else ()
-    return [sum(row[column] is not None and _ranks(row)[column] == 1 for row in rows) for column in columns]
+    first = [(row, _ranks(row)) for row in rows if _compares(row)]
+    columns = range(len(rows[0]) if rows else 0)
+    return [sum(ranks[column] == 1 and row[column] != math.inf for row, ranks in first) for column in columns]
 
 
 def spearman(ours: Row, theirs: Row) -> float | None:
-    """Return Spearman's rank correlation, from -1 to 1; None if all scores of a list are equal."""
-    first, second = _ranks(ours), _ranks(theirs)
+    """Return Spearman's rank correlation, from -1 to 1, over the pairs without None; None if a list is all equal."""
+    pairs = [pair for pair in zip(ours, theirs, strict=True) if None not in pair]
+    first, second = (list(values) for values in zip(*pairs, strict=True)) if pairs else ([], [])
     if len(set(first)) < 2 or len(set(second)) < 2:
         return None
     from scipy.stats import spearmanr  # here, since scipy.stats takes a second to import, as below
 
-    return float(spearmanr(first, second).statistic)
+    return float(spearmanr(_ranks(first), _ranks(second)).statistic)
+
+
+def _compares(row: Row) -> bool:
+    return sum(score is not None for score in row) > 1
 
 
 def _ranks(scores: Row) -> list[float]:
-    """1 for the lowest; equal scores share the mean of their places."""
+    """1 for the lowest; equal scores share the mean of their places, and None has the place NaN."""
     from scipy.stats import rankdata
 
-    return [float(rank) for rank in rankdata([math.inf if score is None else score for score in scores])]
+    ranks = iter(rankdata([score for score in scores if score is not None]))
+    return [math.nan if score is None else float(next(ranks)) for score in scores]

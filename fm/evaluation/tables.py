@@ -3,7 +3,8 @@
 A cell of a model with predictions that are not finite has a mark that counts them.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
@@ -38,7 +39,7 @@ def score_document(scores: Scores) -> Document:
         if part.one_step is not None:
             one_step.append([name, part.one_step.count, *_columns(part.one_step, statistic)])
         for window, block in part.windows.items():
-            steps, count = window_steps(block, part.horizon), block.count if block else 0
+            steps, count = window_steps(block), block.count if block else 0
             rollout.append([name, window, steps, count, *_columns(block, statistic)])
     tables = [Table("One step", ["dataset", "windows", *columns], one_step)] if one_step else []
     tables.append(Table("Rollout", ["dataset", "window", "steps", "trajectories", *columns], rollout))
@@ -58,9 +59,27 @@ def vrmse_cell(block: BlockScores | None, statistic: str) -> Cell:
     return Marked(value, f"{block.diverged} of {block.count} diverged") if block.diverged else value
 
 
-def window_steps(block: WindowScores | None, horizon: int) -> str:
-    """Return the steps of a window, or why it has no score."""
-    return f"horizon is {horizon}" if block is None else f"{block.first}-{block.last}"
+def window_steps(block: WindowScores | None) -> str:
+    """Return the steps of a window, or why it has no score; `short_windows` says more."""
+    return "too short" if block is None else f"{block.first}-{block.last}"
+
+
+def short_windows(runs: Iterable[Scores]) -> list[str]:
+    """Return which windows are longer than some trajectories of a dataset, and what was scored instead."""
+    notes: dict[str, None] = {}  # each once: the data are the same in all runs
+    for scores in runs:
+        for name, part in scores.datasets.items():
+            for window, block in part.windows.items():
+                place, wanted = f"{name}, {window}", scores.protocol.windows[window]
+                if block is None:
+                    which = "shortest" if scores.protocol.short == "cut" else "longest"
+                    notes[f"{place}: not scored, the {which} trajectory is too short."] = None
+                elif not wanted.parts and block.last < wanted.last:
+                    notes[f"{place}: cut to steps {block.first}-{block.last}, the shortest trajectory's end."] = None
+                if block is not None and block.count < part.trajectories:
+                    left_out = f"{part.trajectories - block.count} of {part.trajectories} trajectories"
+                    notes[f"{place}: {left_out} are left out, they end before step {block.last}."] = None
+    return list(notes)
 
 
 def _columns(block: BlockScores | None, statistic: str) -> list[Cell]:
@@ -76,6 +95,7 @@ def _summary(scores: Scores) -> list[str]:
     if any(part.stencil is not None for part in scores.datasets.values()):
         ratios = ", ".join(f"{name} {format_number(value)}" for name, value in scores.stencil_ratios().items())
         lines += [f"The same mean for the linear stencil: {ratios}.", *stencil_notes(scores)]
+    lines += short_windows([scores])
     rollouts_only = [name for name, part in scores.datasets.items() if part.one_step is None]
     if rollouts_only:
         lines.append(f"Only rollouts were measured, no one-step predictions: {', '.join(rollouts_only)}.")
@@ -161,9 +181,10 @@ def _check_same_data(files: Sequence[Path], loaded: Sequence[ErrorFile]) -> None
 
 
 def compare_document(runs: Runs) -> Document:
-    """Return a one-step table, a table for each window, and a summary over the datasets that all runs have.
+    """Return a one-step table, a table for each window, and a summary.
 
-    A window that a dataset does not cover has no score; a score that is missing because a model diverged ranks last.
+    A window that a dataset does not cover has no score. In the ranks, a model that diverged comes last, and one that
+    was not evaluated on a dataset is left out. Geometric means are over the datasets that all runs have.
     """
     protocol = next(iter(runs.values())).protocol
     if any(scores.protocol.context != protocol.context for scores in runs.values()):
@@ -173,7 +194,8 @@ def compare_document(runs: Runs) -> Document:
     tables = [_block_table(runs, block, names, protocol.trajectories) for block in blocks]
     tables.append(_comparison(runs, blocks, names, protocol.trajectories))
     alone = [name for name in names if not all(name in scores.datasets for scores in runs.values())]
-    notes = [f"Not in the summary, for not all runs have it: {', '.join(alone)}."] if alone else []
+    notes = [f"Only in mean ranks and wins of the summary, not all runs have it: {', '.join(alone)}."] if alone else []
+    notes += short_windows(runs.values())
     stencils = {name: part for scores in runs.values() for name, part in scores.datasets.items() if part.stencil}
     notes += stencil_notes(replace(next(iter(runs.values())), datasets=dict(sorted(stencils.items()))))
     return Document(about(protocol), tables, notes)
@@ -188,7 +210,7 @@ def _block_table(runs: Runs, block: str, names: Sequence[str], statistic: str) -
         row: list[Cell] = [name]
         if block != ONE_STEP:
             part = next(scores.datasets[name] for scores in runs.values() if name in scores.datasets)
-            row.append(window_steps(part.windows[block], part.horizon))  # the data are the same in all runs
+            row.append(window_steps(part.windows[block]))  # the data are the same in all runs
         row += [vrmse_cell(cell, statistic) for cell in cells]
         if change:
             before, after = (cell.vrmse(statistic) if cell else None for cell in cells)
@@ -207,15 +229,21 @@ def _comparison(runs: Runs, blocks: Sequence[str], names: Sequence[str], statist
     for block in blocks:
         found = [[scores.block(name, block) for scores in runs.values()] for name in names]
         common = [[cell for cell in cells if cell is not None] for cells in found if None not in cells]
-        values = [[cell.vrmse(statistic) for cell in cells] for cells in common]
+        values = [[_for_ranks(cell, statistic) for cell in cells] for cells in found]
         ranks, won = mean_ranks(values), wins(values)
         for index, label in enumerate(runs):
             rank: list[Cell] = []
             if len(runs) > 1:
-                rank = [ranks[index], won[index]] if common else [None, None]
+                rank = [ranks[index], None if ranks[index] is None else won[index]]
             ratio = mean_ratio([cells[index].ratio_to_persistence for cells in common])
             diverged = sum(cells[index].diverged for cells in common)
             rows.append([block, label, len(common), diverged, *rank, ratio])
     ranks_and_wins = ["mean rank", "wins"] if len(runs) > 1 else []
     head = ["scores", "run", "datasets", "diverged", *ranks_and_wins, "geometric mean of the ratio to persistence"]
     return Table("Summary", head, rows)
+
+
+def _for_ranks(block: BlockScores | None, statistic: str) -> float | None:
+    """Return a score as `mean_ranks` takes it: inf where the model diverged, None where it was not evaluated."""
+    value = block.vrmse(statistic) if block else None
+    return math.inf if block and value is None else value

@@ -6,7 +6,7 @@ from textwrap import fill
 from data_pipeline.tables import digits, markdown
 from fm.lab.hardware import HOP_SECONDS, LAUNCH_SECONDS, NODE
 from fm.lab.plan import USABLE, Plan
-from fm.lab.workload import PAPER_BATCH, PAPER_HOURS, PAPER_STEPS
+from fm.lab.workload import PAPER_BATCH, PAPER_HOURS, PAPER_PARAMETERS, PAPER_STEPS
 
 WIDTH = 110
 PREFIXES = {1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k"}
@@ -117,7 +117,8 @@ def _sentences(plan: Plan) -> list[str]:
         f"the paper: {PAPER_HOURS} h on one B200 for 1M steps of batch {PAPER_BATCH} with 10M parameters in JAX, "
         f"{1e3 * pace:.0f} ms a step"
     )
-    if plan.published and plan.global_batch == PAPER_BATCH and round(plan.parameters / 1e6) == 10:
+    as_large = 0.9 < plan.parameters / PAPER_PARAMETERS < 1.1
+    if plan.published and plan.global_batch == PAPER_BATCH and as_large:
         paper += f"; at that pace these {plan.steps:,} steps take {_duration(pace * plan.steps, 3)}"
     return [*lines, paper]
 

@@ -71,7 +71,8 @@ class SweepFile(Strict):
     seconds: Positive | None = None  # of training per variant; a probe chooses train.steps. null: the recipe's steps
     protocol: Line = "thirds"  # of the scores: a name, or a YAML file
     windows: Count | None = None  # one-step windows scored per dataset, evenly spaced; null: all
-    published: dict[Key, Positive] | None = None  # variant -> the paper's number, if known; lower is better
+    published: dict[Key, Positive] | None = None  # variant -> the paper's one-step error, if known; lower is better
+    published_windows: dict[Key, dict[Key, Positive]] = field(default_factory=dict)  # the same by window of rollouts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +158,15 @@ def load_sweep(name: str | Path) -> Sweep:
     file = path if path.is_file() else path.with_name(f"{path.name}.yaml")
     given = validate(SweepFile, read_yaml(file), str(file), _check_file)
     try:
-        load_protocol(given.protocol)
+        windows = load_protocol(given.protocol).windows
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
+    for name in given.published_windows:
+        if name not in windows:
+            raise UserError(
+                f"{file}: published_windows.{name}: expected a window of protocol {given.protocol}, "
+                f"{', '.join(windows)}. {nearest(name, windows)}"
+            )
     return Sweep(file=file, **vars(given))
 
 
@@ -185,9 +192,12 @@ def _check_file(given: SweepFile) -> None:
     if given.seconds is not None and "train.steps" in given.overrides:
         hint = "Give one of them: a probe chooses the steps."
         raise Mismatch("no seconds beside train.steps", hint, ("seconds",))
-    for name in given.published or {}:
-        if name not in given.variants:
-            raise Mismatch("the name of a variant", nearest(name, given.variants), ("published", name))
+    tables: dict[tuple[str, ...], Mapping[str, float]] = {("published",): given.published or {}}
+    tables |= {("published_windows", window): numbers for window, numbers in given.published_windows.items()}
+    for table, numbers in tables.items():
+        for name in numbers:
+            if name not in given.variants:
+                raise Mismatch("the name of a variant", nearest(name, given.variants), (*table, name))
 
 
 def _check_settings(settings: Mapping[str, Any], place: tuple[str, ...]) -> None:

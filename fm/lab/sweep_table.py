@@ -5,6 +5,7 @@ variants have. Scores of several seeds are averaged, with their standard deviati
 settings than the sweep has now is named below the table and not ranked.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
@@ -14,7 +15,7 @@ from fm.checkpoint import load_pretrained
 from fm.evaluation.errors import BASELINES
 from fm.evaluation.protocol import load_protocol
 from fm.evaluation.scores import ONE_STEP, RATIO_FLOOR, Scores, mean_ranks, mean_ratio, spearman
-from fm.evaluation.tables import BASELINE_HEADS
+from fm.evaluation.tables import BASELINE_HEADS, short_windows
 from fm.lab.sweep_file import Sweep, Trial, check_same_data, find_changes, read_scores
 from fm.training.runlog import parse_lines, seconds_spent
 
@@ -30,7 +31,7 @@ def sweep_results(sweep: Sweep, trials: Sequence[Trial], failed: Collection[str]
     dataset, and by dataset how many of the `count` trajectories (or windows) of all seeds `diverged`. A block is "one
     step" or a window of the protocol. Null stands for a number that is not finite or missing. `paper_rank` and
     `rank_beside_paper` are ranks among the variants that are done and have a number of the paper's. Raises UserError if
-    two runs were scored on different data.
+    two runs were scored on different data. `spearman` is of one step, `spearman_windows` of rollouts.
     """
     scores: dict[str, Scores] = {}
     changes: dict[str, list[str]] = {}
@@ -56,6 +57,8 @@ def sweep_results(sweep: Sweep, trials: Sequence[Trial], failed: Collection[str]
             runs.append(run)
         rows.append({"variant": name, **_over_seeds(runs, datasets, blocks), "runs": runs})
     agreement = _add_ranks(rows, sweep.published or {})
+    for row in rows:
+        row["paper_windows"] = {name: numbers.get(row["variant"]) for name, numbers in sweep.published_windows.items()}
     # References are the same for all runs.
     parts = next(iter(scores.values())).datasets if datasets else {}
     references = {
@@ -70,6 +73,10 @@ def sweep_results(sweep: Sweep, trials: Sequence[Trial], failed: Collection[str]
         "blocks": blocks,
         "references": references,
         "variants": rows,
+        "spearman_windows": {
+            name: _agreement(_scores_of(rows, name), numbers) for name, numbers in sweep.published_windows.items()
+        },
+        "short_windows": short_windows(scores.values()),
         "spearman": agreement,
     }
 
@@ -120,7 +127,7 @@ def _over_seeds(runs: Sequence[Mapping[str, Any]], datasets: Sequence[str], bloc
 
 def _add_ranks(rows: Sequence[dict[str, Any]], published: Mapping[str, float]) -> float | None:
     """Add the ranks and the paper's numbers to the rows; return the rank correlation with the paper, if any."""
-    leads = {row["variant"]: row["scores"][ONE_STEP]["over_persistence"] for row in rows if row["status"] == DONE}
+    leads = _scores_of(rows, ONE_STEP)
     ours = {name: value for name, value in leads.items() if name in published}
     theirs = {name: published[name] for name in ours}
     columns = {
@@ -131,12 +138,29 @@ def _add_ranks(rows: Sequence[dict[str, Any]], published: Mapping[str, float]) -
     }
     for row in rows:
         row |= {key: column.get(row["variant"]) for key, column in columns.items()}
-    return spearman([*ours.values()], [*theirs.values()]) if len(ours) >= MIN_AGREEMENT else None
+    return _agreement(leads, published)
+
+
+def _scores_of(rows: Sequence[Mapping[str, Any]], block: str) -> dict[str, float | None]:
+    """Return the mean ratio to persistence in a block of each variant that is done."""
+    return {row["variant"]: row["scores"][block]["over_persistence"] for row in rows if row["status"] == DONE}
+
+
+def _agreement(ours: Mapping[str, float | None], published: Mapping[str, float]) -> float | None:
+    """Return the rank correlation over the variants that have a number of the paper's, if they are enough."""
+    both = {name: value for name, value in ours.items() if name in published}
+    theirs = [published[name] for name in both]
+    return spearman(_last_if_none(both), theirs) if len(both) >= MIN_AGREEMENT else None
 
 
 def _ranks(values: Mapping[str, float | None]) -> dict[str, float]:
     """Return the ranks, 1 for the lowest. Equal values share their mean rank; None comes last."""
-    return dict(zip(values, mean_ranks([list(values.values())]), strict=True)) if values else {}
+    ranks = mean_ranks([_last_if_none(values)]) if len(values) > 1 else [1.0] * len(values)
+    return {name: rank for name, rank in zip(values, ranks, strict=True) if rank is not None}
+
+
+def _last_if_none(values: Mapping[str, float | None]) -> list[float]:
+    return [math.inf if value is None else value for value in values.values()]
 
 
 def sweep_document(sweep: Sweep, results: Mapping[str, Any]) -> Document:
@@ -164,6 +188,7 @@ def sweep_document(sweep: Sweep, results: Mapping[str, Any]) -> Document:
         if sweep.published:
             ranks = {"paper's rank": _rank(row["paper_rank"]), "our rank beside it": _rank(row["rank_beside_paper"])}
             columns |= {"paper": row["paper"], **ranks}
+        columns |= {f"paper, {window}": number for window, number in row["paper_windows"].items()}
         lines.append(columns)
     tables = [Table("Variants", list(lines[0]), [list(line.values()) for line in lines])]
     for block in blocks if done else []:
@@ -208,8 +233,9 @@ def _notes(sweep: Sweep, results: Mapping[str, Any]) -> list[str]:
     notes = [sweep.note] if sweep.note else []
     if sweep.paper:
         notes.append(f"Paper: {sweep.paper}.")
-    if sweep.published:
+    if sweep.published or sweep.published_windows:
         notes.append("The paper's numbers are of other data, protocol and unit; only the order may be compared.")
+    notes += results["short_windows"]
     if sweep.seconds is not None:
         notes.append(f"Each variant has as many steps as {sweep.seconds:g} s would hold, by a probe on this machine.")
     contexts = {
@@ -238,4 +264,8 @@ def _notes(sweep: Sweep, results: Mapping[str, Any]) -> list[str]:
         agreement = "not known, all are equal"
     else:
         agreement = f"{results['spearman']:.2f} over {compared} variants"
-    return [*notes, f"Spearman's rank correlation with the paper's order: {agreement}."]
+    others = [
+        f"The same for {window}: {'not known' if value is None else f'{value:.2f}'}."
+        for window, value in results["spearman_windows"].items()
+    ]
+    return [*notes, f"Spearman's rank correlation with the paper's order: {agreement}.", *others]

@@ -38,7 +38,7 @@ from fm.training.objective import Unroll
 
 FLOAT_BYTES = 4
 # WaveLiT paper, section 4: the joint model was trained for PAPER_HOURS on one B200, in JAX.
-PAPER_HOURS, PAPER_STEPS, PAPER_BATCH = 41.0, 1_000_000, 4
+PAPER_HOURS, PAPER_STEPS, PAPER_BATCH, PAPER_PARAMETERS = 41.0, 1_000_000, 4, 10_000_000
 
 GridSize = Literal["full", "mini"]
 

@@ -6,7 +6,8 @@ With phi = elu + 1 and R the rotation of a token's position, per head of width m
     S = K^T V / N,   G = K^T K / N,   state = (G + lambda I)^-1 S,   o_n = q_n state
 
 The state is the ridge regression of the values on the keys. Without the inverse it is plain linear attention with no
-softmax denominator. lambda > 0 is learned per head. Everything after the linear map is float32 under autocast.
+softmax denominator. lambda > 0 is learned per head. Everything after the linear map is float32 under autocast. Softmax
+attention, for comparison (Table 1), is softmax(R W_q z (R W_k z)^T / sqrt(m)) v.
 
 Rotary position embedding (Su et al. 2021) in its axial form: a head has m/2 channel pairs (2p, 2p + 1). The first half
 of the pairs turns with the token's x index, the second half with its y index, pair i of an axis by the angle
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 ROPE_BASE = 10_000.0
-RIDGE_MODES = ("ridge", "none", "least_squares")
+RIDGE_MODES = ("ridge", "none", "least_squares", "scaled")
 LAMBDA_INIT = 0.1
 JITTER = 1e-6  # of the mean of G's diagonal: keeps Cholesky alive in float32 where lambda is far below the keys' scale
 
@@ -179,15 +180,14 @@ class LinearAttention(nn.Module):
         super().__init__()
         if ridge not in RIDGE_MODES:
             raise ValueError(f"unknown ridge mode {ridge!r}: choose one of {', '.join(RIDGE_MODES)}")
-        self.heads = heads
-        self.ridge = ridge
+        self.heads, self.ridge = heads, ridge
         self.query_key = Linear(width, 2 * width)
         if ridge == "ridge":
             self.log_lambda = nn.Parameter(torch.zeros(heads))  # of lambda / LAMBDA_INIT
 
     def ridge_lambda(self) -> Tensor | None:
-        """Return lambda (A,): learned, 0 for least squares, None for plain linear attention."""
-        if self.ridge == "none":
+        """Return lambda (A,): learned, 0 for least squares, None for plain linear attention, scaled or not."""
+        if self.ridge in ("none", "scaled"):
             return None
         if self.ridge == "least_squares":
             return self.query_key.weight.new_zeros(self.heads, dtype=torch.float32)
@@ -200,5 +200,24 @@ class LinearAttention(nn.Module):
             qk = rotate(feature_map(qk.float()).unflatten(-1, (2 * self.heads, -1)), rope)  # (B, N, 2A, m)
             q, k = qk.unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4).contiguous()  # (B, A, N, m) each
             v = z.float().unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, A, N, m)
-            o = q @ attention_state(k, v, self.ridge_lambda())
+            state = attention_state(k, v, self.ridge_lambda())
+            if self.ridge == "scaled":  # S is larger than the ridge's state by a factor of about 0.6 m at first
+                state = state / q.shape[-1]
+            o = q @ state
             return o.transpose(1, 2).flatten(-2).to(z.dtype)
+
+
+class SoftmaxAttention(nn.Module):
+    """Attention of every token to every token by torch's kernels: work in proportion to N^2."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query_key = Linear(width, 2 * width)
+
+    def forward(self, z: Tensor, rope: Tensor) -> Tensor:
+        """Map tokens (B, N, D) and the grid's table (N, m/2, 2) to (B, N, D), as `LinearAttention`."""
+        qk = self.query_key(z).float().unflatten(-1, (2 * self.heads, -1))
+        q, k = rotate(qk, rope).to(z.dtype).unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4)  # (B, A, N, m) each
+        v = z.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, A, N, m)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2).to(z.dtype)

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fm.model.attention import Linear, LinearAttention, rope_table
+from fm.model.attention import Linear, LinearAttention, SoftmaxAttention, rope_table
 from fm.model.wavelets import NOT_PERIODIC, Periodic
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Sizes of one block, and a switch for each ablation of the paper's Tables 13 and 14."""
+    """Sizes of one block, and a switch for each ablation of the paper's Tables 1, 13 and 14."""
 
     width: int
     heads: int
@@ -38,6 +38,7 @@ class BlockConfig:
     lepe: bool = True
     cpe: bool = True
     mila: bool = True
+    attention: str = "linear"
 
 
 class _Wrap(torch.autograd.Function):
@@ -113,7 +114,10 @@ class Block(nn.Module):
         d, hidden = config.width, round(config.width * config.mlp_ratio)
         self.norm = nn.LayerNorm(d)
         self.input = Linear(d, d)
-        self.attention = LinearAttention(d, config.heads, config.ridge)
+        if config.attention == "softmax":
+            self.attention: nn.Module = SoftmaxAttention(d, config.heads)
+        else:
+            self.attention = LinearAttention(d, config.heads, config.ridge)
         self.output = Linear(d, d)
         self.mlp_norm = nn.LayerNorm(d)
         self.expand = Linear(d, hidden)

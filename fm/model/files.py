@@ -44,7 +44,13 @@ MODEL_FORMAT = 2
 BASELINE = "baseline"  # key of model.json that only baselines have
 # Keys that model.json of earlier versions lacks, with the values that reproduce those models. Defaults may change.
 EARLIER = {"context": 1}
-EARLIER_CONFIG = {"pointwise": False, "decoder": "wavelet", "decoder_width": 32, "constraints": False}  # of a WaveLiT
+EARLIER_CONFIG = {  # of a WaveLiT
+    "attention": "linear",
+    "pointwise": False,
+    "decoder": "wavelet",
+    "decoder_width": 32,
+    "constraints": False,
+}
 EARLIER_SPEC: dict[str, Any] = {"conserved": [], "ranges": {}, "spacing": None}  # of each dataset
 
 EXPORT_FILE = "artefact.json"

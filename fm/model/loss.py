@@ -31,9 +31,11 @@ def wavelit_loss(
     wavelet_weight: float = 1.0,
     wavelet: str = "bior2.2",
     rmse_weight: float = 0.0,
+    levels: int = 1,
 ) -> LossTerms:
     """Return mse_weight * mean e^2 + wavelet_weight * sum over subbands of mean |DWT(e)| + rmse_weight * RMSE(e).
 
+    The subbands are those of the model's tokens: 4 at one level of the transform, 7 at two.
     RMSE(e) is the mean over channels of sqrt(mean e^2 + RMSE_FLOOR). Its gradient does not vanish with the error, as
     the mean squared error's does, and it weighs all points of a field by their error, as the score does.
 
@@ -42,9 +44,11 @@ def wavelit_loss(
     """
     _check_shapes(prediction, target)
     error = (prediction.float() - target.float()) * scale
-    coefficients = analysis(error, wavelet)  # (B, C, 4, h, w)
+    coefficients = analysis(error, wavelet, levels).abs()  # (B, C, 4, h, w), or 16 at two levels
     mse = error.square().flatten(1).mean(1)
-    wavelet_l1 = coefficients.abs().flatten(1).mean(1) * coefficients.shape[-3]
+    wavelet_l1 = coefficients[:, :, :4].flatten(1).mean(1) * 4
+    if levels == 2:  # each of the 3 details of the first level is folded into 4 of the other 12
+        wavelet_l1 = wavelet_l1 + coefficients[:, :, 4:].flatten(1).mean(1) * 3
     total = mse_weight * mse + wavelet_weight * wavelet_l1
     if rmse_weight:
         total = total + rmse_weight * (error.square().mean((-2, -1)) + RMSE_FLOOR).sqrt().mean(1)

@@ -115,7 +115,7 @@ class DatasetSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig:
-    """Sizes, and one switch for each ablation of the paper's Tables 13 and 14."""
+    """Sizes, and one switch for each ablation of the paper's Tables 1, 13 and 14."""
 
     width: PositiveInt = 256  # token width D
     depth: PositiveInt = 10  # number of blocks
@@ -125,7 +125,10 @@ class ModelConfig:
     levels: Literal[1, 2] = 1  # wavelet levels; a token covers 2**levels points along each axis
     tokenizer: Literal["wavelet", "conv"] = "wavelet"  # conv: a learned strided convolution in and its transpose out
     pyramid_levels: Literal[0, 1, 2, 3, 4] = 1  # coarser levels of each block
-    ridge: Literal["ridge", "none", "least_squares"] = "ridge"  # none: plain attention; least_squares: lambda = 0
+    attention: Literal["linear", "softmax"] = "linear"  # softmax: for comparison, without ridge
+    # none: plain linear attention; scaled: plain, divided by the head width, so that it starts at the scale of ridge;
+    # least_squares: lambda = 0
+    ridge: Literal["ridge", "none", "scaled", "least_squares"] = "ridge"
     kernel_gate: bool = True  # sigmoid gate on what attention reads
     lepe: bool = True  # depthwise convolution of the values added to what attention reads
     cpe: bool = True  # the two depthwise convolutions on the residual stream
@@ -148,6 +151,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise ValueError(f"width / heads must be a multiple of 4 (2D RoPE), got {self.width} / {self.heads}")
+        if self.attention == "softmax" and self.ridge != "none":
+            raise ValueError(f"attention: softmax has no ridge, expected ridge: none, got {self.ridge}")
 
     @property
     def subbands(self) -> int:
@@ -159,11 +164,10 @@ class ModelConfig:
         return BlockConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(BlockConfig)})
 
 
-# The blocks of width 256, depth 10 hold 9.3M; the joint model's wider MLP brings it, with lifting and heads, to 10M.
+# The joint model of the paper is the larger one, with the lifting, task vectors and heads of eight datasets.
 PRESETS = {
     "1.2M": ModelConfig(width=128, depth=5, heads=4),
     "9.5M": ModelConfig(width=256, depth=10, heads=8),
-    "10M": ModelConfig(width=256, depth=10, heads=8, mlp_ratio=4.5),
 }
 
 

@@ -78,8 +78,9 @@ class Surrogate(nn.Module, ABC):
         wavelet: str,
         context: int = 1,
         constraints: bool = False,
+        levels: int = 1,
     ) -> None:
-        """`predict` and, by dataset, `predict_override` are delta or state; `wavelet` is the loss's.
+        """`predict` and, by dataset, `predict_override` are delta or state; `wavelet` and `levels` are the loss's.
 
         `constraints` holds predictions to the conserved quantities and ranges of the specifications.
 
@@ -92,7 +93,7 @@ class Surrogate(nn.Module, ABC):
         self.origin: Path | None = None  # the folder that it was loaded from
         if not datasets or len({spec.name for spec in datasets}) != len(datasets):
             raise ValueError(f"datasets must be one or more with different names, got {[s.name for s in datasets]}")
-        self.wavelet = wavelet
+        self.wavelet, self.levels = wavelet, levels
         self.specs = {spec.name: spec for spec in sorted(datasets, key=lambda spec: spec.name)}
         self.delta = {name: predict_override.get(name, predict) == "delta" for name in self.specs}
         self.moments = nn.ModuleDict(

@@ -8,7 +8,8 @@ What is special:
 - a bespoke WaveLiT is the same class with one dataset;
 - instead of the paper's linear heads, two convolutions at full resolution can make the output (`decoder: conv`).
 
-Fields are (B, C, H, W). Statistics, wavelets, norms and the ridge solve are float32 whatever the autocast state.
+Fields are (B, C, H, W). Statistics, wavelets, embedding, heads, norms and the ridge solve are float32 whatever the
+autocast state. Embedding and heads are about a thousandth of the products.
 """
 
 import hashlib
@@ -53,7 +54,8 @@ class ChannelEmbedding(nn.Module):
     def forward(self, coefficients: Tensor, channels: Sequence[str]) -> Tensor:
         """Map coefficients (B, C, S, h, w) of the named channels to tokens (B, h, w, D)."""
         weight = torch.cat([self.rows[name] for name in channels])  # (C * S, D)
-        return linear(coefficients.flatten(1, 2).permute(0, 2, 3, 1), weight.t())
+        with torch.autocast(coefficients.device.type, enabled=False):
+            return linear(coefficients.to(weight.dtype).flatten(1, 2).permute(0, 2, 3, 1), weight.t())
 
 
 class ConvDecoder(nn.Module):
@@ -120,8 +122,13 @@ class Head(nn.Module):
         self.pointwise = nn.Parameter(torch.zeros(channels, context * channels)) if config.pointwise else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map tokens (B, h, w, D) to coefficients (B, C, S, h, w), or feature maps (B, F, 1, h, w)."""
-        return self.linear(x).permute(0, 3, 1, 2).unflatten(1, (-1, self.subbands))
+        """Map tokens (B, h, w, D) to coefficients (B, C, S, h, w), or feature maps (B, F, 1, h, w); float32.
+
+        bf16 would round them by more than the paper's errors on helmholtz_staircase and gray_scott_reaction_diffusion.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            coefficients = self.linear(x.to(self.linear.weight.dtype))
+            return coefficients.permute(0, 3, 1, 2).unflatten(1, (-1, self.subbands))
 
     def of_points(self, inputs: Tensor) -> Tensor:
         """Apply one C x nC matrix, with the gain, at every point of the inputs (B, nC + K, H, W); float32."""
@@ -148,7 +155,8 @@ class WaveLiTFM(Surrogate):
     config: ModelConfig
 
     def __init__(self, config: ModelConfig, datasets: Sequence[DatasetSpec], seed: int = 0, context: int = 1) -> None:
-        super().__init__(datasets, config.predict, config.predict_override, config.wavelet, context, config.constraints)
+        switches = (config.predict, config.predict_override, config.wavelet, context, config.constraints, config.levels)
+        super().__init__(datasets, *switches)
         self.config = config
         width, subbands = config.width, config.subbands
         specs = self.specs.values()
@@ -172,7 +180,7 @@ class WaveLiTFM(Surrogate):
             x = block(x, ropes, periodic)
         head = cast(Head, self.heads[spec.name])
         if head.decoder is None:
-            output = self._untokenize(head(x).float(), spec, inputs.shape[-2:])  # inverse transform: (B, C, H, W)
+            output = self._untokenize(head(x), spec, inputs.shape[-2:])  # inverse transform: (B, C, H, W)
         else:
             output = head.decoder(inputs, head(x)[:, :, 0], periodic)
         return output if head.pointwise is None else output + head.of_points(inputs)

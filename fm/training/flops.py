@@ -8,17 +8,21 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from fm.config import FinetuneSettings
 from fm.model.surrogate import Surrogate
 
+# torch has the formula of softmax attention for its kernels on a GPU only.
+ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
 BACKWARD = 2  # FLOPs of a backward pass over those of its forward pass: gradients of the inputs and of the weights
 
 
 def forward_flops(model: Surrogate, dataset: str, grid: tuple[int, int]) -> int:
     """Return the FLOPs of products and convolutions in a model call on one window, two per multiply-add."""
-    with fake_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with fake_mode(model), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
         frames, constants = zero_fields(model, dataset, grid, windows=1, frames=model.context)
         model(frames, constants, dataset)
     return int(counter.get_total_flops())

@@ -163,6 +163,7 @@ class Unroll(nn.Module):
                     wavelet_weight=self.weights.wavelet_l1,
                     wavelet=self.model.wavelet,
                     rmse_weight=self.weights.rmse,
+                    levels=self.model.levels,
                 )
             )
         return terms

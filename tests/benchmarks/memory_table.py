@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", type=int, default=8)
     options = parser.parse_args()
-    recipe = load_recipe(RECIPE)
+    recipe = load_recipe(RECIPE, ["model.mlp_ratio=4.5"])  # 10M parameters
     cards = load_registry().select(recipe.data.datasets)
     config = recipe.model or ModelConfig()
     models = [build(size, cards) for size in (config, scaled(config, cards, 1_000_000_000))]

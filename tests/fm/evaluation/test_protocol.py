@@ -28,20 +28,52 @@ def test_impossible_windows_are_refused(bad: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "windows"),
-    [("wavelit", [(1, 20), (21, 60)]), ("appendix_g", [(2, 8), (9, 26), (27, 56)]), ("well", [(6, 12), (13, 30)])],
+    [
+        ("wavelit", [(1, 20), (21, 60)]),
+        ("appendix_g", [(2, 8), (9, 26), (27, 56)]),
+        ("well", [(2, 8), (9, 26)]),
+        ("well@1", [(6, 12), (13, 30)]),
+    ],
 )
 def test_named_protocols_have_the_published_windows(name: str, windows: list[tuple[int, int]]) -> None:
     protocol = load_protocol(name)
     assert [window.steps(10**6) for window in protocol.windows.values()] == windows
-    assert protocol.trajectories == ("mean" if name == "well" else "median")
+    assert protocol.trajectories == ("mean" if name.startswith("well") else "median")
     assert Protocol.from_json(json.loads(json.dumps(protocol.to_json()))) == protocol
     assert f"{protocol.name} v{protocol.version}" in protocol.describe()
 
 
+def test_versions_of_the_papers_protocols_start_where_the_paper_does() -> None:
+    """Version 2: four frames are given, so trajectories of 20 frames have 16 steps. Version 1 stays as it was."""
+    for name in ("wavelit", "appendix_g"):
+        assert (load_protocol(name).version, load_protocol(name).last_given) == (2, 3)
+        assert (load_protocol(f"{name}@1").version, load_protocol(f"{name}@1").last_given) == (1, 0)
+        assert load_protocol(f"{name}@2") is load_protocol(name)
+    wavelit = load_protocol("wavelit")
+    viscoelastic, helmholtz = [20 - 4, 60 - 4], [50 - 4]
+    assert [wavelit.covered(window, viscoelastic) for window in wavelit.windows] == [(1, 16), None]
+    assert [wavelit.covered(window, helmholtz) for window in wavelit.windows] == [(1, 20), (21, 46)]
+    first = load_protocol("wavelit@1")
+    assert [first.covered(window, viscoelastic) for window in first.windows] == [(1, 20), None]
+    assert wavelit.covered("1:20", [0, 0]) is None
+    assert wavelit.covered("1:20", [0, 30]) == (1, 20)  # a trajectory that is too short for a rollout has none
+
+
 def test_bad_protocols_are_refused() -> None:
-    with pytest.raises(UserError, match="expected one of wavelit, appendix_g, well, thirds; got 'walrus'"):
-        load_protocol("walrus")
-    wrong = ({"trajectories": "mode"}, {"order": "both"}, {"eps": -1.0}, {"max_steps": 0}, {"one_step_windows": 0})
+    valid = (
+        r"expected one of wavelit, appendix_g, well, thirds, or an earlier version \(wavelit@1, appendix_g@1, well@1\)"
+    )
+    for name in ("walrus", "wavelit@3"):
+        with pytest.raises(UserError, match=f"{valid}; got '{name}'"):
+            load_protocol(name)
+    wrong = (
+        {"trajectories": "mode"},
+        {"order": "both"},
+        {"short": "pad"},
+        {"eps": -1.0},
+        {"max_steps": 0},
+        {"one_step_windows": 0},
+    )
     for change in wrong:
         with pytest.raises(ValueError, match=next(iter(change))):
             dataclasses.replace(PROTOCOLS["thirds"], **change)
@@ -60,6 +92,7 @@ channels: median
 steps: median
 trajectories: mean
 order: per_trajectory
+short: cut
 split: valid
 """
 
@@ -69,7 +102,7 @@ def test_a_file_says_every_field(tmp_path: Path) -> None:
     path.write_text(TEXT)
     windows = {"1:5": Window(1, 5), "first_third": Window(1, 1, 3), "3:4": Window(3, 4)}
     assert load_protocol(path) == Protocol(
-        *("early", 2, windows, 1, 1, 30, None, 1e-5, "median", "median", "mean", "per_trajectory", "valid")
+        *("early", 2, windows, 1, 1, 30, None, 1e-5, "median", "median", "mean", "per_trajectory", "cut", "valid")
     )
     assert set(re.findall(r"^(\w+):", TEXT, re.MULTILINE)) == {field.name for field in dataclasses.fields(Protocol)}
 
@@ -77,7 +110,7 @@ def test_a_file_says_every_field(tmp_path: Path) -> None:
 def test_what_a_file_leaves_out_is_the_default(tmp_path: Path) -> None:
     path = tmp_path / "short.yml"
     path.write_text('name: short\nversion: 1\nwindows: {"1:20": [1, 20], "21:60": [21, 60]}\nmax_steps: 60\n')
-    assert load_protocol(str(path)) == dataclasses.replace(PROTOCOLS["wavelit"], name="short")
+    assert load_protocol(str(path)) == dataclasses.replace(load_protocol("wavelit@1"), name="short")
 
 
 def test_a_name_is_a_named_protocol() -> None:

@@ -101,6 +101,9 @@ def test_digests_and_commands_give_the_numbers_again(whole: str) -> None:
     assert "--split test --windows 8 --out DIR" in page_of(error_file(subset, shear_flow=0.25))
     rescored = page_of(error_file(replace(subset, eps=1.25e-5), shear_flow=0.25))
     assert "--windows 8 --out MEASURED\nfm score MEASURED --eps 1.25e-05 --out DIR" in rescored
+    earlier = page_of(error_file(load_protocol("wavelit@1"), shear_flow=0.25))
+    assert "fm evaluate RUN --protocol wavelit@1 --split test --out DIR" in earlier
+    assert "--protocol wavelit --split test" in page_of(error_file(PROTOCOLS["wavelit"], shear_flow=0.25))
     mine = page_of(error_file(replace(subset, name="mine"), shear_flow=0.25))
     assert "with the protocol below in a file PROTOCOL.yaml\nfm evaluate RUN --protocol PROTOCOL.yaml --out DIR" in mine
 
@@ -261,13 +264,13 @@ def test_score_prints_the_stored_files_own_scores_and_writes_nothing(run: Path) 
 
 def test_compare_needs_no_torch_either(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "table.json"
-    done = fm("compare", run, run, "--labels", "a,b", "--protocol", "wavelit", "--format", "json", "--out", out)
+    done = fm("compare", run, run, "--labels", "a,b", "--protocol", "wavelit@1", "--format", "json", "--out", out)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     whole = json.loads(out.read_text())
     assert whole["tables"][0]["head"] == ["dataset", "a", "b", "change", "persistence", "mean field", "linear stencil"]
-    assert (
-        "shear_flow: not comparable with published scores: grid 16 x 16, published 256 x 512; 3 tr" in whole["notes"][1]
-    )
+    reasons = next(note for note in whole["notes"] if "shear_flow: not comparable" in note)
+    assert "wavelit v1, published under wavelit v2 and well v2; start 0, published 3; short skip" in reasons
+    assert "grid 16 x 16, published 256 x 512; 3 tr" in reasons
     listed = fm("compare", "--published")
     assert listed.returncode == 0, listed.stderr
     assert "Walrus" in listed.stdout
@@ -310,9 +313,9 @@ def test_an_evaluation_is_not_replaced_by_another_protocols(run: Path) -> None:
 
 def test_what_was_not_measured_is_refused() -> None:
     file = error_file(dataclasses.replace(PROTOCOLS["thirds"], max_steps=9), shear_flow=0.5)
-    with pytest.raises(UserError, match=r"protocol wavelit needs rollouts of 60 steps; these errors .* at most 9"):
-        rescore(file, "wavelit", None)
-    with pytest.raises(UserError, match="protocol well needs start 3"):
+    with pytest.raises(UserError, match=r"protocol wavelit v1 needs rollouts of 60 steps; these .* at most 9"):
+        rescore(file, "wavelit@1", None)
+    with pytest.raises(UserError, match="protocol well v2 needs start 3"):
         rescore(file, "well", None)
     for eps in (-1.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match="--eps: expected a number of at least 0, got"):

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 
 from data_pipeline.files import UserError
 from fm.evaluation.errors import ErrorFile, Errors
-from fm.evaluation.protocol import PROTOCOLS, Protocol, Window
+from fm.evaluation.protocol import PROTOCOLS, Protocol, Window, load_protocol
 from fm.evaluation.scores import (
     DatasetScores,
     Scores,
@@ -150,22 +150,27 @@ def test_geometric_mean_ratio_over_datasets() -> None:
 
 def test_another_protocol_reads_the_file_only_where_the_frames_are_the_same() -> None:
     file = ErrorFile(PROTOCOLS["thirds"], {"shear_flow": dataset_errors(np.full((2, 60, 1), 0.5))})
-    windows = score(file, PROTOCOLS["wavelit"]).datasets["shear_flow"].windows
+    wavelit = load_protocol("wavelit@1")
+    windows = score(file, wavelit).datasets["shear_flow"].windows
     assert windows["21:60"].median == pytest.approx(0.5, rel=1e-6)
-    with pytest.raises(UserError, match="protocol well needs start 3"):
+    with pytest.raises(UserError, match=r"protocol well v2 needs start 3.* evaluate again with that protocol$"):
         score(file, PROTOCOLS["well"])
+    with pytest.raises(
+        UserError, match=r"wavelit v2 needs start 3; these .* under thirds v1 .*, or score under wavelit@1"
+    ):
+        score(file, PROTOCOLS["wavelit"])
     with pytest.raises(UserError, match="needs rollouts of 60 steps"):
-        score(ErrorFile(PROTOCOLS["appendix_g"], file.datasets), PROTOCOLS["wavelit"])
-    tail = dataclasses.replace(PROTOCOLS["wavelit"], max_steps=61)
+        score(ErrorFile(load_protocol("appendix_g@1"), file.datasets), wavelit)
+    tail = dataclasses.replace(wavelit, max_steps=61)
     with pytest.raises(UserError, match="needs rollouts of 61 steps"):
-        score(ErrorFile(PROTOCOLS["wavelit"], file.datasets), tail)
+        score(ErrorFile(wavelit, file.datasets), tail)
     subset = dataclasses.replace(PROTOCOLS["thirds"], one_step_windows=8)
     with pytest.raises(UserError, match=r"needs one_step_windows None; these errors .* with one_step_windows 8"):
         score(ErrorFile(subset, file.datasets), PROTOCOLS["thirds"])
 
 
 def test_rollouts_that_all_ended_before_the_limit_serve_any_protocol_of_their_frames() -> None:
-    file = ErrorFile(PROTOCOLS["wavelit"], {"shear_flow": dataset_errors(np.full((2, 59, 1), 0.5))})
+    file = ErrorFile(load_protocol("wavelit@1"), {"shear_flow": dataset_errors(np.full((2, 59, 1), 0.5))})
     assert score(file, PROTOCOLS["thirds"]).datasets["shear_flow"].horizon == 59
 
 
@@ -177,14 +182,20 @@ def test_steps_beyond_the_protocols_limit_count_for_nothing() -> None:
     assert dataset_errors(rollout).rollout_vrmse(10, "c0", (2, 4), 0.0).tolist() == [2.0, math.inf]
 
 
-def test_ties_share_a_rank_and_a_missing_score_comes_last() -> None:
-    rows = [[0.1, 0.2, 0.3], [0.5, 0.5, 0.1], [None, 0.2, None]]
+def test_ties_share_a_rank_and_a_diverged_score_comes_last() -> None:
+    rows = [[0.1, 0.2, 0.3], [0.5, 0.5, 0.1], [math.inf, 0.2, math.inf]]
     assert mean_ranks(rows) == pytest.approx([(1 + 2.5 + 2.5) / 3, (2 + 2.5 + 1) / 3, (3 + 1 + 2.5) / 3])
     assert wins(rows) == [1, 1, 1]
 
 
+def test_ranks_leave_out_who_was_not_evaluated() -> None:
+    rows = [[None, 0.2, 0.1, None], [0.1, 0.2, 0.3, None], [None, None, 0.1, None]]
+    assert mean_ranks(rows) == [1.0, 2.0, (1 + 3) / 2, None]
+    assert wins(rows) == [1, 0, 1, 0]
+
+
 def test_a_shared_best_score_is_nobodys_win() -> None:
-    assert wins([[0.5, 0.5], [None, None], [0.1, 0.2]]) == [1, 0]
+    assert wins([[0.5, 0.5], [math.inf, math.inf], [0.1, 0.2]]) == [1, 0]
     assert wins([[None]]) == [0]
     assert mean_ranks([]) == wins([]) == []
 
@@ -193,7 +204,8 @@ def test_spearman_is_scipys() -> None:
     rng = np.random.default_rng(0)
     ours, theirs = rng.integers(0, 6, 12).astype(float).tolist(), rng.random(12).tolist()
     assert spearman(ours, theirs) == pytest.approx(spearmanr(ours, theirs).statistic)
-    assert spearman([1.0, 2.0, None], [1.0, 5.0, 9.0]) == pytest.approx(1.0)
+    assert spearman([1.0, 2.0, math.inf], [1.0, 5.0, 9.0]) == pytest.approx(1.0)
+    assert spearman([1.0, 9.0, 2.0], [1.0, None, 5.0]) == pytest.approx(1.0)
     assert spearman([3.0, 2.0, 1.0], [1.0, 2.0, 3.0]) == pytest.approx(-1.0)
 
 

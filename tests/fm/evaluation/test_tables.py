@@ -12,7 +12,7 @@ from error_files import error_file
 from data_pipeline.files import UserError
 from data_pipeline.tables import Marked, Table, render
 from fm.evaluation.errors import DatasetErrors, ErrorFile, Errors, StencilChoice
-from fm.evaluation.protocol import PROTOCOLS
+from fm.evaluation.protocol import PROTOCOLS, Protocol, Window, load_protocol
 from fm.evaluation.scores import Scores, score
 from fm.evaluation.tables import compare_document, load_runs, score_document, score_table
 
@@ -43,12 +43,35 @@ def test_the_score_table_marks_divergence_and_missing_windows() -> None:
     rollout = Errors(ones, model, ones, ones, ones)
     part = DatasetErrors(("a",), np.array([4, 5, 6]), Errors(*[ones] * 5), rollout, "x", (16, 16))
     file = ErrorFile(PROTOCOLS["thirds"], {"shear_flow": part})
+    wavelit = load_protocol("wavelit@1")
     *_, last = cells(score_table(score(file)), "shear_flow")
     assert last[4:6] == ["0.5000 (1 of 3 diverged)", "-"]
     assert "Diverged on shear_flow: trajectory 4 at step 8." in score_table(score(file))
-    _, short, long = cells(score_table(score(file, PROTOCOLS["wavelit"])), "shear_flow")
-    assert short[1:] == ["1:20", "horizon is 9", "0", "-", "-", "-", "-", "-", "-"]
+    _, short, long = cells(score_table(score(file, wavelit)), "shear_flow")
+    assert short[1:] == ["1:20", "too short", "0", "-", "-", "-", "-", "-", "-"]
     assert long[1] == "21:60"
+
+
+def test_a_table_says_which_trajectories_are_too_short_for_a_window() -> None:
+    """Two trajectories of 9 steps and one of 4, scored under a rule that leaves it out, and under one that cuts."""
+    values = np.full((3, 9, 1), 0.25)
+    values[2, 4:] = np.nan
+    errors = Errors(*[values] * 5)
+    part = DatasetErrors(("a",), np.array([4, 5, 6]), errors, errors, "x", (16, 16))
+    windows = {"1:6": Window(1, 6), "8:12": Window(8, 12)}
+    notes = {}
+    for short in ("skip", "cut"):
+        protocol = Protocol("mine", 1, windows, short=short)
+        scores = score(ErrorFile(protocol, {"shear_flow": part}))
+        notes[short] = [line for line in score_document(scores).notes if line.startswith("shear_flow, ")]
+        assert set(notes[short]) <= set(compare_document({"run": scores}).notes)
+    unscored = "shear_flow, 8:12: not scored, the longest trajectory is too short."
+    left_out = "shear_flow, 1:6: 1 of 3 trajectories are left out, they end before step 6."
+    assert notes["skip"] == [left_out, unscored]
+    assert notes["cut"] == [
+        "shear_flow, 1:6: cut to steps 1-4, the shortest trajectory's end.",
+        "shear_flow, 8:12: not scored, the shortest trajectory is too short.",
+    ]
 
 
 def test_the_document_keeps_full_precision() -> None:
@@ -139,9 +162,9 @@ def test_the_summary_counts_rollouts_that_diverged_where_the_median_does_not_tel
 
 
 def test_a_window_that_no_run_covers_counts_for_none() -> None:
-    runs = {name: score(error_file(shear_flow=0.5), PROTOCOLS["wavelit"]) for name in ("a", "b")}
+    runs = {name: score(error_file(shear_flow=0.5), load_protocol("wavelit@1")) for name in ("a", "b")}
     _, window, _, summary = compare_document(runs).tables
-    assert window.rows == [["shear_flow", "horizon is 9", *[None] * 6]]
+    assert window.rows == [["shear_flow", "too short", *[None] * 6]]
     assert summary.rows[2] == ["1:20", "a", 0, 0, None, None, None]
 
 
@@ -151,7 +174,18 @@ def test_a_dataset_that_one_run_lacks_is_shown_and_left_out_of_the_summary() -> 
     assert document.tables[0].rows[0][2:4] == [None, None]
     assert document.tables[0].rows[0][4] == pytest.approx(1.0, rel=1e-6)
     assert [row[2] for row in document.tables[-1].rows] == [1] * 8
-    assert document.notes == ["Not in the summary, for not all runs have it: active_matter."]
+    assert document.notes == ["Only in mean ranks and wins of the summary, not all runs have it: active_matter."]
+
+
+def test_ranks_leave_out_the_datasets_that_a_run_lacks() -> None:
+    """As the paper's ranks: `b` is left out where it was not evaluated, and so is what it alone has."""
+    runs = {
+        "a": error_file(shear_flow=0.5, active_matter=0.3),
+        "b": error_file(active_matter=0.4, rayleigh_benard=0.1),
+        "c": error_file(shear_flow=0.25, active_matter=math.inf),
+    }
+    a, b, c = tables_of(**runs)["Summary"].rows[:3]
+    assert [row[4:6] for row in (a, b, c)] == [[(2 + 1) / 2, 1], [2.0, 0], [(1 + 3) / 2, 1]]
 
 
 def test_one_run_has_its_own_table() -> None:
@@ -176,13 +210,15 @@ def test_runs_report_folders_and_files_are_found_and_named(tmp_path: Path) -> No
 
 
 def test_the_first_files_protocol_counts_or_the_one_that_is_asked_for(tmp_path: Path) -> None:
-    wavelit, thirds = PROTOCOLS["wavelit"], PROTOCOLS["thirds"]
+    wavelit, thirds = load_protocol("wavelit@1"), PROTOCOLS["thirds"]
     runs = stored(tmp_path, a=error_file(wavelit, shear_flow=0.5), b=error_file(thirds, shear_flow=0.25))
     assert {scores.protocol.name for scores in load_runs(runs).values()} == {"wavelit"}
     assert {scores.protocol.name for scores in load_runs(runs, thirds).values()} == {"thirds"}
     subset = dataclasses.replace(thirds, one_step_windows=4)
     runs += stored(tmp_path, c=error_file(subset, shear_flow=0.5))
-    with pytest.raises(UserError, match=r"c/report/errors\.npz: protocol wavelit needs one_step_windows None; these"):
+    with pytest.raises(
+        UserError, match=r"c/report/errors\.npz: protocol wavelit v1 needs one_step_windows None; these"
+    ):
         load_runs(runs)
 
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -25,7 +26,9 @@ from fm.lab.sweep_table import sweep_document, sweep_results
 BROKEN = "data.datasets: [shear_flaw]"
 
 
-def scored_copy(run: Path, trial: Trial, one_step: dict[str, Any], **changes: Any) -> None:
+def scored_copy(
+    run: Path, trial: Trial, one_step: dict[str, Any], first_third: Mapping[str, Any] | None = None, **changes: Any
+) -> None:
     """A trained and scored run as that of another trial, with some of its scores replaced on all datasets."""
     shutil.copytree(run, trial.directory, dirs_exist_ok=True)
     for state in trial.directory.glob("checkpoints/*/state.json"):
@@ -34,6 +37,7 @@ def scored_copy(run: Path, trial: Trial, one_step: dict[str, Any], **changes: An
     scores = json.loads(file.read_text())
     for part in scores["datasets"].values():
         part["one_step"].update(one_step)
+        part["windows"]["first_third"].update(first_third or {})
         part.update(changes)
     file.write_text(json.dumps(scores))
 
@@ -184,20 +188,29 @@ def test_ranks_are_shared_and_compared_among_the_papers(done: Path, tmp_path: Pa
     file = folder / "five.yaml"
     variants = "".join(f"  v{n}: {{train.clip: {n}}}\n" for n in range(1, 6))
     file.write_text(
-        f"title: F\nbase: base.yaml\nwindows: 2\npublished: {{v1: 3, v3: 2, v4: 1, v5: 0.5}}\nvariants:\n{variants}"
+        f"title: F\nbase: base.yaml\nwindows: 2\npublished: {{v1: 3, v3: 2, v4: 1, v5: 0.5}}\n"
+        "published_windows: {first_third: {v1: 0.3, v2: 0.2, v4: 0.1}, last_third: {v1: 0.1}}\n"
+        f"variants:\n{variants}"
     )
     five = load_sweep(file)
     trials = plan(five, tmp_path / "out")
-    for trial, ratio in zip(trials, (0.4, 0.1, 0.4, 0.2), strict=False):  # v5 is not run
-        scored_copy(done / "full_seed0", trial, {"ratio_to_persistence": ratio})
+    ratios = [(0.4, 0.5), (0.1, 0.6), (0.4, 0.1), (0.2, 0.3)]
+    for trial, (one_step, first_third) in zip(trials, ratios, strict=False):  # v5 is not run
+        scored = ({"ratio_to_persistence": ratio} for ratio in (one_step, first_third))
+        scored_copy(done / "full_seed0", trial, *scored)
     results = sweep_results(five, trials)
     rows = results["variants"]
     assert [row["rank"] for row in rows] == [3.5, 1, 3.5, 2, None]
     assert [row["paper_rank"] for row in rows] == [3, None, 2, 1, None]
     assert [row["rank_beside_paper"] for row in rows] == [2.5, None, 2.5, 1, None]
     assert results["spearman"] == pytest.approx(3**0.5 / 2)
+    assert results["spearman_windows"] == {"first_third": pytest.approx(0.5), "last_third": None}  # of one variant
+    assert rows[1]["paper_windows"] == {"first_third": 0.2, "last_third": None}
     text = render(sweep_document(five, results), "md")
     assert "paper's order: 0.87 over 3 variants." in text
+    assert "The same for first_third: 0.50." in text
+    assert "The same for last_third: not known." in text
+    assert " paper, first_third |" in text
     assert " 3.5 |" in text
 
 

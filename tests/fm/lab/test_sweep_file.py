@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.files import UserError
+from data_pipeline.registry import load_registry
 from fm.config import load_recipe, recipe_to_dict
+from fm.evaluation.published import published_document
 from fm.lab.sweep_file import load_sweep, plan
 from fm.model.spec import DatasetSpec
 from fm.model.wavelit import WaveLiTFM
@@ -38,8 +40,8 @@ def test_every_shipped_sweep_is_made_of_recipes_that_differ(file: Path, tmp_path
 
 
 def test_the_papers_ablations_have_the_papers_frame_loss_and_optimizer(tmp_path: Path) -> None:
-    files = [file for file in SHIPPED if file.stem.startswith(("table", "appendix"))]
-    assert len(files) == 6
+    files = [file for file in SHIPPED if file.stem.startswith("table")]
+    assert len(files) == 7
     for trial in (trial for file in files for trial in plan(load_sweep(file), tmp_path)):
         recipe, changed = trial.recipe, trial.variant.overrides
         assert recipe.data.context == 1
@@ -49,6 +51,20 @@ def test_the_papers_ablations_have_the_papers_frame_loss_and_optimizer(tmp_path:
         if recipe.model is not None:
             assert (recipe.model.decoder, recipe.model.pointwise) == ("wavelet", False)
             assert recipe.model.pyramid_levels == 1 or "model.pyramid_levels" in changed
+
+
+def test_the_papers_ablations_carry_the_papers_numbers() -> None:
+    """Every variant has a number of the paper's table, which the tables of `fm compare --published` print, too."""
+    tables = published_document(load_registry()).tables
+    for name, others in {"1": (), "2": (), "3": (), "11": ("12",), "13": (), "14": ()}.items():
+        sweep = load_sweep(ROOT / "recipes" / "ablations" / f"table{name}")
+        titles = tuple(f"WaveLiT paper, Table {number}, " for number in (name, *others))
+        printed = {cell for table in tables if table.title.startswith(titles) for row in table.rows for cell in row}
+        for numbers in (sweep.published, *sweep.published_windows.values()):
+            assert numbers is not None
+            assert list(numbers) == list(sweep.variants)
+            assert set(numbers.values()) < printed
+    assert list(load_sweep(ROOT / "recipes" / "ablations" / "table11").published_windows) == ["2:8", "9:26", "27:56"]
 
 
 def test_what_is_nearer_wins(tmp_path: Path) -> None:
@@ -98,8 +114,12 @@ def test_a_variant_may_have_a_recipe_of_its_own_and_one_may_not_be_trained(tmp_p
             "published.b: expected the name of a variant, got 1",
         ),
         (
+            "title: T\nbase: Q\nvariants: {a: {}}\npublished_windows: {last: {a: 1}}\n",
+            "published_windows.last: expected a window of protocol thirds, first_third, middle_third, last_third",
+        ),
+        (
             "title: T\nbase: Q\nvariants: {a: {}}\nprotocol: third\n",
-            "protocol: expected one of wavelit, appendix_g, well, thirds; got 'third'",
+            "protocol: expected one of wavelit, appendix_g, well, thirds, or an earlier version",
         ),
         ("title: T\nbase: Q\nvariants: {a: {only_evaluate: 1}}\n", "only_evaluate: expected true, or no such key"),
         (

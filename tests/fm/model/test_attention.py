@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional as F
 
 from fm.model.attention import (
     JITTER,
     LAMBDA_INIT,
     LinearAttention,
+    SoftmaxAttention,
     attention_state,
     eliminate,
     feature_map,
@@ -90,7 +92,7 @@ def test_rank_deficient_keys_stay_finite() -> None:
         assert torch.isfinite(attention_state(k, tokens(1, 1, 3, 16, seed=1).float(), torch.zeros(1))).all()
 
 
-@pytest.mark.parametrize("ridge", ["ridge", "none", "least_squares"])
+@pytest.mark.parametrize("ridge", ["ridge", "none", "scaled", "least_squares"])
 def test_layer_follows_the_formulas(ridge: str) -> None:
     torch.manual_seed(0)
     layer = LinearAttention(16, 2, ridge).double()
@@ -99,13 +101,39 @@ def test_layer_follows_the_formulas(ridge: str) -> None:
     q, k = (rotate(feature_map(x).view(3, 15, 2, 8).float(), table.float()).double().transpose(1, 2) for x in (q, k))
     v = z.view(3, 15, 2, 8).transpose(1, 2)
     state = k.mT @ v / 15
-    if ridge != "none":
+    if ridge == "scaled":
+        state = state / 8
+    elif ridge != "none":
         gram = k.mT @ k / 15
         shift = LAMBDA_INIT * float(ridge == "ridge") + JITTER * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
         state = torch.linalg.solve(gram + shift[..., None, None] * torch.eye(8), state)
     expected = (q @ state).transpose(1, 2).reshape(3, 15, 16)
     tolerance = 2e-2 if ridge == "least_squares" else 2e-5  # 15 tokens, 8 channels: badly conditioned without lambda
     torch.testing.assert_close(layer(z, table.float()), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_softmax_attention_weighs_every_pair_of_tokens() -> None:
+    torch.manual_seed(0)
+    layer, z, table = SoftmaxAttention(16, 2), tokens(3, 15, 16).float(), rope_table(3, 5, 8)
+    q, k = (rotate(x.unflatten(-1, (2, 8)), table) for x in layer.query_key(z).chunk(2, dim=-1))
+    weights = torch.einsum("bnam,bjam->banj", q, k).div(math.sqrt(8)).softmax(-1)
+    expected = torch.einsum("banj,bjam->bnam", weights, z.unflatten(-1, (2, 8))).flatten(-2)
+    torch.testing.assert_close(layer(z, table), expected, atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(z.bfloat16(), table).dtype == torch.bfloat16
+
+
+def test_scaled_attention_starts_at_the_scale_of_ridge_and_plain_attention_far_above() -> None:
+    """So that an ablation of the ridge does not measure the scale."""
+    torch.manual_seed(0)
+    z, table = F.silu(tokens(2, 256, 64).float()), rope_table(16, 16, 32)
+    rms = {}
+    for ridge in ("ridge", "none", "scaled"):
+        layer = LinearAttention(64, 2, ridge)
+        torch.nn.init.normal_(layer.query_key.weight, std=1 / 8, generator=torch.Generator().manual_seed(0))
+        rms[ridge] = layer(z, table).square().mean().sqrt().item()
+    assert rms["none"] > 8 * rms["ridge"]
+    assert 0.5 < rms["scaled"] / rms["ridge"] < 2
 
 
 def test_solve_is_a_float32_island_under_autocast() -> None:
@@ -130,7 +158,7 @@ def test_lambda_is_learned_per_head() -> None:
 
 
 def test_unknown_ridge_mode() -> None:
-    with pytest.raises(ValueError, match="unknown ridge mode 'lasso': choose one of ridge, none, least_squares"):
+    with pytest.raises(ValueError, match="unknown ridge mode 'lasso': choose one of ridge, none, least_squares, sc"):
         LinearAttention(16, 2, "lasso")
 
 

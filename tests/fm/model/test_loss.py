@@ -13,16 +13,22 @@ from fm.evaluation.scores import score
 from fm.model.loss import squared_error_and_variance, vrmse, wavelit_loss
 
 
+@pytest.mark.parametrize("levels", [1, 2])
 @pytest.mark.parametrize(("wavelet", "border"), [("haar", 0), ("bior2.2", 1), ("bior4.4", 2)])
-def test_loss_is_mse_plus_mean_absolute_coefficient_of_each_subband(wavelet: str, border: int) -> None:
+def test_loss_is_mse_plus_mean_absolute_coefficient_of_each_subband(wavelet: str, border: int, levels: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    prediction, target = torch.randn(2, 2, 3, 18, 22, generator=generator)
+    prediction, target = torch.randn(2, 2, 3, 20, 24, generator=generator)
     scale = torch.tensor([1.0, 2.0, 5.0]).view(3, 1, 1)
-    terms = wavelit_loss(prediction, target, scale, mse_weight=0.5, wavelet_weight=2.0, wavelet=wavelet)
+    terms = wavelit_loss(prediction, target, scale, 0.5, 2.0, wavelet, levels=levels)
     error = ((prediction - target) * scale).double().numpy()
-    low, details = pywt.dwt2(error, wavelet, mode="reflect")
     inner = slice(border, -border or None)
-    wavelet_l1 = sum(np.abs(band[..., inner, inner]).mean() for band in (low, *details))
+    low, bands = error, []
+    for _ in range(levels):
+        parts = pywt.dwt2(low, wavelet, mode="reflect")
+        low, *details = (band[..., inner, inner] for band in (parts[0], *parts[1]))
+        bands += details
+    assert len(bands) == 3 * levels
+    wavelet_l1 = sum(np.abs(band).mean() for band in (low, *bands))
     assert terms.mse.numpy() == pytest.approx((error**2).mean((1, 2, 3)), rel=1e-5)
     assert terms.wavelet_l1.mean().item() == pytest.approx(wavelet_l1, rel=1e-5)
     assert terms.total.mean().item() == pytest.approx(0.5 * np.mean(error**2) + 2 * wavelet_l1, rel=1e-5)

@@ -23,7 +23,7 @@ SMALL = ModelConfig(width=16, depth=2, heads=2)
     [
         ("1.2M", ["turbulent_radiative_layer_2D"], 1.2),
         ("9.5M", ["turbulent_radiative_layer_2D"], 9.5),
-        ("10M", list(STATE_CHANNELS), 10.0),
+        ("9.5M", list(STATE_CHANNELS), 9.5),
     ],
 )
 def test_presets_have_the_size_of_their_name(preset: str, names: list[str], millions: float) -> None:
@@ -42,6 +42,7 @@ def test_specs_survive_json() -> None:
     ("changes", "message"),
     [
         ({"width": 20, "heads": 2}, "width / heads must be a multiple of 4 (2D RoPE), got 20 / 2"),
+        ({"attention": "softmax"}, "attention: softmax has no ridge, expected ridge: none, got ridge"),
         ({"depth": 0}, "depth: Input should be greater than 0 (got 0)"),
         ({"mlp_ratio": 0.0}, "mlp_ratio: Input should be greater than 0 (got 0.0)"),
         ({"mlp_ratio": math.nan}, "mlp_ratio: Input should be a finite number (got nan)"),

@@ -205,7 +205,7 @@ def test_a_gate_that_was_not_there_from_the_start_is_refused(
 
 
 def test_a_gate_needs_windows_that_the_rollouts_cover(tiny_shards: Path, tmp_path: Path, pretrained: Path) -> None:
-    validation = {**VALIDATED, "protocol": "wavelit"}  # 20 steps; the trajectories have 8
+    validation = {**VALIDATED, "protocol": "wavelit@1"}  # 20 steps; the trajectories have 8
     with pytest.raises(UserError, match="no trajectory of the valid split covers a window of the protocol wavelit"):
         train(recipe(tiny_shards, tmp_path / "run", pretrained, finetune={"gate": 2.0}, validation=validation))
 

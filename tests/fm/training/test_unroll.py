@@ -25,7 +25,7 @@ class Linear(nn.Module):
     def __init__(self, context: int = 1) -> None:
         super().__init__()
         self.factor = nn.Parameter(torch.tensor(FACTOR, dtype=torch.float64))
-        self.wavelet, self.context = "haar", context
+        self.wavelet, self.levels, self.context = "haar", 1, context
 
     def forward(self, frames: Tensor, constants: Tensor, dataset: str) -> Tensor:
         assert frames.shape[1] == self.context
