@@ -390,7 +390,8 @@ def load_folders(folders: Sequence[Traversable]) -> Registry:
     taken: dict[str, Traversable] = {}  # name or abbreviation -> the card's file
     for folder in (folder / "datasets" for folder in folders):
         listed = folder.iterdir() if folder.is_dir() else ()
-        for file in sorted((file for file in listed if file.name.endswith(".yaml")), key=lambda file: file.name):
+        shown = (file for file in listed if file.name.endswith(".yaml") and not file.name.startswith("."))
+        for file in sorted(shown, key=lambda file: file.name):
             card = read_card(file, file.name.removesuffix(".yaml"), channels)
             for key, name in (("name", card.name), ("abbreviation", card.abbreviation)):
                 if taken.setdefault(name, file) is not file:

@@ -197,7 +197,8 @@ def test_oddities_are_pointed_out(tmp_path: Path) -> None:
     made, card = draft(source, tmp_path / "cards")
     said = "\n".join(made.decisions)
     assert "grid: 15 x 16 has an odd size" in said
-    assert "grid: points along y are not equally spaced" in said
+    assert "axes: odd.hdf5: y runs backward, from 1 to -1; points along y are not equally spaced" in said
+    assert "times: odd.hdf5, trajectory 1, frames 2-3: 2 of 4 frames are not later than one before them" in said
     assert "density: the sample holds NaN or Inf" in said
     assert (
         "boundary: x OPEN-OPEN, y OPEN-OPEN (lower and upper end); OPEN is also what files get that say nothing" in said
@@ -206,7 +207,7 @@ def test_oddities_are_pointed_out(tmp_path: Path) -> None:
     assert card.grid == (15, 16)
     made, card = draft(tmp_path / "flat", tmp_path / "cards")
     assert card.dt is None
-    assert "dt: from 0 to 0, so the card says null; are the times right?" in made.decisions
+    assert "all 3 frames are at time 0: were the times ever written?; dt is null" in "\n".join(made.decisions)
 
 
 def test_names_that_yaml_takes_for_something_else(tmp_path: Path) -> None:
