@@ -154,7 +154,7 @@ def _describe_times(times: np.ndarray, step: float | None) -> tuple[str, str, li
     counts = np.round(steps / typical)
     if counts.min() == 1 and (np.abs(steps - counts * typical) <= UNEVEN * typical + _rounding(times)).all():
         missing = int(counts.sum()) - len(steps)
-        what = f"{missing} frames are missing before these: the others are {typical:g} apart"
+        what = f"{missing} frame{'s are' if missing > 1 else ' is'} missing before: the others are {typical:g} apart"
         return "warning", what, (np.flatnonzero(counts > 1) + 1).tolist()
     growth = times[2:] / times[1:-1] if times[1] > 0 else np.empty(0)
     if growth.size > 1 and np.ptp(growth) <= UNEVEN * (growth.mean() - 1):
@@ -181,6 +181,12 @@ def axis_finding(axis: str, points: np.ndarray, file: str) -> Finding | None:
 
 
 Spacing = tuple[float, float]  # from a grid point to the next along x and y; negative where the axis runs backward
+
+
+def mean_spacing(x: np.ndarray, y: np.ndarray) -> Spacing | None:
+    """Return the mean step along axes (X,) and (Y,); None where one has a single point, NaN, or ends where it began."""
+    steps = [float(points[-1] - points[0]) / max(1, len(points) - 1) for points in (x, y)]
+    return (steps[0], steps[1]) if np.isfinite(steps).all() and all(steps) else None
 
 
 def same_spacing(one: Spacing | None, other: Spacing | None) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 from data_pipeline.files import UserError
 from data_pipeline.registry import Card, Field, Registry
 from data_pipeline.remote import RemoteFolder
-from data_pipeline.well.findings import Finding, Spacing, axis_finding, even_step, times_finding
+from data_pipeline.well.findings import Finding, Spacing, axis_finding, even_step, mean_spacing, times_finding
 from data_pipeline.well.layout import (
     BoundaryMask,
     File,
@@ -258,9 +258,8 @@ class WellFile:
 
     @property
     def spacing(self) -> Spacing | None:
-        """The mean step from a grid point to the next along x and y, negative where an axis runs backward."""
-        x, y = ((points[-1] - points[0]) / max(1, len(points) - 1) for points in self.axes())
-        return (float(x), float(y)) if np.isfinite([x, y]).all() and x and y else None
+        """The spacing of the grid, as far as it has one."""
+        return mean_spacing(*self.axes())
 
     def axis_attributes(self) -> dict[str, dict[str, Any]]:
         """Return time, x, y -> attributes that say what their numbers mean, as the units and calendars of CF."""

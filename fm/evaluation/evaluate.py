@@ -26,7 +26,7 @@ from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.streaming import default_cache
 from fm.checkpoint import find_checkpoint, load_pretrained, verify_model
 from fm.config import Recipe, ValidationSettings, load_recipe, resolve
-from fm.datasets import check_channels
+from fm.datasets import check_channels, check_direction
 from fm.distributed import broadcast_from_main, detect_lost_processes, make_accelerator
 from fm.evaluation.errors import ERRORS_FILE, FORMAT, TASKS, DatasetErrors, ErrorFile, check_names
 from fm.evaluation.measure import (
@@ -259,6 +259,7 @@ def _check(model: Surrogate, readers: Mapping[str, ShardReader]) -> None:
             raise UserError(f"{reader.folder}: {error}: pictures and errors are kept under it") from error
         spec = model.specs[name]
         check_channels(reader, spec.state_channels, spec.constant_channels, "the model was trained on")
+        check_direction(reader, spec)
 
 
 @dataclass(frozen=True)
