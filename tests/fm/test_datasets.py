@@ -50,7 +50,7 @@ def test_a_model_knows_which_way_the_axes_of_its_data_run(tiny_well: Path, tiny_
     shutil.copytree(tiny_well / NAME, tmp_path / "well" / NAME)
     for path in (tmp_path / "well").glob("*/data/*/*.hdf5"):
         with h5py.File(path, "r+") as file:
-            file["dimensions/y"][:] = file["dimensions/y"][::-1]
+            file["dimensions/y"][:] = file["dimensions/y"][:][::-1]
             file["dimensions/time"][2:] += 1
     build_shards(tmp_path / "well", tmp_path / "shards", jobs=1)
     there, turned = (open_readers(shards, [NAME], "train") for shards in (tiny_shards, tmp_path / "shards"))

@@ -26,7 +26,7 @@ TIMES = {
     "missing": (
         [0, 0.5, 1, 2.5, 3, 3.5, 4.5],
         "warning",
-        "3 frames are missing before: the others are 0.5: the others are 0.5",
+        "3 frames are missing before: the others are 0.5",
         ((3, 4), (6, 7)),
     ),
     "log": ([0, *np.geomspace(0.1, 100, 10)], "warning", "time grows 2.154-fold from frame to frame", ()),
