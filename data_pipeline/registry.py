@@ -317,8 +317,8 @@ class Registry:
         """Return the card of a dataset. Raises UserError, with the nearest name, if there is none."""
         if name not in self.cards:
             raise UserError(
-                f"dataset {name!r}: no card of this name. {nearest(name, self.cards)} Cards of your own "
-                f"are found through --registry, data.registry or {VARIABLE}; `data-pipeline register` drafts one."
+                f"dataset {name!r}: no card of this name. {nearest(name, self.cards)} `data-pipeline register` drafts "
+                f"one; yours are found through {VARIABLE}, data.registry or, where a command has it, --registry."
             )
         return self.cards[name]
 

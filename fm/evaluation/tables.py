@@ -3,6 +3,7 @@
 A cell of a model with predictions that are not finite has a mark that counts them.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -147,7 +148,7 @@ def load_runs(
 
 def _default_labels(files: Sequence[Path]) -> list[str]:
     """The names of the runs, numbered if several have one name."""
-    folders = [file.resolve().parent for file in files]
+    folders = [Path(os.path.abspath(file)).parent for file in files]  # as typed, even where they are links
     names = [folder.parent.name if folder.name == "report" else folder.name for folder in folders]
     return [
         f"{name} ({names[: index + 1].count(name)})" if names.count(name) > 1 or name in FIXED_COLUMNS else name

@@ -182,6 +182,16 @@ def test_where_files_may_lie_and_what_must_be_moved(tmp_path: Path) -> None:
     assert "the name 'run 1': expected up to 64 letters" in refusal(tmp_path / "flat" / "run 1.h5", tmp_path / "cards")
 
 
+def test_a_link_names_the_dataset_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_file(tmp_path / "store" / "f00d" / "data" / "train" / "a.hdf5", {"density": 0})
+    (tmp_path / "lava").symlink_to(tmp_path / "store" / "f00d")
+    (tmp_path / "flat").symlink_to(tmp_path / "store" / "f00d" / "data" / "train")
+    for name in ("lava", "flat"):
+        assert draft(tmp_path / name, tmp_path / "cards")[0].name == name
+    monkeypatch.chdir(tmp_path / "store" / "f00d")
+    assert draft(Path("."), tmp_path / "cards")[0].name == "f00d"
+
+
 def test_oddities_are_pointed_out(tmp_path: Path) -> None:
     source = write_file(
         tmp_path / "odd.hdf5",
