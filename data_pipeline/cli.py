@@ -71,6 +71,7 @@ def _shard(options: argparse.Namespace) -> int:
     from data_pipeline.registry import load_registry
     from data_pipeline.shards.build import build_shards
     from data_pipeline.shards.plan import Settings
+    from data_pipeline.shards.review import across_splits, find_manifests, findings_table
 
     registry = load_registry(options.registry)
     what = (options.well, options.out, options.datasets, options.splits, options.jobs)
@@ -80,8 +81,14 @@ def _shard(options: argparse.Namespace) -> int:
 
         print(forecast(*what, settings, registry))
         return 0
-    for built in build_shards(*what, settings, options.skip, registry):
+    made = build_shards(*what, settings, options.skip, registry)
+    for built in made:
         print(_built_line(built))
+    datasets = sorted({built.manifest.dataset for built in made})
+    errors = [(one.manifest.dataset, one.manifest.split, finding) for one in made for finding in one.manifest.findings]
+    errors = [one for one in errors if one[2].severity == "error"]
+    if found := errors + across_splits(find_manifests(options.out, datasets).values()):
+        print(findings_table(found, None), file=sys.stderr)
     return 0
 
 

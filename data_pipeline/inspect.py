@@ -11,7 +11,7 @@ from data_pipeline.shards.build import finished_manifest
 from data_pipeline.shards.convert import measure_speed
 from data_pipeline.shards.format import MANIFEST_NAME, Manifest
 from data_pipeline.shards.plan import Settings, SplitPlan, plan_all
-from data_pipeline.shards.review import TEXT_COLUMNS, count_severities, find_manifests, findings_table
+from data_pipeline.shards.review import TEXT_COLUMNS, across_splits, count_severities, find_manifests, findings_table
 from data_pipeline.tables import markdown, plain
 from data_pipeline.well.hdf5 import SPLITS
 from data_pipeline.well.stats import read_stats
@@ -106,6 +106,7 @@ def overview(shards: str | Path, known: Sequence[str], all_findings: bool = Fals
     rows = [_row(manifest, shares) for manifest in manifests]
     num_bytes = sum(shard.bytes for manifest in manifests for shard in manifest.shards)
     found = [(one.dataset, one.split, finding) for one in manifests for finding in one.findings]
+    found += across_splits(manifests)
     listed = findings_table(found, None if all_findings else FEW)
     num_datasets = len({one.dataset for one in manifests})
     total = f"{num_datasets} datasets, {len(rows)} splits, {num_bytes / 1e6:.1f} MB in {shards}"

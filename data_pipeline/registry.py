@@ -318,8 +318,8 @@ class Registry:
         """Return the card of a dataset. Raises UserError, with the nearest name, if there is none."""
         if name not in self.cards:
             raise UserError(
-                f"dataset {name!r}: no card of this name. {nearest(name, self.cards)} Cards of your own "
-                f"are found through --registry, data.registry or {VARIABLE}; `data-pipeline register` drafts one."
+                f"dataset {name!r}: no card of this name. {nearest(name, self.cards)} `data-pipeline register` drafts "
+                f"one; yours are found through {VARIABLE}, data.registry or, where a command has it, --registry."
             )
         return self.cards[name]
 
@@ -390,8 +390,8 @@ def load_folders(folders: Sequence[Traversable]) -> Registry:
     cards: dict[str, Card] = {}
     taken: dict[str, Traversable] = {}  # name or abbreviation -> the card's file
     for folder in (folder / "datasets" for folder in folders):
-        listed = folder.iterdir() if folder.is_dir() else ()
-        for file in sorted((file for file in listed if file.name.endswith(".yaml")), key=lambda file: file.name):
+        listed = [file for file in (folder.iterdir() if folder.is_dir() else ()) if file.name.endswith(".yaml")]
+        for file in sorted((file for file in listed if file.name[0] != "."), key=lambda file: file.name):
             card = read_card(file, file.name.removesuffix(".yaml"), channels)
             for key, name in (("name", card.name), ("abbreviation", card.abbreviation)):
                 if taken.setdefault(name, file) is not file:

@@ -1,5 +1,6 @@
 """From a recipe to what a run starts from: readers of its shards, specifications of its datasets, a model that fits."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -51,18 +52,36 @@ def dataset_specs(readers: Mapping[str, ShardReader], registry: Registry) -> lis
             stats=reader.manifest.stats,
             grid=reader.manifest.grid,
             dt=_common_dt(reader.manifest),
-            spacing=grid_spacing(registry.card(name), reader.manifest.grid),
+            spacing=grid_spacing(registry.card(name), reader.manifest.grid, reader.manifest.spacing),
         )
         for name, reader in sorted(readers.items())
     ]
 
 
-def grid_spacing(card: Card, grid: tuple[int, int]) -> tuple[float, float] | None:
-    """Return the distance of grid points along x and y; None if the card does not name the extent of the grid."""
+def grid_spacing(
+    card: Card, grid: tuple[int, int], stored: tuple[float, float] | None = None
+) -> tuple[float, float] | None:
+    """Return the step from a grid point to the next along x and y, negative where an axis runs backward.
+
+    Its size follows from the extent of the grid that the card names, its sign is that of `stored`, the spacing in the
+    manifest of the shards. Without an extent it is `stored`, which may be unknown.
+    """
     if card.domain is None:
-        return None
+        return stored
     x, y = ((upper - lower) / points for (lower, upper), points in zip(card.domain, grid, strict=True))
-    return x, y
+    return (x, y) if stored is None else (math.copysign(x, stored[0]), math.copysign(y, stored[1]))
+
+
+def check_direction(reader: ShardReader, spec: DatasetSpec) -> None:
+    """Raise UserError where an axis of the shards runs another way than in the data that a model was trained on."""
+    for axis, own, known in zip("xy", reader.manifest.spacing or (), spec.spacing or (), strict=False):
+        if own * known < 0:
+            way = ("backward", "forward") if own < 0 else ("forward", "backward")
+            raise UserError(
+                f"{reader.folder}: {axis} runs {way[0]} in these shards, and {way[1]} in the data of {spec.name} that "
+                f"the model was trained on: flip {axis} in the HDF5 files (and the sign of {axis} components), and "
+                "make the shards again"
+            )
 
 
 def with_constraints(
@@ -131,8 +150,9 @@ def check_channels(reader: ShardReader, state: Sequence[str], constant: Sequence
 
 def _common_dt(manifest: Manifest) -> float | None:
     """Return the time between frames, or None where it differs from trajectory to trajectory."""
-    steps = [trajectory.dt for trajectory in manifest.trajectories]
-    return steps[0] if max(steps) - min(steps) <= 1e-4 * abs(steps[0]) else None
+    steps = [trajectory.dt for trajectory in manifest.trajectories if trajectory.dt is not None]
+    even = len(steps) == len(manifest.trajectories) and max(steps) - min(steps) <= 1e-4 * abs(steps[0])
+    return steps[0] if even else None
 
 
 def _check_attribute_names(card: Card) -> None:
@@ -201,6 +221,8 @@ def build_model(
     if finetune is None or pretrained is None:
         return new_model(config, specs, recipe.run.seed, recipe.data.context)
     check_context(recipe, pretrained, finetune.pretrained)
+    for name in pretrained.specs.keys() & readers.keys():
+        check_direction(readers[name], pretrained.specs[name])
     if config is not None and config != pretrained.config:
         raise UserError(
             f"model: the recipe's architecture is not that of {finetune.pretrained}.\n"

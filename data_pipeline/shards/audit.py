@@ -8,14 +8,14 @@ points. The summaries of all trajectories give the findings about a whole split.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, groupby
+from itertools import combinations, pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from data_pipeline.registry import Card, Channel
 from data_pipeline.schema import Strict
-from data_pipeline.shards.format import KINDS, SKIPPABLE, Finding, Range, frame_ranges
+from data_pipeline.well.findings import Finding, Range, frame_ranges
 from data_pipeline.well.stats import Moments, Stats, pool
 
 MIN_VARIANCE = 1e-6  # of a target over space, in squared physical units: ten times the eps of VRMSE (1e-7)
@@ -23,7 +23,6 @@ STILL_CHANGE = 1e-3  # of a channel's std, the most that any value of a still fr
 STILL_FRAMES = 10  # a stationary tail has at least this many
 MIN_POINTS = 32  # the subsample keeps this many points per axis, where there are as many
 MAX_STRIDE = 8
-MAX_LISTED = 5  # trajectories listed one by one for a kind and channel; more become one finding of the split
 WARN_OFF = 0.1  # stats.yaml: mean off by so many std, or std by this share; few trajectories subsampled reach 0.06
 ERROR_OFF = 1.0  # mean off by a whole std, or std by a factor of 2
 
@@ -50,6 +49,7 @@ class Summary(Strict):
     lowest: tuple[float, ...]  # above `highest` where there was no finite frame
     highest: tuple[float, ...]
     equal: tuple[tuple[int, int], ...]  # pairs of channels that hold the same values everywhere
+    static: tuple[int, ...]  # state channels whose frames are all equal to the first
     moments: SummaryMoments  # of the values
     delta_moments: SummaryMoments  # of the changes from one frame to the next
 
@@ -60,6 +60,7 @@ def merge(summaries: Sequence[Summary]) -> Summary:
         tuple(map(min, zip(*(one.lowest for one in summaries), strict=True))),
         tuple(map(max, zip(*(one.highest for one in summaries), strict=True))),
         tuple(pair for pair in summaries[0].equal if all(pair in one.equal for one in summaries)),
+        tuple(channel for channel in summaries[0].static if all(channel in one.static for one in summaries)),
         _pooled([one.moments for one in summaries]),
         _pooled([one.delta_moments for one in summaries]),
     )
@@ -100,6 +101,7 @@ class TrajectoryAudit:
         self._origin = np.empty(0)  # (C, 1), keeps the sums of squares accurate
         self._lowest = self._highest = np.full(len(self.state), np.nan)  # so far, without NaN
         self._duplicates: list[int] = []
+        self._static = list(range(len(self.state)))  # channels that have not changed so far
         self._equal = list(combinations(range(len(self.state)), 2))
         self._last: np.ndarray | None = None
         self._last_points: np.ndarray | None = None  # (1, C, n)
@@ -133,14 +135,21 @@ class TrajectoryAudit:
         self._last = frames[-1]
 
     def _find_duplicates(self, frames: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-        """Compare frames whose lowest and highest values are those of the frame before."""
+        """Compare frames, and channels, whose lowest and highest values are those of the frame before."""
         extremes = np.concatenate([low, high], axis=1)
         joined = list(frames)
         if self._last is not None:
             last = np.concatenate([self._low[-1][-1:], self._high[-1][-1:]], axis=1)
             extremes = np.concatenate([last, extremes])
             joined.insert(0, self._last)
-        for place in np.flatnonzero((extremes[1:] == extremes[:-1]).all(axis=1)).tolist():
+        same = extremes[1:] == extremes[:-1]  # (T, 2 C)
+        still = same.reshape(len(same), 2, len(self.state)).all(axis=(0, 1))
+        self._static = [
+            channel
+            for channel in self._static
+            if still[channel] and all(np.array_equal(a[channel], b[channel]) for a, b in pairwise(joined))
+        ]
+        for place in np.flatnonzero(same.all(axis=1)).tolist():
             if np.array_equal(joined[place], joined[place + 1]):
                 self._duplicates.append(self.num_frames + len(frames) - len(joined) + place + 1)
 
@@ -270,6 +279,7 @@ class TrajectoryAudit:
             (*map(float, lowest), *(float(a) for a, _ in limits)),
             (*map(float, highest), *(float(b) for _, b in limits)),
             (*self._equal, *equal_constants),
+            tuple(self._static),
             self._moments(self._sums, whole, self._origin),
             self._moments(self._delta_sums, whole[1:] & whole[:-1], 0.0),
         )
@@ -321,6 +331,10 @@ def split_findings(
             severity = "warning" if name in card.state_channels else "note"
             detail = f"{summary.lowest[number]:g} at every point of every frame"
             found.append(_finding("constant_channel", severity, name, detail))
+    for number in summary.static if summary.delta_moments.num_frames else ():
+        if summary.lowest[number] < summary.highest[number]:
+            detail = "no value changes in time: store it as a constant field (time_varying False); scores leave it out"
+            found.append(_finding("static_channel", "warning", names[number], detail))
     for a, b in summary.equal:
         if summary.lowest[a] >= summary.highest[a]:  # two constant channels are reported as such
             continue
@@ -372,25 +386,3 @@ def _distance(mean: float, std: float, stated_mean: float, stated_std: float) ->
     tiny = 1e-6 * max(abs(mean), abs(stated_mean)) + 1e-30  # what rounding makes of the std of a constant
     smaller, larger = sorted((std + tiny, stated_std + tiny))
     return max(abs(mean - stated_mean) / larger, larger / smaller - 1)
-
-
-def condense(findings: Sequence[Finding], num_trajectories: int) -> list[Finding]:
-    """Return a shorter report in the order of KINDS: one finding of the split for a fault of many trajectories.
-
-    Kinds whose windows can be left out keep a finding for each trajectory. A channel that is constant in the whole
-    split is not reported again for its variance.
-    """
-    constant = {finding.channel for finding in findings if finding.kind == "constant_channel"}
-    kept = [one for one in findings if one.kind != "zero_variance" or one.channel not in constant]
-    order = list(KINDS)
-    kept.sort(key=lambda one: (order.index(one.kind), one.channel or "", one.severity))
-    short: list[Finding] = []
-    for (kind, channel, severity), group in groupby(kept, key=lambda one: (one.kind, one.channel, one.severity)):
-        members = list(group)
-        if kind in SKIPPABLE or len(members) <= MAX_LISTED:
-            short += members
-            continue
-        frames = sorted({frame for one in members for first, stop in one.frames for frame in range(first, stop)})
-        detail = f"in {len(members)} of {num_trajectories} trajectories; the first: {members[0].detail}"
-        short.append(_finding(kind, severity, channel, detail, frame_ranges(frames)))
-    return short

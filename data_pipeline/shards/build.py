@@ -20,11 +20,12 @@ from data_pipeline.files import TEMPORARY_SUFFIX, UserError, inside, only_proces
 from data_pipeline.registry import Card, Channel, Registry, load_registry
 from data_pipeline.remote import is_url
 from data_pipeline.schema import canonical, validate
-from data_pipeline.shards.audit import condense, merge, split_findings
+from data_pipeline.shards.audit import merge, split_findings
 from data_pipeline.shards.convert import PARTIAL, ShardRecord, ShardTask, saved_record, write_shard
-from data_pipeline.shards.format import MANIFEST_NAME, SKIPPABLE, Finding, Manifest, usable_segments
+from data_pipeline.shards.format import MANIFEST_NAME, Manifest, usable_segments
 from data_pipeline.shards.plan import DEFAULTS, Settings, SplitPlan, StatsSource, plan_all
 from data_pipeline.shards.tar import check_shard, encoding_of
+from data_pipeline.well.findings import SKIPPABLE, Finding, condense, copies
 from data_pipeline.well.layout import file_bytes
 from data_pipeline.well.stats import Stats, compute_stats, read_stats
 from data_pipeline.workers import OnBytes, available_cores, run_tasks
@@ -234,11 +235,14 @@ def _finish_split(
         sources=plan.sources,
         trajectories=tuple(trajectory for record in ordered for trajectory in record.trajectories),
         shards=tuple(record.shard for record in ordered),
-        findings=_findings(plan, ordered, stats, channels),
+        findings=(),
         skip=(),
         converter=f"data-pipeline {__version__}",
         plan=plan.digest,
+        spacing=plan.spacing,
     )
+    repeated = [finding for _, finding in copies(manifest.stored_frames())]
+    manifest = replace(manifest, findings=_findings(plan, ordered, stats, channels, repeated))
     manifest = choose_windows(manifest, skip)
     manifest.save(plan.folder / MANIFEST_NAME)
     shutil.rmtree(plan.folder / PARTIAL, ignore_errors=True)
@@ -246,10 +250,14 @@ def _finish_split(
 
 
 def _findings(
-    plan: SplitPlan, records: Sequence[ShardRecord], stats: Stats, channels: Mapping[str, Channel]
+    plan: SplitPlan,
+    records: Sequence[ShardRecord],
+    stats: Stats,
+    channels: Mapping[str, Channel],
+    repeated: Sequence[Finding],
 ) -> tuple[Finding, ...]:
     stated = plan.stats_source.file is not None and plan.split == "train" and plan.whole  # to describe these data
-    found = [finding for record in records for finding in record.findings]
+    found = [*plan.findings, *repeated, *(finding for record in records for finding in record.findings)]
     found += split_findings(
         plan.card,
         channels,

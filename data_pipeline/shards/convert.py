@@ -15,7 +15,7 @@ import numpy as np
 from data_pipeline.files import UserError, atomic_file, atomic_path, read_json
 from data_pipeline.schema import Strict, canonical, validate
 from data_pipeline.shards.audit import Summary, TrajectoryAudit, merge
-from data_pipeline.shards.format import Finding, Shard, Trajectory
+from data_pipeline.shards.format import Shard, Trajectory
 from data_pipeline.shards.plan import SplitPlan
 from data_pipeline.shards.tar import (
     Encoder,
@@ -26,8 +26,9 @@ from data_pipeline.shards.tar import (
     sample_key,
     shard_name,
 )
+from data_pipeline.well.findings import Finding
 from data_pipeline.well.hdf5 import WellFile, block_frames
-from data_pipeline.well.stats import Stats
+from data_pipeline.well.stats import SKIP_NONFINITE, Stats
 from data_pipeline.workers import OnBytes
 
 PARTIAL = ".partial"  # folder of the records of finished shards, until the manifest is there
@@ -178,7 +179,7 @@ class _Copy:
             frames = file.read(source_index, first, min(first + step, end))
             audit.add(frames)
             if not self.task.keep_nonfinite and not audit.finite:
-                file.check_finite(frames, source_index, first)
+                file.check_finite(frames, source_index, first, SKIP_NONFINITE)
             self.on_bytes(frames.nbytes)
             if self.encoder is not None:
                 where = f"{file.path}: trajectory {source_index}, frames from {first} on"
@@ -189,7 +190,7 @@ class _Copy:
     def _constants(self, file: WellFile, audit: TrajectoryAudit) -> np.ndarray:
         constants = np.ascontiguousarray(file.constants(self.planned.source_index), "<f4")
         if not self.task.keep_nonfinite:
-            file.check_finite(constants, self.planned.source_index, None)
+            file.check_finite(constants, self.planned.source_index, None, SKIP_NONFINITE)
         audit.add_constants(constants)
         self.constants_crc = array_crcs(constants[None])
         return constants

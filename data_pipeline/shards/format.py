@@ -9,7 +9,7 @@ By default, findings of the audit are reported and every window is kept, so that
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,75 +21,23 @@ from data_pipeline.files import UserError, brief, parse_json, read_json, write_w
 from data_pipeline.registry import Boundary
 from data_pipeline.remote import RemoteFile
 from data_pipeline.schema import NAME, Strict, canonical, digest, validate
+from data_pipeline.well.findings import (
+    KINDS,
+    SEVERITIES,
+    SKIPPABLE,
+    Finding,
+    Range,
+    Spacing,
+    StoredFrames,
+    frame_ranges,
+)
 from data_pipeline.well.stats import DELTA_STATISTICS, VALUE_STATISTICS
-
-KINDS = {  # in the order of reports
-    "unreadable": "a file that cannot be read",
-    "nonfinite": "NaN or Inf",
-    "duplicates": "frames equal to the frame before",
-    "stationary": "a tail that hardly changes any more",
-    "zero_variance": "frames without spatial variance, on which VRMSE explodes",
-    "constant_channel": "a channel with one value in the whole split",
-    "duplicated_channel": "two channels with the same values",
-    "out_of_range": "values outside the card's ranges",
-    "stats_disagree": "stats.yaml and the data disagree",
-    "mixed_lengths": "trajectories of several lengths",
-    "grid": "another grid than the card's",
-    "rounding": "the worst error of values stored as float16",
-}
-SEVERITIES = ("error", "warning", "note")
-SKIPPABLE = ("nonfinite", "duplicates", "stationary")
 
 FORMAT = "wavelit-shards"
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 MAX_REMOTE_BYTES = 64 * 2**20  # of a manifest behind a URL
 ITEM_BYTES = {"float32": 4, "float16": 2}  # types of stored state fields
-
-Range = tuple[int, int]  # frames [first, stop)
-
-
-@dataclass(frozen=True)
-class Finding(Strict):
-    """One fact about the data."""
-
-    kind: str  # a key of KINDS
-    severity: str  # error: training on it goes wrong; warning: know it before you trust a score; note
-    file: str  # name of the HDF5 file; "" for the whole split
-    trajectory: int | None  # its index in that file
-    channel: str | None
-    frames: tuple[Range, ...]  # of the trajectory; none when the fact concerns the whole
-    detail: str  # one line, with the figures
-
-    @property
-    def num_frames(self) -> int:
-        """Number of frames concerned."""
-        return sum(stop - first for first, stop in self.frames)
-
-    @property
-    def where(self) -> str:
-        """File, trajectory, channel and frames, as far as known; a channel alone means the whole split."""
-        parts = [self.file] if self.file else []
-        if self.trajectory is not None:
-            parts.append(f"trajectory {self.trajectory}")
-        if self.channel is not None:
-            parts.append(self.channel)
-        if self.frames:
-            shown = [str(first) if stop == first + 1 else f"{first}-{stop - 1}" for first, stop in self.frames[:4]]
-            word = "frame" if self.num_frames == 1 else "frames"
-            parts.append(f"{word} {', '.join(shown)}{', ...' if len(self.frames) > 4 else ''}")
-        return ", ".join(parts) or "whole split"
-
-
-def frame_ranges(frames: Iterable[int], starts: Collection[int] = ()) -> tuple[Range, ...]:
-    """Return ascending frame numbers as ranges: 3, 4, 5, 9 -> (3, 6), (9, 10). A frame in `starts` begins a range."""
-    ranges: list[Range] = []
-    for frame in frames:
-        if ranges and ranges[-1][1] == frame and frame not in starts:
-            ranges[-1] = (ranges[-1][0], frame + 1)
-        else:
-            ranges.append((frame, frame + 1))
-    return tuple(ranges)
 
 
 def usable_segments(num_frames: int, findings: Sequence[Finding], skip: Sequence[str]) -> tuple[Range, ...]:
@@ -126,7 +74,7 @@ class Trajectory(Strict):
     source: int  # index into Manifest.sources
     source_index: int  # index of the trajectory in that file
     frames: int
-    dt: float  # time between frames
+    dt: float | None  # time between frames; None if it differs
     scalars: dict[str, float]
     shard: int
     offsets: tuple[int, ...]
@@ -163,7 +111,7 @@ class Manifest(Strict):
     constant_channels: tuple[str, ...]
     grid: tuple[int, int]  # (H, W)
     boundary: Boundary
-    dt: float  # of the first trajectory; each has its own
+    dt: float | None  # of the first trajectory; each has its own
     frames_per_chunk: int
     dtype: str  # of stored state fields, a key of ITEM_BYTES; constants are always float32
     encoding: dict[str, tuple[float, float]]  # float16: state channel -> offset, scale; value = stored * scale + offset
@@ -176,6 +124,7 @@ class Manifest(Strict):
     skip: tuple[str, ...]  # kinds of findings whose windows are left out
     converter: str
     plan: str  # digest of the sources and settings that the shards were made from
+    spacing: Spacing | None = None  # of grid points along x and y, signed; None: not known, or it differs
 
     def __post_init__(self) -> None:
         for holds, message in _checks(self):
@@ -202,6 +151,11 @@ class Manifest(Strict):
         """Frames of all trajectories."""
         return sum(trajectory.frames for trajectory in self.trajectories)
 
+    def stored_frames(self) -> list[StoredFrames]:
+        """Return the checksums of each trajectory's frames."""
+        names = [source.name for source in self.sources]
+        return [StoredFrames(self.split, names[t.source], t.source_index, t.crc32) for t in self.trajectories]
+
     def num_windows(self, length: int) -> int:
         """Return the number of windows of `length` frames at stride 1."""
         segments = (segment for trajectory in self.trajectories for segment in trajectory.segments)
@@ -222,7 +176,10 @@ class Manifest(Strict):
         return digest(self._to_json())
 
     def _to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, "version": FORMAT_VERSION} | to_jsonable_python(self)
+        content = {"format": FORMAT, "version": FORMAT_VERSION} | to_jsonable_python(self)
+        if self.spacing is None:  # shards made before it was stored keep their digest
+            del content["spacing"]
+        return content
 
     def save(self, path: Path) -> None:
         """Write the manifest, whole or not at all. Raises UserError when the disk is full."""

@@ -8,10 +8,18 @@ from pathlib import Path
 
 from data_pipeline.files import UserError, sha256
 from data_pipeline.hashing import nested_choice
-from data_pipeline.registry import Boundary, Card, Registry
+from data_pipeline.registry import VARIABLE, Boundary, Card, Registry
 from data_pipeline.schema import digest
 from data_pipeline.shards.format import FORMAT_VERSION, ITEM_BYTES, SourceFile, trajectory_key
-from data_pipeline.well.hdf5 import SPLITS, WellFile, chosen_splits, dataset_folders, split_files
+from data_pipeline.well.findings import Finding, Spacing, left_out_findings, spacing_findings
+from data_pipeline.well.hdf5 import (
+    SPLITS,
+    WellFile,
+    chosen_splits,
+    dataset_folders,
+    left_out_names,
+    split_files,
+)
 from data_pipeline.well.layout import (
     File,
     Folder,
@@ -56,7 +64,7 @@ class PlannedTrajectory:
     source: int  # index into SplitPlan.sources
     source_index: int  # index of the trajectory in that file
     frames: int
-    dt: float
+    dt: float | None
     scalars: dict[str, float]
 
 
@@ -91,6 +99,8 @@ class SplitPlan:
     dtype: str
     stats_source: StatsSource
     whole: bool  # it holds all trajectories of the split
+    spacing: Spacing | None  # of grid points, if it is the same in all files
+    findings: tuple[Finding, ...]  # from names and headers
 
     @cached_property
     def digest(self) -> str:
@@ -135,9 +145,16 @@ def choose_folders(well: Folder, datasets: Sequence[str] | None, registry: Regis
     if datasets is None:
         without = sorted(set(folders) - set(registry.cards))
         if without and len(without) < len(folders):
-            print(f"left out, since no card describes them: {', '.join(without)}", file=sys.stderr)
+            names = ", ".join(without)
+            print(f"left out, no card describes {names}: `data-pipeline register` drafts one", file=sys.stderr)
         datasets = sorted(set(folders) & set(registry.cards))
     missing = [name for name in datasets if name not in folders]
+    if not datasets and folders:
+        name = next(iter(folders))
+        raise UserError(
+            f"{well}: no card describes {', '.join(folders)}: `data-pipeline register {folders[name]}` drafts one; "
+            f"cards of your own are read from --registry or {VARIABLE}"
+        )
     if missing or not datasets:
         raise UserError(
             f"{well}: expected {', '.join(missing) or 'datasets'} as {well}/<dataset>/data/<split>/*.hdf5 (or under "
@@ -157,13 +174,18 @@ def _plan_dataset(
     chosen = chosen_splits(splits)
     files: dict[str, tuple[File, ...]] = {split: tuple(split_files(folder, split)) for split in SPLITS}
     wanted = [split for split in chosen if files[split] or splits is not None]
-    for split in wanted:
-        if not files[split]:
-            raise UserError(f"{card.name}: expected HDF5 files in {folder}/data/{split}, got none; get this split")
-    if not wanted:
-        raise UserError(f"{card.name}: expected HDF5 files in {folder}/data/<split>, got none")
+    left_out = {split: left_out_names(folder, split) for split in wanted or chosen}
+    beside = left_out_names(folder, None)
+    for split in wanted or ["<split>"]:
+        if not files.get(split):
+            names = [name for one in left_out if split in (one, "<split>") for name in left_out[one]] + beside
+            others = "".join(f"; {one.detail}" for one in left_out_findings(names)) or "; get this split"
+            raise UserError(f"{card.name}: expected HDF5 files in {folder}/data/{split}, got none{others}")
     source = _stats_source(folder, files["train"], card)
-    plans = [_plan_split(card, split, out, files[split], settings, source) for split in wanted]
+    plans = []
+    for split in wanted:
+        names = [*left_out[split], *(beside if split == wanted[0] else ())]
+        plans.append(_plan_split(card, split, out, files[split], settings, source, left_out_findings(names)))
     for plan in plans[1:]:
         if plan.grid != plans[0].grid:
             raise UserError(_two_grids(card, plans[0].files[0], plans[0].grid, plan.files[0], plan.grid))
@@ -171,9 +193,17 @@ def _plan_dataset(
 
 
 def _plan_split(
-    card: Card, split: str, out: Path, files: tuple[File, ...], settings: Settings, stats_source: StatsSource
+    card: Card,
+    split: str,
+    out: Path,
+    files: tuple[File, ...],
+    settings: Settings,
+    stats_source: StatsSource,
+    findings: Sequence[Finding],
 ) -> SplitPlan:
     every: list[PlannedTrajectory] = []
+    found: list[Finding] = [*findings]
+    spacings: list[tuple[str, Spacing | None]] = []
     first: WellFile | None = None
     for source, path in enumerate(files):
         with WellFile(path, card) as file:
@@ -185,12 +215,17 @@ def _plan_split(
                     f"{card.name}: expected the same boundaries in all files of {split}, got {first.boundary} in "
                     f"{first.path} and {file.boundary} in {path}; keep them in separate folders"
                 )
+            found += file.findings()
+            spacings.append((path.name, file.spacing))
             for index in range(file.num_trajectories):
                 every.append(PlannedTrajectory(source, index, file.num_frames, file.dt(index), file.scalars(index)))
     assert first is not None
     keys = [trajectory_key(card.name, split, files[one.source].name, one.source_index) for one in every]
     chosen = [every[place] for place in nested_choice(keys, settings.restrict)]
     sizes = [_trajectory_bytes(one.frames, card, first.grid) for one in chosen]
+    held = {(files[one.source].name, one.source_index) for one in chosen}
+    kept = [one for one in found if one.trajectory is None or (one.file, one.trajectory) in held]
+    differing = [*spacing_findings(spacings)]
     return SplitPlan(
         card=card,
         split=split,
@@ -205,6 +240,8 @@ def _plan_split(
         dtype=settings.dtype,
         stats_source=stats_source,
         whole=len(chosen) == len(every),
+        spacing=None if differing else spacings[0][1],
+        findings=(*kept, *differing),
     )
 
 

@@ -2,9 +2,9 @@
 
 import mmap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,12 +13,23 @@ import numpy as np
 from data_pipeline.files import UserError
 from data_pipeline.registry import Card, Registry
 from data_pipeline.remote import is_url
-from data_pipeline.shards.audit import Interval, Summary, TrajectoryAudit, condense, merge, split_findings
-from data_pipeline.shards.format import ITEM_BYTES, MANIFEST_NAME, SEVERITIES, Finding, Manifest
+from data_pipeline.shards.audit import Interval, Summary, TrajectoryAudit, merge, split_findings
+from data_pipeline.shards.format import ITEM_BYTES, MANIFEST_NAME, Manifest
 from data_pipeline.shards.plan import FROM_FILE, choose_folders, stats_file
-from data_pipeline.shards.tar import MAX_ERROR, from_float16, map_shard
+from data_pipeline.shards.tar import MAX_ERROR, array_crcs, from_float16, map_shard
 from data_pipeline.tables import plain
-from data_pipeline.well.hdf5 import SPLITS, WellFile, block_frames, chosen_splits, split_files
+from data_pipeline.well.findings import (
+    OF_HEADERS,
+    SEVERITIES,
+    Finding,
+    Spacing,
+    StoredFrames,
+    condense,
+    copies,
+    left_out_findings,
+    spacing_findings,
+)
+from data_pipeline.well.hdf5 import SPLITS, WellFile, block_frames, chosen_splits, left_out_names, split_files
 from data_pipeline.well.layout import File, Folder, file_bytes, folder_at
 from data_pipeline.well.stats import Stats, read_stats
 from data_pipeline.workers import OnBytes, available_cores, run_tasks
@@ -59,15 +70,47 @@ def audit(
     with closing(run_tasks(_audit_source, tasks, jobs or available_cores(), num_bytes, "audit")) as results:
         by_number = {number: result for (number, _), result in results}
     in_order = iter([by_number[number] for number in range(len(tasks))])
-    return [split.review([next(in_order) for _ in split.sources], registry) for split in found]
+    of_splits = [(split, [next(in_order) for _ in split.sources]) for split in found]
+    repeated = _copies((split.card.name, one.stored) for split, own in of_splits for one in own)
+    return [
+        split.review(own, registry, [finding for *key, finding in repeated if key == [split.card.name, split.split]])
+        for split, own in of_splits
+    ]
+
+
+def _copies(stored: Iterable[tuple[str, Sequence[StoredFrames]]]) -> list[tuple[str, str, Finding]]:
+    """Return dataset, split and finding of each trajectory that its dataset holds twice, in whichever splits."""
+    by_dataset: dict[str, list[StoredFrames]] = {}
+    for dataset, trajectories in stored:
+        by_dataset.setdefault(dataset, []).extend(trajectories)
+    return [(dataset, *one) for dataset, trajectories in by_dataset.items() for one in copies(trajectories)]
+
+
+def across_splits(manifests: Iterable[Manifest]) -> list[tuple[str, str, Finding]]:
+    """Return dataset, split and finding of what only the splits of a dataset together show.
+
+    A manifest holds no such finding, since the splits may be made one by one.
+    """
+    manifests = list(manifests)
+    own = {(one.dataset, one.split, finding) for one in manifests for finding in one.findings}
+    found = _copies((one.dataset, one.stored_frames()) for one in manifests)
+    for dataset in dict.fromkeys(one.dataset for one in manifests):
+        spacings = [(one.split, one.spacing) for one in manifests if one.dataset == dataset]
+        found += [(dataset, one.file, replace(one, file="")) for one in spacing_findings(spacings)]
+    return [one for one in found if one not in own]
 
 
 @dataclass(frozen=True)
 class _Result:
     findings: tuple[Finding, ...]
     summary: Summary | None  # None if no trajectory could be read
-    lengths: tuple[int, ...]
+    stored: tuple[StoredFrames, ...]  # of each trajectory
     grid: tuple[int, int] | None
+    spacings: tuple[tuple[str, Spacing | None], ...] = ()  # of each file
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(one.frames) for one in self.stored]
 
 
 @dataclass(frozen=True)
@@ -80,9 +123,10 @@ class _Split:
     claimed: Stats | None  # statistics that are stated to be those of this very data
     findings: tuple[Finding, ...] = ()  # known beforehand
 
-    def review(self, results: Sequence[_Result], registry: Registry) -> Review:
+    def review(self, results: Sequence[_Result], registry: Registry, repeated: Sequence[Finding]) -> Review:
         """Put the results of the sources together, and add the findings about the whole split."""
-        findings = [*self.findings, *(finding for one in results for finding in one.findings)]
+        findings = [*self.findings, *repeated, *(finding for one in results for finding in one.findings)]
+        findings += spacing_findings([spacing for one in results for spacing in one.spacings])
         grids = sorted({one.grid for one in results if one.grid is not None})
         lengths = [length for one in results for length in one.lengths]
         summaries = [one.summary for one in results if one.summary is not None]
@@ -100,17 +144,19 @@ def _audit_source(task: "tuple[int, _HdfSource | _ShardSource]", on_bytes: OnByt
     _, source = task
     findings: list[Finding] = []
     summaries: list[Summary] = []
-    lengths: list[int] = []
+    stored: list[StoredFrames] = []
+    spacings: dict[str, Spacing | None] = {}
     grid = None
     try:
-        for file, index, audit in source.audits(on_bytes):
-            findings += audit.findings(file, index)
+        for one, audit in source.audits(on_bytes, findings, spacings):
+            findings += audit.findings(one.file, one.index)
             summaries.append(audit.summary())
-            lengths.append(audit.num_frames)
+            stored.append(one)
             grid = audit.grid
     except UserError as error:
         findings.append(_unreadable(source.name, error))
-    return _Result(tuple(findings), merge(summaries) if summaries else None, tuple(lengths), grid)
+    summary = merge(summaries) if summaries else None
+    return _Result(tuple(findings), summary, tuple(stored), grid, tuple(spacings.items()))
 
 
 def _unreadable(name: str, error: UserError) -> Finding:
@@ -120,28 +166,36 @@ def _unreadable(name: str, error: UserError) -> Finding:
 def _well_splits(
     well: Folder, registry: Registry, datasets: Sequence[str] | None, splits: Sequence[str]
 ) -> list[_Split]:
-    found = []
-    for name, folder in choose_folders(well, datasets, registry).items():
+    found, folders = [], choose_folders(well, datasets, registry)
+    for name, folder in folders.items():
         card, stats, known = registry.card(name), None, list[Finding]()
         path = stats_file(folder)
         try:
             stats = None if path is None else read_stats(path, card)
         except UserError as error:
             known.append(_unreadable("stats.yaml", error))
+        beside = left_out_names(folder, None)
         for split in splits:
             files: Sequence[File] = split_files(folder, split)
             if files:
-                sources = [_HdfSource(card, file, None if stats is None else stats["std"]) for file in files]
+                known += left_out_findings([*left_out_names(folder, split), *beside])
+                std = None if stats is None else stats["std"]
+                sources = [_HdfSource(card, split, file, std) for file in files]
                 found.append(_Split(card, split, sources, stats if split == "train" else None, tuple(known)))
-                known = []  # reported once for a dataset
+                known, beside = [], []  # reported once for a dataset
     if not found:
-        raise UserError(f"{well}: expected HDF5 files in <dataset>/data/<split>, got none; get these splits")
+        names = [
+            name for folder in folders.values() for split in (*splits, None) for name in left_out_names(folder, split)
+        ]
+        others = "".join(f"; {one.detail}" for one in left_out_findings(names)) or "; get these splits"
+        raise UserError(f"{well}: expected HDF5 files in <dataset>/data/<split>, got none{others}")
     return found
 
 
 @dataclass(frozen=True)
 class _HdfSource:
     card: Card
+    split: str
     file: File
     std: Mapping[str, float] | None
 
@@ -153,19 +207,26 @@ class _HdfSource:
     def num_bytes(self) -> int:
         return file_bytes(self.file)
 
-    def audits(self, on_bytes: OnBytes) -> Iterator[tuple[str, int, TrajectoryAudit]]:
-        """Yield file name, index in that file and audit of each trajectory."""
+    def audits(
+        self, on_bytes: OnBytes, findings: list[Finding], spacings: dict[str, Spacing | None]
+    ) -> Iterator[tuple[StoredFrames, TrajectoryAudit]]:
+        """Yield the checksums and the audit of each trajectory; add what the header shows to `findings`, `spacings`."""
         card = self.card
         with WellFile(self.file, card) as file:
+            findings += file.findings()
+            spacings[self.name] = file.spacing
             step = block_frames(4 * len(card.state_channels) * file.grid[0] * file.grid[1])
             for index in range(file.num_trajectories):
                 audit = TrajectoryAudit(card.state_channels, card.constant_channels, file.grid, self.std, card.ranges)
                 file.dt(index), file.scalars(index)  # raise UserError if they are no numbers
                 if card.constant_channels:
                     audit.add_constants(file.constants(index))
+                crcs = []
                 for first in range(0, file.num_frames, step):
-                    audit.add(file.read(index, first, min(first + step, file.num_frames)))
-                yield self.name, index, audit
+                    frames = file.read(index, first, min(first + step, file.num_frames))
+                    audit.add(frames)
+                    crcs.append(array_crcs(frames))
+                yield StoredFrames(self.split, self.name, index, "".join(crcs)), audit
                 on_bytes(self.num_bytes // file.num_trajectories)
 
 
@@ -182,7 +243,8 @@ def _shard_splits(
             )
         sources = [_ShardSource(card, folder, shard.name, shard.bytes) for shard in manifest.shards]
         claimed = manifest.split == "train" and manifest.stats_source == FROM_FILE and not _has_gaps(manifest)
-        found.append(_Split(card, manifest.split, sources, manifest.stats if claimed else None))
+        known = tuple(finding for finding in manifest.findings if finding.kind in OF_HEADERS)
+        found.append(_Split(card, manifest.split, sources, manifest.stats if claimed else None, known))
     return found
 
 
@@ -205,10 +267,12 @@ class _ShardSource:
     name: str
     num_bytes: int
 
-    def audits(self, on_bytes: OnBytes) -> Iterator[tuple[str, int, TrajectoryAudit]]:
+    def audits(
+        self, on_bytes: OnBytes, findings: list[Finding], spacings: dict[str, Spacing | None]
+    ) -> Iterator[tuple[StoredFrames, TrajectoryAudit]]:
         card, manifest = self.card, _manifest(self.folder)
         content = map_shard(self.folder / self.name, self.num_bytes)
-        std, ranges = manifest.stats["std"], self._ranges(manifest)
+        std, ranges, stored = manifest.stats["std"], self._ranges(manifest), manifest.stored_frames()
         for number, one in enumerate(manifest.trajectories):
             if manifest.shards[one.shard].name != self.name:
                 continue
@@ -219,7 +283,7 @@ class _ShardSource:
             for frames in _stored_frames(manifest, content, number):
                 audit.add(frames)
                 on_bytes(len(frames) * manifest.frame_bytes)
-            yield manifest.sources[one.source].name, one.source_index, audit
+            yield stored[number], audit
 
     def _ranges(self, manifest: Manifest) -> Mapping[str, Interval]:
         """Return the card's ranges, wider by the error of float16: values were in range before they were rounded."""

@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,18 @@ import numpy as np
 from data_pipeline.files import UserError
 from data_pipeline.registry import Card, Field, Registry
 from data_pipeline.remote import RemoteFolder
+from data_pipeline.well.findings import Finding, Spacing, axis_finding, even_step, mean_spacing, times_finding
 from data_pipeline.well.layout import (
     BoundaryMask,
     File,
     Folder,
+    attribute,
     boundary_masks,
     boundary_types,
     check_extent,
     child_file,
     child_names,
+    flags,
     hdf5_errors,
     plain_dataset,
     plain_group,
@@ -35,7 +40,9 @@ from data_pipeline.well.layout import (
 )
 
 SPLITS = ("train", "valid", "test")
+SUFFIXES = (".h5", ".hdf5")
 MAX_FRAME_BYTES = 2**30  # of all state fields; the largest published frame has 10 MB
+CF_ATTRIBUTES = ("units", "calendar", "long_name", "standard_name", "axis", "positive")  # of times and axes
 _BLOCK_BYTES = 4 * 2**20  # of frames that are worked on at a time: what fits a core's cache
 _CHUNK_CACHE_BYTES = 32 * 2**20  # repacked Well files have chunks of several MiB: read each only once
 
@@ -78,7 +85,22 @@ def split_files(folder: Folder, split: str) -> list[File]:
     if isinstance(folder, RemoteFolder) and split not in child_names(folder / "data"):
         return []
     directory = folder / "data" / split
-    return [child_file(directory, name) for name in child_names(directory) if name.endswith((".h5", ".hdf5"))]
+    return [child_file(directory, name) for name in divide_names(child_names(directory))[0]]
+
+
+def divide_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the names of HDF5 files that are read, and those left out. Hidden ones (`._a.hdf5`) are neither."""
+    shown = [name for name in names if not name.startswith(".")]
+    return [name for name in shown if name.endswith(SUFFIXES)], [name for name in shown if not name.endswith(SUFFIXES)]
+
+
+def left_out_names(folder: Folder, split: str | None) -> list[str]:
+    """Return the names in a split of a dataset's folder that are not read; None: those in `data` beside the splits."""
+    beside = [name for name in child_names(folder / "data") if name not in SPLITS and not name.startswith(".")]
+    if split is None:
+        return [f"data/{name}" for name in beside]
+    there = split in child_names(folder / "data")
+    return divide_names(child_names(folder / "data" / split))[1] if there else []
 
 
 def block_frames(frame_bytes: int) -> int:
@@ -115,13 +137,11 @@ class WellFile:
 
     def _read_header(self) -> None:
         dimensions = self._group("dimensions")
-        axes = texts(dimensions.attrs["spatial_dims"])
+        axes = texts(attribute(dimensions, "spatial_dims"))
         if axes != ["x", "y"]:
             raise UserError(f"{self._where}: expected the spatial axes x, y, got {', '.join(axes)}")
-        time = self._dataset("dimensions", "time")
-        self.num_trajectories = int(self._file.attrs["n_trajectories"])
-        self.num_frames = int(time.shape[-1])
-        size_x, size_y = (int(self._dataset("dimensions", axis).shape[-1]) for axis in axes)
+        self.num_trajectories = int(attribute(self._file, "n_trajectories"))
+        self.num_frames, size_x, size_y = (int(self._points(name).shape[-1]) for name in ("time", *axes))
         self.grid = (size_x, size_y)
         if self.num_trajectories < 1 or self.num_frames < 1 or min(self.grid) < 1:
             raise UserError(
@@ -146,8 +166,8 @@ class WellFile:
         """Return the card's state and constant fields as they lie in this file, in the card's order."""
         found: dict[str, dict[str, int]] = {"state": {}, "constant": {}}
         for order in range(3):
-            for name in texts(self._group(f"t{order}_fields").attrs["field_names"]):
-                time_varying = self._dataset(f"t{order}_fields", name).attrs["time_varying"]
+            for name in texts(attribute(self._group(f"t{order}_fields"), "field_names")):
+                (time_varying,) = flags(self._dataset(f"t{order}_fields", name), "time_varying")
                 found["state" if time_varying else "constant"][name] = order
         self.card.check_fields(found["state"], found["constant"], self._where)
         stored: dict[str, list[_Stored]] = {"state": [], "constant": []}
@@ -158,7 +178,7 @@ class WellFile:
 
     def _find_field(self, field: Field, channel: int) -> _Stored:
         data = self._dataset(f"t{field.order}_fields", field.name)
-        sample_varying, (in_x, in_y) = bool(data.attrs["sample_varying"]), map(bool, data.attrs["dim_varying"])
+        (sample_varying,), (in_x, in_y) = flags(data, "sample_varying"), flags(data, "dim_varying", 2)
         shape = (self.num_trajectories,) * sample_varying + (self.num_frames,) * (field.role == "state")
         shape += (self.grid[0],) * in_x + (self.grid[1],) * in_y + (2,) * field.order
         where = f"{self._where}: field {field.name}"
@@ -203,8 +223,8 @@ class WellFile:
         block = block.reshape(len(out), *sides, num_channels)  # (T, H, W, components), xx xy yx yy
         out[:, channels] = np.moveaxis(block, -1, 1)
 
-    def check_finite(self, values: np.ndarray, trajectory: int, first: int | None) -> None:
-        """Raise UserError, naming field and frame, if `values` holds NaN or Inf.
+    def check_finite(self, values: np.ndarray, trajectory: int, first: int | None, remedy: str = "") -> None:
+        """Raise UserError, naming field and frame, if `values` holds NaN or Inf; `remedy` ends its message.
 
         values: (T, C, H, W) from frame `first` on, or constants (K, H, W) with `first` None.
         """
@@ -217,30 +237,70 @@ class WellFile:
         frame = "" if first is None else f", frame {first + time_index}"
         raise UserError(
             f"{self._where}: trajectory {trajectory}, field {field.name} ({name}){frame}: "
-            "expected finite numbers, got NaN or Inf; get this file again, leave it out of the folder, or leave out "
-            "the windows with `--skip nonfinite`"
+            f"expected finite numbers, got NaN or Inf; get this file again, or leave it out{remedy}"
         )
 
     def times(self, trajectory: int) -> np.ndarray:
         """Return the physical times of the stored frames of one trajectory, float64 (T,)."""
-        with hdf5_errors(self._where):
-            time = self._dataset("dimensions", "time")
-            return np.asarray(time[trajectory] if time.ndim == 2 else time[:], np.float64)
+        return self._dimensions["time"][trajectory]
 
-    def dt(self, trajectory: int) -> float:
-        """Return the mean time between stored frames of one trajectory; 0 when it has a single frame."""
+    def dt(self, trajectory: int) -> float | None:
+        """Return the time between stored frames of one trajectory; None if it differs, 0 if there is a single frame."""
         times = self.times(trajectory)
-        dt = float(times[-1] - times[0]) / max(len(times) - 1, 1)
-        if not np.isfinite(dt):
+        if not np.isfinite(times).all():
             raise UserError(f"{self._where}: trajectory {trajectory}: dimensions/time is not finite")
-        return dt
+        step = even_step(times) if len(times) > 1 else 0.0
+        return step if step is not None and step >= 0 else None
 
-    def axes(self) -> tuple[np.ndarray, np.ndarray]:
+    def axes(self, trajectory: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Return the points along x and y, float64 (X,) and (Y,)."""
+        return self._dimensions["x"][trajectory], self._dimensions["y"][trajectory]
+
+    @property
+    def spacing(self) -> Spacing | None:
+        """The spacing of the grid, as far as it has one."""
+        return mean_spacing(*self.axes())
+
+    def axis_attributes(self) -> dict[str, dict[str, Any]]:
+        """Return time, x, y -> attributes that say what their numbers mean, as the units and calendars of CF."""
         with hdf5_errors(self._where):
-            stored = [self._dataset("dimensions", axis) for axis in "xy"]
-            x, y = (np.asarray(points[0] if points.ndim == 2 else points[:], np.float64) for points in stored)
-        return x, y
+            stored = {name: self._points(name).attrs for name in ("time", "x", "y")}
+            return {
+                name: {key: texts(one[key])[0] for key in CF_ATTRIBUTES if key in one} for name, one in stored.items()
+            }
+
+    def findings(self) -> list[Finding]:
+        """Return what is wrong with the times of each trajectory and with the axes."""
+        name, count = self.path.name, self.num_trajectories
+        found = [times_finding(self.times(one), name, one) for one in range(count)]
+        for axis in "xy":
+            points = self._dimensions[axis]
+            found.append(axis_finding(axis, points[0], name))
+            if not np.allclose(points, points[:1], equal_nan=True):
+                detail = f"points along {axis} differ between trajectories; the first's are taken for all"
+                found.append(Finding("axes", "warning", name, None, None, (), detail))
+        return [one for one in found if one is not None]
+
+    @cached_property
+    def _dimensions(self) -> dict[str, np.ndarray]:
+        """The points of time, x and y of each trajectory, float64 (n, points)."""
+        with hdf5_errors(self._where):
+            stored = {name: np.asarray(self._points(name)[()], np.float64) for name in ("time", "x", "y")}
+        count = self.num_trajectories
+        return {name: np.broadcast_to(points, (count, points.shape[-1])) for name, points in stored.items()}
+
+    def _points(self, name: str) -> h5py.Dataset:
+        """Return a dataset of `dimensions`. UserError unless it is (points,), or (trajectories, points)."""
+        data = self._dataset("dimensions", name)
+        moving = name != "time" and "time_varying" in data.attrs and flags(data, "time_varying")[0]
+        by_sample = "sample_varying" not in data.attrs or flags(data, "sample_varying")[0]
+        rows = data.ndim == 2 and data.shape[0] == self.num_trajectories and by_sample
+        if moving or not (data.ndim == 1 or rows):
+            raise UserError(
+                f"{self._where}: dimensions/{name}: expected the shape (points,) or ({self.num_trajectories}, points), "
+                f"got {data.shape}{' that varies in time' if moving else ''}; interpolate curved or moving grids first"
+            )
+        return data
 
     def boundary_masks(self) -> tuple[BoundaryMask, ...]:
         """Return the boundary conditions as the file stores them."""
@@ -251,11 +311,11 @@ class WellFile:
         """Return the constant scalars of one trajectory, by the Well's names. UserError if one varies in time."""
         scalars = {}
         with hdf5_errors(self._where):
-            for name in texts(self._file["scalars"].attrs["field_names"]):
+            for name in texts(attribute(self._group("scalars"), "field_names")):
                 data = self._dataset("scalars", name)
-                if data.attrs["time_varying"]:
+                if flags(data, "time_varying")[0]:
                     raise UserError(f"{self._where}: scalar {name} varies in time; only constant scalars are supported")
-                scalars[name] = float(data[trajectory] if data.attrs["sample_varying"] else data[()])
+                scalars[name] = float(data[trajectory] if flags(data, "sample_varying")[0] else data[()])
         if not np.isfinite(list(scalars.values())).all():
             raise UserError(f"{self._where}: trajectory {trajectory}: a scalar is not finite: {scalars}")
         return scalars
@@ -289,6 +349,7 @@ class Setting:
     constants: np.ndarray  # (n, K, X, Y) float32, in the card's order
     scalars: Mapping[str, np.ndarray]  # name -> (n,)
     boundaries: tuple[BoundaryMask, ...]
+    attributes: Mapping[str, Mapping[str, Any]] = dataclass_field(default_factory=dict)  # of time, x, y
 
     @property
     def num_trajectories(self) -> int:
@@ -303,7 +364,7 @@ class Setting:
 
 def read_setting(file: WellFile, trajectories: Sequence[int]) -> Setting:
     """Return the setting of some trajectories of a file, in their order."""
-    x, y = file.axes()
+    x, y = file.axes(trajectories[0])
     scalars = [file.scalars(trajectory) for trajectory in trajectories]
     return Setting(
         card=file.card,
@@ -312,6 +373,7 @@ def read_setting(file: WellFile, trajectories: Sequence[int]) -> Setting:
         constants=np.stack([file.constants(trajectory) for trajectory in trajectories]),
         scalars={name: np.array([one[name] for one in scalars]) for name in scalars[0]},
         boundaries=file.boundary_masks(),
+        attributes=file.axis_attributes(),
     )
 
 
@@ -329,6 +391,7 @@ def stored_card(path: Path, registry: Registry, dataset: str | None, attributes:
     name = dataset or attributes.get("dataset_name")
     if name is None:
         raise UserError(
-            f"{path}: it does not say which dataset it is of (attribute dataset_name): name it with --dataset"
+            f"{path}: it does not say which dataset it is of: write its name to the attribute dataset_name, or give it "
+            "with --dataset where you start a rollout from it"
         )
     return registry.card(texts(name)[0])

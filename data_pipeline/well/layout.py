@@ -4,12 +4,14 @@ HDF5 files are not trusted. A header of a kilobyte can declare a petabyte, or na
 anything is read.
 """
 
+import errno
 import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -74,9 +76,56 @@ def hdf5_errors(where: str) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{where}: not in the Well's layout: {error.args[0]}") from error
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{where}: cannot be read, so it is truncated or no HDF5 file ({error}); get it again"
-        ) from error
+        raise UserError(f"{where}: {hdf5_cause(error)}") from error
+
+
+def hdf5_cause(error: OSError | RuntimeError) -> str:
+    """Return why HDF5 could not read a file, and what to do."""
+    number, text = getattr(error, "errno", None), " ".join(str(error).split())
+    if "unable to lock file" in text:
+        if number in (errno.EAGAIN, errno.EACCES):
+            return "another program has it open for writing: wait until that has closed it"
+        return "its file system has no locks: set HDF5_USE_FILE_LOCKING=FALSE while no other program writes it"
+    if isinstance(error, PermissionError):
+        return "you have no permission to read it: `chmod u+r` it, or ask its owner"
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file (any more); look whether it was moved, or its disk is mounted"
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder, where a file was expected: move its files up, or rename it"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "too many files are open: raise the limit, as with `ulimit -n 4096`"
+    if number is not None:
+        return f"its disk or file system failed ({os.strerror(number)}): the file may be whole, so try again"
+    if "required filter" in text or "can't open directory" in text:  # of the plugins that are looked for
+        return f"a filter that it is compressed with is not installed here ({text}): {_GET_FILTER}"
+    return f"cannot be read, so it is truncated or no HDF5 file ({text}); get it again"
+
+
+_GET_FILTER = (
+    "repack the file where the filter is, `h5repack -f GZIP=4 FILE NEW`, or name the folder of the filter's plugin in "
+    "HDF5_PLUGIN_PATH (`pip install hdf5plugin` brings the usual ones)"
+)
+
+
+def attribute(owner: h5py.Group | h5py.Dataset, name: str) -> Any:
+    """Return an attribute. KeyError, naming it and its group or dataset, if it is missing."""
+    if name not in owner.attrs:
+        raise KeyError(f"{_place(owner)} has no attribute {name}")
+    return owner.attrs[name]
+
+
+def flags(owner: h5py.Group | h5py.Dataset, name: str, count: int = 1) -> tuple[bool, ...]:
+    """Return an attribute of `count` booleans. ValueError for texts: bool("False") is True."""
+    values = np.atleast_1d(attribute(owner, name))
+    if values.shape != (count,) or values.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
+        expected = "a boolean" if count == 1 else f"{count} booleans"
+        got = ascii(values.tolist()[:4])[1:-1]
+        raise ValueError(f"{_place(owner)}: attribute {name}: expected {expected}, got {got}; store a boolean")
+    return tuple(map(bool, values))
+
+
+def _place(owner: h5py.Group | h5py.Dataset) -> str:
+    return ascii((owner.name or "").strip("/"))[1:-1] or "the file"
 
 
 DEFLATE_RATIO = 1032  # deflate's best: 258 bytes for two bits (RFC 1951)
@@ -106,7 +155,7 @@ def plain_dataset(parent: h5py.Group, name: str, where: str) -> h5py.Dataset:
 def _check_hard_link(parent: h5py.Group, name: str, where: str) -> None:
     link = parent.get(name, getlink=True)
     if link is None:
-        raise KeyError(f"Unable to open object (object {name!r} doesn't exist)")
+        raise KeyError(f"{_place(parent)} has no {name!a}")
     if not isinstance(link, h5py.HardLink):
         what = "another file" if isinstance(link, h5py.ExternalLink) else "another place"
         raise UserError(f"{where} is a link to {what}, which is not followed")
@@ -131,7 +180,15 @@ def check_extent(data: h5py.Dataset, where: str) -> None:
                 f"{where}: expected HDF5 chunks of at most {MAX_CHUNK_BYTES} bytes, got {data.chunks}; "
                 "repack the file with h5repack -l"
             )
-        if data.id.get_create_plist().get_nfilters():
+        settings = data.id.get_create_plist()
+        filters = [settings.get_filter(index) for index in range(settings.get_nfilters())]
+        for number, _, _, name in filters:
+            if not h5py.h5z.filter_avail(number):
+                raise UserError(
+                    f"{where}: it is compressed with the HDF5 filter {number} ({name.decode(errors='replace')!a}), "
+                    f"which is not installed here: {_GET_FILTER}"
+                )
+        if filters:
             possible = DEFLATE_RATIO * stored
         needed = math.prod(-(-size // chunk) for size, chunk in zip(data.shape, data.chunks, strict=True))
         if data.id.get_num_chunks() < needed:
@@ -146,18 +203,19 @@ def check_extent(data: h5py.Dataset, where: str) -> None:
 def contradiction(file: h5py.File) -> str | None:
     """Return the first field whose shape is not what the file itself declares (trajectories, frames, grid), or None."""
     dimensions = plain_group(file, "dimensions", "dimensions")
-    axes = texts(dimensions.attrs["spatial_dims"])
-    num_trajectories = int(file.attrs["n_trajectories"])
+    axes = texts(attribute(dimensions, "spatial_dims"))
+    num_trajectories = int(attribute(file, "n_trajectories"))
     num_frames, *grid = (plain_dataset(dimensions, name, name).shape[-1] for name in ("time", *axes))
     if min(num_trajectories, num_frames, *grid) < 1:
         return f"it declares {num_trajectories} trajectories of {num_frames} frames on the grid {grid}"
     for order in range(3):
         group = plain_group(file, f"t{order}_fields", f"t{order}_fields")
-        for name in texts(group.attrs["field_names"]):
+        for name in texts(attribute(group, "field_names")):
             data = plain_dataset(group, name, f"field {name!r}")
-            shape = (num_trajectories,) * bool(data.attrs["sample_varying"])
-            shape += (num_frames,) * bool(data.attrs["time_varying"])
-            shape += tuple(size for size, varies in zip(grid, data.attrs["dim_varying"], strict=True) if varies)
+            shape = (num_trajectories,) * flags(data, "sample_varying")[0]
+            shape += (num_frames,) * flags(data, "time_varying")[0]
+            varying = flags(data, "dim_varying", len(grid))
+            shape += tuple(size for size, varies in zip(grid, varying, strict=True) if varies)
             shape += (len(grid),) * order
             if data.shape != shape:
                 return f"its field {name!r} has the shape {data.shape} where the file declares {shape}"
@@ -196,8 +254,8 @@ def boundary_masks(groups: h5py.Group, where: str) -> tuple[BoundaryMask, ...]:
     masks = []
     for name in groups:
         group = plain_group(groups, name, f"{where}: boundary {name}")
-        kind = " ".join(texts(group.attrs["bc_type"])).upper()
-        dims = tuple(texts(group.attrs["associated_dims"]))
+        kind = " ".join(texts(attribute(group, "bc_type"))).upper()
+        dims = tuple(texts(attribute(group, "associated_dims")))
         stored = plain_dataset(group, "mask", f"{where}: boundary {name}: mask")
         check_extent(stored, f"{where}: boundary {name}: mask")
         mask = np.asarray(stored[()], dtype=bool)

@@ -6,6 +6,7 @@ and never taken. The draft is valid at once, so data can be converted and traine
 
 import difflib
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ from data_pipeline.registry import (
 )
 from data_pipeline.schema import NAME
 from data_pipeline.symmetries import possible_symmetries
-from data_pipeline.well.hdf5 import SPLITS, dataset_folders
+from data_pipeline.well.findings import left_out_findings
+from data_pipeline.well.hdf5 import SPLITS, dataset_folders, divide_names, left_out_names, split_files
+from data_pipeline.well.layout import child_names
 from data_pipeline.well.survey import COMPONENTS, Survey, survey
 
 ALIASES = {  # what papers and codes call the quantities of the packaged channels, in lower case
@@ -107,31 +110,35 @@ def _draft_folder(given: Path | None) -> tuple[Path, Registry]:
 
 def _find_files(source: Path, name: str | None) -> _Files:
     """Return the dataset's files, its name, and what must be moved before `shard` finds them."""
+    typed = Path(os.path.abspath(source)).name  # as typed, even where it is a link
+    left_out: list[str] = []
     if (source / "data").is_dir():
-        by_split = {split: _hdf5_files(source / "data" / split) for split in SPLITS}
-        paths, train = tuple(path for split in SPLITS for path in by_split[split]), by_split["train"]
-        folder = source.resolve().name
+        by_split = {split: [Path(str(file)) for file in split_files(source, split)] for split in SPLITS}
+        paths, train = [path for split in SPLITS for path in by_split[split]], by_split["train"]
+        folder = typed
+        left_out = [name for split in (*SPLITS, None) for name in left_out_names(source, split)]
     else:
-        paths = (source,) if source.is_file() else _hdf5_files(source)
-        train, folder = (), ""
+        names, left_out = divide_names(child_names(source))
+        paths = [source] if source.is_file() else [source / name for name in names]
+        train, folder = [], ""
+    others = [f"files {one.detail}" for one in left_out_findings(left_out)]
     if not paths:
         inside = ", ".join(dataset_folders(source)) if source.is_dir() else ""
+        found = (
+            f"a folder of the datasets {inside}; give one of them" if inside else "; ".join(["none of them", *others])
+        )
         raise UserError(
             f"{source}: expected a dataset folder (with data/<split>/*.hdf5), a folder of HDF5 files or one file, got "
-            f"{f'a folder of the datasets {inside}; give one of them' if inside else 'none of them'}"
+            f"{found}"
         )
-    chosen = name or folder or (source.stem if source.is_file() else source.resolve().name)
+    chosen = name or folder or (source.stem if source.is_file() else typed)
     if not NAME.fullmatch(chosen):
         raise UserError(
             f"{source}: the name {chosen[:80]!a}: expected up to 64 letters, digits and underscores, a letter first; "
             "give one with --name"
         )
     move = f"files: `data-pipeline shard` reads <folder>/{chosen}/data/{{{','.join(SPLITS)}}}/*.hdf5; move them there"
-    return _Files(chosen, paths, train, () if chosen == folder else (move,))
-
-
-def _hdf5_files(folder: Path) -> tuple[Path, ...]:
-    return tuple(sorted([*folder.glob("*.hdf5"), *folder.glob("*.h5")]))
+    return _Files(chosen, tuple(paths), tuple(train), (*others, *([] if chosen == folder else [move])))
 
 
 def _fresh_channels(found: Survey, registry: Registry) -> list[Channel]:
@@ -192,9 +199,8 @@ def _doubts(found: Survey) -> list[str]:
             f"grid: {found.grid[0]} x {found.grid[1]} has an odd size, and the model's wavelet transform needs even "
             "ones; crop or resample the files before training"
         )
-    for axis in found.uneven:
-        lines.append(f"grid: points along {axis} are not equally spaced; the model takes them as if they were")
-    if found.dt is None:
+    lines += [f"{one.kind}: {one.where}: {one.detail}" for one in found.findings]
+    if found.dt is None and found.dts is not None:
         least, greatest = found.dts
         lines.append(f"dt: from {least:.6g} to {greatest:.6g}, so the card says null; are the times right?")
     for name in found.sample.nonfinite:

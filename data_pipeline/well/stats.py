@@ -19,6 +19,7 @@ from data_pipeline.well.layout import File, read_small
 
 Stats = dict[str, dict[str, float]]
 VALUE_STATISTICS = ("mean", "std", "rms")
+SKIP_NONFINITE = ", or leave out the windows with `--skip nonfinite`"  # for messages of `data-pipeline shard` alone
 DELTA_STATISTICS = ("mean_delta", "std_delta", "rms_delta")
 
 
@@ -94,7 +95,7 @@ def compute_stats(
                     on_bytes(frames.nbytes)
                 constant = file.constants(trajectory)
                 if not skip_nonfinite:
-                    file.check_finite(constant, trajectory, None)
+                    file.check_finite(constant, trajectory, None, SKIP_NONFINITE)
                 constants.append(_channel_moments(constant[None], skip_nonfinite))
                 values, deltas, constants = ([pool(parts)] for parts in (values, deltas, constants))
     stats = values[0].by_channel(card.state_channels) | deltas[0].by_channel(card.state_channels, "_delta")
@@ -112,7 +113,7 @@ def _blocks(
     for first in range(0, file.num_frames, step):
         frames = file.read(trajectory, first, min(first + step, file.num_frames))
         if not skip_nonfinite:
-            file.check_finite(frames, trajectory, first)
+            file.check_finite(frames, trajectory, first, SKIP_NONFINITE)
         with np.errstate(invalid="ignore"):  # Inf - Inf, of frames that are left out
             change = np.diff(np.concatenate([last, frames]).astype(np.float64), axis=0)
         yield frames, change

@@ -14,15 +14,15 @@ import numpy as np
 from data_pipeline.files import UserError
 from data_pipeline.registry import Boundary, Card, Field
 from data_pipeline.schema import NAME
+from data_pipeline.well.findings import Finding, Spacing, condense, spacing_findings
 from data_pipeline.well.hdf5 import WellFile
-from data_pipeline.well.layout import check_extent, hdf5_errors, plain_dataset, plain_group, texts
+from data_pipeline.well.layout import attribute, flags, hdf5_errors, plain_dataset, plain_group, texts
 from data_pipeline.well.stats import Moments, pool
 
 SAMPLE_TRAJECTORIES = 8  # spread evenly over all files
 SAMPLE_FRAMES = 4  # of each, spread evenly from the first to the last
 COMPONENTS = (("",), ("_x", "_y"), ("_xx", "_xy", "_yx", "_yy"))  # by tensor order
 _SAME_DT = 1e-3  # relative difference that rounding of float32 times may leave
-_SAME_SPACING = 1e-2  # the same for the points of an axis
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class Survey:
 
     fields: tuple[Field, ...]  # state then constant, t0 to t2, each in the first file's order
     grid: tuple[int, int]
-    uneven: tuple[str, ...]  # axes along which the points are not equally spaced
     boundary: Boundary
     scalars: tuple[str, ...]
-    dts: tuple[float, float]  # least and greatest time between frames
+    dts: tuple[float, float] | None  # least and greatest time between frames; None if it differs in a trajectory
     lengths: tuple[tuple[int, int], ...]  # (trajectories, frames of each), shortest first; of the train files if any
     sample: SampledFrames
+    findings: tuple[Finding, ...]  # about times and axes
 
     @property
     def dt(self) -> float | None:
         """Time between frames; None if it differs, or if times do not increase."""
-        least, greatest = self.dts
+        least, greatest = self.dts or (0.0, 0.0)
         return greatest if least > 0 and greatest - least <= _SAME_DT * greatest else None
 
 
@@ -61,13 +61,15 @@ def survey(name: str, files: Sequence[Path], train: Sequence[Path]) -> Survey:
     `name` is the dataset's. UserError for a file that is not 2D cartesian data in the Well's layout, naming it
     and what was found, and for files that differ in fields, grid or boundaries: one card cannot describe them all.
     """
-    fields, uneven = read_header(files[0])
+    fields = read_header(files[0])
     card = _provisional_card(name, fields)
     with WellFile(files[0], card) as first:
         grid, boundary, scalars = first.grid, first.boundary, tuple(first.scalars(0))
     _check_periodic(boundary, files[0])
     shapes: dict[Path, tuple[int, int]] = {}  # (trajectories, frames)
-    dts: list[float] = []
+    dts: list[float | None] = []
+    findings: list[Finding] = []
+    spacings: list[tuple[str, Spacing | None]] = []
     for path in files:
         with WellFile(path, card) as file:
             if (file.grid, file.boundary) != (grid, boundary):
@@ -76,33 +78,31 @@ def survey(name: str, files: Sequence[Path], train: Sequence[Path]) -> Survey:
                     f"and {file.boundary}; a card describes one of them, so put the others into a dataset of their own"
                 )
             shapes[path] = file.num_trajectories, file.num_frames
+            findings += file.findings()
+            spacings.append((path.name, file.spacing))
             if file.num_frames > 1:
                 dts += [file.dt(trajectory) for trajectory in range(file.num_trajectories)]
-    counted = train or files
+    counted, known = train or files, [dt for dt in dts if dt is not None]
     lengths = Counter[int]()
     for path in counted:
         lengths[shapes[path][1]] += shapes[path][0]
     return Survey(
         fields=fields,
         grid=grid,
-        uneven=uneven,
         boundary=boundary,
         scalars=scalars,
-        dts=(min(dts, default=0.0), max(dts, default=0.0)),
+        dts=None if len(known) < len(dts) else (min(known, default=0.0), max(known, default=0.0)),
         lengths=tuple((lengths[frames], frames) for frames in sorted(lengths)),
         sample=_sample(counted, shapes, card),
+        findings=tuple(condense([*findings, *spacing_findings(spacings)], sum(count for count, _ in shapes.values()))),
     )
 
 
-def read_header(path: Path) -> tuple[tuple[Field, ...], tuple[str, ...]]:
-    """Return the fields of a file, and its axes of unequal spacing.
-
-    UserError for what is no HDF5 file, not the Well's layout, or not 2D cartesian data.
-    """
+def read_header(path: Path) -> tuple[Field, ...]:
+    """Return the fields of a file. UserError for what is no HDF5 file, not the Well's layout, or not 2D cartesian."""
     with hdf5_errors(str(path)), h5py.File(path, "r") as file:
         _check_axes(file, path)
         found = [field for order in range(3) for field in _group_fields(file, order, path)]
-        uneven = tuple(axis for axis in ("x", "y") if not _evenly_spaced(file, axis, path))
     fields = (*(f for f in found if f.role == "state"), *(f for f in found if f.role == "constant"))
     if not fields or fields[0].role != "state":
         raise UserError(
@@ -113,7 +113,7 @@ def read_header(path: Path) -> tuple[tuple[Field, ...], tuple[str, ...]]:
     for twice in (channel for channel, count in channels.items() if count > 1):
         owners = " and ".join(field.name for field in fields if twice in field.channels)
         raise UserError(f"{path}: the fields {owners} would both be the channel {twice}; rename one in the files")
-    return fields, uneven
+    return fields
 
 
 def _provisional_card(name: str, fields: tuple[Field, ...]) -> Card:
@@ -125,7 +125,7 @@ def _provisional_card(name: str, fields: tuple[Field, ...]) -> Card:
 
 
 def _check_axes(file: h5py.File, path: Path) -> None:
-    axes = texts(plain_group(file, "dimensions", f"{path}: dimensions").attrs["spatial_dims"])
+    axes = texts(attribute(plain_group(file, "dimensions", f"{path}: dimensions"), "spatial_dims"))
     grid_type = texts(file.attrs.get("grid_type", "cartesian"))
     if axes != ["x", "y"] or [kind.lower() for kind in grid_type] != ["cartesian"]:
         raise UserError(
@@ -147,24 +147,16 @@ def _group_fields(file: h5py.File, order: int, path: Path) -> list[Field]:
     where = f"{path}: t{order}_fields"
     group = plain_group(file, f"t{order}_fields", where)
     fields = []
-    for name in texts(group.attrs["field_names"]):
+    for name in texts(attribute(group, "field_names")):
         if not NAME.fullmatch(name):
             raise UserError(
                 f"{where}: field {name[:80]!a}: expected up to 64 letters, digits and underscores, a letter first; "
                 "rename it in the files"
             )
-        time_varying = plain_dataset(group, name, f"{where}/{name}").attrs["time_varying"]
+        (time_varying,) = flags(plain_dataset(group, name, f"{where}/{name}"), "time_varying")
         channels = tuple(name + component for component in COMPONENTS[order])
         fields.append(Field(name, order, "state" if time_varying else "constant", channels))
     return fields
-
-
-def _evenly_spaced(file: h5py.File, axis: str, path: Path) -> bool:
-    where = f"{path}: dimensions/{axis}"
-    points = plain_dataset(plain_group(file, "dimensions", f"{path}: dimensions"), axis, where)
-    check_extent(points, where)
-    steps = np.diff(np.asarray(points[(0,) * (points.ndim - 1)], np.float64))
-    return bool(steps.size == 0 or np.ptp(steps) <= _SAME_SPACING * np.abs(steps).mean())
 
 
 def _sample(files: Sequence[Path], shapes: Mapping[Path, tuple[int, int]], card: Card) -> SampledFrames:

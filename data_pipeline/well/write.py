@@ -72,6 +72,8 @@ class WellWriter:
         }
         axes = (time, setting.x, setting.y)
         _write_header(self._file, setting.card.name, setting.num_trajectories, axes, scalars, setting.boundaries)
+        for name, attributes in setting.attributes.items():
+            self._file["dimensions"][name].attrs.update(attributes)
         self._fields: dict[str, h5py.Dataset] = {}  # state fields by name, (n, T, X, Y) + (2,) * order
         for order in range(3):
             fields = [field for field in self._card.fields if field.order == order]
@@ -127,7 +129,9 @@ def _write_header(
     group = file.create_group("dimensions")
     group.attrs["spatial_dims"] = _texts(["x", "y"])
     for name, values in zip(("time", "x", "y"), axes, strict=True):
-        points = group.create_dataset(name, data=values.astype(np.float32))
+        single = values.astype(np.float32)  # as the Well's files, unless it blurs the steps, as of seconds since 1970
+        exact = np.allclose(np.diff(single.astype(np.float64)), np.diff(values), rtol=1e-3, atol=0)
+        points = group.create_dataset(name, data=single if exact else values)
         points.attrs["sample_varying"] = values.ndim == 2
         if name != "time":
             points.attrs["time_varying"] = False

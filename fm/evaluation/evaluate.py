@@ -26,7 +26,7 @@ from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.streaming import default_cache
 from fm.checkpoint import find_checkpoint, load_pretrained, verify_model
 from fm.config import Recipe, ValidationSettings, load_recipe, resolve
-from fm.datasets import check_channels
+from fm.datasets import check_channels, check_direction
 from fm.distributed import StopSignal, broadcast_from_main, detect_lost_processes, make_accelerator
 from fm.evaluation.errors import ERRORS_FILE, FORMAT, TASKS, DatasetErrors, ErrorFile, check_names
 from fm.evaluation.measure import (
@@ -146,13 +146,12 @@ def evaluate_run(
         if broadcast_from_main(accelerator, lambda: _is_complete(out, trained, chosen, readers, fit_readers)):
             if accelerator.is_main_process:
                 remove_parts(out)  # left by an evaluation that was killed after its report was written
-            table = score_table(Scores.load(out / SCORES_FILE))
-            log(f"{out} already holds the scores of {trained.checkpoint.name}:\n\n{table}")
+            held = f"{out} already holds the scores of {trained.checkpoint.name}"
+            log(f"{held}:\n\n{score_table(Scores.load(out / SCORES_FILE))}")
         else:
             # Sums are float64, which Apple's GPUs do not have.
             device = accelerator.device if accelerator.device.type == "cuda" else torch.device("cpu")
             origin = {"checkpoint": str(trained.checkpoint), "step": trained.step, "weights": trained.weights}
-            domains = _domains(trained, sorted(readers), log)
             scores = evaluate_model(
                 trained.model,
                 readers,
@@ -160,7 +159,7 @@ def evaluate_run(
                 chosen,
                 device,
                 origin=origin,
-                domains=domains,
+                domains=_domains(trained, sorted(readers), log),
                 accelerator=accelerator,
                 fit_readers=fit_readers,
                 cache=trained.recipe.stream().cache,
@@ -261,6 +260,7 @@ def _check(model: Surrogate, readers: Mapping[str, ShardReader]) -> None:
             raise UserError(f"{reader.folder}: {error}: pictures and errors are kept under it") from error
         spec = model.specs[name]
         check_channels(reader, spec.state_channels, spec.constant_channels, "the model was trained on")
+        check_direction(reader, spec)
 
 
 @dataclass(frozen=True)

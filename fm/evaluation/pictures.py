@@ -125,7 +125,7 @@ def _horizontal_strip(sample: Sample) -> Figure:
     ]
     field, error = _draw_fields(axes, sample, range(count))
     for n, step in enumerate(sample.steps):
-        axes[0][n].set_title(f"step {step}\nt + {step * sample.dt:.3g}", fontsize=TEXT_SIZE, pad=3)
+        axes[0][n].set_title(f"step {step}\n{sample.time_text(step)}", fontsize=TEXT_SIZE, pad=3)
         note = f"VRMSE{' ' if width > 0.9 else chr(10)}{format_vrmse(sample.vrmse[n])}"
         axes[2][n].set_xlabel(note, fontsize=TEXT_SIZE, labelpad=3)
     for row, name in enumerate(ROWS):
@@ -149,7 +149,7 @@ def _vertical_strip(sample: Sample) -> Figure:
     ]
     field, error = _draw_fields(axes, sample, range(count))
     for n, step in enumerate(sample.steps):
-        label = f"step {step}\nt + {step * sample.dt:.3g}"
+        label = f"step {step}\n{sample.time_text(step)}"
         axes[0][n].set_ylabel(label, fontsize=TEXT_SIZE, rotation=0, ha="right", va="center", labelpad=5)
         note = f"VRMSE\n{format_vrmse(sample.vrmse[n])}"
         axes[2][n].text(1.03, 0.5, note, fontsize=TEXT_SIZE, va="center", transform=axes[2][n].transAxes)
@@ -271,7 +271,7 @@ def gif(sample: Sample, side: int = 190, labeled: bool = True) -> bytes:
             unit, finite = enlarged(fields[index], scale.norm, layout.panel)
             colors = start + np.rint(unit * (LEVELS - 1)).astype(np.uint8)
             frame.paste(Image.fromarray(np.where(finite, colors, np.uint8(NOT_FINITE_INDEX)), "P"), corner)
-        note = f"   t + {step * sample.dt:.3g}   VRMSE {format_vrmse(sample.vrmse[index])}" if labeled else ""
+        note = f"   {sample.time_text(step)}   VRMSE {format_vrmse(sample.vrmse[index])}" if labeled else ""
         _write(frame, (GAP, 2), f"step {step}{note}", layout.line)
         frames.append(frame)
     pauses = [FRAME_MILLISECONDS] * (len(frames) - 1) + [LAST_MILLISECONDS]

@@ -265,7 +265,7 @@ def _dataset_blocks(
     what = f"{sample.channel} of trajectory {sample.trajectory}"
     if name in pictures:
         caption = (
-            f"{what}: truth, prediction and error. {sample.extent_text}; frames {sample.dt:.4g} apart in time; "
+            f"{what}: truth, prediction and error. {sample.extent_text}; {sample.apart_text}; "
             "physical units. Truth and prediction have the same colors at all steps; so has the error, with limits of "
             "its own."
         )

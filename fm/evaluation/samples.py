@@ -25,7 +25,7 @@ class Sample:
     dataset: str
     channel: str
     trajectory: int
-    dt: float  # physical time between frames
+    dt: float | None  # physical time between frames; None if it differs
     steps: tuple[int, ...]  # rollout steps, 1-based and ascending
     truth: np.ndarray
     prediction: np.ndarray
@@ -56,6 +56,15 @@ class Sample:
         if self.domain is None:
             return f"{self.truth.shape[1]} x {self.truth.shape[2]} cells, grid units"
         return ", ".join(f"{axis} {low:.3g}..{high:.3g}" for axis, (low, high) in zip("xy", self.domain, strict=True))
+
+    def time_text(self, step: int) -> str:
+        """The time of a step after the initial frame, as far as it is known."""
+        return "" if self.dt is None else f"t + {step * self.dt:.3g}"
+
+    @property
+    def apart_text(self) -> str:
+        """The time between frames in words, for captions."""
+        return "frames unevenly apart in time" if self.dt is None else f"frames {self.dt:.4g} apart in time"
 
     def at(self, indices: Sequence[int]) -> "Sample":
         """Return the same rollout at fewer of its steps."""

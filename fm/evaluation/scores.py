@@ -77,13 +77,14 @@ class DatasetScores:
 
     data_digest: str  # of the manifest of the shards
     grid: tuple[int, int]  # (H, W)
-    channels: tuple[str, ...]
+    channels: tuple[str, ...]  # that are scored
     trajectories: int
     horizon: int  # steps of the longest rollout
     one_step: BlockScores | None  # None if only rollouts were measured
     windows: dict[str, WindowScores | None]  # by name; None if no trajectory covers the whole window
     diverged: dict[int, int]  # trajectory id -> first step that is not finite
     stencil: StencilChoice | None = None  # None: there is no linear stencil
+    static: tuple[str, ...] = ()  # channels that never change, which are not scored
 
     def blocks(self) -> dict[str, BlockScores | None]:
         """Return the one-step scores, named ONE_STEP, and those of the windows."""
@@ -182,29 +183,43 @@ def score(errors: ErrorFile, protocol: Protocol | None = None) -> Scores:
 def _score_dataset(errors: DatasetErrors, protocol: Protocol) -> DatasetScores:
     rollout = errors.rollout.until(protocol.max_steps)  # the file may hold more steps than the protocol scores
     failures = zip(errors.trajectories.tolist(), rollout.first_failures().tolist(), strict=True)
+    moving = _moving_channels(errors)
+    channels = {name: index for index, name in enumerate(errors.channels) if moving[index]}
     return DatasetScores(
         data_digest=errors.data_digest,
         grid=errors.grid,
-        channels=errors.channels,
+        channels=tuple(channels),
         trajectories=len(errors.trajectories),
         horizon=int(rollout.steps.max(initial=0)),
-        one_step=_score_one_step(errors, protocol),
-        windows={name: _score_window(rollout, name, errors.channels, protocol) for name in protocol.windows},
+        one_step=_score_one_step(errors, channels, protocol),
+        windows={name: _score_window(rollout, name, channels, protocol) for name in protocol.windows},
         diverged={trajectory: step for trajectory, step in failures if step},
         stencil=errors.stencil,
+        static=tuple(name for name in errors.channels if name not in channels),
     )
 
 
-def _score_one_step(errors: DatasetErrors, protocol: Protocol) -> BlockScores | None:
+def _moving_channels(errors: DatasetErrors) -> np.ndarray:
+    """Return which channels change in time, (C,) bool; all, where none does.
+
+    Persistence is exact on a static channel, such as a permeability map that is stored as a state. A model is nearly
+    exact on it, so it would make every mean over channels look better.
+    """
+    parts = (errors.one_step.persistence, errors.rollout.persistence)
+    moving = np.any([np.nan_to_num(part).any(axis=(0, 1)) for part in parts], axis=0)
+    return moving if moving.any() else np.ones_like(moving)
+
+
+def _score_one_step(errors: DatasetErrors, channels: Mapping[str, int], protocol: Protocol) -> BlockScores | None:
     """Every one-step window counts as one trajectory of one step."""
     present = errors.one_step.present
     if not present.any():
         return None
     vrmse = {name: errors.one_step.vrmse(name, protocol.eps)[present][:, None] for name in PREDICTORS}  # (R*S, 1, C)
-    return BlockScores(**_score_block(vrmse, errors.channels, protocol))
+    return BlockScores(**_score_block(vrmse, channels, protocol))
 
 
-def _score_window(rollout: Errors, window: str, channels: Sequence[str], protocol: Protocol) -> WindowScores | None:
+def _score_window(rollout: Errors, window: str, channels: Mapping[str, int], protocol: Protocol) -> WindowScores | None:
     """Scores over the trajectories that cover the whole window, perhaps cut; None if there are none."""
     steps = protocol.covered(window, rollout.steps.tolist())
     if steps is None:
@@ -215,15 +230,20 @@ def _score_window(rollout: Errors, window: str, channels: Sequence[str], protoco
     return WindowScores(first=first, last=last, **_score_block(vrmse, channels, protocol))
 
 
-def _score_block(vrmse: Mapping[str, np.ndarray], channels: Sequence[str], protocol: Protocol) -> dict[str, Any]:
-    """The fields of BlockScores, from the VRMSE (R, S, C) of each predictor."""
+def _score_block(vrmse: Mapping[str, np.ndarray], channels: Mapping[str, int], protocol: Protocol) -> dict[str, Any]:
+    """The fields of BlockScores, from the VRMSE (R, S, C) of each predictor; channels: name -> place, if scored."""
     per_channel = {
         channel: _average({name: values[..., index : index + 1] for name, values in vrmse.items()}, protocol)
-        for index, channel in enumerate(channels)
+        for channel, index in channels.items()
     }
     diverged = int(np.isinf(vrmse["model"]).any(axis=(1, 2)).sum())
-    whole = vars(_average(vrmse, protocol))
-    return {**whole, "count": len(vrmse["model"]), "diverged": diverged, "per_channel": per_channel}
+    scored = {name: values[..., list(channels.values())] for name, values in vrmse.items()}
+    return {
+        **vars(_average(scored, protocol)),
+        "count": len(vrmse["model"]),
+        "diverged": diverged,
+        "per_channel": per_channel,
+    }
 
 
 def _average(vrmse: Mapping[str, np.ndarray], protocol: Protocol) -> Averages:

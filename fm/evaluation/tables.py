@@ -4,6 +4,7 @@ A cell of a model with predictions that are not finite has a mark that counts th
 """
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,7 @@ def _summary(scores: Scores) -> list[str]:
     rollouts_only = [name for name, part in scores.datasets.items() if part.one_step is None]
     if rollouts_only:
         lines.append(f"Only rollouts were measured, no one-step predictions: {', '.join(rollouts_only)}.")
+    lines += static_notes([scores])
     if scores.origin:
         lines.append("Origin: " + ", ".join(f"{key} {value}" for key, value in scores.origin.items()) + ".")
     for name, part in scores.datasets.items():
@@ -111,6 +113,13 @@ def stencil_notes(scores: Scores) -> list[str]:
     """Return how the linear stencils were fitted, and what was chosen for each dataset; empty if there are none."""
     chosen = [f"{name} {part.stencil.describe()}" for name, part in scores.datasets.items() if part.stencil is not None]
     return [f"{STENCIL_TEXT} Frames, ridge (one step / rollouts): {'; '.join(chosen)}."] if chosen else []
+
+
+def static_notes(runs: Iterable[Scores]) -> list[str]:
+    """Return which channels are not scored, since they never change; empty if there are none."""
+    found = {name: part.static for scores in runs for name, part in scores.datasets.items() if part.static}
+    listed = "; ".join(f"{', '.join(channels)} of {name}" for name, channels in found.items())
+    return [f"Not scored, for they never change in time: {listed}."] if found else []
 
 
 def failures(diverged: Mapping[int, int]) -> str:
@@ -159,7 +168,7 @@ def load_runs(
 
 def _default_labels(files: Sequence[Path]) -> list[str]:
     """The names of the runs, numbered if several have one name."""
-    folders = [file.resolve().parent for file in files]
+    folders = [Path(os.path.abspath(file)).parent for file in files]  # as typed, even where they are links
     names = [folder.parent.name if folder.name == "report" else folder.name for folder in folders]
     return [
         f"{name} ({names[: index + 1].count(name)})" if names.count(name) > 1 or name in FIXED_COLUMNS else name
@@ -196,6 +205,7 @@ def compare_document(runs: Runs) -> Document:
     alone = [name for name in names if not all(name in scores.datasets for scores in runs.values())]
     notes = [f"Only in mean ranks and wins of the summary, not all runs have it: {', '.join(alone)}."] if alone else []
     notes += short_windows(runs.values())
+    notes += static_notes(runs.values())
     stencils = {name: part for scores in runs.values() for name, part in scores.datasets.items() if part.stencil}
     notes += stencil_notes(replace(next(iter(runs.values())), datasets=dict(sorted(stencils.items()))))
     return Document(about(protocol), tables, notes)

@@ -240,7 +240,7 @@ def _rate(present: list[dict[str, Any]], step: int, steps: int | None, *, runnin
     if running and steps is not None:
         # wall-clock time, which includes validations and saves
         elapsed = used[-1]["time"] - paces[0]["time"] if len(paces) > 1 else seconds
-        left = (steps - step) * elapsed / stepped
+        left = max(0.0, (steps - step) * elapsed / stepped)  # clocks are set back, and differ between machines
         ends = time.time() + left
     return Rate(stepped / seconds, sum(line["samples"] for line in used) / seconds, left, ends)
 
@@ -252,7 +252,7 @@ def _last_checkpoint(root: Path, problems: list[str]) -> LastCheckpoint | None:
             wrong = [n for n, entry in files.items() if (path / Path(n).name).stat().st_size != entry["bytes"]]
             if wrong:
                 raise UserError(f"{path / wrong[0]}: its size differs from that in state.json")
-            return LastCheckpoint(step, str(path), time.time() - path.stat().st_mtime)
+            return LastCheckpoint(step, str(path), max(0.0, time.time() - path.stat().st_mtime))
         except (UserError, OSError) as error:
             if path.exists():  # else it was pruned meanwhile
                 problems.append(f"damaged checkpoint: {error}")

@@ -21,6 +21,7 @@ Fields: TypeAlias = Any  # dict[str, np.ndarray] | dict[str, torch.Tensor] | xar
 FAR = 10.0
 FLAT = 2e-3
 DT_TOLERANCE = 0.01
+SPACING_TOLERANCE = 0.1  # points at both ends of a domain are further apart than cells, by 1 part in their number
 
 
 class FieldsWarning(UserWarning):
@@ -42,17 +43,14 @@ class GivenFields:
         arrays = self._by_channel(state)
         if not _is_xarray(self.given):
             return arrays
-        time = {} if self.spec.dt is None else {"time": self._start() + step * self.spec.dt}
-        return self._dataset(arrays, (), time)
+        return self._dataset(arrays, (), {} if self.spec.dt is None else {"time": self._times(np.array(step))})
 
     def series(self, states: Tensor) -> Fields:
         """Return states (B, T, C, H, W) in the given form, T before the axes of space."""
         arrays = self._by_channel(states)
         if not _is_xarray(self.given):
             return arrays
-        steps = np.arange(1, states.shape[1] + 1)
-        time = steps if self.spec.dt is None else self._start() + steps * self.spec.dt
-        return self._dataset(arrays, ("time",), {"time": time})
+        return self._dataset(arrays, ("time",), {"time": self._times(np.arange(1, states.shape[1] + 1))})
 
     def _by_channel(self, states: Tensor) -> dict[str, Any]:
         """Turn (B, ..., C, H, W) into (B, ..., H, W) by channel, without B where none was given."""
@@ -66,22 +64,43 @@ class GivenFields:
         dims = (*_batch_dims(self.given, self.spec), *axes, "x", "y")
         kept = {name: one for name, one in self.given.coords.items() if name != "time" and set(one.dims) <= set(dims)}
         variables = {name: (dims, array, self.given[name].attrs) for name, array in arrays.items()}
-        times = {name: (axes, value) if axes else value for name, value in time.items()}
-        return type(self.given)(variables, {**kept, **times}, self.given.attrs)
+        return type(self.given)(variables, {**kept, **time}, self.given.attrs)
 
-    def _start(self) -> float:
-        """Return the time of the last given states, or 0 where they have none, or each has its own."""
+    def _times(self, steps: np.ndarray) -> Any:
+        """Return the times of these steps, () or (T,), as a variable with the units and calendar of the given times.
+
+        They begin at 0 where the given states have no time, or each has its own; they are the steps where a step's time
+        is not known. Dates become numbers in the units that they were read in, and dates again.
+        """
+        import xarray  # here, since it is optional; the fields are of it
+
+        dims = ("time",) * steps.ndim
         time = self.given.coords.get("time")
+        if self.spec.dt is None:
+            return xarray.Variable(dims, steps)
         if time is None or (time.ndim and (self.frames.shape[1] == 1 or time.dims != ("time",))):
-            return 0.0
-        return float(time.values.flat[-1])
+            return xarray.Variable(dims, steps * self.spec.dt)
+        last = time.variable if not time.ndim else time.variable[-1]
+        dated = last.dtype.kind not in "iuf"
+        if dated and "units" not in last.encoding:  # no numbers that a step could be added to
+            return xarray.Variable(dims, steps * self.spec.dt)
+        number = xarray.conventions.encode_cf_variable(last, name="time") if dated else last
+        made = xarray.Variable(dims, float(number.values) + steps * self.spec.dt, number.attrs)
+        return xarray.conventions.decode_cf_variable("time", made) if dated else made
 
 
-def given_fields(fields: Fields, spec: DatasetSpec, dt: float | None = None, context: int = 1) -> GivenFields:
+def given_fields(
+    fields: Fields,
+    spec: DatasetSpec,
+    dt: float | None = None,
+    context: int = 1,
+    spacing: tuple[float, float] | None = None,
+) -> GivenFields:
     """Check fields against the dataset's specification, and stack them for a model of `context` input frames.
 
     ValueError for missing or unknown channels, another number of frames, shapes that do not fit together, and values
-    that are not finite; FieldsWarning if the grid, `dt` or probably the units differ from the training data.
+    that are not finite; FieldsWarning if the grid, `dt`, `spacing` (by default that of a Dataset's axes x and y) or
+    probably the units differ from the training data.
     """
     names = spec.channels
     if not (_is_xarray(fields) or isinstance(fields, Mapping)):
@@ -116,7 +135,7 @@ def given_fields(fields: Fields, spec: DatasetSpec, dt: float | None = None, con
     frames = state.reshape(size, context, *state.shape[-3:])
     rows = [arrays[name].expand(size, *shape[-2:]) for name in spec.constant_channels]
     constants = torch.stack(rows, dim=1) if rows else state.new_zeros(size, 0, *shape[-2:])
-    for text in _differences(spec, arrays, dt):
+    for text in _differences(spec, arrays, dt, spacing or _spacing(fields)):
         warnings.warn(text, FieldsWarning, stacklevel=3)
     return GivenFields(spec, frames, constants, bool(batch), fields)
 
@@ -152,7 +171,18 @@ def _is_xarray(fields: Fields) -> bool:
     return type(fields).__module__.partition(".")[0] == "xarray"
 
 
-def _differences(spec: DatasetSpec, arrays: Mapping[str, Tensor], dt: float | None) -> Iterator[str]:
+def _spacing(fields: Fields) -> tuple[float, float] | None:
+    """Return the mean step from a grid point to the next along x and y of a Dataset that has such axes."""
+    axes = [fields.coords[axis].values for axis in "xy" if axis in fields.coords] if _is_xarray(fields) else []
+    if len(axes) < 2 or any(axis.ndim != 1 or axis.dtype.kind not in "iuf" or len(axis) < 2 for axis in axes):
+        return None
+    x, y = (float(axis[-1] - axis[0]) / (len(axis) - 1) for axis in axes)
+    return x, y
+
+
+def _differences(
+    spec: DatasetSpec, arrays: Mapping[str, Tensor], dt: float | None, spacing: tuple[float, float] | None
+) -> Iterator[str]:
     """Yield a sentence for each property of the fields that is far from the training data."""
     grid = tuple(arrays[spec.state_channels[0]].shape[-2:])
     if spec.grid is not None and grid != spec.grid:
@@ -160,6 +190,15 @@ def _differences(spec: DatasetSpec, arrays: Mapping[str, Tensor], dt: float | No
             f"dataset {spec.name}: a grid of {grid[0]} x {grid[1]}, the model was trained on "
             f"{spec.grid[0]} x {spec.grid[1]}: a step may be wrong at another resolution"
         )
+    for axis, own, known in zip("xy", spacing or (), spec.spacing or (), strict=False):
+        if own * known < 0:
+            way = ("backward", "forward") if own < 0 else ("forward", "backward")
+            yield (
+                f"dataset {spec.name}: {axis} runs {way[0]}, in the training data it ran {way[1]}: flip {axis} of all "
+                f"fields, and the sign of {axis} components"
+            )
+        elif grid == spec.grid and abs(own - known) > SPACING_TOLERANCE * abs(known):
+            yield f"dataset {spec.name}: points {own:.4g} apart along {axis}, in the training data {known:.4g}"
     if dt is not None and spec.dt is not None and abs(dt - spec.dt) > DT_TOLERANCE * abs(spec.dt):
         yield f"dataset {spec.name}: frames {dt:g} apart, but a step of the model is {spec.dt:g} of time"
     for name, array in arrays.items():

@@ -9,6 +9,7 @@ model card, also in the browser. fm/checkpoint.py checks checkpoints by the same
 """
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -344,9 +345,14 @@ def _opened_weights(file: Path) -> Iterator[Path]:
 def locate(source: Path | str) -> Path:
     """Return the local folder of a model: `source` itself, or `hf://organization/name[@revision]` fetched.
 
-    Raises what `fm.model.hub.download` raises.
+    Raises what `fm.model.hub.download` raises, and FileNotFoundError for `organization/name` that is no folder.
     """
     if not str(source).startswith("hf://"):
+        if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)) and not Path(source).exists():
+            raise FileNotFoundError(
+                f"{source}: no such folder; expected a run, a checkpoint or an exported model. A model on the Hugging "
+                f"Face Hub is named hf://{source}"
+            )
         return Path(source)
     from fm.model.hub import download  # here, since a local model does not need huggingface_hub
 

@@ -47,7 +47,8 @@ class DatasetSpec:
     # What a model with `constraints` holds its predictions to (fm/model/constraints.py), from the dataset's card.
     conserved: tuple[tuple[Literal["mean", "mean_square", "divergence"], tuple[str, ...]], ...] = ()
     ranges: Mapping[str, tuple[float | None, float | None]] = dataclasses.field(default_factory=dict)  # by channel
-    spacing: tuple[PositiveFloat, PositiveFloat] | None = None  # of grid points along x and y; a divergence needs it
+    # From a grid point to the next along x and y, negative where the axis runs backward; a divergence needs it.
+    spacing: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.state_channels, *self.constant_channels):
@@ -67,6 +68,10 @@ class DatasetSpec:
         for axis, (lower, upper) in zip("xy", self.boundary, strict=True):
             if (lower == "PERIODIC") != (upper == "PERIODIC"):
                 raise ValueError(f"dataset {self.name}: {axis} is periodic at one end only: {(lower, upper)}")
+        if self.spacing is not None and not all(isfinite(step) and step for step in self.spacing):
+            raise ValueError(
+                f"dataset {self.name}: expected a spacing of finite steps other than 0, got {self.spacing}"
+            )
         for name in (*self.ranges, *(name for _, names in self.conserved for name in names)):
             if name not in self.state_channels:
                 raise ValueError(f"dataset {self.name}: a constraint is on {name!r}, which is no state channel")

@@ -98,21 +98,31 @@ def _match(predicted: WellFile, true: WellFile, attributes: Mapping[str, Any]) -
             f"{predicted.path}: its {predicted.num_trajectories} rollouts are of the trajectories "
             f"{' '.join(map(str, ids))}, expected numbers below {true.num_trajectories}, those of {true.path}"
         )
-    return [Pair(row, one, _match_times(predicted, row, true, one)) for row, one in enumerate(ids)]
+    start = attributes.get("prediction_start")
+    first = None if start is None else int(np.atleast_1d(start)[0])
+    return [Pair(row, one, _match_times(predicted, row, true, one, first)) for row, one in enumerate(ids)]
 
 
-def _match_times(predicted: WellFile, row: int, true: WellFile, trajectory: int) -> np.ndarray:
-    """Return the true frames at the times of a rollout, (1 + steps,), up to the end of the truth."""
+def _match_times(predicted: WellFile, row: int, true: WellFile, trajectory: int, start: int | None) -> np.ndarray:
+    """Return the true frames at the times of a rollout, (1 + steps,), up to the end of the truth.
+
+    Where the rollout has the times of the frames from `start` on, they are those frames: times may not increase.
+    """
     times, known = predicted.times(row), true.times(trajectory)
-    dt = predicted.dt(row)
-    times = times[times <= known[-1] + SAME_TIME * dt]
+    own = known[start:] if start is not None else known[:0]
+    count = min(len(own), len(times))
+    if count > 1 and np.allclose(times[:count], own[:count], rtol=1e-6, atol=0):
+        return np.arange(len(known) - len(own), len(known) - len(own) + count)
+    apart = np.abs(np.diff(known))
+    slack = SAME_TIME * (predicted.dt(row) or float(apart[apart > 0].min(initial=np.inf)))
+    times = times[times <= known[-1] + slack]
     frames = np.abs(known[None] - times[:, None]).argmin(axis=1)
-    apart = np.abs(known[frames] - times)
-    if len(times) < 2 or not (apart <= SAME_TIME * dt).all() or not (np.diff(frames) > 0).all():
+    fits = (np.abs(known[frames] - times) <= slack).all() and (np.diff(frames) > 0).all()
+    if len(times) < 2 or not fits:
         raise UserError(
             f"{predicted.path}: expected frames at times of {true.path}, trajectory {trajectory}, which go from "
-            f"{known[0]:g} to {known[-1]:g} by {true.dt(trajectory):g}; got an initial state and predictions from "
-            f"{predicted.times(row)[0]:g} to {predicted.times(row)[-1]:g} by {dt:g}"
+            f"{known[0]:g} to {known[-1]:g}, {apart.min(initial=np.inf):g} apart or more; got an initial state and "
+            f"predictions from {predicted.times(row)[0]:g} to {predicted.times(row)[-1]:g}"
         )
     return frames
 

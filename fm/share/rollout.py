@@ -68,10 +68,7 @@ def predict_file(model: str, request: RolloutRequest, registry: str | None = Non
     context = trained.model.context
     initial = read_initial(request.source, cards, request.dataset, request.trajectories, request.start, context)
     given, constants = _checked_fields(trained.model, initial, request.source)
-    dts = initial.dts
-    if dts is None:  # a file of one frame: the model's time step, or 1
-        dts = np.full(len(given), trained.model.specs[initial.setting.card.name].dt or 1.0)
-    times = initial.times[:, None] + np.arange(1 + request.steps) * dts[:, None]
+    times = initial.predicted_times(request.steps, trained.model.specs[initial.setting.card.name].dt or 1.0)
     if out.suffix in ENGINES and not (times == times[0]).all():
         raise UserError(f"--out {out}: the trajectories have times of their own; write {WELL_SUFFIXES[0]}")
     frames = _frames(trained.model, initial.setting.card, given, constants, request.steps)
@@ -136,11 +133,12 @@ def _checked_fields(model: Surrogate, initial: InitialStates, source: Path) -> t
     states = (frames[:, 0] if model.context == 1 else frames).unbind(-3)
     fields = dict(zip(card.state_channels, states, strict=True))
     fields |= zip(card.constant_channels, constants.unbind(1), strict=True)
-    dt = None if initial.dts is None else float(np.median(initial.dts))
+    for doubt in initial.doubts():
+        print(f"warning: {source}: {doubt}", file=sys.stderr)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FieldsWarning)
         try:
-            given = given_fields(fields, model.specs[card.name], dt, model.context)
+            given = given_fields(fields, model.specs[card.name], initial.dt, model.context, initial.spacing)
         except ValueError as error:
             raise UserError(f"{source}: {error}") from error
     for one in caught:

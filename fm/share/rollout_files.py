@@ -22,7 +22,8 @@ import numpy as np
 
 from data_pipeline.files import UserError, brief
 from data_pipeline.registry import Card, Registry
-from data_pipeline.well.hdf5 import Setting, WellFile, read_attributes, read_setting, stored_card
+from data_pipeline.well.findings import Spacing, axis_finding, even_step, mean_spacing, times_finding
+from data_pipeline.well.hdf5 import CF_ATTRIBUTES, Setting, WellFile, read_attributes, read_setting, stored_card
 from data_pipeline.well.layout import edges
 from data_pipeline.well.survey import COMPONENTS
 from data_pipeline.well.write import WellWriter
@@ -43,8 +44,39 @@ class InitialStates:
     setting: Setting
     trajectories: tuple[int, ...]  # their numbers in the file
     frames: np.ndarray  # (n, T, C, X, Y) float32, the oldest first
-    times: np.ndarray  # (n,) physical, of the last frame
-    dts: np.ndarray | None  # (n,) time between the file's frames; None if it has one frame
+    times: np.ndarray  # (n, F) physical, of all F frames of the file
+    last: int  # which of them is the last one given
+    spacing: Spacing | None  # of the grid's points; None if the file has no axes
+
+    @property
+    def dt(self) -> float | None:
+        """The time between the file's frames; None if it has one frame, or they are not evenly apart."""
+        steps = [even_step(row) for row in self.times]
+        return None if None in steps else float(np.median(np.array(steps, np.float64)))
+
+    def predicted_times(self, steps: int, dt: float) -> np.ndarray:
+        """Return the times of the last given frame and of `steps` predictions, (n, 1 + steps).
+
+        They are those of the file as far as it goes. Beyond its end they go on with its even step, or else with its
+        last one, and with `dt` if it has one frame.
+        """
+        rows = []
+        for row in self.times:
+            own = row[self.last : self.last + 1 + steps]
+            step = dt if len(row) == 1 else even_step(row) or row[-1] - row[-2]
+            rows.append(np.append(own, own[-1] + step * np.arange(1, steps + 2 - len(own))))
+        return np.array(rows)
+
+    def doubts(self) -> Iterator[str]:
+        """Yield what is wrong with the file's times and axes."""
+        for trajectory, row in zip(self.trajectories, self.times, strict=True):
+            found = times_finding(row, "", trajectory)
+            if found is not None:
+                yield f"{found.where}: {found.detail}: predictions have the times of the file's frames"
+        for axis, points in (("x", self.setting.x), ("y", self.setting.y)):
+            found = axis_finding(axis, points, "")
+            if found is not None:
+                yield found.detail
 
 
 def read_initial(
@@ -72,14 +104,15 @@ def read_well(
     with WellFile(path, card) as file:
         chosen = _choose(path, file.num_trajectories, trajectories)
         _check_start(path, file.num_frames, start, context)
-        dts = np.array([file.dt(one) for one in chosen]) if file.num_frames > 1 else None
-        _check_dts(path, dts)
+        times = np.stack([file.times(one) for one in chosen])
+        _check_times(path, times)
         return InitialStates(
             setting=read_setting(file, chosen),
             trajectories=chosen,
             frames=np.stack([file.read(one, start + 1 - context, start + 1) for one in chosen]),
-            times=np.array([file.times(one)[start] for one in chosen]),
-            dts=dts,
+            times=times,
+            last=start,
+            spacing=file.spacing,
         )
 
 
@@ -112,22 +145,37 @@ def read_xarray(
             )
         num_frames = fields.sizes.get("time", 1)
         _check_start(path, num_frames, start, context)
-        times = np.asarray(fields["time"].values if "time" in fields.coords else range(num_frames))
-        times = np.atleast_1d(times).astype(np.float64)
+        times = _points(path, fields, "time") if "time" in fields.variables else np.arange(float(num_frames))
+        _check_times(path, times)
         given_frames = slice(start + 1 - context, start + 1)
         frames = fields.isel(time=given_frames) if "time" in fields.dims else fields.expand_dims("time")
         counter = others[0] if others else "trajectory"
         chosen = _choose(path, frames.sizes[counter] if others else 1, trajectories)
         frames = frames.isel({counter: list(chosen)}) if others else frames.expand_dims(counter)
-        dts = np.full(len(chosen), (times[-1] - times[0]) / (len(times) - 1)) if len(times) > 1 else None
-        _check_dts(path, dts)
         states = [_stack(frames.isel(time=index), card.state_channels, counter) for index in range(context)]
         constants = _stack(frames.isel(time=-1), card.constant_channels, counter)
-        x, y = (np.asarray(frames[axis].values, np.float64) for axis in "xy")
+        x, y = (_points(path, frames, axis) for axis in "xy")
         scalars = {name: np.full(len(chosen), float(given.attrs[name])) for name in card.scalars if name in given.attrs}
-        setting = Setting(card, x, y, constants, scalars, edges(card.boundary, (len(x), len(y))))
-        last = np.full(len(chosen), times[start if len(times) > 1 else 0])
-        return InitialStates(setting, chosen, np.stack(states, axis=1), last, dts)
+        attributes = {
+            name: {key: str(fields[name].attrs[key]) for key in CF_ATTRIBUTES if key in fields[name].attrs}
+            for name in ("time", "x", "y")
+            if name in fields.variables
+        }
+        setting = Setting(card, x, y, constants, scalars, edges(card.boundary, (len(x), len(y))), attributes)
+        spacing = mean_spacing(x, y) if {"x", "y"} <= set(fields.variables) else None
+        times = np.tile(times, (len(chosen), 1))
+        return InitialStates(setting, chosen, np.stack(states, axis=1), times, start, spacing)
+
+
+def _points(path: Path, fields: Any, name: str) -> np.ndarray:
+    """Return the numbers of time, x or y, float64 (points,). UserError if it is curved, or holds no numbers."""
+    values = np.atleast_1d(fields[name].values)
+    if values.ndim > 1 or values.dtype.kind not in "iuf":
+        raise UserError(
+            f"{path}: {name}: expected one number per point along it, got {values.dtype} of shape {values.shape}; "
+            "interpolate to straight axes first"
+        )
+    return values.astype(np.float64)
 
 
 def _check_codecs(path: Path) -> None:
@@ -194,9 +242,9 @@ def _check_start(path: Path, count: int, start: int, context: int) -> None:
         )
 
 
-def _check_dts(path: Path, dts: np.ndarray | None) -> None:
-    if dts is not None and not (np.isfinite(dts) & (dts > 0)).all():
-        raise UserError(f"{path}: expected times that increase from frame to frame, got steps of {dts.tolist()}")
+def _check_times(path: Path, times: np.ndarray) -> None:
+    if not np.isfinite(times).all():
+        raise UserError(f"{path}: expected times that are numbers, got NaN or infinity; write them anew")
 
 
 def _by_channel(path: Path, given: Any, card: Card) -> Any:
@@ -239,7 +287,8 @@ def open_writer(
     coordinates = {"trajectory": np.array(initial.trajectories), "time": times[0], "x": setting.x, "y": setting.y}
     channels = (*setting.card.state_channels, *setting.card.constant_channels)
     cards = {name: registry.channel_cards[name] for name in channels}
-    units = {name: {"units": card.unit, "long_name": card.description} for name, card in cards.items()}
+    units: dict[str, Mapping[str, str]] = {**setting.attributes}
+    units |= {name: {"units": card.unit, "long_name": card.description} for name, card in cards.items()}
     if suffix == ".nc":
         return closing(NetcdfWriter(path, setting, coordinates, units))
     return nullcontext(ZarrWriter(path, setting, coordinates, units))
@@ -252,7 +301,7 @@ class NetcdfWriter:
     path: Path
     setting: Setting
     coordinates: Mapping[str, np.ndarray]
-    units: Mapping[str, Mapping[str, str]]  # channel -> attributes
+    units: Mapping[str, Mapping[str, str]]  # channel or coordinate -> attributes
 
     def __post_init__(self) -> None:
         import h5netcdf
@@ -289,7 +338,7 @@ class ZarrWriter:
     path: Path
     setting: Setting
     coordinates: Mapping[str, np.ndarray]
-    units: Mapping[str, Mapping[str, str]]  # channel -> attributes
+    units: Mapping[str, Mapping[str, str]]  # channel or coordinate -> attributes
 
     def write(self, index: int, frame: np.ndarray) -> None:
         """Write frame number `index` of all trajectories (n, C, X, Y), after the one before."""
@@ -308,7 +357,11 @@ class ZarrWriter:
         import_xarray().Dataset(variables, coordinates).to_zarr(self.path, consolidated=False, **options)
 
     def describe(self, attributes: Mapping[str, Any]) -> None:
-        """Write attributes of the file, and the list of all arrays."""
+        """Write attributes of the file and of its axes, and the list of all arrays."""
+        import zarr
+
+        for name in self.coordinates:  # now, since xarray would decode times with units for every frame that it appends
+            zarr.open_array(self.path / name, mode="r+").attrs.update(self.units.get(name, {}))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # zarr format 3 does not specify the list of all arrays; xarray reads it
             import_xarray().Dataset(attrs=attributes).to_zarr(self.path, mode="a", consolidated=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.cli import main
 from data_pipeline.registry import load_registry
 
 COMMAND = str(Path(sys.executable).with_name("data-pipeline"))
@@ -129,3 +130,16 @@ def test_simulate_onto_a_full_disk(tmp_path: Path) -> None:
     assert f"{tmp_path}/helmholtz_staircase/data/" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*.hdf5"))
+
+
+def test_a_folder_without_a_card_is_told_how_to_get_one(
+    tmp_path: Path, tiny_well: Path, capsys: pytest.CaptureFixture
+) -> None:
+    well = tmp_path / "well"
+    (well / "lava" / "data" / "train").mkdir(parents=True)
+    for command in (["audit", str(well)], ["shard", "--well", str(well), "--out", str(tmp_path / "shards")]):
+        assert main(command) == 2
+        assert f"no card describes lava: `data-pipeline register {well}/lava` drafts one" in capsys.readouterr().err
+    (well / "shear_flow").symlink_to(tiny_well / "shear_flow")
+    assert main(["audit", str(well), "--splits", "valid", "--jobs", "1"]) == 0
+    assert "left out, no card describes lava: `data-pipeline register` drafts one" in capsys.readouterr().err

@@ -6,13 +6,17 @@ from pathlib import Path
 
 import h5py
 import pytest
+import torch
 
 from data_pipeline.files import UserError
 from data_pipeline.registry import VARIABLE, Field, load_registry
 from data_pipeline.shards.build import build_shards
 from data_pipeline.well.register import register
 from data_pipeline.windows.loader import open_readers
-from fm.datasets import dataset_specs
+from fm.datasets import check_direction, dataset_specs, new_model
+from fm.evaluation.evaluate import evaluate_model
+from fm.evaluation.protocol import load_protocol
+from fm.model.spec import ModelConfig
 
 NAME = "gray_scott_reaction_diffusion"
 
@@ -40,6 +44,26 @@ def test_specs_take_names_boundaries_and_statistics_from_the_manifest(tiny_shard
     assert by_name["rayleigh_benard"].boundary == (("PERIODIC", "PERIODIC"), ("WALL", "WALL"))
     assert by_name["acoustic_scattering_maze"].constant_channels == ("density", "speed_of_sound")
     assert by_name[NAME].stats["mean"] == readers[NAME].manifest.stats["mean"]
+
+
+def test_a_model_knows_which_way_the_axes_of_its_data_run(tiny_well: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_well / NAME, tmp_path / "well" / NAME)
+    for path in (tmp_path / "well").glob("*/data/*/*.hdf5"):
+        with h5py.File(path, "r+") as file:
+            file["dimensions/y"][:] = file["dimensions/y"][:][::-1]
+            file["dimensions/time"][2:] += 1
+    build_shards(tmp_path / "well", tmp_path / "shards", jobs=1)
+    there, turned = (open_readers(shards, [NAME], "train") for shards in (tiny_shards, tmp_path / "shards"))
+    (known,), (other,) = (dataset_specs(readers, load_registry()) for readers in (there, turned))
+    assert other.spacing == (known.spacing[0], -known.spacing[1])
+    assert known.dt is not None
+    assert other.dt is None
+    check_direction(there[NAME], known)
+    with pytest.raises(UserError, match="y runs backward in these shards, and forward in the data"):
+        check_direction(turned[NAME], known)
+    model = new_model(ModelConfig(16, 1, 2), [known])
+    with pytest.raises(UserError, match="y runs backward in these shards"):
+        evaluate_model(model, turned, tmp_path / "report", load_protocol("thirds"), torch.device("cpu"), progress=False)
 
 
 def test_an_odd_grid_is_refused_by_name(tiny_well: Path, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def _measure(
         _stability(subject, trajectory, paths, twins, std, row),
         measure_spectra(*later, shown, spacing),
         measure_bands(*later, subject.model.specs[subject.dataset].periodic),
-        measure_drifts(card, manifest.state_channels, raw_truth, raw_rollout, std),
+        measure_drifts(card, manifest.state_channels, raw_truth, raw_rollout, std, manifest.spacing),
     )
 
 

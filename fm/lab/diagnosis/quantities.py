@@ -135,14 +135,19 @@ class Drift:
 
 
 def measure_drifts(
-    card: Card, channels: Sequence[str], truth: np.ndarray, prediction: np.ndarray, std: np.ndarray
+    card: Card,
+    channels: Sequence[str],
+    truth: np.ndarray,
+    prediction: np.ndarray,
+    std: np.ndarray,
+    stored: Spacing | None = None,
 ) -> tuple[Drift, ...]:
     """Measure the card's conserved quantities of states (R, K + 1, C, H, W) in physical units; std (C,).
 
-    A divergence is left out if the card does not name the extent of the grid.
+    A divergence is left out if neither the card's domain nor `stored`, of the shards, gives the spacing of the grid.
     """
     drifts = []
-    spacing = grid_spacing(card, (truth.shape[-2], truth.shape[-1]))
+    spacing = grid_spacing(card, (truth.shape[-2], truth.shape[-1]), stored)
     for conserved in card.conserved:
         places, listed = [channels.index(name) for name in conserved.channels], ", ".join(conserved.channels)
         fields = truth[:, :, places].astype(np.float64), prediction[:, :, places].astype(np.float64)
@@ -233,7 +238,7 @@ class Diagnosis:
     dataset: str
     origin: dict[str, object]  # checkpoint, step, data digest
     trajectories: tuple[int, ...]
-    dt: float  # physical time of a step
+    dt: float | None  # physical time of a step; None if it differs
     growth: Growth
     stability: Stability
     spectra: Spectra

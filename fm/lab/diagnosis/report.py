@@ -67,7 +67,8 @@ def page(diagnosis: Diagnosis, found: Mapping[str, str]) -> str:
     """Return the HTML page, one file that needs no other."""
     told = [(key, str(value)) for key, value in diagnosis.origin.items()]
     told.append(("test trajectories", f"{', '.join(map(str, diagnosis.trajectories))}, from their first frame"))
-    told.append(("length", f"{diagnosis.num_steps} steps of {diagnosis.dt:g}"))
+    dt = "uneven length" if diagnosis.dt is None else f"{diagnosis.dt:g}"
+    told.append(("length", f"{diagnosis.num_steps} steps of {dt}"))
     sections = [Section("findings", "Findings", [Facts(list(found.items()))])]
     for name in figure_names(diagnosis):
         image = encode(rasterize(draw(name, diagnosis), DPI))

@@ -15,11 +15,11 @@ from data_pipeline.cli import main
 from data_pipeline.files import UserError
 from data_pipeline.miniwell.gray_scott import evolve
 from data_pipeline.registry import load_registry
-from data_pipeline.shards.audit import STILL_FRAMES, TrajectoryAudit, condense
+from data_pipeline.shards.audit import STILL_FRAMES, TrajectoryAudit
 from data_pipeline.shards.build import build_shards
-from data_pipeline.shards.format import Finding
 from data_pipeline.shards.plan import Settings
 from data_pipeline.shards.review import Review, audit, findings_table
+from data_pipeline.well.findings import Finding, condense
 from data_pipeline.well.hdf5 import split_files
 
 REGISTRY = load_registry()
@@ -276,7 +276,7 @@ def test_stats_of_a_split_that_is_here_in_part(tmp_path: Path) -> None:
 
 def test_lengths_and_grids(tmp_path: Path) -> None:
     well = gray_scott_well(tmp_path, spread((2, 6, 2, 32, 32)), "a.hdf5")
-    gray_scott_well(tmp_path, spread((1, 4, 2, 32, 32)), "b.hdf5")
+    gray_scott_well(tmp_path, spread((1, 4, 2, 32, 32), 1), "b.hdf5")
     (review,) = audit(well, REGISTRY, jobs=1)
     notes = [(one.kind, one.severity, one.detail) for one in review.findings]
     assert notes == [

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.shards.format import Finding, frame_ranges, usable_segments
+from data_pipeline.shards.format import usable_segments
+from data_pipeline.well.findings import Finding, frame_ranges
 
 
 def finding(kind: str, *frames: tuple[int, int]) -> Finding:

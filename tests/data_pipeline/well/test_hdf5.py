@@ -1,7 +1,13 @@
 """HDF5 files are read by field name, as the_well reads them, and bad ones are refused by name."""
 
+import os
+import re
 import shutil
+import subprocess
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -109,7 +115,7 @@ def test_texts_may_be_bytes(copy_of) -> None:
     with WellFile(path, card) as file:
         assert (file.boundary, file.scalars(0)) == expected
     assert damage(path, None) is None
-    assert [field.name for field in read_header(path)[0]] == [field.name for field in card.fields]
+    assert [field.name for field in read_header(path)] == [field.name for field in card.fields]
 
 
 @pytest.mark.parametrize("place", ["bc_type", "spatial_dims", "field_names"])
@@ -184,8 +190,28 @@ def _turn(file: h5py.File) -> None:
         (_shorten, r"field A: expected the shape \(\d, 8, 32, 32\)"),
         (_empty, "no trajectory in it"),
         (_turn, "expected the spatial axes x, y, got y, x"),
-        (lambda file: file.pop("scalars"), "not in the Well's layout"),
+        (lambda file: file.pop("scalars"), "not in the Well's layout: the file has no 'scalars'"),
         (lambda file: file.pop("dimensions"), "not in the Well's layout"),
+        (
+            lambda file: file["t0_fields/A"].attrs.update({"time_varying": "False"}),
+            "t0_fields/A: attribute time_varying: expected a boolean, got 'False'; store a boolean",
+        ),
+        (
+            lambda file: file["t0_fields/B"].attrs.update({"dim_varying": np.bytes_("True")}),
+            "t0_fields/B: attribute dim_varying: expected 2 booleans, got b'True'",
+        ),
+        (lambda file: file["t0_fields/B"].attrs.pop("sample_varying"), "t0_fields/B has no attribute sample_varying"),
+        (lambda file: file["t1_fields"].attrs.pop("field_names"), "t1_fields has no attribute field_names"),
+        (lambda file: file.attrs.pop("n_trajectories"), "the file has no attribute n_trajectories"),
+        (lambda file: file["scalars/F"].attrs.pop("time_varying"), "scalars/F has no attribute time_varying"),
+        (
+            lambda file: _replace(file, "dimensions/x", data=np.ones((32, 32), np.float32)),
+            r"dimensions/x: expected the shape \(points,\) or \(\d, points\), got \(32, 32\); interpolate curved",
+        ),
+        (
+            lambda file: file["dimensions/y"].attrs.update({"time_varying": True}),
+            r"dimensions/y: .* got \(32,\) that varies in time; interpolate curved or moving grids first",
+        ),
     ],
 )
 def test_wrong_content_is_refused(copy_of, spoil, message: str) -> None:
@@ -203,6 +229,72 @@ def _replace(file: h5py.File, name: str, **options: object) -> None:
     attributes = dict(file[name].attrs)
     del file[name]
     file.create_dataset(name, **options).attrs.update(attributes)
+
+
+def _other_filter(file: h5py.File) -> None:
+    """Bytes as of a filter that only a plugin has (32001, blosc)."""
+    attributes, shape = dict(file["t0_fields/A"].attrs), file["t0_fields/A"].shape
+    del file["t0_fields/A"]
+    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    settings.set_chunk(shape)
+    settings.set_filter(32001, h5py.h5z.FLAG_OPTIONAL)
+    space = h5py.h5s.create_simple(shape)
+    made = h5py.h5d.create(file["t0_fields"].id, b"A", h5py.h5t.NATIVE_FLOAT, space, settings)
+    made.write_direct_chunk((0,) * len(shape), b"x" * 2**20)
+    file["t0_fields/A"].attrs.update(attributes)
+
+
+@contextmanager
+def ordinary_user() -> Iterator[None]:
+    """Root may read every file."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_causes_are_named_each_with_its_way_out(copy_of, tmp_path: Path) -> None:
+    path = copy_of(CARD.name)
+
+    def complaint() -> str:
+        with pytest.raises(UserError) as caught, WellFile(path, CARD) as file:
+            file.read(0, 0, 1)
+        assert str(path) in str(caught.value)
+        return str(caught.value)
+
+    writing = "import h5py, sys; file = h5py.File(sys.argv[1], 'r+'); print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", writing, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        locked = complaint()
+        writer.stdin.close()
+    path.chmod(0)
+    with ordinary_user():
+        forbidden = complaint()
+    path.chmod(0o600)
+    with h5py.File(path, "r+") as file:
+        _other_filter(file)
+    filtered = complaint()
+    path.write_bytes(path.read_bytes()[:3000])
+    cut = complaint()
+    path.unlink()
+    gone = complaint()
+    path.mkdir()
+    folder = complaint()
+    expected = {
+        locked: "another program has it open for writing: wait until",
+        forbidden: r"you have no permission to read it: `chmod u\+r` it",
+        filtered: r"t0_fields/A: it is compressed with the HDF5 filter 32001 .* `h5repack -f GZIP=4 FILE NEW`",
+        cut: "cannot be read, so it is truncated or no HDF5 file .* get it again",
+        gone: "there is no such file",
+        folder: "it is a folder, where a file was expected",
+    }
+    for said, words in expected.items():
+        assert re.search(words, said), said
+        assert ("truncated" in said) == (said == cut)
 
 
 def _grow(file: h5py.File) -> None:

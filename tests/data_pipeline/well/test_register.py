@@ -182,6 +182,16 @@ def test_where_files_may_lie_and_what_must_be_moved(tmp_path: Path) -> None:
     assert "the name 'run 1': expected up to 64 letters" in refusal(tmp_path / "flat" / "run 1.h5", tmp_path / "cards")
 
 
+def test_a_link_names_the_dataset_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_file(tmp_path / "store" / "f00d" / "data" / "train" / "a.hdf5", {"density": 0})
+    (tmp_path / "lava").symlink_to(tmp_path / "store" / "f00d")
+    (tmp_path / "flat").symlink_to(tmp_path / "store" / "f00d" / "data" / "train")
+    for name in ("lava", "flat"):
+        assert draft(tmp_path / name, tmp_path / "cards")[0].name == name
+    monkeypatch.chdir(tmp_path / "store" / "f00d")
+    assert draft(Path("."), tmp_path / "cards")[0].name == "f00d"
+
+
 def test_oddities_are_pointed_out(tmp_path: Path) -> None:
     source = write_file(
         tmp_path / "odd.hdf5",
@@ -197,7 +207,8 @@ def test_oddities_are_pointed_out(tmp_path: Path) -> None:
     made, card = draft(source, tmp_path / "cards")
     said = "\n".join(made.decisions)
     assert "grid: 15 x 16 has an odd size" in said
-    assert "grid: points along y are not equally spaced" in said
+    assert "axes: odd.hdf5: y runs backward, from 1 to -1; points along y are not equally spaced" in said
+    assert "times: odd.hdf5, trajectory 1, frames 2-3: 2 of 4 frames are not later than one before them" in said
     assert "density: the sample holds NaN or Inf" in said
     assert (
         "boundary: x OPEN-OPEN, y OPEN-OPEN (lower and upper end); OPEN is also what files get that say nothing" in said
@@ -206,7 +217,7 @@ def test_oddities_are_pointed_out(tmp_path: Path) -> None:
     assert card.grid == (15, 16)
     made, card = draft(tmp_path / "flat", tmp_path / "cards")
     assert card.dt is None
-    assert "dt: from 0 to 0, so the card says null; are the times right?" in made.decisions
+    assert "all 3 frames are at time 0: were the times ever written?; dt is null" in "\n".join(made.decisions)
 
 
 def test_names_that_yaml_takes_for_something_else(tmp_path: Path) -> None:

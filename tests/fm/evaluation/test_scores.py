@@ -24,6 +24,7 @@ from fm.evaluation.scores import (
     spearman,
     wins,
 )
+from fm.evaluation.tables import score_table
 
 PLAIN = Protocol("plain", 1, {"all": Window(1, 2)}, eps=0.0, context=1)
 
@@ -46,6 +47,20 @@ def test_channels_are_averaged_after_the_root_and_stay_apart_per_channel() -> No
     assert cell.median == cell.mean == 2.5
     assert (cell.per_channel["c0"].median, cell.per_channel["c1"].median) == (1.5, 3.5)
     assert (cell.persistence, cell.mean_field, cell.ratio_to_persistence) == (4.0, 0.9, 0.625)
+
+
+def test_a_channel_that_never_changes_is_not_scored() -> None:
+    errors = dataset_errors(np.array([[[1.0, 0.1, 3.0], [2.0, 0.1, 4.0]]]))
+    for task in (errors.one_step, errors.rollout):
+        task.persistence[..., 1] = 0
+    scores = score(ErrorFile(PLAIN, {"shear_flow": errors}))
+    part = scores.datasets["shear_flow"]
+    assert (part.channels, part.static) == (("c0", "c2"), ("c1",))
+    for block in part.blocks().values():
+        assert (block.median, block.persistence, list(block.per_channel)) == (2.5, 4.0, ["c0", "c2"])
+    assert "Not scored, for they never change in time: c1 of shear_flow." in score_table(scores)
+    errors.rollout.persistence[0, 1, 1] = 1e-9  # it did change once
+    assert score(ErrorFile(PLAIN, {"shear_flow": errors})).datasets["shear_flow"].static == ()
 
 
 def test_eps_enters_under_the_root() -> None:
@@ -112,6 +127,7 @@ def test_the_keys_of_the_scores_file_keep_their_order(tmp_path: Path) -> None:
     part = whole["datasets"]["shear_flow"]
     assert list(part) == [
         *("data_digest", "grid", "channels", "trajectories", "horizon", "one_step", "windows", "diverged", "stencil"),
+        "static",
     ]
     averages = ["median", "mean", "persistence", "mean_field", "linear_stencil", "ratio_to_persistence"]
     assert list(part["one_step"]) == [*averages, "count", "diverged", "per_channel"]

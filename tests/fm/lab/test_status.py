@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,16 @@ def test_a_truncated_checkpoint_is_told_and_the_one_before_named(copied: Path) -
     assert status.checkpoint.step == 10
     assert ["its size differs" in problem for problem in status.problems] == [True, False]
     assert "step_00000011/state.json: not a checkpoint's state.json" in status.problems[1]
+
+
+def test_a_clock_that_is_behind_gives_no_negative_times(copied: Path) -> None:
+    checkpoint = copied / "checkpoints/step_00000012"
+    later = time.time() + 3600
+    os.utime(checkpoint, (later, later))
+    status = read_status(copied)
+    assert status.checkpoint is not None
+    assert status.checkpoint.seconds_old == 0
+    assert "step 12, 0 s ago" in status_text(status)
 
 
 def test_the_last_verdict_of_the_gate_is_shown(copied: Path) -> None:

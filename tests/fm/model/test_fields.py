@@ -109,6 +109,35 @@ def test_an_xarray_dataset_gives_one_with_its_axes(model: WaveLiTFM) -> None:
     np.testing.assert_array_equal(frame["pressure"].values, predicted["pressure"].isel(time=0).values)
 
 
+def test_dates_go_on_as_dates_in_the_units_they_were_read_in(model: WaveLiTFM) -> None:
+    spec = type(SPEC)(**{**vars(SPEC), "dt": 6.0})
+    known = WaveLiTFM(ModelConfig(16, 1, 2), [spec])
+    state, constants = raw_fields(model)
+    constants[1] = constants[0]
+    hours = {"units": "hours since 1999-12-31", "calendar": "proleptic_gregorian"}
+    given = dataset(by_name(state, constants)).assign_coords(time=((), 30.0, hours))
+    plain = known.predict(given, NAME, steps=2)["time"]
+    assert plain.attrs == hours
+    np.testing.assert_array_equal(plain, [36.0, 42.0])
+    dated = known.predict(xarray.decode_cf(given), NAME, steps=2)["time"]
+    np.testing.assert_array_equal(dated, np.array(["2000-01-01T12", "2000-01-01T18"], "datetime64[ns]"))
+    assert {key: dated.encoding[key] for key in hours} == hours
+    assert next(known.rollout(xarray.decode_cf(given), NAME))["time"].values == np.datetime64("2000-01-01T12")
+
+
+def test_axes_that_run_the_other_way_are_doubted(model: WaveLiTFM) -> None:
+    state, constants = raw_fields(model)
+    constants[1] = constants[0]
+    given, grid = dataset(by_name(state, constants)), state.shape[-2:]
+    spacing = (1 / (grid[0] - 1), -2 / (grid[1] - 1))
+    known = WaveLiTFM(ModelConfig(16, 1, 2), [type(SPEC)(**{**vars(SPEC), "grid": grid, "spacing": spacing})])
+    with pytest.warns(FieldsWarning, match="y runs forward, in the training data it ran backward: flip y") as caught:
+        known.predict(given, NAME)
+    assert not any("x runs" in str(one.message) for one in caught)
+    with pytest.warns(FieldsWarning, match=r"points 0\.1176 apart along x, in the training data 0\.05882"):
+        known.predict(given.assign_coords(x=given["x"] * 2, y=-given["y"]), NAME)
+
+
 def test_what_cannot_be_predicted_is_refused_by_name(model: WaveLiTFM) -> None:
     fields = by_name(*raw_fields(model))
     without = {name: array for name, array in fields.items() if name != "pressure"}

@@ -78,6 +78,16 @@ def test_an_address_of_another_form_is_refused() -> None:
             find_checkpoint(address)
 
 
+def test_a_name_on_the_hub_without_its_scheme_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"the Hugging Face Hub is named hf://organization/name-2\.1"):
+        WaveLiTFM.from_pretrained("organization/name-2.1")
+    with pytest.raises(
+        UserError, match=r"expected a run, a checkpoint or an exported model\. .* hf://organization/name"
+    ):
+        find_checkpoint("organization/name")
+
+
 def test_companions_come_along_with_the_weights_that_they_are_of(model: WaveLiTFM, tmp_path: Path) -> None:
     loaded = WaveLiTFM.from_pretrained(exported(model, tmp_path / "exported"))
     loaded.save_pretrained(tmp_path / "copy")

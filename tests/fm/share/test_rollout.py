@@ -22,7 +22,9 @@ from data_pipeline.files import UserError
 from data_pipeline.registry import VARIABLE, load_registry
 from data_pipeline.well.hdf5 import WellFile, split_files
 from fm.cli import main
+from fm.evaluation.errors import ErrorFile
 from fm.model.wavelit import WaveLiTFM
+from fm.share.predictions import evaluate_prediction
 from fm.share.rollout import RolloutRequest, predict_file
 
 MAZE = "acoustic_scattering_maze"
@@ -90,6 +92,37 @@ def test_a_prediction_goes_on_from_a_prediction(folder: str, maze: Path, tmp_pat
     with WellFile(whole, CARDS[MAZE]) as one, WellFile(rest, CARDS[MAZE]) as other:
         np.testing.assert_allclose(other.read(0, 0, 3), one.read(0, 3, 6), rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(other.times(0), one.times(0)[3:], rtol=1e-6)
+
+
+def test_predictions_have_the_files_own_times(
+    folder: str, maze: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = {
+        "log.hdf5": (np.append(0, 2.0 ** np.arange(8)), [256 - 64, 320 - 64], "time grows 2-fold"),
+        "restart.hdf5": (np.array([0, 1, 2, 3, 2, 3, 4, 5, 7.0]), [9, 11], "2 of 9 frames are not later than one"),
+        "epoch.hdf5": (
+            1.7e9 + np.array([0, 1, 2, 4, 5, 6, 7, 8, 9.0]),
+            [1.7e9 + 10, 1.7e9 + 11],
+            "1 frame is missing",
+        ),
+    }
+    for name, (times, beyond, words) in cases.items():
+        source = Path(shutil.copy(maze, tmp_path / name))
+        with h5py.File(source, "r+") as file:
+            del file["dimensions/time"]
+            file["dimensions/time"] = np.stack([times, times + 0.5])
+            file["dimensions/time"].attrs["units"] = "hours since 2000-02-28"
+        out = predict_file(folder, RolloutRequest(source, tmp_path / "p.hdf5", steps=10, force=True), progress=False)
+        said = capsys.readouterr().err
+        assert f"warning: {source}: trajectory 1" in said
+        assert words in said
+        with WellFile(out, CARDS[MAZE]) as predicted:
+            for trajectory, shift in enumerate((0, 0.5)):
+                expected = np.append(times, beyond) + shift
+                np.testing.assert_array_equal(predicted.times(trajectory), expected)
+            assert predicted.axis_attributes()["time"] == {"units": "hours since 2000-02-28"}
+        report = evaluate_prediction(out, source, out=tmp_path / f"{name}_report")
+        assert ErrorFile.load(report / "errors.npz").datasets[MAZE].rollout.steps.tolist() == [8, 8]
 
 
 def test_a_rollout_that_diverges_is_kept_and_told(

@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import h5netcdf
 import numpy as np
 import pytest
 import xarray
@@ -104,6 +105,47 @@ def test_a_file_with_the_wells_names_and_other_axes_gives_the_same(
         predict_file(folder, RolloutRequest(tmp_path / "text.nc", tmp_path / "r.nc", steps=1), progress=False)
 
 
+def test_units_and_calendars_of_the_axes_survive(folder: str, predicted: tuple[Path, Path], tmp_path: Path) -> None:
+    with WellFile(predicted[0], CARD) as file:
+        states = file.read(0, 0, 4)
+    variables = {name: (("time", "x", "y"), states[:, index]) for index, name in enumerate(CARD.state_channels)}
+    days = {"units": "days since 0001-01-01", "calendar": "noleap", "standard_name": "time"}
+    meters = {"units": "m", "long_name": "downstream"}
+    points = np.arange(states.shape[2]) * 0.25
+    given = xarray.Dataset(
+        variables, {"time": ("time", [730000, 730001, 730004, 730005], days), "x": ("x", points, meters)}
+    )
+    given.to_netcdf(tmp_path / "given.nc", engine="h5netcdf")
+    for suffix in (".nc", ".zarr", ".hdf5"):
+        request = RolloutRequest(tmp_path / "given.nc", tmp_path / f"p{suffix}", steps=5, dataset=NAME, start=1)
+        out = predict_file(folder, request, progress=False)
+        if suffix == ".hdf5":
+            with WellFile(out, CARD) as file:
+                times, found = file.times(0), file.axis_attributes()
+                assert (found["time"], found["x"]) == (days, meters)
+        else:
+            found = xarray.open_dataset(out, engine="zarr" if suffix == ".zarr" else "h5netcdf", decode_times=False)
+            times = found["time"].values
+            assert (found["time"].attrs, found["x"].attrs) == (days, meters)
+        np.testing.assert_array_equal(times, 730000 + np.array([1, 4, 5, 6, 7, 8]))
+
+
+def test_axes_that_are_not_straight_are_refused(folder: str, tmp_path: Path) -> None:
+    values = {name: (["x", "y"], np.ones((16, 16), np.float32)) for name in CARD.state_channels}
+    request = RolloutRequest(tmp_path / "given.nc", tmp_path / "p.nc", steps=1, dataset=NAME)
+    named = xarray.Dataset(values, {"x": [f"p{number}" for number in range(16)]})
+    named.to_netcdf(tmp_path / "given.nc", engine="h5netcdf")
+    with pytest.raises(UserError, match="x: expected one number per point along it"):
+        predict_file(folder, request, progress=False)
+    with h5netcdf.File(tmp_path / "given.nc", "w") as file:
+        file.dimensions = {"x": 16, "y": 16}
+        file.create_variable("x", ("x", "y"), data=np.ones((16, 16)))
+        for name in CARD.state_channels:
+            file.create_variable(name, ("x", "y"), data=np.ones((16, 16), np.float32))
+    with pytest.raises(UserError, match=r"x: expected one number per point along it, .* \(16, 16\); interpolate"):
+        predict_file(folder, request, progress=False)
+
+
 def test_variables_may_have_the_wells_names(tmp_path: Path) -> None:
     """Where a card gives its fields other channels: field `flow`, components flow_x and flow_y."""
     (tmp_path / "cards" / "datasets").mkdir(parents=True)
@@ -117,7 +159,7 @@ def test_variables_may_have_the_wells_names(tmp_path: Path) -> None:
     registry = load_registry(tmp_path / "cards")
     initial = read_xarray(tmp_path / "given.nc", registry, "mine", None, 0, 1)
     assert initial.frames[0, 0, :, 0, 0].tolist() == [1, 7, 0]
-    assert initial.dts is None
+    assert initial.dt is None
     assert [(one.name, one.mask.tolist()) for one in initial.setting.boundaries[1:]] == [
         ("y_wall", [True, False, False, False, False, False]),
         ("y_open", [False, False, False, False, False, True]),
