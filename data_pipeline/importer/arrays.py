@@ -250,7 +250,7 @@ def import_xarray() -> ModuleType:
     except ImportError as error:
         raise UserError(
             f"netCDF and zarr need optional packages ({error}); install them with "
-            "`pip install xarray h5netcdf zarr` or `./launch/setup xarray`"
+            "`launch/setup xarray`, or `pip install xarray h5netcdf zarr`"
         ) from error
     return xarray
 
@@ -301,7 +301,7 @@ def _open_zarr(path: Path, stack: ExitStack) -> Source:
     import_xarray()
     import zarr
 
-    named = [_check_zarr(Path(folder), names) for folder, _, names in os.walk(path)]
+    named = [_check_zarr(Path(folder), [*folders, *names]) for folder, folders, names in os.walk(path)]
     if all(one is not False for one in named) and not _is_array(path):
         return _open_xarray(path, stack, "zarr", "zarr", consolidated=False)
     if _is_array(path):

@@ -33,8 +33,9 @@ def resolve_dims(options: Options, layout: Layout, arrays: Mapping[str, Array], 
     """Return the axes of the arrays: what the file or its layout tells, what the user says, or a needed guess."""
     known = dict(layout.dims)
     sizes = _sizes(layout, arrays)
+    least = 3 if options.dims is None else 2  # over x and y alone is what does not change in time
     candidates = [
-        key for key, array in arrays.items() if len(array.shape) >= 3 and key not in layout.coordinates.values()
+        key for key, array in arrays.items() if len(array.shape) >= least and key not in layout.coordinates.values()
     ]
     if not candidates and not known:
         shapes = ", ".join(f"{key} {array.shape}" for key, array in list(arrays.items())[:8])
@@ -53,7 +54,7 @@ def resolve_dims(options: Options, layout: Layout, arrays: Mapping[str, Array], 
                 )
             if fitting:
                 known[key] = fitting
-        if not any(key in known for key in candidates):
+        if not any(known.get(key) == stated for key in candidates):
             found = "; ".join(f"{key} has {len(arrays[key].shape)}: {arrays[key].shape}" for key in candidates)
             raise UserError(f"--dims {options.dims}: it names {len(stated)} axes, and {found}")
     for key, axes in known.items():
@@ -118,9 +119,9 @@ def _mismatch(key: str, shape: tuple[int, ...], axes: Dims, axis: str, sizes: Ma
 
 
 def find_side(
-    axis: str, stored: int, options: Options, layout: Layout, arrays: Mapping[str, Array], needs: Needs
+    axis: str, stored: int, options: Options, layout: Layout, arrays: Mapping[str, Array], needs: Needs, where: str
 ) -> Side:
-    """Return the points of an axis that has `stored` of them in the files."""
+    """Return the points of an axis that has `stored` of them in the file `where`."""
     count = stored
     if stored % 2:
         count -= 1
@@ -136,10 +137,10 @@ def find_side(
         points = points[::-1] if reverse else points
         if points.ndim != 1 or len(points) != stored:
             raise UserError(
-                f"{options.files[0]}: {key}: expected {stored} points of {axis}, the same for all trajectories, got an "
+                f"{where}: {key}: expected {stored} points of {axis}, the same for all trajectories, got an "
                 f"array {arrays[key].shape}; state the domain with --extent"
             )
-        check_points(points, f"{options.files[0]}: {key}")
+        check_points(points, f"{where}: {key}")
         return Side(points[:count], bool(reverse), stored, f"{key} in the file")
     low, high = stated or layout.domain.get(axis, (0.0, float(stored)))
     if stated is None and axis not in layout.domain:
@@ -161,11 +162,10 @@ def need_boundary(frame: np.ndarray, known: Mapping[str, Sequence[str]], needs: 
         if axis in known:
             values.append(f"{axis}={':'.join(dict.fromkeys(known[axis]))}")
             continue
-        steps = np.abs(np.diff(frame, axis=number)).mean()
+        steps = np.abs(np.diff(frame, axis=number)).mean(axis=1 - number)  # between neighbors, line by line
         across = np.abs(frame.take(0, number) - frame.take(-1, number)).mean()
-        periodic = bool(across <= 2 * steps)
+        periodic = bool(across <= 1.25 * steps.max())
         values.append(f"{axis}={'periodic' if periodic else 'wall'}")
-        shown = "no more than" if periodic else "far more than"
-        reasons.append(f"across the ends of {axis} the values jump by {shown} between neighbors")
-    why = f"the file does not tell; {'; '.join(reasons)}. Or wall, open"
+        reasons.append(f"{'no more' if periodic else 'more'} in {axis}")
+    why = f"not in the file; values jump across the ends {', '.join(reasons)} than between neighbors (or wall, open)"
     needs["boundary"] = ",".join(values), why

@@ -43,12 +43,7 @@ def import_files(plan: Plan, registry: Path | None) -> Imported:
     check_name(options.name, cards)
     folder = options.out / options.name
     with whole_folder(options.out, options.name) as target:
-        frames = sum(len(row.times) for row in plan.rows)
-        with _trajectories(plan) as source, progress(frames, f"import {options.name}", "frame") as on_frame:
-            write_dataset(target, options.name, source, plan.split, on_frame)
-        for path, before in zip(plan.files, plan.stamps, strict=True):
-            if stamp(path) != before:
-                raise UserError(f"{path}: it changed while it was read: {LOCKED}")
+        write_files(plan, target)
         draw_preview(target, plan, target / PREVIEW)
     try:
         own = [one.field.name for one in plan.fields if one.field.name not in _named_by_user(plan)]
@@ -57,6 +52,16 @@ def import_files(plan: Plan, registry: Path | None) -> Imported:
         remove(folder)
         raise
     return Imported(folder, folder / PREVIEW, card, cards)
+
+
+def write_files(plan: Plan, target: Path) -> None:
+    """Write the HDF5 files of a plan below `target`, with a progress bar."""
+    frames = sum(len(row.times) for row in plan.rows)
+    with _trajectories(plan) as source, progress(frames, f"import {plan.options.name}", "frame") as on_frame:
+        write_dataset(target, plan.options.name, source, plan.split, on_frame)
+    for path, before in zip(plan.files, plan.stamps, strict=True):
+        if stamp(path) != before:
+            raise UserError(f"{path}: it changed while it was read: {LOCKED}")
 
 
 def _named_by_user(plan: Plan) -> set[str]:

@@ -137,7 +137,11 @@ def find_fields(
         raise UserError(f"--units: expected names of fields ({', '.join(known)}), got {next(iter(units))!r}")
     made.sort(key=lambda one: (one.field.role == "constant", one.field.order))
     if not made or made[0].field.role != "state":
-        raise UserError(f"{options.files[0]}: expected a field over time, x and y, got none; name its axes with --dims")
+        seen = "; ".join(f"{key} {arrays[key].shape} is {','.join(axes)}" for key, axes in dims.items())
+        raise UserError(
+            f"{options.files[0]}: expected fields over time, x and y, got {seen or 'none'}. The models of "
+            "this project read 2D fields, not 1D ones, and of 3D data a plane (--map 'KEY[...,0]=NAME'); --dims names the axes"
+        )
     kinds = sorted({str(arrays[part.key].dtype) for one in made for part in one.parts} - {"float32"})
     notes += [f"{kind} becomes float32" for kind in kinds]
     for pair in (("u", "v"), ("vx", "vy"), ("ux", "uy"), ("velocity_x", "velocity_y")):
@@ -207,6 +211,9 @@ def read_frames(array: Array, part: Part, index: int | None, start: int, stop: i
         for axis, number in zip(part.dims, part.fixed, strict=True)
     )
     values = array.fetch(chosen)
+    fill = array.attrs.get("_FillValue", array.attrs.get("missing_value"))  # xarray has made NaN of it, h5py has not
+    if isinstance(fill, float) and values.dtype.kind in "iuf":
+        values = np.where(values == values.dtype.type(fill), np.nan, values)
     values = getattr(values, part.part) if part.part else values
     left = [axis for axis in part.free if axis != "n"]
     order = [left.index(axis) for axis in "txy" if axis in left]

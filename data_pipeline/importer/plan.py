@@ -84,7 +84,7 @@ def make_plan(options: Options) -> Plan:
         fields = find_fields(known, options, arrays, dims, notes)
         first = fields[0].parts[0]
         stored = dict(zip(first.dims, arrays[first.key].shape, strict=True))
-        sides = {axis: find_side(axis, stored[axis], options, layout, arrays, needs) for axis in "xy"}
+        sides = {axis: find_side(axis, stored[axis], options, layout, arrays, needs, str(files[0])) for axis in "xy"}
         if "extent" in needs:
             needs["extent"] = f"{stored['x']},{stored['y']}", needs["extent"][1]
         boundary = {**{a: (k, k) for a, k in layout.boundary.items() if a in "xy"}, **said.boundary(options.boundary)}

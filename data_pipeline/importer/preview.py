@@ -18,7 +18,9 @@ from data_pipeline.well.hdf5 import SPLITS, WellFile
 
 PREVIEW = "preview.png"
 MAX_CHANNELS = 12
-WIDTH, HEIGHT = 2.5, 2.5  # inches of one frame at most, its labels not counted
+SIDE = 2.5  # inches: the longer side of a frame
+LEFT, RIGHT, TOP, BELOW, GAP = 0.95, 0.6, 0.8, 0.7, 0.2  # inches around the frames
+BAR, CHART = 0.75, 2.1  # inches of the color bar with its numbers, and of the histogram
 QUANTILE = 0.999  # of the values shown; the colors end there, so that one sharp peak does not dim the rest
 
 
@@ -40,23 +42,22 @@ def draw_preview(folder: Path, plan: Plan, file: Path) -> None:
     channels = card.state_channels[:MAX_CHANNELS]
     extent = (*_ends(x), *_ends(y))
     ratio = (extent[3] - extent[2]) / (extent[1] - extent[0])
-    width, height = (WIDTH, WIDTH * ratio) if ratio < 1 else (HEIGHT / ratio, HEIGHT)
-    width, height = max(width, 0.9), max(height, 0.7)
-    figure = Figure(
-        figsize=(3 * (width + 0.25) + 4.6, len(channels) * (height + 0.75) + 0.9),
-        layout="constrained",
-        facecolor="white",
-    )
+    width, height = max(min(SIDE, SIDE / ratio), 1.0), max(min(SIDE, SIDE * ratio), 1.0)
+    size = (LEFT + 3 * (width + GAP) + BAR + CHART + RIGHT, TOP + len(channels) * (height + BELOW))
+    figure = Figure(figsize=size, facecolor="white")
     FigureCanvasAgg(figure)
-    table = figure.subplots(
-        len(channels), 4, squeeze=False, gridspec_kw={"width_ratios": [width, width, width, 1.9], "wspace": 0.02}
-    )
     units = {channel: one.attributes.get("units", "") for one in plan.fields for channel in one.field.channels}
-    for row, channel in zip(table, channels, strict=False):
+    for line, channel in enumerate(channels):
+        bottom = size[1] - TOP - line * (height + BELOW) - height
+        lefts = [LEFT + place * (width + GAP) for place in range(3)]
+        places = [(left, bottom, width, height) for left in lefts]
+        places += [(lefts[2] + width + 0.1, bottom, 0.1, height), (size[0] - RIGHT - CHART, bottom, CHART, height)]
+        row = [
+            figure.add_axes((left / size[0], low / size[1], wide / size[0], high / size[1]))
+            for left, low, wide, high in places
+        ]
         number = card.state_channels.index(channel)
         _draw_channel(figure, row, frames[:, number], times, extent, _named(channel, units[channel]))
-    for axes, label in zip(table[0], ("first", "middle", "last"), strict=False):
-        axes.set_title(f"{label}: {axes.get_title()}", size=9)
     kinds = ", ".join(
         f"{axis} {'-'.join(dict.fromkeys(ends)).lower()}" for axis, ends in zip("xy", plan.boundary, strict=True)
     )
@@ -66,6 +67,8 @@ def draw_preview(folder: Path, plan: Plan, file: Path) -> None:
         f"{plan.options.name}: {grid[0]} x {grid[1]} points, {kinds}{parameters}\n"
         f"first trajectory of {path.parent.name}" + (f"; {more} more channels" if more else ""),
         size=10,
+        y=1 - 0.1 / size[1],
+        va="top",
     )
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=130)
@@ -94,32 +97,34 @@ def _draw_channel(
         low, high = low - 0.5, high + 0.5
     colors = {"cmap": "RdBu_r" if signed else "viridis", "vmin": low, "vmax": high}
     for number, (axes, frame) in enumerate(zip(row, frames, strict=False)):
-        image = axes.imshow(frame.T, origin="lower", extent=extent, aspect="equal", interpolation="nearest", **colors)
-        axes.set_title(f"t = {times[number]:.4g}", size=9)
+        image = axes.imshow(frame.T, origin="lower", extent=extent, aspect="auto", interpolation="nearest", **colors)
+        axes.set_title(f"{('first', 'middle', 'last')[number]}: t = {times[number]:.4g}", size=9)
         axes.tick_params(labelsize=7)
         axes.locator_params(nbins=4)
         axes.set_xlabel("x →", size=8, labelpad=1)
         if number == 0:
-            axes.set_ylabel(f"{label}\n\ny →", size=8, labelpad=1)
+            axes.set_ylabel("y →", size=8, labelpad=1)
+            figure.text(
+                0.15 / figure.get_figwidth(), _middle(axes), label, size=10, weight="bold", va="center", rotation=90
+            )
         else:
             axes.set_yticklabels([])
-    bar = figure.colorbar(image, ax=row[2], fraction=0.06, pad=0.02, extend="both")
-    bar.ax.tick_params(labelsize=7)
-    chart = row[3]
-    chart.hist(
-        [frame.reshape(-1) for frame in frames],
-        bins=48,
-        histtype="step",
-        label=["first", "middle", "last"],
-        color=["#9ecae1", "#4292c6", "#08306b"],
-        linewidth=1.2,
-    )
-    chart.set_yscale("log")
+    figure.colorbar(image, cax=row[3], extend="both").ax.tick_params(labelsize=7)
+    chart = row[4]
+    bins = np.linspace(frames.min(), max(frames.max(), frames.min() + 1e-30), 41)
+    for frame, name, color in zip(frames, ("first", "middle", "last"), ("#9ecae1", "#4292c6", "#08306b"), strict=True):
+        chart.hist(frame.reshape(-1), bins=bins, histtype="step", label=name, color=color, linewidth=1.2)
+    chart.margins(y=0.2)  # room for the legend
     chart.set_xlabel(label, size=8, labelpad=1)
     chart.set_ylabel("grid points", size=8)
     chart.yaxis.set_label_position("right")
     chart.yaxis.tick_right()
     chart.tick_params(labelsize=7)
-    chart.legend(fontsize=6, frameon=False)
+    chart.legend(fontsize=7, frameon=False, ncols=3, loc="upper center", columnspacing=0.8, handlelength=1)
     for side in ("top", "left"):
         chart.spines[side].set_visible(False)
+
+
+def _middle(axes: Any) -> float:
+    bounds = axes.get_position()
+    return float(bounds.y0 + bounds.y1) / 2

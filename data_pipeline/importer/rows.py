@@ -47,7 +47,7 @@ def find_rows(
         with open_source(path) as source, reading(path):
             layout = recognize(source, pattern)
             for run in layout.runs:
-                rows += _run_rows(path, run, layout, run_arrays(source, run), options, fields, sides)
+                rows += _run_rows(path, run, layout, run_arrays(source, run), options, fields, sides, files[0])
     return rows
 
 
@@ -59,24 +59,25 @@ def _run_rows(
     options: Options,
     fields: Sequence[Planned],
     sides: Mapping[str, Side],
+    first: Path,
 ) -> list[Row]:
     where = f"{path}{f' {run}' if run else ''}"
     sizes: dict[str, int] = {}
     for part in (part for one in fields for part in one.parts):
         if part.key not in arrays or len(arrays[part.key].shape) != len(part.dims):
-            raise UserError(f"{where}: expected the array {part.key} as in {options.files[0]}, got {', '.join(arrays)}")
+            raise UserError(f"{where}: expected the array {part.key} as in {first}, got {', '.join(arrays)}")
         for axis, size, number in zip(part.dims, arrays[part.key].shape, part.fixed, strict=True):
             if number is None and sizes.setdefault(axis, size) != size:
                 raise UserError(f"{where}: {part}: expected {sizes[axis]} points along {axis}, as before, got {size}")
     for axis, side in sides.items():
         if sizes[axis] != side.stored:
             raise UserError(
-                f"{where}: expected {side.stored} points along {axis} as in {options.files[0]}, got {sizes[axis]}; a "
+                f"{where}: expected {side.stored} points along {axis} as in {first}, got {sizes[axis]}; a "
                 "dataset has one grid, so import the others under another --name"
             )
-        own = find_side(axis, sizes[axis], options, layout, arrays, {})
+        own = find_side(axis, sizes[axis], options, layout, arrays, {}, where)
         if not np.allclose(own.points, side.points, rtol=1e-5, atol=1e-5 * float(np.ptp(side.points))):
-            raise UserError(f"{where}: its points along {axis} are not those of {options.files[0]}: {own.origin}")
+            raise UserError(f"{where}: its points along {axis} are not those of {first}: {own.origin}")
     count, frames = sizes.get("n", 1), min(sizes["t"], layout.num_frames or sizes["t"])
     split = layout.splits.get(run) or (path.absolute().parent.name if path.absolute().parent.name in SPLITS else None)
     scalars = _run_scalars(where, layout, arrays, options, count)

@@ -359,7 +359,7 @@ def write_well(
         boundary=parse_boundary(boundary),
         frames=frames,
         constants=constants_of,
-        scalars={key: np.broadcast_to(np.asarray(one, np.float64), (count,)) for key, one in (scalars or {}).items()},
+        scalars={key: _per_trajectory(key, one, count) for key, one in (scalars or {}).items()},
         attributes={key: {"units": unit} for key, unit in (units or {}).items()},
     )
     chosen = split if isinstance(split, Mapping) else divide(count, split, seed)
@@ -395,6 +395,13 @@ def _check_shape(name: str, values: Any, expected: tuple[int, ...], axes: str, n
             f"{name}: expected the shape {expected}, axes {axes}, and 2 for each index of a vector or tensor; "
             f"got {shape}"
         )
+
+
+def _per_trajectory(name: str, value: Any, count: int) -> np.ndarray:
+    numbers = np.asarray(value, np.float64)
+    if numbers.shape not in ((), (1,), (count,)):
+        raise UserError(f"scalar {name}: expected a number, or {count} of them, got the shape {numbers.shape}")
+    return np.broadcast_to(numbers, (count,))
 
 
 def _plain(values: Any, name: str) -> np.ndarray:

@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from data_pipeline.files import UserError
+from data_pipeline.importer.arrays import import_xarray
 from data_pipeline.registry import Card, Registry
 from data_pipeline.well.hdf5 import Setting, WellFile, read_attributes, read_setting, stored_card
 from data_pipeline.well.layout import edges
@@ -118,19 +118,6 @@ def read_xarray(
         setting = Setting(card, x, y, constants, scalars, edges(card.boundary, (len(x), len(y))))
         last = np.full(len(chosen), times[start if len(times) > 1 else 0])
         return InitialStates(setting, chosen, np.stack(states, axis=1), last, dts)
-
-
-def import_xarray() -> ModuleType:
-    """Import xarray and the backends of the formats. Raises UserError if the optional packages are missing."""
-    try:
-        import h5netcdf  # noqa: F401
-        import xarray
-        import zarr  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"{error}: netCDF and zarr need optional packages; install them with `launch/setup xarray`"
-        ) from error
-    return xarray
 
 
 def _choose(path: Path, count: int, trajectories: Sequence[int] | None) -> tuple[int, ...]:
