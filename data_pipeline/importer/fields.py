@@ -139,8 +139,8 @@ def find_fields(
     if not made or made[0].field.role != "state":
         seen = "; ".join(f"{key} {arrays[key].shape} is {','.join(axes)}" for key, axes in dims.items())
         raise UserError(
-            f"{options.files[0]}: expected fields over time, x and y, got {seen or 'none'}. The models of "
-            "this project read 2D fields, not 1D ones, and of 3D data a plane (--map 'KEY[...,0]=NAME'); --dims names the axes"
+            f"{options.files[0]}: expected fields over time, x and y, got {seen or 'none'}. The models of this project "
+            "read 2D fields, not 1D ones; of 3D data, take a plane with --map 'KEY[...,0]=NAME'. --dims names the axes"
         )
     kinds = sorted({str(arrays[part.key].dtype) for one in made for part in one.parts} - {"float32"})
     notes += [f"{kind} becomes float32" for kind in kinds]
