@@ -6,6 +6,7 @@ answers at once. Exit codes: 0 done, 2 the user's mistake or damaged data (a mes
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -85,12 +86,11 @@ def _import(options: argparse.Namespace) -> int:
     print("Look at the preview: x points right and y up. The card can be used unchanged. Please check:", end="")
     print("", *made.card.decisions, sep="\n  - ")
     shards = options.shards or options.out / "shards"
-    command = f"data-pipeline shard --well {options.out} --out {shards} --datasets {options.name}"
+    command = ["shard", "--well", str(options.out), "--out", str(shards), "--datasets", options.name]
     if options.shards is None:
-        print(f"Next:\n  export {VARIABLE}={made.cards}\n  {command}")
+        print(f"Next:\n  export {VARIABLE}={shlex.quote(str(made.cards))}\n  {shlex.join(['data-pipeline', *command])}")
         return 0
-    print(f"$ {command} --registry {made.cards}", flush=True)
-    return main([*command.split()[1:], "--registry", str(made.cards)])
+    return main([*command, "--registry", str(made.cards)])
 
 
 def _shard(options: argparse.Namespace) -> int:

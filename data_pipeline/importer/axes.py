@@ -13,7 +13,7 @@ from data_pipeline.importer import options as said
 from data_pipeline.importer.arrays import Array
 from data_pipeline.importer.layouts import Dims, Layout
 from data_pipeline.importer.options import Options
-from data_pipeline.well.dataset import check_points
+from data_pipeline.well.dataset import axis_of, check_points
 
 MAX_COMPONENTS = 8  # an axis of more points is not guessed to be one of components
 Needs = dict[str, tuple["str | tuple[str, ...]", str]]  # option -> (value to type, why); what is not known
@@ -64,13 +64,15 @@ def resolve_dims(options: Options, layout: Layout, arrays: Mapping[str, Array], 
     if known or options.dims is not None:
         return known
     for key in candidates:
-        known[key] = _guess(arrays[key].shape, sizes)
+        known[key] = _guess(arrays[key], sizes)
     best = max(known.values(), key=len)
     guess = ",".join(best)
     key = next(key for key in known if known[key] == best)
     if len(_orders(arrays[key].shape, best, sizes)) == 1 and {"t", "x", "y"} <= set(sizes) and set(best) == set("txy"):
         return known  # the lengths of t, x and y are all different, and leave one order only
-    needs["dims"] = guess, f"the axes of {key} {arrays[key].shape} are not named in the file; check x against y"
+    strange = [name for name in arrays[key].dims or () if axis_of(name) is None]
+    what = f"what is {', '.join(strange)} of {key}?" if strange else f"the axes of {key} have no names in the file"
+    needs["dims"] = guess, f"{what} {arrays[key].shape}; check x against y"
     return known
 
 
@@ -100,7 +102,10 @@ def _orders(shape: tuple[int, ...], axes: Dims, sizes: Mapping[str, int]) -> lis
     ]
 
 
-def _guess(shape: tuple[int, ...], sizes: Mapping[str, int]) -> Dims:
+def _guess(array: Array, sizes: Mapping[str, int]) -> Dims:
+    shape, named = array.shape, [axis_of(name) for name in array.dims or ()]
+    if named.count(None) == 1 and "n" not in named:
+        return tuple(axis or "n" for axis in named)
     small = shape[-1] <= MAX_COMPONENTS < min(shape[-3:-1])
     usual = {3: "txy", 4: "txyc" if small else "ntxy", 5: "ntxyc" if small else "ntcxy"}.get(len(shape), "ntcxyz")
     axes = tuple(usual[: len(shape)])
@@ -122,6 +127,8 @@ def find_side(
     axis: str, stored: int, options: Options, layout: Layout, arrays: Mapping[str, Array], needs: Needs, where: str
 ) -> Side:
     """Return the points of an axis that has `stored` of them in the file `where`."""
+    if stored < 2:
+        raise UserError(f"{where}: {axis} has {stored} point; the models of this project read 2D fields, not 1D ones")
     count = stored
     if stored % 2:
         count -= 1

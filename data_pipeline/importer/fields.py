@@ -213,7 +213,7 @@ def read_frames(array: Array, part: Part, index: int | None, start: int, stop: i
     values = array.fetch(chosen)
     fill = array.attrs.get("_FillValue", array.attrs.get("missing_value"))  # xarray has made NaN of it, h5py has not
     if isinstance(fill, float) and values.dtype.kind in "iuf":
-        values = np.where(values == values.dtype.type(fill), np.nan, values)
+        values = np.where(values == (values.dtype.type(fill) if values.dtype.kind == "f" else fill), np.nan, values)
     values = getattr(values, part.part) if part.part else values
     left = [axis for axis in part.free if axis != "n"]
     order = [left.index(axis) for axis in "txy" if axis in left]

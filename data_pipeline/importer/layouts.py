@@ -104,10 +104,8 @@ def _runs(source: Source, pattern: str | None) -> tuple[str, ...]:
 
 
 def _named_dims(array: Array) -> Dims | None:
-    """Return the axes of an array whose dimensions have names; one unknown name stands for the trajectories."""
-    axes: list[str | None] = [axis_of(name) for name in array.dims or ()]
-    if axes.count(None) == 1 and "n" not in axes and {"t", "x", "y"} <= set(axes):
-        axes[axes.index(None)] = "n"
+    """Return the axes of an array if the names of its dimensions tell all of them."""
+    axes = [axis_of(name) for name in array.dims or ()]
     return tuple(axis for axis in axes if axis) if axes and None not in axes else None
 
 

@@ -26,7 +26,10 @@ from data_pipeline.well.write import WellWriter
 
 FRACTIONS = (0.8, 0.1, 0.1)  # of the trajectories, for train, valid and test
 AXIS_NAMES = {  # axis -> what files call it, in lower case
-    "n": ("n", "sample", "samples", "trajectory", "trajectories", "traj", "batch", "run", "member", "ensemble", "seed"),
+    "n": (
+        *("n", "sample", "samples", "trajectory", "trajectories", "traj", "batch", "run", "runs", "simulation"),
+        *("member", "ensemble", "realization", "seed"),
+    ),
     "t": ("t", "time", "times", "t-coordinate", "t_coordinate"),
     "c": ("c", "channel", "channels", "component", "components", "variable"),
     "x": ("x", "x-coordinate", "x_coordinate"),
@@ -246,7 +249,7 @@ def _write_file(
     blank = np.broadcast_to(np.float32(0), (len(group), len(card.constant_channels), *grid))
     scalars = {key: values[list(group)] for key, values in source.scalars.items()}
     setting = Setting(card, source.x, source.y, blank, scalars, edges(source.boundary, grid))
-    with WellWriter(path, setting, np.stack([source.times[index] for index in group])) as writer:
+    with WellWriter(path, setting, np.stack([_told_apart(source.times[index]) for index in group])) as writer:
         for one, attributes in source.attributes.items():
             writer.describe(attributes, one)
         for place, index in enumerate(group):
@@ -257,6 +260,12 @@ def _write_file(
                 values = _float32(frame, card.state_channels, f"{where}, frame {time_index}")
                 writer.write(time_index, values[None], slice(place, place + 1))
                 on_frame(1)
+
+
+def _told_apart(times: np.ndarray) -> np.ndarray:
+    """Return the times, counted from the first one where float32 could not tell late ones apart."""
+    rounding = float(np.finfo(np.float32).eps) * float(np.abs(times).max())
+    return times - times[0] if rounding > _SAME_STEP * np.diff(times).min() else times
 
 
 def _float32(values: np.ndarray, channels: Sequence[str], where: str) -> np.ndarray:

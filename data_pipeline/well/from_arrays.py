@@ -69,7 +69,7 @@ def write_well(
         t, x, y = (points.get(axis) if own is None else own for axis, own in (("t", t), ("x", x), ("y", y)))
         units = {**found, **(units or {})}
     else:
-        read = dict(fields)
+        read = {key: _turned(key, values) if hasattr(values, "coords") else values for key, values in fields.items()}
     if any(axis is None for axis in (t, x, y)):
         raise UserError("expected the times t and the grid points x and y, got none for one of them; pass them")
     times, points_x, points_y = seconds(np.asarray(t)), np.asarray(x, np.float64), np.asarray(y, np.float64)
@@ -117,18 +117,22 @@ def write_well(
 
 def _from_xarray(given: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
     """Return an xarray Dataset's variables in the order n, t, x, y, its coordinates by axis, and its units."""
-    axes = {str(dim): axis_of(str(dim)) for dim in given.dims}
-    if sorted(axis or "" for axis in axes.values() if axis != "n") != ["t", "x", "y"]:
-        raise UserError(
-            f"expected the dimensions time, x, y, and maybe one that counts trajectories, got {', '.join(axes)}; "
-            "rename them with Dataset.rename"
-        )
-    dims = {axis: dim for dim, axis in axes.items()}
-    full = given if "n" in dims else given.expand_dims("trajectory")
-    order = [dims.get("n", "trajectory"), dims["t"], dims["x"], dims["y"]]
-    read = {str(key): values.transpose(*order) for key, values in full.data_vars.items()}
-    points = {axis: given[dims[axis]].values for axis in "txy" if dims[axis] in given.coords}
+    read = {str(key): _turned(str(key), values) for key, values in given.data_vars.items()}
+    points = {axis: given[dim].values for dim in given.coords if (axis := axis_of(str(dim))) and given[dim].ndim == 1}
     return read, points, {key: str(values.attrs["units"]) for key, values in read.items() if "units" in values.attrs}
+
+
+def _turned(name: str, values: Any) -> Any:
+    """Return an xarray DataArray in the order n, t, x, y, told by the names of its dimensions."""
+    dims = {axis_of(str(dim)): dim for dim in values.dims}
+    if not {"t", "x", "y"} <= dims.keys() <= {"n", "t", "x", "y"} or len(dims) < len(values.dims):
+        raise UserError(
+            f"{name}: expected the dimensions time, x, y, and maybe one that counts trajectories (sample), got "
+            f"{', '.join(map(str, values.dims))}; rename them, or pass what does not change in time as constants or "
+            "scalars"
+        )
+    full = values if "n" in dims else values.expand_dims("trajectory")
+    return full.transpose(dims.get("n", "trajectory"), dims["t"], dims["x"], dims["y"])
 
 
 def _check_shape(name: str, values: Any, expected: tuple[int, ...], axes: str, ndims: tuple[int, ...]) -> None:

@@ -93,7 +93,7 @@ def survey(name: str, files: Sequence[Path], train: Sequence[Path], shared: Call
         boundary=boundary,
         scalars=scalars,
         attributes=_attributes(files[0], fields),
-        domain=None if uneven else (_interval(axes[0], boundary[0]), _interval(axes[1], boundary[1])),
+        domain=None if uneven or min(grid) < 2 else (_interval(axes[0], boundary[0]), _interval(axes[1], boundary[1])),
         dts=(min(dts, default=0.0), max(dts, default=0.0)),
         lengths=tuple((lengths[frames], frames) for frames in sorted(lengths)),
         sample=_sample(counted, shapes, card),
@@ -135,10 +135,12 @@ def _namespaced(field: Field, dataset: str) -> Field:
 def _interval(points: np.ndarray, ends: Sequence[str]) -> tuple[float, float]:
     """Return the lower and upper end of an axis: one spacing more than from the first point to the last.
 
-    Points of a periodic axis that begin at 0 stand at the lower ends of their cells, all others at the centers.
+    Points of a periodic axis that are multiples of the spacing stand at the lower ends of their cells, all others at
+    the centers.
     """
     spacing = float(points[-1] - points[0]) / (len(points) - 1)
-    low = float(points[0]) - (0.0 if ends[0] == "PERIODIC" and abs(points[0]) < 0.25 * spacing else spacing / 2)
+    place = float(points[0]) / spacing
+    low = float(points[0]) - (0.0 if ends[0] == "PERIODIC" and abs(place - round(place)) < 0.25 else spacing / 2)
     return float(f"{low:.6g}"), float(f"{low + spacing * len(points):.6g}")
 
 

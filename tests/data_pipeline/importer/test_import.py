@@ -177,7 +177,7 @@ def test_what_is_not_known_is_listed_with_a_command_that_works(capsys: pytest.Ca
     assert not Path("out").exists()
     assert "data         float32 (4, 5, 1, 32, 6)" in said
     assert "heat = data[n,t,0,x,y]" in said
-    assert "--dims n,t,c,x,y: the axes of data (4, 5, 1, 32, 6) are not named in the file" in said
+    assert "--dims n,t,c,x,y: the axes of data have no names in the file (4, 5, 1, 32, 6)" in said
     assert "--boundary x=wall,y=" in said
     command = said.splitlines()[-1].strip()
     assert command.startswith("data-pipeline import 'a b.npy' --name mine --out out --map data=heat --dims n,t,c,x,y")
@@ -368,6 +368,11 @@ BAD: dict[str, tuple[Callable[[], Path | str], str, str]] = {
     "odd": (arrays(u=TRUTH[:, :, :, :5], y=POINTS["y"][:5]), STATED, r"--crop even: y has 5 points"),
     "no name": (arrays(**{"算": TRUTH}), STATED, r"expected a name with letters; give one with --map KEY=NAME"),
     "map": (arrays(u=TRUTH), f"{STATED} --map w=w", r"--map w: expected an array of the file \(t, x, y, u\), got w"),
+    "level": (
+        lambda: foreign.netcdf(Path("level.nc"), dims=("level", "time", "y", "x")),
+        PERIODIC,
+        r"--dims n,t,y,x: what is level of u\?",
+    ),
     "one-sided": (arrays(u=TRUTH), "--dims n,t,x,y --boundary x=periodic:wall,y=wall", r"boundary of x: expected"),
     "dimensions without coordinates": (
         lambda: foreign.netcdf(Path("bare.nc"), coordinates=False),

@@ -109,6 +109,11 @@ def test_write_well_takes_xarray_in_any_order(tmp_path: Path) -> None:
         {"time": np.datetime64("2020-01-01") + np.arange(3), "x": AXES["x"], "y": AXES["y"]},
     )
     write_well(tmp_path, "mine", given, boundary=BOUNDARY, split=(1, 0, 0))
+    late = AXES["t"] + 1.6e9  # seconds since 1970: float32 cannot tell the frames apart
+    write_well(tmp_path, "also", {"u": given["u"]}, late, AXES["x"], AXES["y"], boundary=BOUNDARY, split=(1, 0, 0))
+    with h5py.File(tmp_path / "also/data/train/also.hdf5") as file:
+        assert np.array_equal(file["t0_fields/u"], VALUES)
+        assert file["dimensions/time"][:].tolist() == AXES["t"].tolist()
     with h5py.File(tmp_path / "mine/data/train/mine.hdf5") as file:
         assert np.array_equal(file["t0_fields/u"], VALUES)
         assert file["dimensions/time"][:].tolist() == [0, 86400, 2 * 86400]
@@ -122,6 +127,10 @@ def test_write_well_takes_xarray_in_any_order(tmp_path: Path) -> None:
         ({"fields": {"u": np.ma.masked_greater(VALUES, 0.99)}}, "u: expected a value at every point, got masked ones"),
         ({"fields": {"u": np.where(VALUES > 0.99, np.nan, VALUES)}}, r"trajectory \d, frame \d, u: .* NaN"),
         ({"fields": {"u": VALUES + 0j}}, "u: expected real numbers, got complex.*two fields"),
+        (
+            {"fields": xarray.Dataset({"m": (("x", "y"), VALUES[0, 0])})},
+            "m: expected the dimensions time, x, y.*got x, y",
+        ),
         ({"fields": {"u v": VALUES}}, "field 'u v': expected up to 64 letters"),
         ({"t": [0, 1, 3]}, "expected evenly spaced times, got steps from 1 to 2"),
         ({"t": None}, "expected the times t and the grid points x and y, got none for one of them"),
