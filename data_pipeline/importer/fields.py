@@ -100,7 +100,7 @@ def find_components(
             needs.pop("map", None)
         else:
             if missing := [one for one in components if one not in known and one not in arrays]:
-                raise UserError(f"--vector {name}: expected two of {', '.join([*known, *arrays])}, got {missing[0]}")
+                raise UserError(f"--vector {name}: expected two of {', '.join({**known, **arrays})}, got {missing[0]}")
             made = tuple(known.pop(one)[0] if one in known else Expression(one) for one in components)
         known[name] = made
     return known
@@ -158,14 +158,18 @@ def _part(one: Expression, arrays: Mapping[str, Array], dims: Mapping[str, Dims]
     array, axes = arrays[one.key], dims.get(one.key)
     if axes is None:
         raise UserError(f"{one.key} {array.shape}: its axes are not known; --dims names those of other arrays only")
+    if 0 in array.shape:
+        raise UserError(f"{one.key} {array.shape}: expected at least one trajectory, frame and point, got none")
     fixed = list(one.numbers(len(axes)))
     for place, (axis, size, number) in enumerate(zip(axes, array.shape, fixed, strict=True)):
         if number is not None and not -size <= number < size:
             raise UserError(f"--map {one}: expected a number below {size}, the points of {axis}, got {number}")
         if axis == "c" and number is None:
             if size != 1:
+                index = ",".join("0" if axis == "c" else ":" for axis in axes)
                 raise UserError(
-                    f"{one.key} {array.shape}: choose one of its {size} components, as in --map '{one.key}[...]'"
+                    f"{one.key} {array.shape}: choose one of its {size} components, as in "
+                    f"--map '{one.key}[{index}]=NAME', or take two as --vector NAME={one.key}"
                 )
             fixed[place] = 0
     part = Part(one.key, axes, tuple(fixed), one.part)

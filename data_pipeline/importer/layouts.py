@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.files import UserError
-from data_pipeline.importer.arrays import Array, Source
+from data_pipeline.importer.arrays import Array, Source, reading
 from data_pipeline.well.dataset import axis_of
 from data_pipeline.well.hdf5 import SPLITS
 
@@ -42,7 +42,15 @@ class Layout:
 
 
 def recognize(source: Source, pattern: str | None = None) -> Layout:
-    """Return the layout of an open file. `pattern` is a user's key with a glob (`*/data`), which names the runs."""
+    """Return the layout of an open file. `pattern` is a user's key with a glob (`*/data`), which names the runs.
+
+    UserError for a file in the Well's layout, and for attributes that are not what the program writes.
+    """
+    with reading(source.path):
+        return _recognize(source, pattern)
+
+
+def _recognize(source: Source, pattern: str | None) -> Layout:
     if {"dimensions/time", "dimensions/x"} <= source.arrays.keys():
         raise UserError(
             f"{source.path}: it is in the Well's layout already, so there is nothing to import; "
@@ -178,7 +186,7 @@ def _unpacked(value: Any) -> dict[str, Any]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"field_attributes: expected JSON as py-pde writes it, got {value[:80]!a}") from error
+            raise ValueError(f"field_attributes: expected JSON as py-pde writes it, got {value[:80]!a}") from error
     if not isinstance(value, dict):
         return {}
     made = {}

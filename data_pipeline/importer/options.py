@@ -146,6 +146,8 @@ def boundary(text: str | None) -> dict[str, tuple[str, str]]:
     form = "x=periodic,y=wall, or y=wall:open for its lower and upper end"
     made = {}
     for axis, kinds in pairs(text, "--boundary", form).items() if text else ():
+        if axis not in ("x", "y"):
+            raise UserError(f"--boundary {text!r}: expected {form}")
         ends = kinds.split(":")
         made[axis] = (ends[0], ends[-1])
     return made

@@ -320,6 +320,13 @@ def linked_zarr() -> Path:
     return Path("here.zarr")
 
 
+def strange_pypde() -> Path:
+    with h5py.File(foreign.pypde(Path("strange.h5"), 0), "r+") as file:
+        file.attrs["field_attributes"] = file.attrs["field_attributes"].replace("[true, false]", "[]")
+        assert '\\"periodic\\": []' in file.attrs["field_attributes"]
+    return Path("strange.h5")
+
+
 def written(kind: str) -> Callable[[], Path]:
     def make() -> Path:
         Path(f"text.{kind}").write_text("t, x, y\n1, 2, 3\n")
@@ -373,6 +380,14 @@ BAD: dict[str, tuple[Callable[[], Path | str], str, str]] = {
         PERIODIC,
         r"--dims n,t,y,x: what is level of u\?",
     ),
+    "empty": (arrays(u=TRUTH[:0]), STATED, r"u \(0, 5, 8, 6\): expected at least one trajectory"),
+    "components": (
+        lambda: foreign.pdebench(Path("a.h5")),
+        f"{PERIODIC} --map data=u",
+        r"choose one of its 2 components, as in --map 'data\[:,:,:,0\]=NAME'",
+    ),
+    "py-pde": (strange_pypde, STATED, r"strange.h5: cannot be read: it is damaged"),
+    "axis z": (arrays(u=TRUTH), "--dims n,t,x,y --boundary z=wall", r"--boundary 'z=wall': expected x=periodic,y=wall"),
     "one-sided": (arrays(u=TRUTH), "--dims n,t,x,y --boundary x=periodic:wall,y=wall", r"boundary of x: expected"),
     "dimensions without coordinates": (
         lambda: foreign.netcdf(Path("bare.nc"), coordinates=False),
