@@ -6,8 +6,10 @@ answers at once. Exit codes: 0 done, 2 the user's mistake or damaged data (a mes
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,30 @@ def _register(options: argparse.Namespace) -> int:
         print(f"{path}: written")
     print("The card can be used unchanged. Please check:", *made.decisions, sep="\n  - ")
     return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from data_pipeline.importer.options import Options
+    from data_pipeline.importer.plan import make_plan
+
+    plan = make_plan(Options(**{one.name: getattr(options, one.name) for one in fields(Options)}))
+    print(plan)
+    if options.dry_run:
+        return 0
+    from data_pipeline.importer.convert import import_files
+    from data_pipeline.registry import VARIABLE
+
+    made = import_files(plan, options.registry)
+    for path in (made.folder, made.preview, *made.card.paths):
+        print(f"{path}: written")
+    print("Look at the preview: x points right and y up. The card can be used unchanged. Please check:", end="")
+    print("", *made.card.decisions, sep="\n  - ")
+    shards = options.shards or options.out / "shards"
+    command = ["shard", "--well", str(options.out), "--out", str(shards), "--datasets", options.name]
+    if options.shards is None:
+        print(f"Next:\n  export {VARIABLE}={shlex.quote(str(made.cards))}\n  {shlex.join(['data-pipeline', *command])}")
+        return 0
+    return main([*command, "--registry", str(made.cards)])
 
 
 def _shard(options: argparse.Namespace) -> int:
@@ -211,6 +237,34 @@ COMMANDS: tuple[tuple[Any, ...], ...] = (
         _arg("source", "dataset folder, HDF5 files, or one file", type=Path, metavar="DIR_OR_FILE"),
         _arg("--name", "name of the dataset (default: the name of the folder or file)"),
         _arg("--registry", "folder of your cards (default: WAVELIT_REGISTRY)", type=Path, metavar="DIR"),
+    ),
+    (
+        *("import", "import data in files of your own: npy, npz, HDF5, netCDF, zarr", _import),
+        _arg("files", "files, or globs in quotes", nargs="+", metavar="FILE"),
+        _arg("--name", "name of the dataset", required=True),
+        _arg("--out", "folder of the dataset, DIR/NAME", required=True, type=Path, metavar="DIR"),
+        _arg(
+            "--map", "an array or a component: 'data[...,0]=activator'", action="extend", nargs="+", metavar="KEY=FIELD"
+        ),
+        _arg("--vector", "vector field: velocity=u,v", action="extend", nargs="+", metavar="FIELD=X,Y"),
+        _arg("--dims", "axes of the arrays, such as n,t,y,x,c", metavar="AXES"),
+        _arg("--boundary", "such as x=periodic,y=wall", metavar="TYPES"),
+        _arg("--dt", "time between frames", type=float, metavar="X"),
+        _arg("--extent", "length of the domain: L, or LX,LY, or X0,X1,Y0,Y1", metavar="LENGTHS"),
+        _arg(
+            *("--scalars", "parameters: attrs for all attributes, KEY=NAME for one"),
+            action="extend",
+            nargs="+",
+            metavar="PARAMETERS",
+        ),
+        _arg("--units", "such as u=m/s,p=Pa"),
+        _arg("--split", "fractions of train, valid, test (default 0.8,0.1,0.1)", metavar="FRACTIONS"),
+        _arg("--seed", "of the division (default 0)", type=int, default=0),
+        _arg("--crop", "even: leave out the last point of an odd axis", choices=("even",)),
+        _arg("--leave-out", "numbers of trajectories to leave out, such as 3,7", metavar="NUMBERS"),
+        _arg("--registry", "folder for the card (default: WAVELIT_REGISTRY, else OUT/cards)", type=Path, metavar="DIR"),
+        _arg("--shards", "also make shards in this folder", type=Path, metavar="DIR"),
+        _flag("--dry-run", "print what would be done; write nothing"),
     ),
     (
         *("shard", "convert Well HDF5 files to tar shards; run again to go on", _shard),

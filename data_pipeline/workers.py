@@ -3,6 +3,7 @@
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -76,6 +77,26 @@ T = TypeVar("T")
 R = TypeVar("R")
 OnBytes = Callable[[int], None]
 _POLL_SECONDS = 0.2
+_LINE_SECONDS = 60.0
+
+
+@contextmanager
+def progress(total: int, title: str, unit: str) -> Iterator[Callable[[int], None]]:
+    """Give a function that reports more units done: a bar on a terminal, elsewhere a line a minute on stderr."""
+    if sys.stderr.isatty():
+        with tqdm(total=total, desc=title, unit=unit) as bar:
+            yield lambda count: bar.update(count) and None
+        return
+    done, line = 0, time.monotonic()
+
+    def report(count: int) -> None:
+        nonlocal done, line
+        done += count
+        if time.monotonic() - line >= _LINE_SECONDS or done == total:
+            line = time.monotonic()
+            print(f"{title}: {done} of {total} {unit}s", file=sys.stderr, flush=True)
+
+    yield report
 
 
 class Stopped(Exception):

@@ -1,14 +1,15 @@
 """`data-pipeline register`: draft a card for a dataset that has none, and list what a person must decide.
 
 Fields are matched to canonical channels by name alone. A near match (`rho`, `vel`, `Density`) is suggested in a comment
-and never taken. The draft is valid at once, so data can be converted and trained on before the prose is written.
+and never taken. Other fields get channels of the dataset's own, whose names begin with the dataset's. The draft is
+valid at once, so data can be converted and trained on before the prose is written.
 """
 
 import difflib
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,22 +66,24 @@ class _Files:
     decisions: tuple[str, ...]
 
 
-def register(source: Path, name: str | None, registry: Path | None) -> Registered:
+def register(source: Path, name: str | None, registry: Path | None, generic: Collection[str] = ()) -> Registered:
     """Draft `<registry>/datasets/<name>.yaml`, and proposes channels in `<registry>/channels.yaml`.
 
     `source`: a dataset folder with data/<split>/*.hdf5, a folder of HDF5 files, or one file. `registry` is a folder of
-    the user's cards, by default the first that WAVELIT_REGISTRY names. Nothing that exists is changed but
+    the user's cards, by default the first that WAVELIT_REGISTRY names. Names among `generic` of one or two letters are
+    no canonical channels, even where there is one of this name. Nothing that exists is changed but
     channels.yaml, to which lines are added. UserError for files that cannot be used, for a name that is taken and for a
     draft that is already there.
     """
     directory, known = _draft_folder(registry)
     files = _find_files(source, name)
+    check_name(files.name, directory, known)
     card_file, channels_file = directory / "datasets" / f"{files.name}.yaml", directory / "channels.yaml"
-    taken = {key for card in known.cards.values() for key in (card.name, card.abbreviation)}
-    if card_file.exists() or files.name in taken:
-        what = f"{card_file} is already there" if card_file.exists() else f"there is a card {files.name!r} already"
-        raise UserError(f"{source}: {what}, and is not overwritten. Edit it, or choose another --name.")
-    found = survey(files.name, files.paths, files.train)
+
+    def shared(field: Field) -> bool:
+        return set(field.channels) <= known.channel_cards.keys() and not (field.name in generic and len(field.name) < 3)
+
+    found = survey(files.name, files.paths, files.train, shared)
     fresh = _fresh_channels(found, known)
     decisions = (*files.decisions, *_decisions(found, fresh, known, channels_file))
     drafts = {card_file: _card_text(files, found, decisions)}
@@ -91,6 +94,16 @@ def register(source: Path, name: str | None, registry: Path | None) -> Registere
     for path, text in reversed(drafts.items()):  # the card last: it refers to the channels
         write_whole(path, text.encode())
     return Registered(files.name, tuple(drafts), decisions)
+
+
+def check_name(name: str, directory: Path, known: Registry | None = None) -> None:
+    """Raise UserError if a card of this name is there already, in `directory` or among the `known` ones."""
+    known = _draft_folder(directory)[1] if known is None else known
+    card_file = directory / "datasets" / f"{name}.yaml"
+    taken = {key for card in known.cards.values() for key in (card.name, card.abbreviation)}
+    if card_file.exists() or name in taken:
+        what = f"{card_file} is already there" if card_file.exists() else f"there is a card {name!r} already"
+        raise UserError(f"{name}: {what}, and is not overwritten. Edit it, or choose another --name.")
 
 
 def _draft_folder(given: Path | None) -> tuple[Path, Registry]:
@@ -148,13 +161,16 @@ def _fresh_channels(found: Survey, registry: Registry) -> list[Channel]:
         for component, name in zip(COMPONENTS[field.order], field.channels, strict=True):
             if name in registry.channel_cards:
                 continue
-            what = f"{component[1:]} component of {field.name}" if component else field.name
-            fresh.append(Channel(name, f"{what} (to be described)", "unknown", found.sample.twins.get(name)))
+            told = found.attributes[field.name]
+            what = told.get("long_name") or f"{field.name} (to be described)"
+            what = f"{component[1:]} component of {what}" if component else what
+            fresh.append(Channel(name, what, told.get("units") or "unknown", found.sample.twins.get(name)))
     return fresh
 
 
 def _near(name: str, field: Field, registry: Registry) -> str | None:
     """Return the canonical channel that `name` may mean (an alias, another case, a close spelling), or None."""
+    name = name[name.rindex(field.name) :]  # without the dataset's
     if field.order == 1 and field.name.lower() in VELOCITIES:
         guess = f"velocity{name.removeprefix(field.name)}"
     else:
@@ -178,7 +194,9 @@ def _decisions(found: Survey, fresh: Sequence[Channel], registry: Registry, chan
             lines.append(f"{', '.join(known)}: taken for the canonical {what} ({meaning}); the same quantity?")
         new = [name for name in field.channels if name in proposed]
         if new:
-            lines.append(f"{', '.join(new)}: proposed; write description and unit in {channels_file}")
+            lines.append(
+                f"{', '.join(new)}: proposed, for this dataset alone; write description and unit in {channels_file}"
+            )
         for name in new:
             if near := _near(name, field, registry):
                 meaning = registry.channel_cards[near].description
@@ -245,6 +263,9 @@ def _card_text(files: _Files, found: Survey, decisions: Sequence[str]) -> str:
         f"grid: {_yaml(list(found.grid))}  # points along x and y",
         f"dt: {_yaml(dt)}  # time between frames; null if it differs",
     ]
+    if found.domain:
+        domain = dict(zip("xy", map(list, found.domain), strict=True))
+        lines.append(f"domain: {_yaml(domain)}  # lower and upper end of the axes")
     train = [f"  - {_yaml({'trajectories': n, 'frames': frames})}" for n, frames in found.lengths if frames > 1]
     if files.train and train:
         lines += ["train:  # the training split", *train]

@@ -4,17 +4,17 @@ All but the fields is read by WellFile with a provisional card, so a dataset tha
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from data_pipeline.files import UserError
-from data_pipeline.registry import Boundary, Card, Field
+from data_pipeline.registry import Boundary, Card, Domain, Field
 from data_pipeline.schema import NAME
-from data_pipeline.well.findings import Finding, Spacing, condense, spacing_findings
+from data_pipeline.well.findings import Finding, Spacing, condense, even_step, spacing_findings
 from data_pipeline.well.hdf5 import WellFile
 from data_pipeline.well.layout import attribute, flags, hdf5_errors, plain_dataset, plain_group, texts
 from data_pipeline.well.stats import Moments, pool
@@ -43,6 +43,8 @@ class Survey:
     grid: tuple[int, int]
     boundary: Boundary
     scalars: tuple[str, ...]
+    attributes: Mapping[str, Mapping[str, str]]  # field -> units and long_name, where the files have them
+    domain: Domain | None  # lower and upper end of x, y; None if uneven
     dts: tuple[float, float] | None  # least and greatest time between frames; None if it differs in a trajectory
     lengths: tuple[tuple[int, int], ...]  # (trajectories, frames of each), shortest first; of the train files if any
     sample: SampledFrames
@@ -55,16 +57,17 @@ class Survey:
         return greatest if least > 0 and greatest - least <= _SAME_DT * greatest else None
 
 
-def survey(name: str, files: Sequence[Path], train: Sequence[Path]) -> Survey:
+def survey(name: str, files: Sequence[Path], train: Sequence[Path], shared: Callable[[Field], bool]) -> Survey:
     """Read the headers of all `files`, and a bounded sample of `train` (or of all of them where that is empty).
 
-    `name` is the dataset's. UserError for a file that is not 2D cartesian data in the Well's layout, naming it
-    and what was found, and for files that differ in fields, grid or boundaries: one card cannot describe them all.
+    `name` is the dataset's. Channels of fields that are not `shared` with other datasets begin with it. UserError for
+    a file that is not 2D cartesian data in the Well's layout, naming it and what was found, and for files that differ
+    in fields, grid or boundaries: one card cannot describe them all.
     """
-    fields = read_header(files[0])
+    fields = tuple(field if shared(field) else _namespaced(field, name) for field in read_header(files[0]))
     card = _provisional_card(name, fields)
     with WellFile(files[0], card) as first:
-        grid, boundary, scalars = first.grid, first.boundary, tuple(first.scalars(0))
+        grid, boundary, scalars, axes = first.grid, first.boundary, tuple(first.scalars(0)), first.axes()
     _check_periodic(boundary, files[0])
     shapes: dict[Path, tuple[int, int]] = {}  # (trajectories, frames)
     dts: list[float | None] = []
@@ -91,6 +94,8 @@ def survey(name: str, files: Sequence[Path], train: Sequence[Path]) -> Survey:
         grid=grid,
         boundary=boundary,
         scalars=scalars,
+        attributes=_attributes(files[0], fields),
+        domain=_domain(axes, boundary),
         dts=None if len(known) < len(dts) else (min(known, default=0.0), max(known, default=0.0)),
         lengths=tuple((lengths[frames], frames) for frames in sorted(lengths)),
         sample=_sample(counted, shapes, card),
@@ -114,6 +119,43 @@ def read_header(path: Path) -> tuple[Field, ...]:
         owners = " and ".join(field.name for field in fields if twice in field.channels)
         raise UserError(f"{path}: the fields {owners} would both be the channel {twice}; rename one in the files")
     return fields
+
+
+def _namespaced(field: Field, dataset: str) -> Field:
+    """Return the field with channels of the dataset's own: `u` of two datasets need not be one quantity."""
+    channels = tuple(f"{dataset}_{channel}" for channel in field.channels)
+    if (excess := max(map(len, channels)) - 64) > 0:
+        raise UserError(
+            f"--name {dataset}: expected a name shorter by {excess} letters for channels such as {channels[0]}"
+        )
+    return replace(field, channels=channels)
+
+
+def _domain(axes: Sequence[np.ndarray], boundary: Boundary) -> Domain | None:
+    """Return the ends of both axes; None unless their points ascend evenly."""
+    x, y = (even_step(points) or 0.0 for points in axes)
+    return (_interval(axes[0], boundary[0]), _interval(axes[1], boundary[1])) if min(x, y) > 0 else None
+
+
+def _interval(points: np.ndarray, ends: Sequence[str]) -> tuple[float, float]:
+    """Return the lower and upper end of an axis: one spacing more than from the first point to the last.
+
+    Points of a periodic axis that are multiples of the spacing stand at the lower ends of their cells, all others at
+    the centers.
+    """
+    spacing = float(points[-1] - points[0]) / (len(points) - 1)
+    place = float(points[0]) / spacing
+    low = float(points[0]) - (0.0 if ends[0] == "PERIODIC" and abs(place - round(place)) < 0.25 else spacing / 2)
+    return float(f"{low:.6g}"), float(f"{low + spacing * len(points):.6g}")
+
+
+def _attributes(path: Path, fields: Sequence[Field]) -> dict[str, dict[str, str]]:
+    with hdf5_errors(str(path)), h5py.File(path, "r") as file:
+        stored = {field.name: file[f"t{field.order}_fields"][field.name].attrs for field in fields}
+        return {
+            name: {key: " ".join(texts(attrs[key])) for key in ("units", "long_name") if key in attrs}
+            for name, attrs in stored.items()
+        }
 
 
 def _provisional_card(name: str, fields: tuple[Field, ...]) -> Card:

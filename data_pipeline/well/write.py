@@ -75,6 +75,7 @@ class WellWriter:
         for name, attributes in setting.attributes.items():
             self._file["dimensions"][name].attrs.update(attributes)
         self._fields: dict[str, h5py.Dataset] = {}  # state fields by name, (n, T, X, Y) + (2,) * order
+        self._constants: dict[str, h5py.Dataset] = {}  # (n, X, Y) + (2,) * order
         for order in range(3):
             fields = [field for field in self._card.fields if field.order == order]
             group = _field_group(self._file, order, [field.name for field in fields])
@@ -83,20 +84,27 @@ class WellWriter:
                     shape = (*times.shape, *setting.grid, *(2,) * order)
                     made = self._fields[field.name] = group.create_dataset(field.name, shape, np.float32)
                 else:
-                    values = _components(setting.constants, self._card.constant_channels, field)
-                    made = group.create_dataset(field.name, data=values)
+                    shape = (len(times), *setting.grid, *(2,) * order)
+                    made = self._constants[field.name] = group.create_dataset(field.name, shape, np.float32)
                 _mark_field(made, sample_varying=True, time_varying=field.role == "state")
                 if order == 2:  # unknown before the frames have come
                     made.attrs.update({"symmetric": False, "antisymmetric": False})
+        for number in range(len(times)):
+            self.write_constants(number, setting.constants[number])
 
-    def write(self, index: int, frame: np.ndarray) -> None:
-        """Write frame number `index` of all trajectories: (n, C, X, Y), channels in the card's state order."""
+    def write(self, index: int, frames: np.ndarray, trajectories: slice = slice(None)) -> None:
+        """Write frame number `index` of `trajectories`: (n, C, X, Y), channels in the card's state order."""
         for field in self._card.state:
-            self._fields[field.name][:, index] = _components(frame, self._card.state_channels, field)
+            self._fields[field.name][trajectories, index] = _components(frames, self._card.state_channels, field)
 
-    def describe(self, attributes: Mapping[str, float | str | list[int]]) -> None:
-        """Add attributes to the file."""
-        self._file.attrs.update(attributes)
+    def write_constants(self, trajectory: int, values: np.ndarray) -> None:
+        """Write the constant fields of one trajectory: (K, X, Y), channels in the card's constant order."""
+        for field in self._card.constant:
+            (self._constants[field.name][trajectory],) = _components(values[None], self._card.constant_channels, field)
+
+    def describe(self, attributes: Mapping[str, float | str | list[int]], field: str | None = None) -> None:
+        """Add attributes to a field, or to the file."""
+        ({**self._fields, **self._constants}[field] if field else self._file).attrs.update(attributes)
 
     def __enter__(self) -> WellWriter:
         return self
@@ -124,17 +132,16 @@ def _write_header(
     file.attrs["grid_type"] = "cartesian"
     file.attrs["n_spatial_dims"] = 2
     file.attrs["n_trajectories"] = num_trajectories
-    file.attrs["simulation_parameters"] = _texts(list(scalars))
-    file.attrs.update({name: float(value) for name, value in scalars.items() if np.ndim(value) == 0})
+    shared = {name: float(value) for name, value in scalars.items() if np.ndim(value) == 0}
+    file.attrs["simulation_parameters"] = _texts(list(shared))  # each is an attribute of the file, one number
+    file.attrs.update(shared)
     group = file.create_group("dimensions")
     group.attrs["spatial_dims"] = _texts(["x", "y"])
     for name, values in zip(("time", "x", "y"), axes, strict=True):
         single = values.astype(np.float32)  # as the Well's files, unless it blurs the steps, as of seconds since 1970
         exact = np.allclose(np.diff(single.astype(np.float64)), np.diff(values), rtol=1e-3, atol=0)
         points = group.create_dataset(name, data=single if exact else values)
-        points.attrs["sample_varying"] = values.ndim == 2
-        if name != "time":
-            points.attrs["time_varying"] = False
+        points.attrs.update({"sample_varying": values.ndim == 2, "time_varying": name == "time"})
     group = file.create_group("scalars")
     group.attrs["field_names"] = _texts(list(scalars))
     for name, value in scalars.items():

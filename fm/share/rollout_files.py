@@ -15,12 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from data_pipeline.files import UserError, brief
+from data_pipeline.importer.arrays import import_xarray
 from data_pipeline.registry import Card, Registry
 from data_pipeline.well.findings import Spacing, axis_finding, even_step, mean_spacing, times_finding
 from data_pipeline.well.hdf5 import CF_ATTRIBUTES, Setting, WellFile, read_attributes, read_setting, stored_card
@@ -206,19 +206,6 @@ def _codecs(part: Any) -> Iterator[str]:
     inner = part.get("configuration") or {}
     for codec in (*inner.get("codecs", ()), *inner.get("index_codecs", ())):
         yield from _codecs(codec)
-
-
-def import_xarray() -> ModuleType:
-    """Import xarray and the backends of the formats. Raises UserError if the optional packages are missing."""
-    try:
-        import h5netcdf  # noqa: F401
-        import xarray
-        import zarr  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"{error}: netCDF and zarr need optional packages; install them with `launch/setup xarray`"
-        ) from error
-    return xarray
 
 
 def _choose(path: Path, count: int, trajectories: Sequence[int] | None) -> tuple[int, ...]:

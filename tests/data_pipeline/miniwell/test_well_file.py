@@ -13,6 +13,7 @@ from small_cases import read_arrays
 from the_well.data import WellDataset
 from the_well.data.normalization import RMSNormalization, ZScoreNormalization
 from the_well.data.utils import WELL_DATASETS
+from well_rules import broken_rules
 
 from data_pipeline.miniwell.generate import SYSTEMS, load_system
 from data_pipeline.miniwell.system import SPLITS
@@ -140,6 +141,7 @@ def _first_interval(full_well: Path, dataset: str, split: str) -> float:
 def test_files_follow_the_wells_layout(full_well: Path, dataset: str) -> None:
     system = load_system(dataset)
     for path in (full_well / dataset / "data").glob("*/*.hdf5"):
+        assert broken_rules(path) == []
         with h5py.File(path) as file:
             assert {"dataset_name", "grid_type", "n_spatial_dims", "n_trajectories", "simulation_parameters"} <= set(
                 file.attrs

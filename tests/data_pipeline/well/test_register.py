@@ -96,24 +96,23 @@ def test_names_decide_what_is_canonical_and_the_rest_is_proposed(tmp_path: Path)
     )
     assert card.boundary == (("PERIODIC", "PERIODIC"), ("WALL", "WALL"))
     assert card.scalars == ("nu",)
-    assert card.constant_channels == ("mask", "depth")
-    assert card.state_channels[:5] == ("density", "rho", "Pressure", "velocity_x", "velocity_y")
+    assert card.constant_channels == ("mask", "brew_depth")
+    assert card.state_channels[:5] == ("density", "brew_rho", "brew_Pressure", "velocity_x", "velocity_y")
     registry = load_registry(tmp_path / "cards")
     new = registry.channels[len(load_registry().channels) :]
-    assert set(new) == {"rho", "Pressure", "depth", "momentum_x", "momentum_y", "vel_x", "vel_y"} | {
-        f"S_{ij}" for ij in ("xx", "xy", "yx", "yy")
-    }
-    assert registry.channel_cards["S_yx"].duplicate_of == "S_xy"
+    own = {"rho", "Pressure", "depth", "momentum_x", "momentum_y", "vel_x", "vel_y"}
+    assert set(new) == {f"brew_{name}" for name in own | {f"S_{ij}" for ij in ("xx", "xy", "yx", "yy")}}
+    assert registry.channel_cards["brew_S_yx"].duplicate_of == "brew_S_xy"
     said = "\n".join(made.decisions)
     assert (
         "velocity_x, velocity_y: taken for the canonical channels (velocity along x; velocity along y); the same"
         in said
     )
-    assert f"momentum_x, momentum_y: proposed; write description and unit in {tmp_path}/cards/channels.yaml" in said
+    assert "brew_momentum_x, brew_momentum_y: proposed, for this dataset alone; write description and unit in" in said
     for name, near in (("rho", "density"), ("Pressure", "pressure"), ("vel_x", "velocity_x"), ("vel_y", "velocity_y")):
-        assert f"{name}: is it {near} (" in said
+        assert f"brew_{name}: is it {near} (" in said
     assert "momentum_x: is it" not in said
-    assert "S_yx: equals S_xy in the sample; always?" in said
+    assert "brew_S_yx: equals brew_S_xy in the sample; always?" in said
     text = made.paths[0].read_text()
     assert all(f"#   - {line}" in text for line in made.decisions)
 
@@ -123,23 +122,23 @@ def test_figures_are_those_of_the_data(tmp_path: Path) -> None:
     source = write_file(tmp_path / "heat.hdf5", {"heat": 0}, arrays={"heat": values}, time=np.arange(4) * 1e-5)
     made, card = draft(source, tmp_path / "cards")
     shown = f"mean {values.mean():.4g}, std {values.std():.4g}, from {values.min():.4g} to {values.max():.4g}"
-    assert f"#   heat: {shown}" in made.paths[0].read_text()
-    assert f"# {shown}\nheat: {{description: heat" in made.paths[1].read_text()
+    assert f"#   heat_heat: {shown}" in made.paths[0].read_text()
+    assert f"# {shown}\nheat_heat: {{description: heat" in made.paths[1].read_text()
     assert card.dt == pytest.approx(1e-5, rel=1e-5)  # 1e-05 would be a text in YAML
 
 
 def test_a_second_dataset_adds_to_the_channels_and_keeps_what_a_person_wrote(tmp_path: Path) -> None:
     cards = tmp_path / "cards"
     draft(write_file(tmp_path / "one.hdf5", {"salt": 0}), cards)
-    edited = (cards / "channels.yaml").read_text().replace("salt (to be described)", "sea salt") + "# mine"
+    edited = (cards / "channels.yaml").read_text().replace("salt (to be described)", "sea salt") + "# mine\n"
+    edited += "sugar: {description: what a person shares, unit: kg}"
     (cards / "channels.yaml").write_text(edited)
     draft(write_file(tmp_path / "two.hdf5", {"salt": 0, "sugar": 0}), cards)
-    text = (cards / "channels.yaml").read_text()
-    assert text.startswith(edited)
-    assert text.count("salt:") == 1
+    assert (cards / "channels.yaml").read_text().startswith(edited)
     registry = load_registry(cards)
-    assert registry.channel_cards["salt"].description == "sea salt"
-    assert registry.card("two").state_channels == ("salt", "sugar")
+    assert registry.channel_cards["one_salt"].description == "sea salt"
+    assert registry.card("one").state_channels == ("one_salt",)  # the salt of two may be another quantity
+    assert registry.card("two").state_channels == ("two_salt", "sugar")
 
 
 def test_a_channels_file_that_cannot_be_appended_to_is_left_alone(tmp_path: Path) -> None:
@@ -160,9 +159,11 @@ def test_the_folder_is_the_argument_else_the_first_of_the_environment(
     one, two = tmp_path / "one", tmp_path / "two"
     draft(write_file(tmp_path / "brine.hdf5", {"salt": 0}), two)
     monkeypatch.setenv(VARIABLE, f"{one}{os.pathsep}{two}")
-    assert register(source, None, None).paths == (one / "datasets" / "sea.yaml",)
-    assert register(source, "lake", two).paths == (two / "datasets" / "lake.yaml",)
-    assert not (one / "channels.yaml").exists()  # the second folder has the channel
+    assert register(source, None, None).paths == (one / "datasets" / "sea.yaml", one / "channels.yaml")
+    assert register(source, "lake", two).paths == (two / "datasets" / "lake.yaml", two / "channels.yaml")
+    assert register(write_file(tmp_path / "pond.hdf5", {"density": 0}), None, None).paths == (
+        one / "datasets" / "pond.yaml",
+    )
     assert {"brine", "sea"} <= load_registry().cards.keys()
 
 
@@ -223,7 +224,8 @@ def test_oddities_are_pointed_out(tmp_path: Path) -> None:
 def test_names_that_yaml_takes_for_something_else(tmp_path: Path) -> None:
     _, card = draft(write_file(tmp_path / "null.hdf5", {"on": 0, "null": 1, "y": 0, "No": 2}), tmp_path / "cards")
     assert card.name == "null"
-    assert card.state_channels == ("on", "y", "null_x", "null_y", "No_xx", "No_xy", "No_yx", "No_yy")
+    names = ("on", "y", "null_x", "null_y", "No_xx", "No_xy", "No_yx", "No_yy")
+    assert card.state_channels == tuple(f"null_{name}" for name in names)
 
 
 def spoil(path: Path, change: Any) -> Path:

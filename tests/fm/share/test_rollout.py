@@ -17,6 +17,7 @@ import pytest
 import torch
 from handmade_export import exported
 from handmade_well import write_file
+from well_rules import broken_rules
 
 from data_pipeline.files import UserError
 from data_pipeline.registry import VARIABLE, load_registry
@@ -44,6 +45,7 @@ def test_the_file_holds_the_given_frame_and_what_the_model_says(
 ) -> None:
     source = split_files(tiny_well / dataset, "train")[0]
     out = predict_file(folder, RolloutRequest(source, tmp_path / "new" / "p.hdf5", steps=4, start=2), progress=False)
+    assert broken_rules(out) == []
     with WellFile(source, CARDS[dataset]) as given, WellFile(out, CARDS[dataset]) as predicted:
         count = given.num_trajectories
         assert (predicted.num_trajectories, predicted.num_frames, predicted.grid) == (count, 5, given.grid)

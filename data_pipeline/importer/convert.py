@@ -1,0 +1,118 @@
+"""`data-pipeline import`: write what a plan says as a dataset in the Well's layout, with its card and a preview."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.files import UserError, remove
+from data_pipeline.importer.arrays import LOCKED, Source, open_source, reading
+from data_pipeline.importer.fields import Part, read_frames
+from data_pipeline.importer.plan import Plan, stamp
+from data_pipeline.importer.preview import PREVIEW, draw_preview
+from data_pipeline.importer.rows import Row
+from data_pipeline.registry import named_folders
+from data_pipeline.well.dataset import Trajectories, whole_folder, write_dataset
+from data_pipeline.well.hdf5 import block_frames
+from data_pipeline.well.register import Registered, check_name, register
+from data_pipeline.workers import progress
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import wrote."""
+
+    folder: Path  # of the dataset
+    preview: Path
+    card: Registered
+    cards: Path  # folder of the card
+
+
+def import_files(plan: Plan, registry: Path | None) -> Imported:
+    """Write the dataset of a plan, whole or not at all, and draft its card.
+
+    The card goes to `registry`, by default the first folder that WAVELIT_REGISTRY names, else <out>/cards. UserError
+    for values that are not finite, for files that change meanwhile, and for a folder that cannot be written.
+    """
+    options = plan.options
+    cards = registry or next(iter(named_folders(None)), options.out / "cards")
+    check_name(options.name, cards)
+    folder = options.out / options.name
+    with whole_folder(options.out, options.name) as target:
+        write_files(plan, target)
+        draw_preview(target, plan, target / PREVIEW)
+    try:
+        own = [one.field.name for one in plan.fields if one.field.name not in _named_by_user(plan)]
+        card = register(folder, options.name, cards, generic=own)
+    except UserError:
+        remove(folder)
+        raise
+    return Imported(folder, folder / PREVIEW, card, cards)
+
+
+def write_files(plan: Plan, target: Path) -> None:
+    """Write the HDF5 files of a plan below `target`, with a progress bar."""
+    frames = sum(len(row.times) for row in plan.rows)
+    with _trajectories(plan) as source, progress(frames, f"import {plan.options.name}", "frame") as on_frame:
+        write_dataset(target, plan.options.name, source, plan.split, on_frame)
+    for path, before in zip(plan.files, plan.stamps, strict=True):
+        if stamp(path) != before:
+            raise UserError(f"{path}: it changed while it was read: {LOCKED}")
+
+
+def _named_by_user(plan: Plan) -> set[str]:
+    """Return the names that were typed: those may be canonical channels, even short ones."""
+    return {text.rpartition("=")[2] for text in plan.options.map} | {
+        text.partition("=")[0] for text in plan.options.vector
+    }
+
+
+@contextmanager
+def _trajectories(plan: Plan) -> Iterator[Trajectories]:
+    """Give the plan's trajectories, read frame by frame; one file is open at a time."""
+    state = [part for one in plan.fields if one.field.role == "state" for part in one.parts]
+    constant = [part for one in plan.fields if one.field.role == "constant" for part in one.parts]
+    with ExitStack() as stack:
+        opened: dict[Path, Source] = {}
+
+        def source_of(row: Row) -> Source:
+            if row.path not in opened:
+                stack.pop_all().close()
+                opened.clear()
+                opened[row.path] = stack.enter_context(open_source(row.path))
+            return opened[row.path]
+
+        def read(row: Row, parts: list[Part], start: int, stop: int) -> np.ndarray:
+            """Return components (C, T, X, Y), axes turned to increase, points that are left out cut off."""
+            source = source_of(row)
+            with reading(row.path):
+                values = [
+                    read_frames(source.arrays[row.run + part.key], part, row.index, start, stop) for part in parts
+                ]
+            turned = np.stack(values)[..., :: -1 if plan.x.reverse else 1, :: -1 if plan.y.reverse else 1]
+            return turned[..., : len(plan.x.points), : len(plan.y.points)]
+
+        def frames(index: int) -> Iterator[np.ndarray]:
+            row = plan.rows[index]
+            block = block_frames(8 * len(state) * len(plan.x.points) * len(plan.y.points))
+            for start in range(0, len(row.times), block):
+                yield from read(row, state, start, min(start + block, len(row.times))).swapaxes(0, 1)
+
+        yield Trajectories(
+            fields=tuple(one.field for one in plan.fields),
+            times=[row.times for row in plan.rows],
+            x=plan.x.points,
+            y=plan.y.points,
+            boundary=plan.boundary,
+            frames=frames,
+            constants=lambda index: read(plan.rows[index], constant, 0, 1)[:, 0],
+            scalars={
+                name: np.array([row.scalars[name] for row in plan.rows], np.float64) for name in plan.rows[0].scalars
+            },
+            attributes={one.field.name: one.attributes for one in plan.fields},
+            labels=[row.label for row in plan.rows],
+        )

@@ -1,0 +1,166 @@
+"""The plan of an import: what each array of the files is taken to be, and from where that is known.
+
+What the files and the options leave open is never guessed in silence: `make_plan` refuses, lists what it found, and
+gives the command that would accept its guesses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.files import UserError
+from data_pipeline.importer import options as said
+from data_pipeline.importer.arrays import Array, Source, open_source, reading
+from data_pipeline.importer.axes import Needs, Side, find_side, need_boundary, resolve_dims
+from data_pipeline.importer.fields import Planned, find_components, find_fields, read_frames, without_runs
+from data_pipeline.importer.layouts import Layout, recognize, run_arrays
+from data_pipeline.importer.options import Options
+from data_pipeline.importer.rows import Row, choose_scalars, find_rows, leave_out
+from data_pipeline.registry import Boundary
+from data_pipeline.well.dataset import FRACTIONS, divide, parse_boundary
+from data_pipeline.well.hdf5 import SPLITS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that an import does."""
+
+    options: Options
+    layout: Layout
+    files: tuple[Path, ...]
+    stamps: tuple[tuple[int, int], ...]  # of the files: size, and time of the last change
+    fields: tuple[Planned, ...]
+    rows: tuple[Row, ...]
+    x: Side
+    y: Side
+    boundary: Boundary
+    split: Mapping[str, Sequence[int]]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        rows, steps = self.rows, sorted({float(f"{np.diff(row.times).mean():.6g}") for row in self.rows})
+        lengths = sorted({len(row.times) for row in rows})
+        frames = " to ".join(map(str, dict.fromkeys((lengths[0], lengths[-1]))))
+        plural = "ies" if len(rows) > 1 else "y"
+        lines = [
+            f"{self.options.name}: {len(rows)} trajector{plural} of {frames} frames on {len(self.x.points)} x "
+            f"{len(self.y.points)} points",
+            f"  recognized  {self.layout.how}",
+        ]
+        for one in self.fields:
+            kind = ("scalar", "vector", "tensor")[one.field.order] if one.field.role == "state" else "constant"
+            unit = f", {one.attributes['units']}" if "units" in one.attributes else ""
+            lines.append(f"  {kind:11} {one.field.name} = {', '.join(map(str, one.parts))}{unit}")
+        lines.append(f"  time        step {' or '.join(f'{step:.6g}' for step in steps[:4])}")
+        for axis, side, ends in (("x", self.x, self.boundary[0]), ("y", self.y, self.boundary[1])):
+            kinds = "-".join(dict.fromkeys(ends)).lower()
+            lines.append(f"  {axis}           {side.points[0]:.6g} to {side.points[-1]:.6g} ({side.origin}), {kinds}")
+        for name in rows[0].scalars:
+            values = [row.scalars[name] for row in rows]
+            text = f"{min(values):.6g}" + (f" to {max(values):.6g}" if max(values) > min(values) else "")
+            lines.append(f"  parameter   {name} = {text}")
+        parts = ", ".join(f"{split} {len(self.split[split])}" for split in SPLITS if split in self.split)
+        return "\n".join([*lines, f"  split       {parts}", *(f"  note        {note}" for note in self.notes)])
+
+
+def make_plan(options: Options) -> Plan:
+    """Look at the files and return the plan. UserError for what cannot be imported, and for what is not known."""
+    files = said.expand(options.files)
+    named, groups = said.maps(options), said.vectors(options)
+    pattern = next((one.key for (one,) in named.values() if any(sign in one.key for sign in "*?")), None)
+    needs: Needs = {}
+    notes: list[str] = []
+    stamps = tuple(stamp(path) for path in files)
+    with open_source(files[0]) as source:
+        layout = recognize(source, pattern)
+        arrays = run_arrays(source, layout.runs[0])
+        listing = _listing(source, arrays)
+        dims = resolve_dims(options, layout, arrays, needs)
+        known = find_components(without_runs(named, layout), groups, layout, arrays, dims, needs)
+        fields = find_fields(known, options, arrays, dims, notes)
+        first = fields[0].parts[0]
+        stored = dict(zip(first.dims, arrays[first.key].shape, strict=True))
+        sides = {axis: find_side(axis, stored[axis], options, layout, arrays, needs, str(files[0])) for axis in "xy"}
+        if "extent" in needs:
+            needs["extent"] = f"{stored['x']},{stored['y']}", needs["extent"][1]
+        boundary = {**{a: (k, k) for a, k in layout.boundary.items() if a in "xy"}, **said.boundary(options.boundary)}
+        with reading(files[0]):
+            frame = read_frames(arrays[first.key], first, 0, stored.get("t", 1) - 1, stored.get("t", 1))[0]
+        need_boundary(frame, boundary, needs)
+        if (
+            options.dt is None
+            and not {"t"} & layout.coordinates.keys()
+            and not {"dt"} & (arrays.keys() | layout.numbers.keys())
+        ):
+            needs["dt"] = "1", "the file has no times; frames are numbered"
+    if needs:
+        raise UserError(_refusal(options, listing, layout, fields, needs))
+    rows = leave_out(find_rows(files, options, fields, sides, pattern), options)
+    rows = choose_scalars(rows, options, notes)
+    return Plan(
+        options=options,
+        layout=layout,
+        files=files,
+        stamps=stamps,
+        fields=fields,
+        rows=tuple(rows),
+        x=sides["x"],
+        y=sides["y"],
+        boundary=parse_boundary(boundary),
+        split=_split(rows, options, notes),
+        notes=tuple(notes),
+    )
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Return the size and the time of the last change of a file. UserError if it is not there."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: expected a file, found none ({error.strerror})") from error
+    return found.st_size, found.st_mtime_ns
+
+
+def _split(rows: Sequence[Row], options: Options, notes: list[str]) -> dict[str, Sequence[int]]:
+    """Return the trajectories of each split: the user's fractions, else the files' own splits, else the usual ones."""
+    own = {row.split for row in rows}
+    if options.split is None and None not in own and len(own) > 1:
+        notes.append("train, valid and test as the files divide them")
+        return {
+            split: [index for index, row in enumerate(rows) if row.split == split] for split in SPLITS if split in own
+        }
+    if options.split is None and own <= {"valid", "test"}:
+        notes.append(f"all trajectories are from {', '.join(map(str, own))} files, and are divided by --split")
+    given = said.fractions(options.split) if options.split else FRACTIONS
+    return dict(divide(len(rows), given, options.seed))
+
+
+def _listing(source: Source, arrays: Mapping[str, Array]) -> str:
+    """Return what a file holds, one line for each array and attribute."""
+    lines = [f"{source.path} ({source.kind}) holds:"]
+    for key, array in list(arrays.items())[:20]:
+        named = f" ({', '.join(array.dims)})" if array.dims else ""
+        attrs = "".join(f", {name}={value!r:.40}" for name, value in list(array.attrs.items())[:4])
+        lines.append(f"  {key:12} {array.dtype} {array.shape}{named}{attrs}")
+    lines += [f"  {len(arrays) - 20} more arrays"] * (len(arrays) > 20)
+    return "\n".join(
+        [*lines, *(f"  attribute {name} = {value!r:.60}" for name, value in list(source.attrs.items())[:8])]
+    )
+
+
+def _refusal(options: Options, listing: str, layout: Layout, fields: Sequence[Planned], needs: Needs) -> str:
+    """Return the message for what is not known: what was found, the guesses, and the command that accepts them."""
+    lines = [f"not enough is known about {options.files[0]}; nothing was written.", listing]
+    lines += [f"recognized as {layout.how}. It would be taken as:"]
+    lines += [f"  {one.field.name} = {', '.join(map(str, one.parts))}" for one in fields]
+    lines += ["not known, with a guess:"]
+    for option, (value, why) in needs.items():
+        shown = " ".join(value) if isinstance(value, tuple) else value
+        lines.append(f"  --{option} {shown}: {why}")
+    return "\n".join(
+        [*lines, "If the guesses are right, type:", f"  {options.command(**{k: v for k, (v, _) in needs.items()})}"]
+    )
