@@ -50,6 +50,23 @@ def digest(content: object) -> str:
     return sha256(canonical(content))
 
 
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content with its digest under the key `digest`, so that `unsealed` finds any value that changed."""
+    return {**content, "digest": digest(content)}
+
+
+def unsealed(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return sealed content without its digest. UserError if the digest is missing or of other content."""
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    try:
+        found = digest(rest)
+    except (ValueError, RecursionError) as error:  # a number such as 1e999, or deep nesting
+        raise UserError(f"{where}: damaged or altered: {error}") from error
+    if found != content.get("digest"):
+        raise UserError(f"{where}: damaged or altered: its content differs from the digest in it")
+    return rest
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file. UserError when it cannot be read, is a link, or holds something else."""
     try:

@@ -1,6 +1,7 @@
 """`fm status RUN`: the state of a run, from its directory, while it trains or afterwards. Reads only."""
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 
 from data_pipeline.files import UserError
-from fm.checkpoint import list_checkpoints, read_state
+from fm.checkpoint import look_at_newest, read_state
 from fm.training.runlog import is_alive, parse_lines
 
 NUM_RATE_LINES = 20  # pace lines of the present process that the rate is measured over
@@ -245,27 +246,27 @@ def _rate(present: list[dict[str, Any]], step: int, steps: int | None, *, runnin
 
 
 def _last_checkpoint(root: Path, problems: list[str]) -> LastCheckpoint | None:
-    for step, path in list_checkpoints(root).items():
-        try:
-            files = read_state(path)["files"]
-            wrong = [n for n, entry in files.items() if (path / Path(n).name).stat().st_size != entry["bytes"]]
-            if wrong:
-                raise UserError(f"{path / wrong[0]}: its size differs from that in state.json")
-            return LastCheckpoint(step, str(path), time.time() - path.stat().st_mtime)
-        except (UserError, OSError) as error:
-            if path.exists():  # else it was pruned meanwhile
-                problems.append(f"damaged checkpoint: {error}")
+    def look(path: Path) -> LastCheckpoint:
+        state = read_state(path)
+        wrong = [name for name, one in state["files"].items() if (path / name).stat().st_size != one["bytes"]]
+        if wrong:
+            raise UserError(f"{path / wrong[0]}: its size differs from that in state.json")
+        return LastCheckpoint(state["step"], str(path), time.time() - path.stat().st_mtime)
+
+    with suppress(UserError):  # if all are damaged, each of them is a problem already
+        return look_at_newest(root, problems.append, look)
     return None
 
 
 def _disk_bytes(run: Path) -> dict[str, int]:
     """Return bytes by top folder, with the files of the run directory itself under "."."""
     sizes: Counter[str] = Counter()
-    for file in run.rglob("*"):
-        with suppress(OSError):  # it has been removed meanwhile
-            if file.is_file() and not file.is_symlink():
-                folder, *deeper = file.relative_to(run).parts
-                sizes[folder if deeper else "."] += file.stat().st_size
+    for folder, _, names in os.walk(run):  # passes over what is removed meanwhile or cannot be read
+        top = Path(folder, "_").relative_to(run).parts[0]
+        for file in (Path(folder, name) for name in names):
+            with suppress(OSError):
+                if file.is_file() and not file.is_symlink():
+                    sizes["." if top == "_" else top] += file.stat().st_size
     return dict(sizes)
 
 

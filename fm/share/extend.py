@@ -55,7 +55,7 @@ def extend(
     trained = TrainedModel.open(source)
     model = _check_extendable(source, trained.model, names)
     cards = find_cards([(model.specs, trained.card_folders()), ([*model.specs, *names], folders)])
-    cards.check_unchanged(model.specs, trained.checkpoint)
+    cards.check_unchanged(model.specs, trained)
     try:
         readers = open_readers(shards, names, "train")
         added = dataset_specs(readers, described)

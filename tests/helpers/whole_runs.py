@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from forked import Forked
 
+from data_pipeline.schema import sealed, unsealed
 from data_pipeline.shards.format import Manifest
 from fm.cli import main
 from fm.config import Recipe, dump_recipe, resolve
@@ -61,6 +62,12 @@ def spoil(shards: Path, target: Path, change: Callable[[np.ndarray], object]) ->
 
 def log(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+def rewrite_state(file: Path, **changes: Any) -> None:
+    """Change values of a checkpoint's state.json, and make its digest that of the changed ones."""
+    state = unsealed(json.loads(file.read_text()), str(file))
+    file.write_text(json.dumps(sealed({**state, **changes})))
 
 
 def accelerate(config: str, *options: str) -> list[str]:

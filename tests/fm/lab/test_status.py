@@ -156,7 +156,7 @@ def test_a_truncated_checkpoint_is_told_and_the_one_before_named(copied: Path) -
     assert status.checkpoint is not None
     assert status.checkpoint.step == 10
     assert ["its size differs" in problem for problem in status.problems] == [True, False]
-    assert "step_00000011/state.json: not a checkpoint's state.json" in status.problems[1]
+    assert "step_00000011/state.json: cannot be read as JSON" in status.problems[1]
 
 
 def test_the_last_verdict_of_the_gate_is_shown(copied: Path) -> None:
