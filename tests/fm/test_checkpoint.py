@@ -37,6 +37,7 @@ from fm.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
+from fm.config import dump_recipe
 from fm.lab.status import read_status
 from fm.model.spec import ModelConfig
 from fm.model.wavelit import WaveLiTFM
@@ -361,26 +362,51 @@ def test_told_to_continue_a_run_says_so_and_only_its_last_save_ends_it(
     assert saved_steps(tmp_path / "run" / "checkpoints") == [3, 6, last]
 
 
-def test_a_run_that_continues_saves_again_once_there_is_space(tiny_shards: Path, tmp_path: Path) -> None:
-    """The disk is full from step 3 of a run in its own process, until space is made."""
+def test_a_run_on_a_full_disk_goes_on_and_writes_all_of_it_once_there_is_space(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    """For a while no file of a run in its own process can grow: checkpoints, logs and TensorBoard's files."""
     directory = tmp_path / "run"
-    assert train(small(tiny_shards, directory, train={"steps": 3})) == 0
-    limit = (directory / "checkpoints/step_00000003/optimizer.safetensors").stat().st_size - 1
     recipe = small(tiny_shards, directory, train={"steps": 100}, checkpoint={"every": 5, "on_error": "continue"})
+    process = start(recipe)
+    assert process.stderr is not None
+    wait_for(lambda: (directory / "log.jsonl").is_file() and "\n" in (directory / "log.jsonl").read_text(), process)
     unlimited = resource.RLIM_INFINITY
-    process = start(recipe, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited)))
-    wait_for(lambda: len((directory / "log.jsonl").read_text().splitlines()) > 12, process)
-    assert saved_steps(directory / "checkpoints") == [3]
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1, unlimited))
+    printed = ""
+    while "could not save the checkpoint" not in printed:
+        assert process.poll() is None, printed
+        printed += process.stderr.readline()
+    held = (directory / "log.jsonl").read_text()
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (unlimited, unlimited))
     code, output = finish(process)
-    assert code == 0, output
-    assert "step_00000005: File too large" in output
-    assert "Training goes on (checkpoint.on_error: continue)" in output
+    printed += output
+    assert code == 0, printed
+    assert "File too large" in printed
+    assert "Training goes on (checkpoint.on_error: continue)" in printed
+    for name in ("log.jsonl", "events.jsonl"):
+        assert printed.count(f"{directory / name}: cannot be written (File too large); what comes is kept") == 1
+    assert len(held.splitlines()) < 100
+    assert [line["step"] for line in log(directory)] == list(range(1, 101))
     assert saved_steps(directory / "checkpoints") == [90, 95, 100]
     events = EventAccumulator(str(directory / "tensorboard"))
     events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(2, 101, 2))
     texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("events/text_summary")]
     assert any("could not save the checkpoint" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("on_error", "message"),
+    [
+        ("stop", r"tensorboard/events.out.tfevents\S+: cannot be written \(File too large\). Free some space"),
+        ("continue", r"could not save the checkpoint \S+step_00000008: File too large"),
+    ],
+)
+def test_a_disk_that_is_full_from_the_beginning(tiny_shards: Path, tmp_path: Path, on_error: str, message: str) -> None:
+    recipe = small(tiny_shards, tmp_path / "run", checkpoint={"every": 100, "on_error": on_error})
+    with file_size_limit(len(dump_recipe(recipe)) + 400), pytest.raises(UserError, match=message):
+        train(recipe)
 
 
 def test_a_run_whose_folder_vanishes_makes_it_again(tiny_shards: Path, tmp_path: Path) -> None:
