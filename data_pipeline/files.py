@@ -1,15 +1,16 @@
-"""Files that are written whole or not at all, their digests, and the error for what a user can correct."""
+"""Files that are written whole or not at all, their digests, and the errors that a user can correct."""
 
 import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -21,6 +22,59 @@ class UserError(Exception):
     Commands print the message alone and exit with code 2. Any other exception is a bug and keeps its traceback. This is
     no ValueError, so code that turns a library's ValueError into a UserError lets a UserError through.
     """
+
+
+def run_command(command: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Run a command of `fm` or `data-pipeline`; return its exit code, after one message if it failed.
+
+    2 for what the user can correct: UserError, and an error that the operating system gave, such as a full disk or a
+    folder that cannot be read. 1 if the reader of our output has left, as `head` does. 130 for Ctrl-C.
+    """
+    code, message = 0, ""
+    try:
+        try:
+            code = command() or 0
+        except SystemExit:  # argparse has printed its help
+            _flush(sys.stdout)
+            raise
+        _flush(sys.stdout)
+    except UserError as error:
+        code, message = 2, f"error: {error}"
+    except BrokenPipeError:
+        code = 1
+    except OSError as error:
+        code, message = 2, f"error: {_explain(error)}"
+    except KeyboardInterrupt:
+        code, message = 130, interrupted
+    finally:
+        with suppress(OSError):
+            if message and sys.stderr is not None:
+                print(message, file=sys.stderr, flush=True)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                _flush(stream)
+            except OSError:  # Python flushes both once more at exit, which would end in another message and code
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
+
+
+def _flush(stream: TextIO | None) -> None:
+    if stream is not None:  # None if the shell closed it, as `>&-` does
+        stream.flush()
+
+
+def _explain(error: OSError) -> str:
+    """Return the message for an error of the operating system. One of a library, without a number, is a bug."""
+    if is_disk_full(error):
+        return str(disk_full_error(error.filename or "the output", error))
+    if error.errno is None:
+        raise error
+    if error.filename is None:
+        return f"{error.strerror or error}; look for the cause in the system, then run the same command again"
+    advice = "choose another folder" if isinstance(error, FileExistsError | NotADirectoryError) else "check the path"
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        advice = "change its permissions, or choose another folder"
+    return f"{os.fsdecode(error.filename)}: {error.strerror}; {advice}"
 
 
 TEMPORARY_SUFFIX = ".tmp"  # of files and folders that are being written, and of those that a killed process left
@@ -54,7 +108,8 @@ def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
 
     Everything is on the disk before it is renamed. After a kill or a power cut, `path` is therefore either as before or
     whole. A file or folder that was there is replaced. If the block or the renaming fails, `path` stays as it was and
-    the temporary path is removed. UserError when the disk is full.
+    the temporary path is removed. UserError when the disk is full. What killed processes left beside `path` is restored
+    or removed first.
 
     Not `durable`: the system writes to the disk when it likes. The result survives a kill, but may be empty or torn
     after a power cut. This is for files that are checked when they are read, and can be made again.
@@ -62,7 +117,7 @@ def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")  # two processes do not share one
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(temporary)
+        restore(path)
         yield temporary
         if durable:
             _sync_all(temporary)
@@ -116,6 +171,31 @@ def _replace(path: Path, temporary: Path) -> None:
         before.rename(path)
         raise
     remove(before)
+
+
+def restore(path: Path) -> None:
+    """Undo what a killed process has left of replacing `path`: put the folder back that it had moved away.
+
+    Files and folders that it had not finished are removed.
+    """
+    with suppress(OSError):
+        for left in list(path.parent.iterdir()):
+            name = re.fullmatch(rf"{re.escape(path.name)}\.(\d+)(\.before)?{re.escape(TEMPORARY_SUFFIX)}", left.name)
+            if name is not None and name[2] and not path.exists():
+                left.rename(path)
+            elif name is not None and (name[2] or not _runs_elsewhere(int(name[1]))):
+                remove(left)
+
+
+def _runs_elsewhere(pid: int) -> bool:
+    """Return whether another process has this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # of another user
+        return True
+    return pid != os.getpid()
 
 
 def _sync_all(path: Path) -> None:

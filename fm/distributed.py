@@ -23,7 +23,7 @@ T = TypeVar("T")
 # process dies the launcher ends the others at once, whatever stands here.
 TIMEOUT = timedelta(hours=2)
 ZERO_BUCKET = 50_000_000  # numbers that ZeRO exchanges at once; DeepSpeed alone takes ten times as many, 2 GB
-EXIT_DONE, EXIT_USER_ERROR, EXIT_LOST, EXIT_INTERRUPTED = 0, 2, 3, 130
+EXIT_DONE, EXIT_LOST, EXIT_INTERRUPTED = 0, 3, 130
 
 
 class ProcessLost(Exception):

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.files import UserError
+from data_pipeline.files import run_command
 from fm.config import load_recipe
-from fm.distributed import EXIT_LOST, EXIT_USER_ERROR, ProcessLost
+from fm.distributed import EXIT_LOST, ProcessLost
 from fm.training.trainer import train
 
 
@@ -25,14 +25,15 @@ def run(path: str) -> None:
 
 def main(path: str, overrides: Sequence[str]) -> int:
     """Train a recipe and return the exit code; print mistakes of the user without a traceback."""
+    return run_command(lambda: _train(path, overrides), "\ninterrupted: what was saved is kept")
+
+
+def _train(path: str, overrides: Sequence[str]) -> int:
     if {"-h", "--help"} & set(overrides):
         print(f"usage: accelerate launch {path} [section.key=value ...]\n\n{Path(path).read_text()}")
         return 0
     try:
         return train(load_recipe(Path(path), overrides))
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
     except ProcessLost as lost:
         print(
             f"\nerror: {lost}.\nIts own last words are among the lines around this. What was saved is kept: the same "

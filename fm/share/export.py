@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from data_pipeline.files import UserError, atomic_path, sha256
+from data_pipeline.files import UserError, atomic_path, restore, sha256
 from data_pipeline.registry import Card, Channel, Registry, load_folders
 from fm.checkpoint import use_checkpoint
 from fm.config import dump_recipe
@@ -122,6 +122,7 @@ def write_export(
 
 def _check_replaceable(folder: Path) -> None:
     """Raise UserError if `folder` holds something that is no exported model, and must not be replaced."""
+    restore(folder)
     if folder.exists() and not is_exported(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(
             f"{folder}: expected a folder that is not there yet, or an earlier export, found something else"

@@ -20,6 +20,7 @@ from data_pipeline.windows.cache import BlobCache
 
 SIZE = 1000
 CONTENTS = [np.random.default_rng(seed).bytes(SIZE) for seed in range(12)]
+CONTENT_OF_THE_SAME_SIZE = bytes(SIZE)
 NAMES = [hashlib.sha256(content).hexdigest() for content in CONTENTS]
 
 
@@ -96,7 +97,7 @@ def test_an_evicted_blob_stays_readable_for_who_has_it_open(tmp_path: Path) -> N
 
 def test_wrong_content_is_refused_by_the_name_of_its_origin(tmp_path: Path) -> None:
     cache = BlobCache(tmp_path, 5 * SIZE)
-    with pytest.raises(UserError, match=r"^http://x/shard.tar: damaged: its SHA-256 is"):
+    with pytest.raises(UserError, match=r"^http://x/shard.tar: it came 3 times with another SHA-256"):
         cache.fetch(NAMES[0], SIZE, lambda path: path.write_bytes(CONTENTS[1]), "http://x/shard.tar")
     assert held(tmp_path) == 0
     assert fetch(cache, 0) == CONTENTS[0]
@@ -108,6 +109,16 @@ def test_what_does_not_fit_names_the_setting(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be read from the cache .Not a directory.; set data.cache"):
         fetch(BlobCache(tmp_path / "file", SIZE), 0)
+
+
+def test_a_blob_is_compared_once_in_each_process_and_a_damaged_one_filled_again(tmp_path: Path) -> None:
+    fetch(BlobCache(tmp_path, 5 * SIZE), 0)
+    blob = tmp_path / "blobs" / NAMES[0]
+    blob.write_bytes(CONTENT_OF_THE_SAME_SIZE)
+    again = BlobCache(tmp_path, 5 * SIZE)  # as in a process that starts
+    assert fetch(again, 0) == CONTENTS[0]
+    blob.write_bytes(CONTENT_OF_THE_SAME_SIZE)
+    assert fetch(again, 0) == CONTENT_OF_THE_SAME_SIZE  # compared already: each window would take as long as the shard
 
 
 @pytest.mark.parametrize("spoil", ["short", "link"])
