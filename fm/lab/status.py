@@ -1,6 +1,5 @@
 """`fm status RUN`: the state of a run, from its directory, while it trains or afterwards. Reads only."""
 
-import json
 import os
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ import yaml
 
 from data_pipeline.files import UserError
 from fm.checkpoint import look_at_newest, read_state
-from fm.training.runlog import is_alive, parse_lines
+from fm.training.runlog import is_alive, parse_lines, read_process
 
 NUM_RATE_LINES = 20  # pace lines of the present process that the rate is measured over
 QUIET_SECONDS = 600  # without a new line, a run on another machine may have ended, or be in a validation
@@ -191,16 +190,10 @@ def _read_log(file: Path, problems: list[str], tail_bytes: int | None = None) ->
 
 def _read_process(file: Path, problems: list[str]) -> dict[str, Any] | None:
     try:
-        facts = json.loads(file.read_text())
-        numbers = (facts["pid"], facts["process_start"], facts["started"], facts["world_size"])
-        if not (isinstance(facts["host"], str) and all(isinstance(number, int | float) for number in numbers)):
-            raise TypeError
-    except FileNotFoundError:
+        return read_process(file) if file.exists() else None
+    except UserError as error:
+        problems.append(f"run.json: cannot be read ({error}); whether its process lives is not known")
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problems.append(f"run.json: cannot be read ({type(error).__name__}); whether its process lives is not known")
-        return None
-    return facts
 
 
 def _state(run: Path, process: Mapping[str, Any] | None, present: list[dict[str, Any]]) -> tuple[str, str]:

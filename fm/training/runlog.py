@@ -16,18 +16,48 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
 import torch
 
 from data_pipeline.files import atomic_file
+from data_pipeline.schema import Strict, at_least, checked, read_json, sealed, unsealed, validate
 
 KINDS_OF_A_PROCESS = ("start", "end")  # kept, whatever step a later process continues from
 # written after the checkpoint of their step, and written again by a run that continues from that checkpoint
 KINDS_AFTER_A_SAVE = ("validation", "gate", "cosine", "shares", "warning")
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e11
+
+
+@dataclass(frozen=True)
+class Process(Strict):
+    """The keys of run.json; early versions wrote neither spread, versions nor a digest."""
+
+    host: str
+    pid: Annotated[int, at_least(1)]
+    process_start: Annotated[float, checked(_is_time, "seconds since 1970")]  # a later process may get the same pid
+    started: Annotated[float, checked(_is_time, "seconds since 1970")]
+    world_size: Annotated[int, at_least(1)]
+    command: tuple[str, ...]
+    slurm_job: str | None = None
+    spread: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def read_process(file: Path) -> dict[str, Any]:
+    """Return what run.json holds. UserError if it is altered or of another form."""
+    facts = read_json(file)
+    if "digest" in facts:
+        facts = unsealed(facts, str(file))
+    validate(Process, facts, str(file))
+    return facts
 
 
 def write_process(file: Path, spread: str) -> None:
@@ -36,7 +66,7 @@ def write_process(file: Path, spread: str) -> None:
     facts = {
         "host": socket.gethostname(),
         "pid": own.pid,
-        "process_start": own.create_time(),  # a later process may get the same pid
+        "process_start": own.create_time(),
         "started": time.time(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "spread": spread,
@@ -45,7 +75,7 @@ def write_process(file: Path, spread: str) -> None:
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
     with atomic_file(file, durable=False) as stream:
-        stream.write(json.dumps(facts, indent=1).encode())
+        stream.write(json.dumps(sealed(facts), indent=1).encode())
 
 
 def is_alive(process: Mapping[str, Any]) -> bool | None:

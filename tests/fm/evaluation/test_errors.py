@@ -69,7 +69,7 @@ def test_bad_error_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"expected the errors\.npz of an evaluation"):
             ErrorFile.load(path)
     np.savez(path, **{**arrays, "shear_flow/trajectories": np.zeros(0, np.int64)})
-    with pytest.raises(UserError, match=r"shear_flow: \(0,\) trajectory ids for 1 rollouts"):
+    with pytest.raises(UserError, match=r"shear_flow/one_step: \(0,\) trajectory ids for 1 trajectories"):
         ErrorFile.load(path)
     np.savez(path, head=np.array(json.dumps({"format": 99})))
     with pytest.raises(UserError, match=r"expected the errors\.npz .* got ValueError\(.format 99, not 2 or 3"):
