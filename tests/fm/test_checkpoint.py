@@ -22,7 +22,7 @@ import torch
 from handmade import make_spec
 from safetensors.torch import save as serialize_tensors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from whole_runs import finish, fork, log, small, start, wait_for
+from whole_runs import file_size_limit, finish, fork, log, small, start, wait_for
 
 from data_pipeline.files import UserError
 from fm.checkpoint import (
@@ -86,19 +86,54 @@ def saved_steps(root: Path) -> list[int]:
     return sorted(list_checkpoints(root))
 
 
+def lossy_write_bytes(path: Path, content: bytes) -> int:
+    """Write as a disk that takes a megabyte and gives back another bit, and says nothing of it."""
+    with path.open("wb") as file:
+        return file.write(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_a_disk_that_gives_back_other_bytes_is_noticed_when_it_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, make_snapshot(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", lossy_write_bytes)
+        with pytest.raises(UserError, match=r"could not save the checkpoint .*its bytes differ from the SHA-256"):
+            write_checkpoint(tmp_path, make_snapshot(2))
+    assert saved_steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors", "ema.safetensors", "optimizer.safetensors"])
+def test_a_checkpoint_with_one_other_byte_is_passed_over_for_the_one_before(tmp_path: Path, name: str) -> None:
+    reports: list[str] = []
+    for step in (1, 2):
+        write_checkpoint(tmp_path, make_snapshot(step))
+    file = tmp_path / "step_00000002" / name
+    lossy_write_bytes(file, file.read_bytes())
+    assert newest_checkpoint(tmp_path, reports.append) == tmp_path / "step_00000001"
+    assert [f"{name}: its bytes differ from the SHA-256" in report for report in reports] == [True]
+
+
+def test_a_state_of_another_step_or_without_its_digest_is_passed_over(tmp_path: Path) -> None:
+    for step in (1, 2):
+        write_checkpoint(tmp_path, make_snapshot(step))
+    file, reports = tmp_path / "step_00000002" / "state.json", list[str]()
+    state = json.loads(file.read_text())
+    whole = {key: value for key, value in state.items() if key != "digest"}
+    other, early = {**state, "step": 1}, {**whole, "format_version": 2}
+    for content in (other, whole, {**early, "step": 1}, {**early, "digest": state["digest"]}):
+        file.write_text(json.dumps(content))
+        assert newest_checkpoint(tmp_path, reports.append) == tmp_path / "step_00000001"
+    assert len(reports) == 4
+    for key in ("symmetries", "gate"):  # that the first checkpoints of format 2 lack
+        del early[key]
+    file.write_text(json.dumps(early))
+    assert newest_checkpoint(tmp_path, refuse) == tmp_path / "step_00000002"
+    assert load_checkpoint(tmp_path / "step_00000002", *make_state()[:2])[0]["gate"]["before"] is None
+
+
 def refuse(report: str) -> None:
     raise AssertionError(report)
-
-
-@contextmanager
-def file_size_limit(limit: int) -> Iterator[None]:
-    """As on a full disk, a file cannot grow beyond `limit` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextmanager

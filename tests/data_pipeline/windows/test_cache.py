@@ -157,6 +157,22 @@ def test_the_part_of_a_dead_process_is_taken_up_or_makes_room(tmp_path: Path) ->
     assert fetch(cache, 2) == CONTENTS[2]
 
 
+def test_what_dead_processes_left_goes_before_any_blob(tmp_path: Path) -> None:
+    """A small blob half written, and downloads that nobody continues, by the size that they would have had."""
+    cache, parts = BlobCache(tmp_path, 4 * SIZE), tmp_path / "parts"
+    fetch(cache, 0)
+    (parts / f"{NAMES[5]}-0-{SIZE}.tmp").write_bytes(CONTENTS[5][:10])
+    for number in (6, 7):
+        (parts / f"{NAMES[number]}.{SIZE}.part").write_bytes(CONTENTS[number][:10])
+    (tmp_path / "used").write_text("")  # count again
+    fetch(cache, 1)  # 0, two parts and this one: there is room
+    assert sorted(path.suffix for path in parts.iterdir()) == [".part", ".part"]
+    fetch(cache, 2)
+    fetch(cache, 3)
+    assert present(cache) == {0, 1, 2, 3}
+    assert not list(parts.iterdir())
+
+
 def test_a_part_that_is_being_written_is_not_evicted(tmp_path: Path) -> None:
     cache, started, done = BlobCache(tmp_path, 2 * SIZE), threading.Event(), threading.Event()
 

@@ -34,7 +34,9 @@ def test_the_error_file_comes_back_as_it_was(tmp_path: Path) -> None:
             np.testing.assert_array_equal(
                 getattr(getattr(theirs, task), part.name), getattr(getattr(ours, task), part.name)
             )
-    assert score(loaded) == score(file)
+    one_step = score(loaded).datasets["shear_flow"].one_step
+    assert one_step is not None
+    assert one_step.mean == pytest.approx(np.random.default_rng(0).random((2, 3, 5, 2))[1].mean())  # VRMSE, by chance
     assert list(loaded.protocol.windows) == ["first_third", "middle_third", "last_third"]
     file.save(tmp_path / "again.npz")
     assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "errors.npz").read_bytes()

@@ -46,8 +46,10 @@ def test_without_shards_sizes_are_the_published_ones(plan: Plan) -> None:
 
 
 def test_the_mixture_is_the_sum_of_shares(plan: Plan) -> None:
+    """Shares go as the root of windows x tokens: sqrt(321600 x 16384) = 72589 and sqrt(20384 x 65536) = 36550."""
     parts = plan.datasets.values()
-    assert sum(one.share for one in parts) == pytest.approx(1)
+    assert [one.share for one in parts] == pytest.approx([0.665106, 0.334894], abs=1e-6)
+    assert plan.mean("tokens") == pytest.approx(0.665106 * 65536 + 0.334894 * 262144, rel=1e-5)  # of 4 windows
     assert sum(one.draws for one in parts) == 10_000
     for what in ("tokens", "flops", "read_bytes", "seconds"):
         assert plan.mean(what) == pytest.approx(sum(one.share * getattr(one, what) for one in parts))
