@@ -31,6 +31,7 @@ from fm.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_pretrained,
+    look_at_newest,
     newest_checkpoint,
     prune_checkpoints,
     take_snapshot,
@@ -294,6 +295,19 @@ def test_a_snapshot_that_cannot_be_written_as_json_is_our_fault(tmp_path: Path) 
     writer.start(snapshot_of(1, *make_state(), {**FACTS, "shards": object()}))
     with pytest.raises(ValueError, match="Unable to serialize unknown type"):
         writer.wait()
+
+
+def test_the_folder_is_read_again_if_the_checkpoint_found_disappears(tmp_path: Path) -> None:
+    found = [write_checkpoint(tmp_path, make_snapshot(1))]
+
+    def look(path: Path) -> Path:
+        if len(found) == 1:
+            found.append(write_checkpoint(tmp_path, make_snapshot(2)))
+            prune_checkpoints(tmp_path, found[1], keep=1, keep_every=None)
+        verify_checkpoint(path)
+        return path
+
+    assert look_at_newest(tmp_path, refuse, look) == found[1]
 
 
 def test_a_run_is_read_while_it_deletes_its_checkpoints(tmp_path: Path, capsys: Any) -> None:
