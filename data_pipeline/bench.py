@@ -32,7 +32,8 @@ from data_pipeline.bench_methods import (
     stored_data,
     synthetic_data,
 )
-from data_pipeline.files import UserError, write_whole
+from data_pipeline.errors import UserError
+from data_pipeline.files import write_whole
 from data_pipeline.registry import Registry
 from data_pipeline.windows.division import Division
 from data_pipeline.windows.loader import scheduled_batches

@@ -22,7 +22,7 @@ import webdataset
 from aiohttp import web
 from the_well.data import WellDataset
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import Card, Registry, load_registry
 from data_pipeline.remote import is_url
 from data_pipeline.shards.build import build_shards

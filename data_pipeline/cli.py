@@ -5,7 +5,6 @@ answers at once. Exit codes: 0 done, 2 the user's mistake or damaged data (a mes
 """
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import UserError, disk_full_error, is_disk_full, printable_stdout, write_whole
+from data_pipeline.errors import UserError, run_command
+from data_pipeline.files import write_whole
 
 
 def names(text: str) -> list[str]:
@@ -334,30 +334,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.set_defaults(function=function)
         for argument, settings in own:
             command.add_argument(argument, **settings)
-    options = parser.parse_args(arguments)
-    try:
-        with printable_stdout():
-            code: int = options.function(options)
-            sys.stdout.flush()
-            return code
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
-        return 1
-    except OSError as error:
-        print(f"error: {_explain(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: what was finished is kept; run the same command again to go on", file=sys.stderr)
-        return 130
 
+    def run() -> int:
+        options = parser.parse_args(arguments)
+        code: int = options.function(options)
+        return code
 
-def _explain(error: OSError) -> str:
-    """Return the message for what the user can correct. Any other error is a bug and is raised again."""
-    if is_disk_full(error):
-        return str(disk_full_error(error.filename or "the output", error))
-    if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | FileExistsError):
-        return f"{error.filename}: {error.strerror}; choose another folder"
-    raise error
+    return run_command(run, "\ninterrupted: what was finished is kept; run the same command again to go on")

@@ -1,72 +1,25 @@
-"""Files: written whole or not at all, read from inside their folder; and the error for what a user can correct."""
+"""Files: written whole or not at all, read from inside their folder, and their digests."""
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
-import reprlib
-import resource
+import re
 import shutil
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+
+from data_pipeline.errors import UserError, brief, disk_full_error, is_disk_full, shortened
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
-class UserError(Exception):
-    """Wrong input, missing data or a damaged file. The message gives what was expected, what came, where, what to do.
-
-    Commands print the message alone and exit with code 2. Any other exception is a bug and keeps its traceback. This is
-    no ValueError, so code that turns a library's ValueError into a UserError lets a UserError through.
-
-    A message may quote a file of a stranger, so it holds no control characters and at most MAX_MESSAGE characters.
-    """
-
-    def __init__(self, message: object) -> None:
-        super().__init__(shortened(printable(str(message)), MAX_MESSAGE))
-
-
-MAX_MESSAGE = 6000  # characters: a screen or two
 MAX_PLAIN_BYTES = 2**28  # of a file that is read as a whole; a manifest of a million windows has 9 MB
-
-
-def printable(text: str) -> str:
-    """Return a text whose control characters, which terminals obey, are written as escapes."""
-    if text.replace("\n", "").isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
-    )
-
-
-class _PrintableOutput:
-    """A stream of text that writes control characters as escapes."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        self._stream.write(printable(text))
-        return len(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def printable_stdout() -> AbstractContextManager[object]:
-    """Return a block in which nothing that is printed can control the terminal: names come from files of strangers."""
-    return redirect_stdout(_PrintableOutput(sys.stdout))
-
-
-def shortened(text: str, limit: int) -> str:
-    """Return a text, or its beginning and its length where it has more than `limit` characters."""
-    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
 
 
 def inside(root: Path, name: str | PurePath) -> Path:
@@ -103,11 +56,6 @@ def read_plain_file(path: Path, max_bytes: int = MAX_PLAIN_BYTES) -> bytes:
         if not stat.S_ISREG(found.st_mode) or found.st_size > max_bytes:
             raise ValueError(f"expected a plain file of at most {max_bytes} bytes")
         return file.read(found.st_size)
-
-
-def brief(value: object) -> str:
-    """Return a value for a message; a damaged file may hold a very long one."""
-    return shortened(reprlib.repr(value), 80)
 
 
 def file_name(text: str) -> str:
@@ -156,42 +104,6 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 TEMPORARY_SUFFIX = ".tmp"  # of files and folders that are being written, and of those that a killed process left
-ENOUGH_OPEN_FILES = 65_536  # a hard limit may be a billion; programs that walk through all descriptors would crawl
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-def is_disk_full(error: OSError) -> bool:
-    """Return whether an error means: no space, no quota, or a file size limit.
-
-    h5py gives the error's number in its message only.
-    """
-    return error.errno in _DISK_FULL or any(f"errno = {code}," in str(error) for code in _DISK_FULL)
-
-
-def disk_full_error(path: object, error: OSError) -> UserError:
-    """Return the error for a disk that filled up while `path` was written."""
-    return UserError(
-        f"{path}: cannot be written, the disk or the quota is full ({error.strerror or error}); "
-        "nothing half written was kept; free some space and run the same command again, it goes on from there"
-    )
-
-
-def open_files_limit() -> int:
-    """Raise this process's limit of open files as far as the system lets it, and return the limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = ENOUGH_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, ENOUGH_OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(ValueError, OSError):  # macOS states a hard limit that it does not allow
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
-    return wanted if soft == resource.RLIM_INFINITY else soft
-
-
-def reason_and_remedy(error: OSError, remedy: str) -> str:
-    """Return why a file could not be opened and what to do: `remedy`, unless too many other files are open."""
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        remedy = f"let a process open more than {open_files_limit()} files (ulimit -n)"
-    return f"{error.strerror or error}; {remedy}"
 
 
 def free_bytes(folder: Path) -> int:
@@ -205,7 +117,8 @@ def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
 
     Everything is on the disk before it is renamed. After a kill or a power cut, `path` is therefore either as before or
     whole. A file or folder that was there is replaced. If the block or the renaming fails, `path` stays as it was and
-    the temporary path is removed. UserError when the disk is full.
+    the temporary path is removed. UserError when the disk is full. What killed processes left beside `path` is restored
+    or removed first.
 
     Not `durable`: the system writes to the disk when it likes. The result survives a kill, but may be empty or torn
     after a power cut. This is for files that are checked when they are read, and can be made again.
@@ -213,7 +126,7 @@ def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")  # two processes do not share one
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(temporary)
+        restore(path)
         yield temporary
         if durable:
             _sync_all(temporary)
@@ -267,6 +180,31 @@ def _replace(path: Path, temporary: Path) -> None:
         before.rename(path)
         raise
     remove(before)
+
+
+def restore(path: Path) -> None:
+    """Undo what a killed process has left of replacing `path`: put the folder back that it had moved away.
+
+    Files and folders that it had not finished are removed.
+    """
+    with suppress(OSError):
+        for left in list(path.parent.iterdir()):
+            name = re.fullmatch(rf"{re.escape(path.name)}\.(\d+)(\.before)?{re.escape(TEMPORARY_SUFFIX)}", left.name)
+            if name is not None and name[2] and not path.exists():
+                left.rename(path)
+            elif name is not None and (name[2] or not _runs_elsewhere(int(name[1]))):
+                remove(left)
+
+
+def _runs_elsewhere(pid: int) -> bool:
+    """Return whether another process has this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # of another user
+        return True
+    return pid != os.getpid()
 
 
 def _sync_all(path: Path) -> None:

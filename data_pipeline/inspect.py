@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_pipeline.files import UserError, free_bytes
+from data_pipeline.errors import UserError
+from data_pipeline.files import free_bytes
 from data_pipeline.registry import Card, Registry
 from data_pipeline.remote import RemoteFolder, is_url
 from data_pipeline.shards.build import finished_manifest

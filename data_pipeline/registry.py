@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import to_jsonable_python
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.schema import (
     Count,
     Key,

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import unquote
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.transport import Missing, RangeIgnored, Transient, Transport, redact, transport
 
 PROTOCOLS = ("http", "https", "s3", "gs", "hf")
 
 T = TypeVar("T")
+Check = Callable[[bytes], str | None]  # returns what is wrong with a content that arrived, None if nothing is
 
 
 class RangesUnsupported(UserError):
@@ -157,8 +158,8 @@ class RemoteFile(_Location):
             return False
         return True
 
-    def read(self, limit: int) -> bytes:
-        """Return the whole file. UserError if it is longer than `limit` bytes."""
+    def read(self, limit: int, check: Check = lambda content: None) -> bytes:
+        """Return the whole file, fetched again if `check` refuses it. UserError if it has more than `limit` bytes."""
         total, content = self.size(), bytearray()
         too_long = UserError(f"{self}: expected at most {limit} bytes, got more; is this the right file?")
         if total is not None and total > limit:
@@ -170,12 +171,14 @@ class RemoteFile(_Location):
                 content.extend(chunk)
                 if len(content) > limit:
                     raise too_long
+            if (wrong := check(bytes(content))) is not None:
+                raise Transient(wrong)
 
         self._retry(request)
         return bytes(content)
 
-    def read_range(self, start: int, stop: int) -> bytes:
-        """Return exactly the bytes [start, stop).
+    def read_range(self, start: int, stop: int, check: Check = lambda content: None) -> bytes:
+        """Return exactly the bytes [start, stop), fetched again if `check` refuses them.
 
         Raises RangesUnsupported if the server sends the whole file instead, which is not read; UserError if the file
         ends before `stop` or the server does not answer.
@@ -188,7 +191,7 @@ class RemoteFile(_Location):
         def request() -> bytes:
             nonlocal ignored
             try:
-                return self._transport.read_range(self.url, start, stop)
+                content = self._transport.read_range(self.url, start, stop)
             except RangeIgnored as error:  # some content networks do so once, while they fill their cache
                 ignored += 1
                 if ignored < min(2, self.retries.attempts):
@@ -198,6 +201,9 @@ class RemoteFile(_Location):
                     "For shards set `sampling.shuffle: blocks`, which fetches them whole; download HDF5 files "
                     "first; or use another server"
                 ) from error
+            if (wrong := check(content)) is not None:
+                raise Transient(wrong)
+            return content
 
         return self._retry(request)
 

@@ -21,7 +21,8 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, core_schema, to_jsonable_python
 
-from data_pipeline.files import UserError, brief, sha256
+from data_pipeline.errors import UserError, brief
+from data_pipeline.files import sha256
 
 MAX_YAML_BYTES = 64 * 1024
 MAX_TEXT = 2000  # characters of one value in YAML
@@ -44,6 +45,23 @@ def canonical(content: object) -> bytes:
 def digest(content: object) -> str:
     """Return the SHA-256 of the canonical JSON, 64 hex digits."""
     return sha256(canonical(content))
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content with its digest under the key `digest`, so that `unsealed` finds any value that changed."""
+    return {**content, "digest": digest(content)}
+
+
+def unsealed(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return sealed content without its digest. UserError if the digest is missing or of other content."""
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    try:
+        found = digest(rest)
+    except (ValueError, RecursionError) as error:  # a number such as 1e999, or deep nesting
+        raise UserError(f"{where}: damaged or altered: {error}") from error
+    if found != content.get("digest"):
+        raise UserError(f"{where}: damaged or altered: its content differs from the digest in it")
+    return rest
 
 
 def read_yaml(file: Traversable, max_bytes: int = MAX_YAML_BYTES) -> Any:

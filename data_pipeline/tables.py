@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from data_pipeline.files import UserError, printable
+from data_pipeline.errors import UserError, printable
 
 DASH = "-"
 LATEX_ESCAPES = {char: "\\" + char for char in "&%$#_{}"}

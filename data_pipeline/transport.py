@@ -17,7 +17,7 @@ import aiohttp
 import fsspec
 from fsspec.asyn import iothread, reset_lock, sync
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 
 EXTRAS = {"s3": "s3", "gs": "gcs"}  # scheme -> our extra that installs its package; the others need none
 _CHUNK_BYTES = 256 * 1024  # written at a time, at most

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 
 GRACE_SECONDS = 2.0  # for what is running when its threads are no longer wanted
 

@@ -2,7 +2,8 @@
 
     <run>/checkpoints/step_00001000/
         model.json  model.safetensors  ema.safetensors  optimizer.safetensors
-        state.json  step, format version, recipe, registry, shard digests, size and SHA-256 of the other files
+        state.json  step, format version, recipe, registry, shard digests, size and SHA-256 of the other files,
+                    and the digest of all this
 
 Nothing is pickled, and no RNG state is stored: everything random is a function of (seed, step). The files do not depend
 on the launcher and the number of processes: tensors are whole and stored by name, moments as "<parameter>/<moment>".
@@ -12,20 +13,22 @@ import copy
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as serialize_tensors
 
-from data_pipeline.files import TEMPORARY_SUFFIX, UserError, atomic_path, inside, remove, sha256
+from data_pipeline.errors import UserError
+from data_pipeline.files import TEMPORARY_SUFFIX, atomic_path, inside, read_json, remove, sha256
+from data_pipeline.schema import Strict, at_least, sealed, unsealed, validate
 from data_pipeline.workers import Threads
 from fm.config import changed_settings
 from fm.model import files
@@ -34,10 +37,61 @@ from fm.model.files import EMA_FILE, MODEL_FILE, WEIGHTS_FILE
 from fm.model.surrogate import Surrogate
 from fm.model.wavelit import WaveLiTFM
 
-FORMAT_VERSION = 2
+T = TypeVar("T")
+
+FORMAT_VERSION = 3  # 3: the digest of state.json
+READABLE = (2, 3)
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 _STEP = re.compile(r"step_(\d{8,})")
+EARLIER = {  # keys that some checkpoints of format 2 lack
+    "symmetries": {},
+    "gate": {**dict.fromkeys(("before", "best", "limit", "scored")), "failed": False},
+}
+
+
+@dataclass(frozen=True)
+class _Registry(Strict):
+    channels: tuple[str, ...]
+    cards: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Guard(Strict):
+    refused: tuple[int, ...]
+    history: dict[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class _Best(Strict):
+    worsening: float
+    diverged: int
+    score: float
+
+
+@dataclass(frozen=True)
+class _Gate(Strict):
+    before: dict[str, float | None] | None
+    best: _Best | None
+    failed: bool
+    limit: float | None
+    scored: Any
+
+
+@dataclass(frozen=True)
+class _State(Strict):
+    """The keys of state.json. A recipe is checked when it is resolved, `files` by `read_listing`."""
+
+    format_version: int
+    step: Annotated[int, at_least(0)]
+    recipe: dict[str, dict[str, Any] | None]
+    registry: _Registry
+    shards: dict[str, str]
+    symmetries: dict[str, tuple[str, ...]]
+    sampling: Any  # checked by fm/training/mixing.py
+    guard: _Guard
+    gate: _Gate
+    files: Any
 
 
 @contextmanager
@@ -61,19 +115,28 @@ def list_checkpoints(root: Path) -> dict[int, Path]:
 
 
 def newest_checkpoint(root: Path, report: Callable[[str], None]) -> Path | None:
-    """Return the newest whole checkpoint under `root`, or None if there is none at all.
+    """Return the newest whole checkpoint under `root`, or None if there is none at all. As `look_at_newest`."""
+    found = look_at_newest(root, report, lambda path: (path, verify_checkpoint(path)))
+    return found[0] if found else None
 
-    It is found by scanning and verified against state.json. A damaged one is reported and the one before it is tried.
-    UserError if all are damaged.
+
+def look_at_newest(root: Path, report: Callable[[str], None], look: Callable[[Path], T]) -> T | None:
+    """Return `look(path)` of the newest checkpoint under `root` that it accepts, or None if there is none at all.
+
+    A checkpoint for which `look` raises UserError or OSError is reported and the one before it is tried. If a run
+    deletes the checkpoint meanwhile, the folder is read again. UserError if all are damaged.
     """
-    found = list_checkpoints(root)
-    for path in found.values():
-        try:
-            verify_checkpoint(inside(root, path.name))
-        except UserError as error:
-            report(f"skipping a damaged checkpoint: {error}")
+    while True:
+        found = list_checkpoints(root)
+        for path in found.values():
+            try:
+                return look(inside(root, path.name))
+            except (UserError, OSError) as error:
+                if not path.exists():
+                    break
+                report(f"skipping a damaged checkpoint: {error}")
         else:
-            return path
+            break
     if found:
         raise UserError(
             f"none of the {len(found)} checkpoints in {root} is whole (see above). Restore one from a copy, or start "
@@ -91,28 +154,33 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's state.json. UserError if it is missing, not JSON, or of another format version."""
+    """Return a checkpoint's state.json. UserError if it is missing, altered, or of another format version or step."""
     file = path / STATE_FILE
-    try:
-        state = json.loads(files.path_inside(path, STATE_FILE).read_text())
-        version = state["format_version"]
-        listing = files.read_listing(file, state)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not a checkpoint's state.json ({type(error).__name__}: {error})") from error
-    if version != FORMAT_VERSION:
+    state = read_json(file)
+    version = state.get("format_version")
+    if version not in READABLE:
         raise UserError(
-            f"{file}: checkpoint format {version}, this version of the project reads format {FORMAT_VERSION}; "
+            f"{file}: checkpoint format {version!r:.20}, this version of the project reads format {FORMAT_VERSION}; "
             "use the version that wrote it, or see CHANGELOG.md"
         )
-    if WEIGHTS_FILE not in listing:
+    if version != 2 or "digest" in state:
+        state = unsealed(state, str(file))
+    state = {**EARLIER, **state}
+    validate(_State, state, str(file))
+    with _user_errors():
+        listing = files.read_listing(file, state)
+    if not {MODEL_FILE, WEIGHTS_FILE, EMA_FILE, OPTIMIZER_FILE} <= listing.keys():
         raise UserError(f"{file}: the list of files is incomplete")
+    if _STEP.fullmatch(path.name) and int(path.name.removeprefix("step_")) != state["step"]:
+        raise UserError(f"{file}: expected the state of {path.name}, got that of step {state['step']}")
     return state
 
 
 def load_checkpoint(path: Path, model: Surrogate, average: Surrogate) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Fill model and averaged model from a verified checkpoint that fits them; return its state and the moments."""
     state = read_state(path)
-    differences = changed_settings(files.read_description(path), model.description())
+    with _user_errors():
+        differences = changed_settings(files.read_description(path), model.description())
     if differences:
         raise UserError(
             f"the checkpoint {path} does not fit this run: {differences[0][:200]} (there -> here).\n"
@@ -139,23 +207,37 @@ def find_checkpoint(source: Path | str) -> Path:
         path = files.locate(source)
     if (path / MODEL_FILE).is_file() or files.is_exported(path):
         return path
-    newest = newest_checkpoint(path / "checkpoints", print)
+    newest = look_at_newest(path / "checkpoints", print, lambda found: (found, verify_checkpoint(found)))
     if newest is None:
         raise UserError(
             f"no checkpoint found: looked for {path / MODEL_FILE} and {path / 'checkpoints' / 'step_*'}.\n"
             "Expected a run directory (such as runs/quickstart), one of its checkpoints, or an exported model."
         )
-    finetune = read_state(newest)["recipe"].get("finetune") or {}
-    best = newest_checkpoint(path / "best", print) if finetune.get("gate") is not None else None
-    return best or newest
+    folder, state = newest
+    gate = (state["recipe"].get("finetune") or {}).get("gate")
+    return (newest_checkpoint(path / "best", print) if gate is not None else None) or folder
+
+
+def use_checkpoint(source: Path | str, use: Callable[[Path], T]) -> T:
+    """Return `use(find_checkpoint(source))`; find again if a run deletes that checkpoint meanwhile."""
+    while True:
+        found = find_checkpoint(source)
+        try:
+            return use(found)
+        except (UserError, OSError):
+            if found.exists():
+                raise
 
 
 def load_pretrained(source: Path | str) -> Surrogate:
     """Return the averaged model that `find_checkpoint` finds, in eval mode on the CPU: a WaveLiT or a baseline."""
-    checkpoint = find_checkpoint(source)
-    with _user_errors(f"{checkpoint}: cannot be loaded as a model: "):
-        kind = Baseline if files.BASELINE in files.read_description(checkpoint) else WaveLiTFM
-        return kind.from_pretrained(checkpoint)
+
+    def load(checkpoint: Path) -> Surrogate:
+        with _user_errors(f"{checkpoint}: cannot be loaded as a model: "):
+            kind = Baseline if files.BASELINE in files.read_description(checkpoint) else WaveLiTFM
+            return kind.from_pretrained(checkpoint)
+
+    return use_checkpoint(source, load)
 
 
 def verify_model(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -240,15 +322,13 @@ def write_checkpoint(root: Path, snapshot: Snapshot) -> Path:
 def _write_files(folder: Path, snapshot: Snapshot) -> None:
     """Write every file, one in memory at a time; state.json is the last."""
     listing = {}
+    description = json.dumps(snapshot.description, indent=1).encode()
     for name in (MODEL_FILE, *snapshot.tensors):
-        if name == MODEL_FILE:
-            data = json.dumps(snapshot.description, indent=1).encode()
-        else:
-            data = serialize_tensors(snapshot.tensors[name])
+        data = description if name == MODEL_FILE else serialize_tensors(snapshot.tensors[name])
         listing[name] = {"bytes": len(data), "sha256": sha256(data)}
         (folder / name).write_bytes(data)
     state = {"format_version": FORMAT_VERSION, "step": snapshot.step, **snapshot.facts, "files": listing}
-    (folder / STATE_FILE).write_text(json.dumps(state, indent=1))
+    (folder / STATE_FILE).write_text(json.dumps(sealed(state), indent=1))
 
 
 def prune_checkpoints(root: Path, newest: Path, keep: int, keep_every: int | None) -> None:
@@ -257,7 +337,7 @@ def prune_checkpoints(root: Path, newest: Path, keep: int, keep_every: int | Non
     newest_step = next(step for step, path in steps.items() if path == newest)
     older = [step for step in steps if step < newest_step][keep - 1 :]
     try:
-        _delete([steps[step] for step in older if not (keep_every and step % keep_every == 0)])
+        delete_checkpoints(steps[step] for step in older if not (keep_every and step % keep_every == 0))
     except OSError as error:
         raise UserError(
             f"could not delete old checkpoints in {root}: {error.filename}: {error.strerror}.\n"
@@ -265,25 +345,10 @@ def prune_checkpoints(root: Path, newest: Path, keep: int, keep_every: int | Non
         ) from error
 
 
-def _delete(checkpoints: list[Path]) -> None:
+def delete_checkpoints(checkpoints: Iterable[Path]) -> None:
+    """Delete checkpoints, each at once: a kill leaves a whole one or none."""
     for path in checkpoints:
-        remove(path.rename(path.with_name(path.name + TEMPORARY_SUFFIX)))  # so that a kill leaves no half of one
-
-
-def keep_incident(root: Path, snapshot: Snapshot, report: Callable[[str], None]) -> None:
-    """Write the state before a refused step for `fm replay`; keep the newest three. A failure is only reported."""
-    try:
-        prune_checkpoints(root, write_checkpoint(root, snapshot), keep=3, keep_every=None)
-    except UserError as error:
-        report(f"what `fm replay` needs could not be kept: {error}")
-
-
-def keep_best(root: Path, snapshot: Snapshot) -> None:
-    """Write the best checkpoint of a run (fm/training/guard.py) in place of the one before."""
-    best = write_checkpoint(root, snapshot)
-    # Newer ones are of a run that went back to an earlier checkpoint since.
-    _delete([path for step, path in list_checkpoints(root).items() if step > snapshot.step])
-    prune_checkpoints(root, best, keep=1, keep_every=None)
+        remove(path.rename(path.with_name(path.name + TEMPORARY_SUFFIX)))
 
 
 class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):

@@ -13,23 +13,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import UserError, printable_stdout, write_whole
+from data_pipeline.errors import UserError, run_command
+from data_pipeline.files import write_whole
 from fm.parser import PARSER, arg, command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
-    options = PARSER.parse_args(arguments)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
-    try:
-        with printable_stdout():
-            return options.command(options) or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+
+    def run() -> int | None:
+        options = PARSER.parse_args(arguments)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+        code: int | None = options.command(options)
+        return code
+
+    return run_command(run)
 
 
 def _check_above_zero(option: str, value: float | None, quantity: str = "a number") -> None:

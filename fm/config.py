@@ -13,7 +13,8 @@ import yaml
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.files import UserError, brief, file_name
+from data_pipeline.errors import UserError, brief
+from data_pipeline.files import file_name
 from data_pipeline.schema import parse_yaml, read_text
 from data_pipeline.windows.streaming import StreamSettings
 from fm.model.baselines import BaselineConfig

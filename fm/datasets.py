@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import Card, Registry
 from data_pipeline.schema import nearest
 from data_pipeline.shards.format import Manifest

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, broadcast_object_list, str_to_bool
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ IGNORED = {
     "gradient_clipping": "train.clip",
 }
 REFUSED = ("use_megatron_lm", "use_parallelism_config", "use_sagemaker")
-EXIT_DONE, EXIT_USER_ERROR, EXIT_LOST, EXIT_INTERRUPTED = 0, 2, 3, 130
+EXIT_DONE, EXIT_LOST, EXIT_INTERRUPTED = 0, 3, 130
 
 
 class ProcessLost(Exception):

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.files import UserError, printable_stdout
+from data_pipeline.errors import run_command
 from fm.config import load_recipe
-from fm.distributed import EXIT_LOST, EXIT_USER_ERROR, ProcessLost, launch
+from fm.distributed import EXIT_LOST, ProcessLost, launch
 from fm.training.trainer import train
 
 
@@ -25,16 +25,16 @@ def run(path: str) -> None:
 
 def main(path: str, overrides: Sequence[str], processes: int = 1) -> int:
     """Train a recipe, here or in new processes, and return the exit code. Mistakes of the user have no traceback."""
+    return run_command(lambda: _train(path, overrides, processes), "\ninterrupted: what was saved is kept")
+
+
+def _train(path: str, overrides: Sequence[str], processes: int) -> int:
     if {"-h", "--help"} & set(overrides):
         print(f"usage: accelerate launch {path} [section.key=value ...]\n\n{Path(path).read_text()}")
         return 0
     try:
-        with printable_stdout():
-            recipe = load_recipe(Path(path), overrides)
-            return train(recipe) if processes == 1 else launch(processes, ["train", path, *overrides])
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        recipe = load_recipe(Path(path), overrides)
+        return train(recipe) if processes == 1 else launch(processes, ["train", path, *overrides])
     except ProcessLost as lost:
         print(
             f"\nerror: {lost}.\nIts own last words are among the lines around this. What was saved is kept: the same "

@@ -22,7 +22,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data_pipeline.files import UserError, free_bytes
+from data_pipeline.errors import UserError
+from data_pipeline.files import free_bytes
 from data_pipeline.well.layout import DEFLATE_RATIO, MAX_CHUNK_BYTES, MAX_TEXT_BYTES, check_extent
 
 MAX_SMALL_BYTES = 64 * 2**20  # of an array that is read as a whole: times, grid points, scalars

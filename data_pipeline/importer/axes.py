@@ -8,7 +8,7 @@ from itertools import permutations
 
 import numpy as np
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.importer import options as said
 from data_pipeline.importer.arrays import Array
 from data_pipeline.importer.layouts import Dims, Layout

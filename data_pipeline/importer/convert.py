@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.files import UserError, remove
+from data_pipeline.errors import UserError
+from data_pipeline.files import remove
 from data_pipeline.importer.arrays import LOCKED, Source, open_source, reading
 from data_pipeline.importer.fields import Part, read_frames
 from data_pipeline.importer.plan import Plan, stamp

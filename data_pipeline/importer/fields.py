@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.importer import options as said
 from data_pipeline.importer.arrays import Array
 from data_pipeline.importer.axes import MAX_COMPONENTS, Needs

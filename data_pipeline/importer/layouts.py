@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.importer.arrays import Array, Source, reading
 from data_pipeline.well.dataset import axis_of
 from data_pipeline.well.hdf5 import SPLITS

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.well.dataset import axis_of
 
 _EXPRESSION = re.compile(r"(?P<key>[^\[\]]+?)(\[(?P<index>[^\[\]]*)\])?(\.(?P<part>real|imag))?")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.importer import options as said
 from data_pipeline.importer.arrays import Array, open_source, reading
 from data_pipeline.importer.axes import Side, find_side

@@ -13,7 +13,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data_pipeline.files import UserError, write_whole
+from data_pipeline.errors import UserError
+from data_pipeline.files import write_whole
 
 STRIP_WIDTH = 9.4  # inches of tiles in a line
 TILE_AREA = 1.3  # square inches

@@ -19,7 +19,8 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from data_pipeline.files import TEMPORARY_SUFFIX, UserError, write_whole
+from data_pipeline.errors import UserError
+from data_pipeline.files import TEMPORARY_SUFFIX, write_whole
 from data_pipeline.miniwell.system import SPLITS, ParameterSet, Simulation, System
 from data_pipeline.well.stats import DELTA_STATISTICS, VALUE_STATISTICS, Moments, pool
 from data_pipeline.well.write import write_well_file

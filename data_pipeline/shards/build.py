@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline import __version__
-from data_pipeline.files import TEMPORARY_SUFFIX, UserError, inside, only_process, read_json, write_whole
+from data_pipeline.errors import UserError
+from data_pipeline.files import TEMPORARY_SUFFIX, inside, only_process, read_json, write_whole
 from data_pipeline.registry import Card, Channel, Registry, load_registry
 from data_pipeline.remote import is_url
 from data_pipeline.schema import canonical, validate

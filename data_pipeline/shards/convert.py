@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_pipeline.files import UserError, atomic_file, atomic_path, read_json
+from data_pipeline.errors import UserError
+from data_pipeline.files import atomic_file, atomic_path, read_json
 from data_pipeline.schema import Strict, canonical, validate
 from data_pipeline.shards.audit import Summary, TrajectoryAudit, merge
 from data_pipeline.shards.format import Shard, Trajectory

@@ -17,10 +17,11 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from data_pipeline.files import UserError, brief, parse_json, read_json, write_whole
+from data_pipeline.errors import UserError, brief
+from data_pipeline.files import parse_json, read_json, write_whole
 from data_pipeline.registry import Boundary
 from data_pipeline.remote import RemoteFile
-from data_pipeline.schema import NAME, Strict, canonical, digest, validate
+from data_pipeline.schema import NAME, Strict, canonical, digest, unsealed, validate
 from data_pipeline.well.findings import (
     KINDS,
     SEVERITIES,
@@ -189,7 +190,15 @@ class Manifest(Strict):
     def load(cls, file: Path | RemoteFile) -> "Manifest":
         """Read and check a manifest. Raises UserError if it is missing, damaged, altered or of another format."""
         where = str(file)
-        content = read_json(file) if isinstance(file, Path) else parse_json(file.read(MAX_REMOTE_BYTES), where)
+
+        def damage(raw: bytes) -> str | None:
+            try:
+                unsealed(parse_json(raw, where), where)
+                return None
+            except UserError as error:
+                return str(error)
+
+        content = read_json(file) if isinstance(file, Path) else parse_json(file.read(MAX_REMOTE_BYTES, damage), where)
         kind, version = content.pop("format", None), content.pop("version", None)
         if kind != FORMAT or version != FORMAT_VERSION:
             raise UserError(

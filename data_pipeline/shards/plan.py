@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from data_pipeline.files import UserError, sha256
+from data_pipeline.errors import UserError
+from data_pipeline.files import sha256
 from data_pipeline.hashing import nested_choice
 from data_pipeline.registry import VARIABLE, Boundary, Card, Registry
 from data_pipeline.schema import digest

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import Card, Registry
 from data_pipeline.remote import is_url
 from data_pipeline.shards.audit import Interval, Summary, TrajectoryAudit, merge, split_findings

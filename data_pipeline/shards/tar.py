@@ -25,7 +25,8 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from data_pipeline.files import UserError, reason_and_remedy, sha256
+from data_pipeline.errors import UserError, reason_and_remedy
+from data_pipeline.files import sha256
 from data_pipeline.schema import canonical
 from data_pipeline.shards.format import Manifest, Shard
 from data_pipeline.well.stats import Stats

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.files import UserError, atomic_path, free_bytes
+from data_pipeline.errors import UserError
+from data_pipeline.files import atomic_path, free_bytes
 from data_pipeline.hashing import nested_choice
 from data_pipeline.registry import BOUNDARY_TYPES, Boundary, Card, Field
 from data_pipeline.schema import NAME

@@ -17,7 +17,8 @@ from urllib.parse import unquote
 import h5py
 from tqdm import tqdm
 
-from data_pipeline.files import UserError, free_bytes, is_disk_full, only_process, sync
+from data_pipeline.errors import UserError, is_disk_full
+from data_pipeline.files import free_bytes, only_process, sync
 from data_pipeline.registry import Registry
 from data_pipeline.remote import RemoteFile, RemoteFolder, Retries, check_name
 from data_pipeline.schema import Line, Mismatch, Name, Strict, nearest, read_yaml, validate

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.well.dataset import (
     FRACTIONS,
     Trajectories,

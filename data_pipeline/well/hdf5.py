@@ -18,7 +18,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import Card, Field, Registry
 from data_pipeline.remote import RemoteFolder
 from data_pipeline.well.findings import Finding, Spacing, axis_finding, even_step, mean_spacing, times_finding

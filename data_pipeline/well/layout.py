@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data_pipeline.files import UserError, printable
+from data_pipeline.errors import UserError, printable
 from data_pipeline.registry import BOUNDARY_TYPES, Boundary
 from data_pipeline.remote import RemoteFile, RemoteFolder, is_url
 

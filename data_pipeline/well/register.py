@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.files import UserError, write_whole
+from data_pipeline.errors import UserError
+from data_pipeline.files import write_whole
 from data_pipeline.registry import (
     VARIABLE,
     Channel,

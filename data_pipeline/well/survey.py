@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import Boundary, Card, Domain, Field
 from data_pipeline.schema import NAME
 from data_pipeline.well.findings import Finding, Spacing, condense, even_step, spacing_findings

@@ -8,8 +8,10 @@ order 0, 1, 2 in the groups t0_fields, t1_fields, t2_fields. Axis 0 is x, axis 1
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
@@ -18,6 +20,9 @@ from data_pipeline.files import write_whole
 from data_pipeline.registry import Field
 from data_pipeline.well.hdf5 import Setting
 from data_pipeline.well.layout import BoundaryMask
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 def write_well_file(
@@ -55,6 +60,45 @@ def write_well_file(
     write_whole(path, image.getbuffer())
 
 
+class OutputFile(io.FileIO):
+    """A file for h5py to write to, where no operation fails: the first error is kept, and raised by `check`.
+
+    HDF5 crashes the process when it closes a file after a write that failed, such as on a full disk.
+    """
+
+    error: OSError | None = None
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
+
+    def write(self, content: Buffer) -> int:
+        """Write all bytes, unless an operation has failed."""
+        view = memoryview(content).cast("B")
+        with self._kept():
+            left = view
+            while left and self.error is None:
+                left = left[super().write(left) :]
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the size, unless that fails."""
+        with self._kept():
+            return super().truncate(size)
+        return self.tell()
+
+    def check(self) -> None:
+        """Raise the first error."""
+        if self.error is not None:
+            raise self.error
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = self.error or error
+
+
 class WellWriter:
     """An HDF5 file of n trajectories of T frames that come one by one, so memory does not grow with their number.
 
@@ -64,7 +108,8 @@ class WellWriter:
 
     def __init__(self, path: Path, setting: Setting, times: np.ndarray) -> None:
         self._card = setting.card
-        self._file = h5py.File(path, "w")
+        self._output = OutputFile(path)
+        self._file = h5py.File(self._output, "w")
         time = times[0] if (times == times[0]).all() else times
         scalars = {
             name: float(values[0]) if (values == values[0]).all() else values
@@ -96,6 +141,7 @@ class WellWriter:
         """Write frame number `index` of `trajectories`: (n, C, X, Y), channels in the card's state order."""
         for field in self._card.state:
             self._fields[field.name][trajectories, index] = _components(frames, self._card.state_channels, field)
+        self._output.check()
 
     def write_constants(self, trajectory: int, values: np.ndarray) -> None:
         """Write the constant fields of one trajectory: (K, X, Y), channels in the card's constant order."""
@@ -111,6 +157,8 @@ class WellWriter:
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
+        self._output.close()
+        self._output.check()
 
 
 def _components(values: np.ndarray, channels: tuple[str, ...], field: Field) -> np.ndarray:

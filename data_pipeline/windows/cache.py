@@ -13,24 +13,30 @@ A lock ends with its process. So a part whose lock is free belongs to a dead pro
 continues it, and it is removed first when room is needed. The count may be too high, since a killed process leaves its
 reservation behind; the files are counted again before anything is removed. A blob that is removed while a process has
 it open or mapped stays readable for that process (POSIX). The folder should be on a local disk, where flock is fast.
+
+Every process compares a shard with its SHA-256 before it uses it for the first time: the disk may have damaged it since
+it was downloaded. A damaged one is downloaded again.
 """
 
 import fcntl
+import hashlib
 import os
 import re
 import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipeline.files import UserError, inside, is_disk_full, reason_and_remedy, sha256_file, sync
+from data_pipeline.errors import UserError, is_disk_full, reason_and_remedy
+from data_pipeline.files import inside, sha256_file, sync
 
 _NAME = re.compile(r"[0-9a-f]{64}(?:-\d{1,20}-\d{1,20})?")
 _PART = re.compile(rf"({_NAME.pattern})\.(\d{{1,20}})\.part")
 _SPARE = 0.05  # of the limit is freed for a small blob, so that not every small blob has to look at all others
 _POLL_SECONDS = 0.1
+_DOWNLOADS = 3  # of a shard that arrives damaged
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class BlobCache:
 
     folder: Path
     limit_bytes: int
+    _whole: set[tuple[str, int]] = field(default_factory=set, compare=False, repr=False)  # shards compared: name, inode
 
     def _blob(self, name: str) -> Path:
         assert _NAME.fullmatch(name), name
@@ -105,15 +112,18 @@ class BlobCache:
     def fetch(self, name: str, num_bytes: int, fill: Callable[[Path], object], origin: str) -> int:
         """Return a file descriptor of the blob with the SHA-256 `name`, which `fill(path)` writes if it is not there.
 
-        If several processes fetch one blob, one of them fills it and the others wait. `path` may hold the beginning
-        that a killed process left. Raises UserError when the blob is larger than the cache, when the content has
-        another SHA-256 (naming `origin`), or when the disk is full.
+        A blob that was damaged is filled again. If several processes fetch one blob, one of them fills it, and the
+        others wait. `path` may hold the beginning that a killed process left. Raises UserError when the blob is larger
+        than the cache, when the content has another SHA-256 (naming `origin`), or when the disk is full.
         """
         part = self.folder / "parts" / f"{name}.{num_bytes}.part"
         while True:
             descriptor = self.open(name, num_bytes)
             if descriptor is not None:
-                return descriptor
+                if self._is_whole(name, descriptor):
+                    return descriptor
+                os.close(descriptor)
+                self.remove(name)
             self._refuse_larger(num_bytes)
             with self._locked(self.folder / "locks" / name):
                 if self.has(name):  # another process filled it while this one waited for the lock
@@ -128,22 +138,35 @@ class BlobCache:
                     continue
             time.sleep(_POLL_SECONDS)  # without its part: parts that wait would count each other and wait for ever
 
+    def _is_whole(self, name: str, descriptor: int) -> bool:
+        """Return whether the SHA-256 of an open blob is its name; the bytes are read once in each process."""
+        key = (name, os.fstat(descriptor).st_ino)
+        if key not in self._whole:
+            with open(descriptor, "rb", closefd=False) as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != name:
+                    return False
+                file.seek(0)
+            self._whole.add(key)
+        return True
+
     def _fill(self, part: Path, name: str, fill: Callable[[Path], object], origin: str) -> None:
-        resumed = part.stat().st_size > 0
+        found = ""
         with self._full_disk_explained():
-            fill(part)
-            found = sha256_file(part)
-            if found != name and resumed:  # a power cut may have torn the beginning
-                os.truncate(part, 0)
+            for _ in range(_DOWNLOADS):
                 fill(part)
                 found = sha256_file(part)
+                if found == name:
+                    break
+                os.truncate(part, 0)  # a power cut may have torn the beginning, or the bytes were damaged on their way
             sync(part)
         if found != name:
             part.unlink()
             raise UserError(
-                f"{origin}: damaged: its SHA-256 is {found}, the manifest says {name}; compare it with the original "
-                "(`data-pipeline verify` on that folder) and upload it again"
+                f"{origin}: it came {_DOWNLOADS} times with another SHA-256 ({found}) than the manifest's ({name}): "
+                "damaged on its way, or where it comes from. Try another connection, or compare it with the original "
+                "(`data-pipeline verify` on that folder)"
             )
+        self._whole.add((name, part.stat().st_ino))
         os.replace(part, self._blob(name))
 
     @contextmanager

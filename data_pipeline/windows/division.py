@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.schema import nearest
 from data_pipeline.windows.schedule import Draw, Schedule
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.remote import RemoteFolder, is_url
 from data_pipeline.shards.format import MANIFEST_NAME
 from data_pipeline.windows.division import Division

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data_pipeline.files import UserError, open_files_limit
+from data_pipeline.errors import UserError, open_files_limit
 from data_pipeline.hashing import nested_choice
 from data_pipeline.remote import RemoteFolder
 from data_pipeline.shards.format import MANIFEST_NAME, Manifest, Range, trajectory_key

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.hashing import splitmix64, stream_key, uniform
 from data_pipeline.schema import nearest
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from heapq import nlargest
 from pathlib import Path
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.remote import RemoteFile, RemoteFolder, Retries
 from data_pipeline.shards.format import MANIFEST_NAME, Manifest
 from data_pipeline.shards.tar import map_and_close
@@ -308,18 +308,22 @@ class RangeShards(RemoteShards):
             if stored is not None and f"{zlib.crc32(stored):08x}" == first.crc32:
                 return memoryview(stored)
             cache.remove(self._blob(first))  # torn or damaged: the server has it
-        file = self.file(first.shard)
-        content = memoryview(file.read_range(request.start, request.stop))
-        self._fetcher.count(self.traffic, requests=1, fetched=len(content))
-        for one in request.ranges:
-            part = content[one.start - request.start : one.stop - request.start]
-            if f"{zlib.crc32(part):08x}" != one.crc32:
-                raise UserError(
-                    f"{file}: damaged: bytes {one.start} to {one.stop} have not the manifest's checksum; compare "
-                    "the shard with the original (`data-pipeline verify` on that folder) and upload it again"
-                )
-            if cache is not None:
-                cache.put(self._blob(one), part)
+
+        def damage(content: bytes) -> str | None:
+            self._fetcher.count(self.traffic, requests=1, fetched=len(content))
+            for one in request.ranges:
+                part = memoryview(content)[one.start - request.start : one.stop - request.start]
+                if f"{zlib.crc32(part):08x}" != one.crc32:
+                    return (
+                        f"bytes {one.start} to {one.stop} came with another checksum than the manifest's, damaged on "
+                        "their way or in the shard (`data-pipeline verify` on that folder compares it)"
+                    )
+            return None
+
+        content = memoryview(self.file(first.shard).read_range(request.start, request.stop, damage))
+        if cache is not None:
+            for one in request.ranges:
+                cache.put(self._blob(one), content[one.start - request.start : one.stop - request.start])
         return content
 
     def read(self, shard: int, start: int, stop: int) -> memoryview:

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.files import UserError, atomic_file, brief
+from data_pipeline.errors import UserError, brief
+from data_pipeline.files import atomic_file
 from fm.evaluation.protocol import Protocol
 
 FORMAT = 3  # 3: the linear stencil; 2: the grid of each dataset
@@ -231,17 +232,42 @@ def _unpack(arrays: Mapping[str, np.ndarray], name: str) -> DatasetErrors:
     tasks = {task: Errors(*(arrays[f"{name}/{task}/{part}"] for part in ERROR_NAMES)) for task in TASKS}
     channels = tuple(str(channel) for channel in arrays[f"{name}/channels"])
     check_names(name, channels)
-    ids = arrays[f"{name}/trajectories"]
+    ids, grid = arrays[f"{name}/trajectories"], arrays[f"{name}/grid"]
     for task, errors in tasks.items():
-        shapes = {getattr(errors, part).shape for part in ERROR_NAMES}
-        if len(shapes) != 1 or errors.variance.ndim != 3 or errors.variance.shape[2] != len(channels):
-            raise ValueError(f"{name}/{task}: arrays of {sorted(shapes)} for {len(channels)} channels")
-    if ids.shape != tasks["rollout"].variance.shape[:1]:
-        raise ValueError(f"{name}: {ids.shape} trajectory ids for {len(tasks['rollout'].variance)} rollouts")
+        _check_errors(errors, len(channels), f"{name}/{task}")
+        if ids.shape != errors.variance.shape[:1]:
+            raise ValueError(f"{name}/{task}: {ids.shape} trajectory ids for {len(errors.variance)} trajectories")
+    if ids.dtype != np.int64 or (ids < 0).any() or len(set(ids.tolist())) < len(ids):
+        raise ValueError(f"{name}: expected trajectory ids from 0 on, each once")
+    if len(set(channels)) < len(channels) or not channels:
+        raise ValueError(f"{name}: expected channels, each once")
+    if grid.shape != (2,) or grid.dtype != np.int64 or (grid < 1).any():
+        raise ValueError(f"{name}: expected a grid of two sizes")
+    choice = _stencil_choice(arrays[f"{name}/stencil"], name) if f"{name}/stencil" in arrays else None
+    height, width = grid.tolist()
     digest = str(arrays[f"{name}/data_digest"])
-    height, width = arrays[f"{name}/grid"].tolist()
-    choice = None
-    if f"{name}/stencil" in arrays:
-        frames, ridge, rollout_frames, rollout_ridge = arrays[f"{name}/stencil"].tolist()
-        choice = StencilChoice(int(frames), ridge, int(rollout_frames), rollout_ridge)
     return DatasetErrors(channels, ids, **tasks, data_digest=digest, grid=(height, width), stencil=choice)
+
+
+def _check_errors(errors: Errors, num_channels: int, where: str) -> None:
+    """Raise ValueError unless these can be the errors of a measurement."""
+    parts = [getattr(errors, part) for part in ERROR_NAMES]
+    shapes = {part.shape for part in parts}
+    if len(shapes) != 1 or errors.variance.ndim != 3 or errors.variance.shape[2] != num_channels:
+        raise ValueError(f"{where}: arrays of {sorted(shapes)} for {num_channels} channels")
+    if any(part.dtype != np.float64 or (part < 0).any() for part in parts) or np.isinf(errors.variance).any():
+        raise ValueError(f"{where}: expected float64 errors of at least 0, and finite variances")
+    missing = np.isnan(errors.variance)
+    measured = [getattr(errors, part) for part in ("model", "persistence", "mean_field")]
+    if (missing.any(-1) != missing.all(-1)).any() or any((missing & ~np.isnan(part)).any() for part in parts):
+        raise ValueError(f"{where}: expected no errors where nothing was measured")
+    if any(np.isnan(part[~missing]).any() for part in measured[1:]):
+        raise ValueError(f"{where}: expected the errors of each step that was measured")
+
+
+def _stencil_choice(stored: np.ndarray, name: str) -> StencilChoice:
+    frames, ridge, rollout_frames, rollout_ridge = stored.tolist()
+    whole = all(float(count).is_integer() and count >= 1 for count in (frames, rollout_frames))
+    if not whole or not all(np.isfinite(one) and one >= 0 for one in (ridge, rollout_ridge)):
+        raise ValueError(f"{name}: expected frames and ridges of linear stencils, got {stored.tolist()}")
+    return StencilChoice(int(frames), ridge, int(rollout_frames), rollout_ridge)

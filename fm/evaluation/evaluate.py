@@ -19,12 +19,13 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from data_pipeline.files import UserError, inside, only_process, sha256
+from data_pipeline.errors import UserError
+from data_pipeline.files import inside, only_process, sha256
 from data_pipeline.registry import Domain, Registry, load_folders, packaged_folder, user_folders
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.streaming import default_cache
-from fm.checkpoint import find_checkpoint, load_pretrained, verify_model
+from fm.checkpoint import load_pretrained, use_checkpoint, verify_model
 from fm.config import Recipe, ValidationSettings, load_recipe, resolve
 from fm.datasets import check_channels, check_direction
 from fm.distributed import StopSignal, broadcast_from_main, detect_lost_processes, make_accelerator
@@ -67,25 +68,29 @@ class TrainedModel:
     shards: Mapping[str, str]  # dataset -> digest of the shards that the model was trained on
     lineage: Mapping[str, Any]  # the model that it was made from, as in artefact.json; empty if trained from scratch
     license: str | None  # SPDX identifier; a run has none
+    trained_cards: Mapping[str, Any] | None  # cards of its training, by dataset; an exported model has them as files
 
     @classmethod
     def open(cls, source: Path | str) -> "TrainedModel":
         """Open what `find_checkpoint` finds; UserError if there is nothing or it is damaged."""
-        folder = find_checkpoint(source)
+        return use_checkpoint(source, lambda folder: cls._open(folder, source))
+
+    @classmethod
+    def _open(cls, folder: Path, source: Path | str) -> "TrainedModel":
         weights, facts = verify_model(folder)
         if is_exported(folder):  # a report must not change the folder
             recipe, report = load_recipe(folder / RECIPE_FILE), Path(f"{facts['name']}_report")
             shards = {name: dataset["shards"] for name, dataset in facts["datasets"].items()}
-            lineage, license = facts["lineage"], facts["licence"]
+            lineage, license, cards = facts["lineage"], facts["licence"], None
         else:
             recipe = resolve(facts["recipe"], str(folder / "state.json"))
             report = (folder.parent.parent if Path(source) == folder else Path(source)) / "report"
-            shards = facts["shards"]
+            shards, cards = facts["shards"], facts["registry"]["cards"]
             lineage, license = {"pretrained": recipe.finetune.pretrained} if recipe.finetune else {}, None
         model = load_pretrained(folder)
         if is_exported(folder) and shards.keys() != model.specs.keys():
             raise UserError(f"{folder / EXPORT_FILE}: expected the model's datasets, {', '.join(model.specs)}")
-        return cls(folder, report, facts["step"], weights, recipe, model, shards, lineage, license)
+        return cls(folder, report, facts["step"], weights, recipe, model, shards, lineage, license, cards)
 
     def card_folders(self) -> list[Traversable]:
         """Return the folders of the registry's cards; an exported model has its own. UserError if one is missing."""

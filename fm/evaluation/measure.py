@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import Domain
 from data_pipeline.windows.reader import ShardReader
 from fm.distributed import precision

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.files import UserError, atomic_file, inside, write_whole
+from data_pipeline.errors import UserError
+from data_pipeline.files import atomic_file, inside, write_whole
 from data_pipeline.windows.reader import ShardReader
 from fm.evaluation.errors import DAMAGED, read_arrays
 from fm.evaluation.measure import FrameErrors, one_step_windows, rollout_batches, rollout_steps

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from data_pipeline import schema
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.schema import Count, Key, Mismatch, Name, Real, Strict, at_least, choice
 
 STATISTICS = ("mean", "median")

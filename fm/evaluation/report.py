@@ -20,7 +20,8 @@ import matplotlib
 import numpy as np
 import yaml
 
-from data_pipeline.files import UserError, inside, write_whole
+from data_pipeline.errors import UserError
+from data_pipeline.files import inside, write_whole
 from data_pipeline.tables import Cell, Table, render
 from fm.evaluation.errors import BASELINES, ERRORS_FILE, ErrorFile, find_errors
 from fm.evaluation.page import PAGE, Block, Code, Facts, PageTable, Paragraph, Picture, Section, render_page

@@ -17,7 +17,8 @@ from typing import Annotated, Any, TypeAlias
 import numpy as np
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from data_pipeline.files import UserError, write_whole
+from data_pipeline.errors import UserError
+from data_pipeline.files import write_whole
 from fm.evaluation.errors import BASELINES, FORMAT, PREDICTORS, DatasetErrors, ErrorFile, Errors, StencilChoice
 from fm.evaluation.protocol import Protocol, check_same_rollouts
 

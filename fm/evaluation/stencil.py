@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.hashing import splitmix64, stream_key
 from data_pipeline.shards.format import Manifest
 from data_pipeline.windows.reader import ShardReader

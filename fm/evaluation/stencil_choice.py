@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_pipeline.files import UserError, atomic_file, sha256
+from data_pipeline.errors import UserError
+from data_pipeline.files import atomic_file, sha256
 from data_pipeline.windows.reader import ShardReader
 from fm.distributed import precision
 from fm.evaluation.errors import DAMAGED, StencilChoice, read_arrays

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.tables import Cell, Document, Marked, Table, format_number, render
 from fm.evaluation.errors import BASELINES, ErrorFile, find_errors
 from fm.evaluation.protocol import STATISTICS, Protocol

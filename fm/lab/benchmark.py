@@ -18,7 +18,7 @@ from accelerate.utils import patch_environment
 from pydantic_core import to_jsonable_python
 from tqdm import tqdm
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.schema import nearest
 from fm.config import Recipe, load_recipe
 from fm.distributed import autocast_dtype, make_accelerator

@@ -18,7 +18,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FormatStrFormatter
 
-from data_pipeline.files import UserError, brief, write_whole
+from data_pipeline.errors import UserError, brief
+from data_pipeline.files import write_whole
 from data_pipeline.schema import parse_yaml
 from data_pipeline.tables import Document, Marked, Table, render
 from data_pipeline.windows.loader import open_readers

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.schema import nearest
 from data_pipeline.workers import available_cores
 from fm.distributed import precision

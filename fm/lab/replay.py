@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.tables import plain
 from data_pipeline.windows.schedule import Draw
 from fm.checkpoint import list_checkpoints, verify_checkpoint

@@ -1,6 +1,6 @@
 """`fm status RUN`: the state of a run, from its directory, while it trains or afterwards. Reads only."""
 
-import json
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,11 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from data_pipeline.files import UserError, inside
-from fm.checkpoint import list_checkpoints, read_state
+from data_pipeline.errors import UserError
+from data_pipeline.files import inside
+from fm.checkpoint import look_at_newest, read_state
 from fm.config import read_recipe
-from fm.training.runlog import is_alive, parse_lines
+from fm.training.runlog import is_alive, parse_lines, read_process
 
 NUM_RATE_LINES = 20  # pace lines of the present process that the rate is measured over
 QUIET_SECONDS = 600  # without a new line, a run on another machine may have ended, or be in a validation
@@ -191,16 +192,10 @@ def _read_log(file: Path, problems: list[str], tail_bytes: int | None = None) ->
 
 def _read_process(file: Path, problems: list[str]) -> dict[str, Any] | None:
     try:
-        facts = json.loads(file.read_text())
-        numbers = (facts["pid"], facts["process_start"], facts["started"], facts["world_size"])
-        if not (isinstance(facts["host"], str) and all(isinstance(number, int | float) for number in numbers)):
-            raise TypeError
-    except FileNotFoundError:
+        return read_process(file) if file.exists() else None
+    except UserError as error:
+        problems.append(f"run.json: cannot be read ({error}); whether its process lives is not known")
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problems.append(f"run.json: cannot be read ({type(error).__name__}); whether its process lives is not known")
-        return None
-    return facts
 
 
 def _state(run: Path, process: Mapping[str, Any] | None, present: list[dict[str, Any]]) -> tuple[str, str]:
@@ -246,27 +241,27 @@ def _rate(present: list[dict[str, Any]], step: int, steps: int | None, *, runnin
 
 
 def _last_checkpoint(root: Path, problems: list[str]) -> LastCheckpoint | None:
-    for step, path in list_checkpoints(root).items():
-        try:
-            files = read_state(path)["files"]
-            wrong = [n for n, entry in files.items() if (path / Path(n).name).stat().st_size != entry["bytes"]]
-            if wrong:
-                raise UserError(f"{path / wrong[0]}: its size differs from that in state.json")
-            return LastCheckpoint(step, str(path), max(0.0, time.time() - path.stat().st_mtime))
-        except (UserError, OSError) as error:
-            if path.exists():  # else it was pruned meanwhile
-                problems.append(f"damaged checkpoint: {error}")
+    def look(path: Path) -> LastCheckpoint:
+        state = read_state(path)
+        wrong = [name for name, one in state["files"].items() if (path / name).stat().st_size != one["bytes"]]
+        if wrong:
+            raise UserError(f"{path / wrong[0]}: its size differs from that in state.json")
+        return LastCheckpoint(state["step"], str(path), max(0.0, time.time() - path.stat().st_mtime))
+
+    with suppress(UserError):  # if all are damaged, each of them is a problem already
+        return look_at_newest(root, problems.append, look)
     return None
 
 
 def _disk_bytes(run: Path) -> dict[str, int]:
     """Return bytes by top folder, with the files of the run directory itself under "."."""
     sizes: Counter[str] = Counter()
-    for file in run.rglob("*"):
-        with suppress(OSError):  # it has been removed meanwhile
-            if file.is_file() and not file.is_symlink():
-                folder, *deeper = file.relative_to(run).parts
-                sizes[folder if deeper else "."] += file.stat().st_size
+    for folder, _, names in os.walk(run):  # passes over what is removed meanwhile or cannot be read
+        top = Path(folder, "_").relative_to(run).parts[0]
+        for file in (Path(folder, name) for name in names):
+            with suppress(OSError):
+                if file.is_file() and not file.is_symlink():
+                    sizes["." if top == "_" else top] += file.stat().st_size
     return dict(sizes)
 
 

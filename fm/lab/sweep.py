@@ -15,7 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_pipeline.files import UserError, only_process, write_whole
+from data_pipeline.errors import UserError
+from data_pipeline.files import only_process, write_whole
 from data_pipeline.tables import render
 from fm.checkpoint import find_checkpoint
 from fm.config import recipe_to_dict

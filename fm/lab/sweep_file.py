@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_pipeline.files import UserError, read_json, write_whole
+from data_pipeline.errors import UserError
+from data_pipeline.files import read_json, write_whole
 from data_pipeline.remote import is_url
 from data_pipeline.schema import (
     Count,
@@ -28,7 +29,7 @@ from data_pipeline.schema import (
     validate,
 )
 from data_pipeline.shards.format import MANIFEST_NAME, Manifest
-from fm.checkpoint import find_checkpoint, newest_checkpoint, read_state, weights_digest
+from fm.checkpoint import look_at_newest, use_checkpoint, verify_checkpoint, weights_digest
 from fm.config import Recipe, changed_settings, load_recipe, recipe_to_dict, resolve
 from fm.evaluation.protocol import Protocol, load_protocol
 from fm.evaluation.scores import Scores
@@ -139,8 +140,8 @@ class Trial:
 
     def is_trained(self) -> bool:
         """Return whether the run has all its steps."""
-        checkpoint = newest_checkpoint(self.directory / "checkpoints", print)
-        return checkpoint is not None and read_state(checkpoint)["step"] >= self.recipe.train.steps
+        state = look_at_newest(self.directory / "checkpoints", print, verify_checkpoint)
+        return state is not None and state["step"] >= self.recipe.train.steps
 
     def with_settings(self, settings: Mapping[str, Any]) -> "Trial":
         """Return the trial with more settings, by dotted key."""
@@ -287,10 +288,10 @@ class Probe(Strict):
 
 def find_changes(trial: Trial, sweep: Sweep) -> list[str]:
     """Return the settings, a line each, in which a run with a checkpoint differs from the sweep's present ones."""
-    checkpoint = newest_checkpoint(trial.directory / "checkpoints", print)
-    if checkpoint is None:
+    state = look_at_newest(trial.directory / "checkpoints", print, verify_checkpoint)
+    if state is None:
         return []
-    before = recipe_to_dict(resolve(read_state(checkpoint)["recipe"], str(checkpoint / "state.json")))
+    before = recipe_to_dict(resolve(state["recipe"], f"state.json of the newest checkpoint in {trial.directory}"))
     after = recipe_to_dict(trial.recipe)
     changes = []
     if sweep.seconds is not None:
@@ -312,7 +313,7 @@ def read_scores(trial: Trial, sweep: Sweep) -> Scores | None:
         return None
     scores, shards = Scores.load(file), trial.recipe.data.shards
     wanted = sweep.scored_protocol().for_context(trial.recipe.data.context)
-    weights = weights_digest(find_checkpoint(trial.model))
+    weights = use_checkpoint(trial.model, weights_digest)
     if scores.protocol != wanted or scores.origin.get("weights") != weights:
         return None
     for name, part in scores.datasets.items() if not is_url(shards) else ():

@@ -16,9 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydantic_core import to_json
 
-from data_pipeline.files import UserError, write_whole
+from data_pipeline.errors import UserError
+from data_pipeline.files import write_whole
 from data_pipeline.tables import Cell, Document, Marked, Table, render
-from fm.checkpoint import find_checkpoint, load_pretrained, read_state
+from fm.checkpoint import load_pretrained, read_state, use_checkpoint
 from fm.config import Recipe, changed_settings, recipe_to_dict, resolve
 from fm.evaluation.cosines import Cosines, mean_cosines
 from fm.evaluation.plots import (
@@ -103,9 +104,8 @@ def read_run(path: Path) -> TrainedRun:
     for name in ("log.jsonl", "events.jsonl"):
         if not (path / name).is_file():
             raise UserError(f"{path}: not a run directory, it has no {name}. Expected one such as runs/quickstart")
-    checkpoint = find_checkpoint(path)
-    state = read_state(checkpoint)
-    recipe = resolve(state["recipe"], str(checkpoint / "state.json"))
+    state, model = use_checkpoint(path, lambda found: (read_state(found), load_pretrained(found)))
+    recipe = resolve(state["recipe"], f"state.json of the newest checkpoint in {path}")
     events, _ = parse_lines((path / "events.jsonl").read_text(errors="replace"))
     validations = {line["step"]: line for line in events if line.get("kind") == "validation"}
     if not validations:
@@ -121,7 +121,7 @@ def read_run(path: Path) -> TrainedRun:
         raise UserError(
             f"{path / 'events.jsonl'}: a damaged line ({type(error).__name__}: {error}); remove it"
         ) from error
-    return TrainedRun(path, recipe, state["shards"], load_pretrained(checkpoint).num_parameters(), curves, cosines)
+    return TrainedRun(path, recipe, state["shards"], model.num_parameters(), curves, cosines)
 
 
 def _windows_seen(log: Path, last: int, batch: int) -> dict[str, np.ndarray]:

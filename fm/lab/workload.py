@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.miniwell.generate import EIGHT, SYSTEMS, load_system
 from data_pipeline.registry import Card, Registry, load_registry
 from data_pipeline.remote import is_url

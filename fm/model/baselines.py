@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from fm.model.files import BASELINE
 from fm.model.spec import STRICT, DatasetSpec, Predict, Wavelet
 from fm.model.surrogate import Surrogate

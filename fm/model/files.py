@@ -24,18 +24,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from data_pipeline.files import (
-    UserError,
-    atomic_file,
-    brief,
-    file_name,
-    inside,
-    parse_json,
-    read_plain_file,
-    sha256,
-    sha256_file,
-    shortened,
-)
+from data_pipeline.errors import UserError, brief, shortened
+from data_pipeline.files import atomic_file, file_name, inside, parse_json, read_plain_file, sha256, sha256_file
 from fm.model.spec import from_plain
 
 MODEL_FILE = "model.json"

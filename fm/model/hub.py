@@ -14,7 +14,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from data_pipeline.files import UserError, inside
+from data_pipeline.errors import UserError
+from data_pipeline.files import inside
 
 # Files that an upload may replace: cards, scores and pictures of another model must not stay in the repository.
 UPLOADED = [

@@ -19,7 +19,8 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import to_json as to_json_text
 from torch import Tensor
 
-from data_pipeline.files import brief, file_name, shortened
+from data_pipeline.errors import brief, shortened
+from data_pipeline.files import file_name
 from fm.model.block import BlockConfig
 from fm.model.wavelets import Periodic
 

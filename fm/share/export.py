@@ -18,9 +18,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from data_pipeline.files import UserError, atomic_path, inside, read_plain_file, sha256
+from data_pipeline.errors import UserError
+from data_pipeline.files import atomic_path, inside, read_plain_file, restore, sha256
 from data_pipeline.registry import Card, Channel, Registry, load_folders
-from fm.checkpoint import read_state
+from fm.checkpoint import use_checkpoint
 from fm.config import dump_recipe
 from fm.evaluation.evaluate import TrainedModel
 from fm.evaluation.scores import Scores
@@ -59,8 +60,8 @@ def export_run(
     if SPDX.fullmatch(license) is None:
         raise UserError(f"--licence: expected an SPDX identifier, such as MIT or CC-BY-4.0, got {license!r}")
     _check_replaceable(folder)
-    trained = TrainedModel.open(run)
-    if is_exported(trained.checkpoint):
+    trained, weights = use_checkpoint(run, lambda found: (TrainedModel.open(found), _averaged_weights(found)))
+    if weights is None:
         raise UserError(f"{run}: is an exported model already; copy it, or push it: model.push_to_hub(...)")
     names = list(trained.model.specs)
     sources = [(names, trained.card_folders())]
@@ -68,7 +69,7 @@ def export_run(
     if pretrained is not None and is_exported(Path(pretrained)):  # cards that the run's registry may lack
         sources.append((names, [Path(pretrained) / CARDS]))
     cards = find_cards(sources)
-    cards.check_unchanged(names, trained.checkpoint)
+    cards.check_unchanged(names, trained)
     files = cards.files()
     try:
         files |= report_files(report or trained.report, trained)
@@ -80,8 +81,12 @@ def export_run(
     exported = ExportedModel(
         trained.model, trained.recipe, cards.registry, trained.step, trained.shards, license, trained.lineage
     )
-    write_export(folder, exported, (trained.checkpoint / EMA_FILE).read_bytes(), files, address)
+    write_export(folder, exported, weights, files, address)
     return folder
+
+
+def _averaged_weights(checkpoint: Path) -> bytes | None:
+    return None if is_exported(checkpoint) else (checkpoint / EMA_FILE).read_bytes()
 
 
 def write_export(
@@ -118,6 +123,7 @@ def write_export(
 
 def _check_replaceable(folder: Path) -> None:
     """Raise UserError if `folder` holds something that is no exported model, and must not be replaced."""
+    restore(folder)
     if folder.exists() and not is_exported(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(
             f"{folder}: expected a folder that is not there yet, or an earlier export, found something else"
@@ -141,14 +147,14 @@ class Cards:
         cards = {f"{CARDS}/datasets/{name}.yaml": file.read_bytes() for name, file in self.origins.items()}
         return {f"{CARDS}/channels.yaml": text.encode(), **cards}
 
-    def check_unchanged(self, datasets: Iterable[str], checkpoint: Path) -> None:
-        """Raise UserError if a card has other channels or boundaries than at the training of `checkpoint`.
+    def check_unchanged(self, datasets: Iterable[str], trained: TrainedModel) -> None:
+        """Raise UserError if a card has other channels or boundaries than when the model was trained.
 
         An exported model has the cards of its training beside it, so there is nothing to check.
         """
-        if is_exported(checkpoint):
+        then, now = trained.trained_cards, self.registry.snapshot()["cards"]
+        if then is None:
             return
-        then, now = read_state(checkpoint)["registry"]["cards"], self.registry.snapshot()["cards"]
         for name in datasets:
             if now[name] != then.get(name):
                 raise UserError(

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from data_pipeline.files import UserError, sha256
+from data_pipeline.errors import UserError
+from data_pipeline.files import sha256
 from data_pipeline.registry import Channel, load_folders, packaged_folder, user_folders
 from data_pipeline.schema import nearest
 from data_pipeline.tables import markdown
@@ -55,7 +56,7 @@ def extend(
     trained = TrainedModel.open(source)
     model = _check_extendable(source, trained.model, names)
     cards = find_cards([(model.specs, trained.card_folders()), ([*model.specs, *names], folders)])
-    cards.check_unchanged(model.specs, trained.checkpoint)
+    cards.check_unchanged(model.specs, trained)
     try:
         readers = open_readers(shards, names, "train")
         added = dataset_specs(readers, described)

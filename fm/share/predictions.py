@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.files import UserError, sha256_file
+from data_pipeline.errors import UserError
+from data_pipeline.files import sha256_file
 from data_pipeline.registry import load_registry
 from data_pipeline.well.hdf5 import SPLITS, WellFile, read_attributes, stored_card
 from data_pipeline.well.layout import texts

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_pipeline.files import UserError, atomic_path, disk_full_error, is_disk_full
+from data_pipeline.errors import UserError, disk_full_error, is_disk_full
+from data_pipeline.files import atomic_path
 from data_pipeline.registry import Card, load_registry
 from data_pipeline.well.write import WellWriter
 from fm.distributed import StopSignal, precision

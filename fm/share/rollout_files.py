@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.files import UserError, brief
+from data_pipeline.errors import UserError, brief
 from data_pipeline.importer.arrays import import_xarray
 from data_pipeline.registry import Card, Registry
 from data_pipeline.well.findings import Spacing, axis_finding, even_step, mean_spacing, times_finding
 from data_pipeline.well.hdf5 import CF_ATTRIBUTES, Setting, WellFile, read_attributes, read_setting, stored_card
 from data_pipeline.well.layout import edges
 from data_pipeline.well.survey import COMPONENTS
-from data_pipeline.well.write import WellWriter
+from data_pipeline.well.write import OutputFile, WellWriter
 
 WELL_SUFFIXES = (".hdf5", ".h5")
 ENGINES = {".nc": "h5netcdf", ".zarr": "zarr"}  # suffix -> engine of xarray
@@ -293,7 +293,8 @@ class NetcdfWriter:
     def __post_init__(self) -> None:
         import h5netcdf
 
-        self._file = h5netcdf.File(self.path, "w")
+        self._output = OutputFile(self.path)
+        self._file = h5netcdf.File(self._output, "w")
         self._file.dimensions = {name: len(points) for name, points in self.coordinates.items()}
         for name, points in self.coordinates.items():
             self._file.create_variable(name, (name,), data=points)
@@ -308,14 +309,17 @@ class NetcdfWriter:
         """Write frame number `index` of all trajectories (n, C, X, Y)."""
         for channel, name in enumerate(self.setting.card.state_channels):
             self._file.variables[name][:, index] = frame[:, channel]
+        self._output.check()
 
     def describe(self, attributes: Mapping[str, Any]) -> None:
         """Write attributes of the file."""
         self._file.attrs.update(attributes)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file. OSError if it could not be written."""
         self._file.close()
+        self._output.close()
+        self._output.check()
 
 
 @dataclass

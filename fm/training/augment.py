@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.hashing import stream_key, uniform
 from data_pipeline.registry import Card, Field, load_registry
 from data_pipeline.symmetries import SYMMETRIES, component_signs, exchanged_components

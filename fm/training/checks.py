@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.hashing import stream_key, uniform
 from data_pipeline.windows.division import Division
 from data_pipeline.windows.reader import ShardReader

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import TextIO
 
@@ -32,6 +33,12 @@ MIN_COLUMNS_OF_TWO_TABLES = 120  # from this width on, the datasets stand in two
 MIN_ROWS_ABOVE = 5  # rows that a panel leaves to messages
 
 
+def print_quietly(message: str) -> None:
+    """Print to stderr, if that is possible: a run goes on when its terminal is closed, or its output's disk is full."""
+    with suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+
+
 class Console:
     """Prints messages and, if `shown`, the progress of a run."""
 
@@ -50,7 +57,7 @@ class Console:
 
     def print(self, message: str) -> None:
         """Print a message, above the panel if there is one."""
-        print(message, file=sys.stderr, flush=True)
+        print_quietly(message)
 
     def update_losses(self, step: int, losses: Mapping[str, float]) -> None:
         """Show the last losses by dataset after `step` optimizer steps."""
@@ -75,7 +82,8 @@ class Console:
     def close(self) -> None:
         """Let all rows of the terminal scroll again and leave the panel's last state among the printed lines."""
         if self._rows is not None:
-            self._rows.close(self._panel_lines(self._rows))
+            with suppress(OSError):
+                self._rows.close(self._panel_lines(self._rows))
             self._rows = None
 
     def _is_due(self, seconds: float) -> bool:
@@ -86,11 +94,12 @@ class Console:
 
     def _draw_panel(self) -> None:
         if self._rows is not None:
-            lines = self._panel_lines(self._rows)
-            if lines:
-                self._rows.draw(lines)
-            else:
-                self._rows.close()
+            with suppress(OSError):  # the terminal is closed
+                lines = self._panel_lines(self._rows)
+                if lines:
+                    self._rows.draw(lines)
+                else:
+                    self._rows.close()
 
     def _panel_lines(self, bottom: "BottomRows") -> list[str]:
         """Return the largest panel that the terminal has room for, or [] if there is no room at all."""

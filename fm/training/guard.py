@@ -3,14 +3,15 @@
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.windows.schedule import Draw
+from fm.checkpoint import Snapshot, delete_checkpoints, list_checkpoints, prune_checkpoints, write_checkpoint
 from fm.config import FinetuneSettings, GuardSettings, ValidationSettings
 from fm.evaluation.evaluate import ValidationResult
 from fm.evaluation.scores import geometric_mean
@@ -258,3 +259,19 @@ def _rollout_score(result: ValidationResult) -> tuple[int, float]:
         )
     finite = [ratio for ratio in ratios if ratio is not None]
     return len(ratios) - len(finite), geometric_mean(finite) or 0.0
+
+
+def keep_incident(root: Path, snapshot: Snapshot, report: Callable[[str], None]) -> None:
+    """Write the state before a refused step for `fm replay`; keep the newest three. A failure is only reported."""
+    try:
+        prune_checkpoints(root, write_checkpoint(root, snapshot), keep=3, keep_every=None)
+    except UserError as error:
+        report(f"what `fm replay` needs could not be kept: {error}")
+
+
+def keep_best(root: Path, snapshot: Snapshot) -> None:
+    """Write the best checkpoint of a run in place of the one before."""
+    best = write_checkpoint(root, snapshot)
+    # Newer ones are of a run that went back to an earlier checkpoint since.
+    delete_checkpoints(path for step, path in list_checkpoints(root).items() if step > snapshot.step)
+    prune_checkpoints(root, best, keep=1, keep_every=None)

@@ -13,7 +13,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.schema import nearest
 from data_pipeline.windows.schedule import Schedule, Source, adaptive_shares, carry_scores, sampling_shares
 from fm.config import AdaptSettings, Recipe

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from fm.config import AdaptSettings, TrainSettings
 from fm.model.surrogate import Surrogate
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
+from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_file, sha256
 from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Schedule
@@ -22,7 +23,7 @@ from fm.evaluation.cosines import Cosines
 from fm.evaluation.evaluate import ValidationResult
 from fm.evaluation.protocol import load_protocol
 from fm.model.surrogate import Surrogate
-from fm.training.console import Console
+from fm.training.console import Console, print_quietly
 from fm.training.flops import forward_flops, forward_passes
 from fm.training.guard import RefusedStep
 from fm.training.objective import unroll_length
@@ -116,6 +117,7 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         self.end_reason: str | None = None
         self.interrupted = False
         self._recipe, self._schedule, self._step = recipe, schedule, step
+        self._stops_on_failure = recipe.checkpoint.on_error == "stop"
         self._warned: set[str] = set()  # datasets with a warning of too many passes
         resolved = replace(recipe, **{model.section: model.config})
         directory, names = recipe.run.directory, sorted(schedule.shares)
@@ -123,8 +125,8 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         with atomic_file(directory / "recipe.yaml", durable=False) as file:
             file.write(dump_recipe(resolved).encode())
         write_process(directory / "run.json", spread)
-        self._log = JsonLog(directory / "log.jsonl", lambda line: line["step"] <= step)
-        self._events = EventLog(directory / "events.jsonl", step)
+        self._log = JsonLog(directory / "log.jsonl", lambda line: line["step"] <= step, self._report_failure)
+        self._events = EventLog(directory / "events.jsonl", step, self._report_failure)
         pending = self._events.saved["pending"] if step else ()
         self._meter = Meter(model, recipe, [StepResult(**saved) for saved in pending])
 
@@ -133,7 +135,8 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         trackers = start_trackers(others, recipe.run.name, directory / "trackers", settings)
         windows = list(load_protocol(recipe.validation.protocol).windows)
         folder = directory / "tensorboard"
-        self._board = Dashboard(folder, names, windows, step, self._events.saved, settings, trackers)
+        saved = self._events.saved
+        self._board = Dashboard(folder, names, windows, step, saved, settings, trackers, self._report_failure)
         self._board.text("recipe", f"```yaml\n{dump_recipe(resolved)}```", step)
         facts = environment(next(model.parameters()).device, spread)
         rows = [f"| | from step {step} |", "|:--|:--|", *(f"| {name} | {fact} |" for name, fact in facts.items())]
@@ -159,6 +162,7 @@ class RunRecord(AbstractContextManager["RunRecord"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stops_on_failure = False  # the run ends anyway, perhaps for this reason
         state, text = "finished", self.end_reason or f"finished after step {self._step}"
         if error is not None:
             reason = str(error).strip().partition("\n")[0]
@@ -232,6 +236,16 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         """Write everything to the files, so that a run which continues from the checkpoint of `step` finds it."""
         self._board.text("saves", f"checkpoint of step {step}", step)
         self._log_event("save", step, **self._board.flush(step), pending=[asdict(one) for one in self._meter.results])
+
+    def _report_failure(self, message: str) -> None:
+        """Raise UserError because a file of the record cannot be written, or report it (checkpoint.on_error)."""
+        if self._stops_on_failure:
+            raise UserError(
+                f"{message}. Free some space, then start the same command again: it continues from the newest whole "
+                "checkpoint (with checkpoint.on_error=continue, training goes on without space)."
+            )
+        note = "is kept in memory until there is space. Training goes on (checkpoint.on_error: continue)."
+        print_quietly(f"{message}; what comes {note}")
 
     def _log_event(self, kind: str, step: int, **facts: Any) -> None:
         self._events.write({"kind": kind, "step": step, "time": time.time(), **facts})

@@ -16,19 +16,49 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
 import torch
 
-from data_pipeline.files import atomic_file
+from data_pipeline.files import atomic_file, read_json
+from data_pipeline.schema import Strict, at_least, checked, sealed, unsealed, validate
 from fm.distributed import accelerate_settings
 
 KINDS_OF_A_PROCESS = ("start", "end")  # kept, whatever step a later process continues from
 # written after the checkpoint of their step, and written again by a run that continues from that checkpoint
 KINDS_AFTER_A_SAVE = ("validation", "gate", "cosine", "shares", "warning")
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e11
+
+
+@dataclass(frozen=True)
+class Process(Strict):
+    """The keys of run.json; early versions wrote neither spread, versions nor a digest."""
+
+    host: str
+    pid: Annotated[int, at_least(1)]
+    process_start: Annotated[float, checked(_is_time, "seconds since 1970")]  # a later process may get the same pid
+    started: Annotated[float, checked(_is_time, "seconds since 1970")]
+    world_size: Annotated[int, at_least(1)]
+    command: tuple[str, ...]
+    slurm_job: str | None = None
+    spread: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def read_process(file: Path) -> dict[str, Any]:
+    """Return what run.json holds. UserError if it is altered or of another form."""
+    facts = read_json(file)
+    if "digest" in facts:
+        facts = unsealed(facts, str(file))
+    validate(Process, facts, str(file))
+    return facts
 
 
 def write_process(file: Path, spread: str) -> None:
@@ -37,7 +67,7 @@ def write_process(file: Path, spread: str) -> None:
     facts = {
         "host": socket.gethostname(),
         "pid": own.pid,
-        "process_start": own.create_time(),  # a later process may get the same pid
+        "process_start": own.create_time(),
         "started": time.time(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "spread": spread,
@@ -46,7 +76,7 @@ def write_process(file: Path, spread: str) -> None:
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
     with atomic_file(file, durable=False) as stream:
-        stream.write(json.dumps(facts, indent=1).encode())
+        stream.write(json.dumps(sealed(facts), indent=1).encode())
 
 
 def is_alive(process: Mapping[str, Any]) -> bool | None:
@@ -96,25 +126,63 @@ def _commit_of(checkout: Path) -> str | None:
     return done.stdout.strip() or None
 
 
+class AppendedFile:
+    """A file that grows. What a full disk does not take is kept in memory, and written once there is space.
+
+    So the file is never torn, and nothing is lost while the process lives. `report` gets a message when writing fails
+    for the first time, and for the first time after it worked again.
+    """
+
+    def __init__(self, path: Path, report: Callable[[str], object]) -> None:
+        self._path, self._report, self._unwritten, self._fails = path, report, bytearray(), False
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, content: bytes) -> None:
+        """Append bytes."""
+        self._unwritten += content
+        try:
+            while self._unwritten:
+                del self._unwritten[: self._file.write(self._unwritten)]
+            self._fails = False
+        except OSError as error:
+            self._fail(error)
+
+    def close(self) -> None:
+        """Close the file; what was not written until then is lost."""
+        self.write(b"")
+        try:
+            self._file.close()
+        except OSError as error:  # network file systems may notice only here that the disk is full
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        if not self._fails:
+            self._fails = True
+            self._report(f"{self._path}: cannot be written ({error.strerror})")
+
+
 class JsonLog:
     """A file of JSON objects, one a line, open for appending; `lines` are those it held."""
 
-    def __init__(self, file: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Open a log after removing the lines that `keep` refuses and those that a kill has torn."""
+    def __init__(self, file: Path, keep: Callable[[dict[str, Any]], bool], report: Callable[[str], object]) -> None:
+        """Open a log after removing the lines that `keep` refuses and those that a kill has torn.
+
+        `report` gets a message when the file cannot be written.
+        """
         self.lines: list[dict[str, Any]] = []
         if file.exists():
             self.lines = [line for line in parse_lines(file.read_text(errors="replace"))[0] if keep(line)]
             with atomic_file(file, durable=False) as stream:
                 stream.write("".join(f"{json.dumps(line)}\n" for line in self.lines).encode())
-        self._stream = file.open("a", buffering=1)
+        self._file = AppendedFile(file, report)
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one line; NaN and infinity are written as Python's json writes them."""
-        self._stream.write(json.dumps(entry) + "\n")
+        self._file.write(f"{json.dumps(entry)}\n".encode())
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        self._file.close()
 
 
 class EventLog(JsonLog):
@@ -137,9 +205,9 @@ class EventLog(JsonLog):
     the texts of guard lines that were written after the checkpoint of `resume_step`, when earlier runs rolled back.
     """
 
-    def __init__(self, file: Path, resume_step: int) -> None:
+    def __init__(self, file: Path, resume_step: int, report: Callable[[str], object]) -> None:
         """Open for appending; lines that a run which continues from `resume_step` writes again are removed."""
-        super().__init__(file, lambda line: _is_past(line, resume_step))
+        super().__init__(file, lambda line: _is_past(line, resume_step), report)
         saves = [line for line in self.lines if line.get("kind") == "save" and line["step"] == resume_step]
         self.saved: Mapping[str, Any] = saves[-1] if saves else {"scalars": {}, "texts": [], "pending": []}
         validations = [line for line in self.lines if line.get("kind") == "validation"]

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.windows.reader import Batch
 from fm.checkpoint import Snapshot, load_checkpoint, take_snapshot
 from fm.config import AdaptSettings, Recipe, TrainSettings
@@ -42,7 +42,8 @@ class TrainingState:
         moments: Mapping[str, Tensor] = {}
         if checkpoint is not None:
             self.facts, moments = load_checkpoint(checkpoint, model, average)
-            _check_optimizer(self.facts["recipe"]["train"].get("optimizer", "adamw"), recipe, checkpoint)
+            trained = self.facts["recipe"].get("train") or {}
+            _check_optimizer(trained.get("optimizer", "adamw"), recipe, checkpoint)
         self.step = int(self.facts["step"]) if self.facts else 0
         device = accelerator.device
         self.augmentation = make_augmentation(recipe, model.specs, device)

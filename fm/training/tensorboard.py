@@ -7,8 +7,10 @@ rollout 205 kB (16 steps of three panels of 64 x 64). So the pictures of eight d
 """
 
 import io
+import os
+import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,18 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from google.protobuf.json_format import ParseDict
 from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
-from torch.utils.tensorboard import FileWriter, SummaryWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from fm.config import FinetuneSettings
 from fm.evaluation.cosines import Cosines
 from fm.evaluation.samples import Sample
+from fm.training.runlog import AppendedFile
 
 Setting = str | int | float | bool
 
@@ -39,6 +44,40 @@ HPARAMS_SINGLE = (("run", "seed"), ("sampling", "scheme"), ("sampling", "draw"))
 HPARAMS_FIRST = ("finetune.objective", "model.width", "sampling.scheme", "train.learning_rate", "train.steps")
 
 
+class EventFile:
+    """An event file of TensorBoard.
+
+    The SummaryWriter of torch writes from a thread that ends for good when the disk is full once, with what it held.
+    """
+
+    VERSION = "brain.Event:2"
+
+    def __init__(
+        self, directory: Path, number: int, report: Callable[[str], object], suffix: str = "", purge_step: int = -1
+    ) -> None:
+        """Begin file `number` of this second; events of earlier files from `purge_step` >= 0 on are not shown."""
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{number}{suffix}"
+        self._file = AppendedFile(directory / f"events.out.tfevents.{name}", report)
+        self._records = RecordWriter(self._file)
+        self._write(Event(file_version=self.VERSION))
+        if purge_step >= 0:
+            self._write(Event(step=purge_step, file_version=self.VERSION))
+            self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, content: Summary, step: int = 0) -> None:
+        """Append an event."""
+        self._write(Event(summary=content, step=step))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+
+
 class Dashboard:
     """Writes scalars, texts and pictures by step; scalars go to the other trackers too."""
 
@@ -51,20 +90,23 @@ class Dashboard:
         saved: Mapping[str, Any] | None = None,
         settings: Mapping[str, Setting] | None = None,
         trackers: Sequence[GeneralTracker] = (),
+        report: Callable[[str], object] = print,
     ) -> None:
         """Open the files; `windows` are the rollout windows of the validation protocol, `settings` the HParams.
+
+        `report` gets a message when a file cannot be written.
 
         Events from `resume_step` on are purged, since a killed run may have written any of them. `saved` is what
         `flush` returned for that step; it is written again.
         """
         names = sorted(datasets)
         _wait_for_a_new_second(directory)
-        self._hparams = HParams(directory, settings or {}, names)  # before the writer below, see there
-        self._writer = SummaryWriter(str(directory), purge_step=resume_step, flush_secs=10)
+        self._hparams = HParams(directory, settings or {}, names, report)  # before the file below, see there
+        self._file = EventFile(directory, 1, report, purge_step=resume_step)
         self._step, self._scalars, self._texts = resume_step, dict[str, float](), list[tuple[str, str]]()
         self._trackers: Sequence[GeneralTracker] = ()  # they have received `saved` already
         if not resume_step:
-            self._writer.add_custom_scalars(custom_scalars(names, windows))
+            self._file.add(summary.custom_scalars(custom_scalars(names, windows)))
         elif saved:
             self.scalars(saved["scalars"], resume_step)
             for tag, body in saved["texts"]:
@@ -75,14 +117,14 @@ class Dashboard:
         """Write a text in Markdown."""
         self._go_to(step)
         self._texts.append((tag, body))
-        self._writer.add_text(tag, body, step)
+        self._file.add(summary.text(tag, body), step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Write values by tag, non-finite ones too; one event for all of them takes half the bytes."""
         self._go_to(step)
         self._scalars.update(values)
         parts = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        self._writer.file_writer.add_summary(Summary(value=parts), step)
+        self._file.add(Summary(value=parts), step)
         for tracker in self._trackers:
             tracker.log(dict(values), step=step)
 
@@ -104,14 +146,13 @@ class Dashboard:
             self._picture("gradients/cosine", cosine_picture(cosines, f"step {step}"), step)
 
     def flush(self, step: int) -> dict[str, Any]:
-        """Write everything to the files and return the scalars and texts of `step`, for `saved`."""
+        """Return the scalars and texts of `step`, for `saved`."""
         self._go_to(step)
-        self._writer.flush()
         return {"scalars": dict(self._scalars), "texts": list(self._texts)}
 
     def close(self, succeeded: bool | None = None) -> None:
         """Close the files; the HParams page shows a run as succeeded, failed or, for None, still to be continued."""
-        self._writer.close()
+        self._file.close()
         for tracker in self._trackers:
             tracker.finish()
         self._hparams.close(succeeded)
@@ -124,7 +165,7 @@ class Dashboard:
         """Write an encoded PNG or GIF as it is; browsers play the GIF."""
         width, height = Image.open(io.BytesIO(encoded)).size
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
-        self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+        self._file.add(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
 def _wait_for_a_new_second(directory: Path) -> None:
@@ -225,14 +266,19 @@ class HParams:
     names begin with the time.
     """
 
-    def __init__(self, directory: Path, settings: Mapping[str, Setting], datasets: Sequence[str]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        settings: Mapping[str, Setting],
+        datasets: Sequence[str],
+        report: Callable[[str], object],
+    ) -> None:
         for earlier in directory.glob(f"*{HPARAMS_SUFFIX}"):
             earlier.unlink()
-        self._writer = FileWriter(str(directory), filename_suffix=HPARAMS_SUFFIX)
+        self._file = EventFile(directory, 0, report, HPARAMS_SUFFIX)
         self._write(metadata.EXPERIMENT_TAG, experiment=self._experiment(settings, datasets))
         start = ParseDict({"start_time_secs": time.time(), "hparams": settings}, SessionStartInfo())
         self._write(metadata.SESSION_START_INFO_TAG, session_start_info=start)
-        self._writer.flush()
 
     def close(self, succeeded: bool | None) -> None:
         """Close the file; None leaves the run unfinished on the page."""
@@ -240,11 +286,11 @@ class HParams:
             status = api_pb2.STATUS_SUCCESS if succeeded else api_pb2.STATUS_FAILURE
             end = SessionEndInfo(status=status, end_time_secs=time.time())
             self._write(metadata.SESSION_END_INFO_TAG, session_end_info=end)
-        self._writer.close()
+        self._file.close()
 
     def _write(self, tag: str, **part: Any) -> None:
         about = metadata.create_summary_metadata(HParamsPluginData(**part))
-        self._writer.add_summary(Summary(value=[Summary.Value(tag=tag, metadata=about)]))
+        self._file.add(Summary(value=[Summary.Value(tag=tag, metadata=about)]))
 
     @staticmethod
     def _experiment(settings: Mapping[str, Setting], datasets: Sequence[str]) -> api_pb2.Experiment:

@@ -12,12 +12,13 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor
 
-from data_pipeline.files import UserError, only_process
+from data_pipeline.errors import UserError
+from data_pipeline.files import only_process
 from data_pipeline.registry import load_registry
 from data_pipeline.windows.division import Division
 from data_pipeline.windows.loader import scheduled_batches, sources
 from data_pipeline.windows.reader import Batch
-from fm.checkpoint import CheckpointWriter, keep_best, keep_incident, newest_checkpoint, read_state
+from fm.checkpoint import CheckpointWriter, newest_checkpoint, read_state
 from fm.config import Recipe, changed_settings, recipe_to_dict, resolve
 from fm.datasets import build_model, check_same_shards, check_windows, open_split, shard_digests
 from fm.distributed import (
@@ -32,7 +33,7 @@ from fm.distributed import (
 )
 from fm.evaluation.evaluate import ValidationResult, validate
 from fm.training.checks import check_launch, check_memory, gradient_cosines
-from fm.training.guard import AnomalyDetector, RefusedStep, RegressionLimit, RollBack
+from fm.training.guard import AnomalyDetector, RefusedStep, RegressionLimit, RollBack, keep_best, keep_incident
 from fm.training.mixing import Mixing
 from fm.training.objective import unroll_length
 from fm.training.optim import learns_alone

@@ -10,7 +10,7 @@ import h5py
 import pytest
 
 from data_pipeline.bench import KEYS, PAPER_WINDOWS_PER_S, bench, verdict
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 
 GRAY_SCOTT = "gray_scott_reaction_diffusion"
 

@@ -1,21 +1,15 @@
 """Files and folders that appear whole or not at all, their digests, ways out of a folder, and messages."""
 
 import hashlib
+import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
-from data_pipeline.files import (
-    UserError,
-    atomic_file,
-    atomic_path,
-    inside,
-    parse_json,
-    printable_stdout,
-    sha256,
-    sha256_file,
-    write_whole,
-)
+from data_pipeline.errors import UserError, printable_stdout
+from data_pipeline.files import atomic_file, atomic_path, inside, parse_json, sha256, sha256_file, write_whole
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -43,6 +37,72 @@ def test_a_path_is_replaced_only_by_what_is_whole(tmp_path: Path, folder: bool) 
     with atomic_path(target) as path:
         write(path, "whole")
     assert (found(), [one.name for one in tmp_path.iterdir()]) == ("whole", ["target"])
+
+
+def replace_until_killed(target: Path, renames: int) -> None:
+    """Replace a folder in another process, which is killed when it is about to rename for the last time of these."""
+
+    def die(event: str, arguments: object) -> None:
+        if event == "os.rename" and next(countdown) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    countdown = iter(range(renames - 1, -1, -1))
+    child = os.fork()
+    if child == 0:
+        sys.addaudithook(die)
+        try:
+            with atomic_path(target) as path:
+                path.mkdir()
+                (path / "new").write_text("new")
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_folder_that_a_killed_process_moved_away_is_put_back(tmp_path: Path, renames: int) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").write_text("old")
+    replace_until_killed(target, renames)
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(ZeroDivisionError), atomic_path(target):
+        raise ZeroDivisionError
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["target", "target/old"]
+    replace_until_killed(target, renames)
+    with atomic_path(target) as path:
+        path.mkdir()
+        (path / "newer").write_text("newer")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["target", "target/newer"]
+
+
+def test_what_a_process_that_runs_is_writing_stays(tmp_path: Path) -> None:
+    half = tmp_path / f"target.{os.getppid()}.tmp"
+    half.write_text("half")
+    (tmp_path / "target.notes.tmp").write_text("not ours")
+    write_whole(tmp_path / "target", b"whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["target", "target.notes.tmp", half.name])
+
+
+def test_content_is_on_the_disk_before_its_name_and_the_name_when_the_block_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, int]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noting_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append(("sync", os.fstat(descriptor).st_ino))
+
+    def noting_replace(source: Path, target: Path) -> None:
+        replace(source, target)
+        done.append(("rename", target.stat().st_ino))
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "replace", noting_replace)
+    write_whole(tmp_path / "file", b"content")
+    file, folder = (tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino
+    assert done == [("sync", file), ("rename", file), ("sync", folder)]
 
 
 def test_a_file_does_not_take_the_place_of_a_folder(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ CHILD = """
 import random, sys
 from pathlib import Path
 from test_hostile_hdf5 import use_well_file
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 content, path = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2])
 for seed in range(int(sys.argv[3]), int(sys.argv[4])):
     rng, raw = random.Random(seed), bytearray(content)

@@ -9,8 +9,10 @@ from fuzzing import CHANGES, EDITS, TEXTS, Guard, cases, edited, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipeline.errors import UserError
 from data_pipeline.registry import load_folders, load_registry, packaged_folder
 from data_pipeline.remote import PROTOCOLS, RemoteFolder, is_url
+from data_pipeline.schema import read_yaml
 from data_pipeline.well.download import url_registry
 from data_pipeline.well.stats import read_stats
 from data_pipeline.windows.loader import open_readers
@@ -50,6 +52,17 @@ def test_cards(guard: Guard, folder: Path, name: str, changes: list, edits: list
     path.write_bytes(spoilt(content, changes, edits))
     guard.check(lambda: load_folders([folder]).snapshot())
     path.write_bytes(content)
+
+
+def test_yaml_is_nested_32_deep_at_most(tmp_path: Path) -> None:
+    path = tmp_path / "deep.yaml"
+    for depth in (31, 32):
+        path.write_text("[" * depth + "]" * depth)
+        assert str(read_yaml(path)) == "[" * depth + "]" * depth
+    for depth in (33, 500, 20_000):
+        path.write_text("[" * depth + "]" * depth)
+        with pytest.raises(UserError, match="nested more than 32 deep"):
+            read_yaml(path)
 
 
 LETTERS = "abcdefgh"  # a list of nine lists of nine lists ...: a few hundred bytes that stand for 9^8 numbers

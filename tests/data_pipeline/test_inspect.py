@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from faulty_server import FaultyServer
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.inspect import overview, paper_tables
 from data_pipeline.registry import load_registry
 

@@ -13,7 +13,7 @@ from handmade_cards import CARD, CHANNELS, complaint, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import VARIABLE, Card, Conserved, Registry, load_folders, load_registry
 from data_pipeline.well.hdf5 import WellFile
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from faulty_server import FaultyServer
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.remote import RangesUnsupported, RemoteFile, RemoteFolder, Retries, is_url
 from data_pipeline.transport import transport
 
@@ -355,7 +355,7 @@ def test_missing_package_of_a_store(scheme: str, extra: str) -> None:
 import sys
 sys.modules["s3fs"] = sys.modules["gcsfs"] = None
 from data_pipeline.remote import RemoteFolder
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 try:
     RemoteFolder("{scheme}://bucket/shards").file("manifest.json").size()
 except UserError as error:
@@ -400,3 +400,30 @@ def test_reading_is_what_the_server_holds(server: FaultyServer, tmp_path: Path) 
     ours = (tmp_path / "copy").read_bytes()
     assert hashlib.sha256(ours).hexdigest() == hashlib.sha256(theirs).hexdigest()
     assert json.dumps(len(ours)) == json.dumps(len(CONTENT))
+
+
+def test_bytes_from_another_place_are_never_taken(server: FaultyServer, tmp_path: Path) -> None:
+    """Nothing but the header tells: there are as many bytes as were asked for."""
+    file = remote(server)
+    server.fail("sub/file.bin", "shift", times=2)
+    assert file.read_range(1000, 3000) == CONTENT[1000:3000]
+    (tmp_path / "part").write_bytes(CONTENT[:1000])
+    server.heal()
+    server.fail("sub/file.bin", "shift", times=1)
+    file.fetch(tmp_path / "part", len(CONTENT), lambda count: None)
+    assert (tmp_path / "part").read_bytes() == CONTENT
+    server.fail("sub/file.bin", "shift", times=ALWAYS)
+    with pytest.raises(UserError, match="bytes from 1001 on came where those from 1000 on were asked for"):
+        file.read_range(1000, 3000)
+
+
+def test_content_that_a_check_refuses_is_fetched_again(server: FaultyServer) -> None:
+    def check(content: bytes) -> str | None:
+        return None if CONTENT.endswith(content) else "not the end of the file"
+
+    server.fail("sub/file.bin", "corrupt", times=1)
+    assert remote(server).read_range(700_000, 700_001, check) == CONTENT[-1:]
+    server.fail("sub/file.bin", "corrupt", times=1)
+    assert remote(server).read(10**6, check) == CONTENT
+    with pytest.raises(UserError, match="failed 3 times, the last time: not the end of the file"):
+        remote(server).read_range(0, 10, check)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.tables import Document, Marked, Table, digits, format_number, markdown, plain, render
 
 THIRD = 1 / 3

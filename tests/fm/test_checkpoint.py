@@ -9,9 +9,11 @@ import resource
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +22,36 @@ import torch
 from handmade import make_spec
 from safetensors.torch import save as serialize_tensors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from whole_runs import finish, fork, log, small, start, wait_for
+from whole_runs import file_size_limit, finish, fork, log, small, start, wait_for
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from fm.checkpoint import (
     CheckpointWriter,
     Snapshot,
     list_checkpoints,
     load_checkpoint,
+    load_pretrained,
+    look_at_newest,
     newest_checkpoint,
     prune_checkpoints,
     take_snapshot,
     verify_checkpoint,
     write_checkpoint,
 )
+from fm.config import dump_recipe
+from fm.lab.status import read_status
 from fm.model.spec import ModelConfig
 from fm.model.wavelit import WaveLiTFM
 from fm.training.parallel import named_state
 from fm.training.trainer import train
 
 NOBODY = 65534
+FACTS: dict[str, Any] = {  # what a run adds to its state, without a word of content
+    **{name: {} for name in ("recipe", "shards", "symmetries", "sampling")},
+    "registry": {"channels": [], "cards": {}},
+    "guard": {"refused": [], "history": {}},
+    "gate": {"before": None, "best": None, "failed": False, "limit": None, "scored": []},
+}
 
 
 def make_state(width: int = 16) -> tuple[WaveLiTFM, WaveLiTFM, torch.optim.Optimizer]:
@@ -54,7 +66,7 @@ def make_state(width: int = 16) -> tuple[WaveLiTFM, WaveLiTFM, torch.optim.Optim
 
 
 def make_snapshot(step: int, width: int = 16) -> Snapshot:
-    return snapshot_of(step, *make_state(width), {"shards": {}})
+    return snapshot_of(step, *make_state(width), FACTS)
 
 
 def snapshot_of(
@@ -75,19 +87,54 @@ def saved_steps(root: Path) -> list[int]:
     return sorted(list_checkpoints(root))
 
 
+def lossy_write_bytes(path: Path, content: bytes) -> int:
+    """Write as a disk that takes a megabyte and gives back another bit, and says nothing of it."""
+    with path.open("wb") as file:
+        return file.write(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_a_disk_that_gives_back_other_bytes_is_noticed_when_it_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, make_snapshot(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", lossy_write_bytes)
+        with pytest.raises(UserError, match=r"could not save the checkpoint .*its bytes differ from the SHA-256"):
+            write_checkpoint(tmp_path, make_snapshot(2))
+    assert saved_steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors", "ema.safetensors", "optimizer.safetensors"])
+def test_a_checkpoint_with_one_other_byte_is_passed_over_for_the_one_before(tmp_path: Path, name: str) -> None:
+    reports: list[str] = []
+    for step in (1, 2):
+        write_checkpoint(tmp_path, make_snapshot(step))
+    file = tmp_path / "step_00000002" / name
+    lossy_write_bytes(file, file.read_bytes())
+    assert newest_checkpoint(tmp_path, reports.append) == tmp_path / "step_00000001"
+    assert [f"{name}: its bytes differ from the SHA-256" in report for report in reports] == [True]
+
+
+def test_a_state_of_another_step_or_without_its_digest_is_passed_over(tmp_path: Path) -> None:
+    for step in (1, 2):
+        write_checkpoint(tmp_path, make_snapshot(step))
+    file, reports = tmp_path / "step_00000002" / "state.json", list[str]()
+    state = json.loads(file.read_text())
+    whole = {key: value for key, value in state.items() if key != "digest"}
+    other, early = {**state, "step": 1}, {**whole, "format_version": 2}
+    for content in (other, whole, {**early, "step": 1}, {**early, "digest": state["digest"]}):
+        file.write_text(json.dumps(content))
+        assert newest_checkpoint(tmp_path, reports.append) == tmp_path / "step_00000001"
+    assert len(reports) == 4
+    for key in ("symmetries", "gate"):  # that the first checkpoints of format 2 lack
+        del early[key]
+    file.write_text(json.dumps(early))
+    assert newest_checkpoint(tmp_path, refuse) == tmp_path / "step_00000002"
+    assert load_checkpoint(tmp_path / "step_00000002", *make_state()[:2])[0]["gate"]["before"] is None
+
+
 def refuse(report: str) -> None:
     raise AssertionError(report)
-
-
-@contextmanager
-def file_size_limit(limit: int) -> Iterator[None]:
-    """As on a full disk, a file cannot grow beyond `limit` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextmanager
@@ -107,7 +154,7 @@ def read_only(folder: Path) -> Iterator[None]:
 
 def test_the_files_hold_the_state_when_the_save_began(tmp_path: Path) -> None:
     model, ema, optimizer = make_state()
-    facts: dict[str, Any] = {"shards": {"a": "1"}, "sampling": [0.5]}
+    facts: dict[str, Any] = {**FACTS, "shards": {"a": "1"}, "sampling": [0.5]}
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     names = [name for name, _ in model.named_parameters()]
     moments = {
@@ -131,13 +178,9 @@ def test_the_files_hold_the_state_when_the_save_began(tmp_path: Path) -> None:
         "optimizer.safetensors": serialize_tensors(moments),
     }
     digests = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    assert state == {
-        "format_version": 2,
-        "step": 7,
-        "shards": {"a": "1"},
-        "sampling": [0.5],
-        "files": digests,
-    }
+    content = {**FACTS, "format_version": 3, "step": 7, "shards": {"a": "1"}, "sampling": [0.5], "files": digests}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":")) + "\n"
+    assert state == {**content, "digest": hashlib.sha256(canonical.encode()).hexdigest()}
     assert f"{names[0]}/exp_avg" not in moments
     assert f"{names[1]}/exp_avg" in moments
 
@@ -145,7 +188,7 @@ def test_the_files_hold_the_state_when_the_save_began(tmp_path: Path) -> None:
 def test_the_loop_does_not_wait_for_the_disk(tmp_path: Path) -> None:
     model, ema, optimizer = make_state(width=256)
     with CheckpointWriter(tmp_path, 3, None) as writer:
-        writer.start(snapshot_of(1, model, ema, optimizer, {"shards": {}}))
+        writer.start(snapshot_of(1, model, ema, optimizer, FACTS))
         assert not list_checkpoints(tmp_path)  # 25 MB to hash and sync
         assert writer.wait() is None
         assert saved_steps(tmp_path) == [1]
@@ -249,9 +292,48 @@ def test_an_error_elsewhere_waits_for_the_save_and_hides_no_failure(tmp_path: Pa
 
 def test_a_snapshot_that_cannot_be_written_as_json_is_our_fault(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, 1, None)
-    writer.start(snapshot_of(1, *make_state(), {"shards": object()}))
-    with pytest.raises(TypeError, match="not JSON serializable"):
+    writer.start(snapshot_of(1, *make_state(), {**FACTS, "shards": object()}))
+    with pytest.raises(ValueError, match="Unable to serialize unknown type"):
         writer.wait()
+
+
+def test_the_folder_is_read_again_if_the_checkpoint_found_disappears(tmp_path: Path) -> None:
+    found = [write_checkpoint(tmp_path, make_snapshot(1))]
+
+    def look(path: Path) -> Path:
+        if len(found) == 1:
+            found.append(write_checkpoint(tmp_path, make_snapshot(2)))
+            prune_checkpoints(tmp_path, found[1], keep=1, keep_every=None)
+        verify_checkpoint(path)
+        return path
+
+    assert look_at_newest(tmp_path, refuse, look) == found[1]
+
+
+def test_a_run_is_read_while_it_deletes_its_checkpoints(tmp_path: Path, capsys: Any) -> None:
+    """With one checkpoint kept and a save after another, most of what is found disappears before it is read."""
+    (tmp_path / "recipe.yaml").write_text("train: {steps: 9}")
+    root, done = tmp_path / "checkpoints", threading.Event()
+    snapshot = make_snapshot(1)
+    write_checkpoint(root, snapshot)
+
+    def save_for_ever() -> None:
+        step = 1
+        while not done.is_set():
+            step += 1
+            newest = write_checkpoint(root, replace(snapshot, step=step))
+            prune_checkpoints(root, newest, keep=1, keep_every=None)
+
+    thread = threading.Thread(target=save_for_ever)
+    thread.start()
+    try:
+        for _ in range(40):
+            assert load_pretrained(tmp_path).num_parameters() > 0
+            assert read_status(tmp_path).checkpoint is not None
+    finally:
+        done.set()
+        thread.join()
+    assert "damaged" not in capsys.readouterr().out
 
 
 def save_for_ever(root: Path) -> None:
@@ -263,7 +345,7 @@ def save_for_ever(root: Path) -> None:
     writer = CheckpointWriter(root, keep=1, keep_every=None)
     while True:
         step += 1
-        writer.start(snapshot_of(step, model, ema, optimizer, {"shards": {}}))
+        writer.start(snapshot_of(step, model, ema, optimizer, FACTS))
         assert writer.wait() is None
         (root.parent / "done").write_text(f"{step:08d}")
 
@@ -329,26 +411,51 @@ def test_told_to_continue_a_run_says_so_and_only_its_last_save_ends_it(
     assert saved_steps(tmp_path / "run" / "checkpoints") == [3, 6, last]
 
 
-def test_a_run_that_continues_saves_again_once_there_is_space(tiny_shards: Path, tmp_path: Path) -> None:
-    """The disk is full from step 3 of a run in its own process, until space is made."""
+def test_a_run_on_a_full_disk_goes_on_and_writes_all_of_it_once_there_is_space(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    """For a while no file of a run in its own process can grow: checkpoints, logs and TensorBoard's files."""
     directory = tmp_path / "run"
-    assert train(small(tiny_shards, directory, train={"steps": 3})) == 0
-    limit = (directory / "checkpoints/step_00000003/optimizer.safetensors").stat().st_size - 1
     recipe = small(tiny_shards, directory, train={"steps": 100}, checkpoint={"every": 5, "on_error": "continue"})
+    process = start(recipe)
+    assert process.stderr is not None
+    wait_for(lambda: (directory / "log.jsonl").is_file() and "\n" in (directory / "log.jsonl").read_text(), process)
     unlimited = resource.RLIM_INFINITY
-    process = start(recipe, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited)))
-    wait_for(lambda: len((directory / "log.jsonl").read_text().splitlines()) > 12, process)
-    assert saved_steps(directory / "checkpoints") == [3]
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1, unlimited))
+    printed = ""
+    while "could not save the checkpoint" not in printed:
+        assert process.poll() is None, printed
+        printed += process.stderr.readline()
+    held = (directory / "log.jsonl").read_text()
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (unlimited, unlimited))
     code, output = finish(process)
-    assert code == 0, output
-    assert "step_00000005: File too large" in output
-    assert "Training goes on (checkpoint.on_error: continue)" in output
+    printed += output
+    assert code == 0, printed
+    assert "File too large" in printed
+    assert "Training goes on (checkpoint.on_error: continue)" in printed
+    for name in ("log.jsonl", "events.jsonl"):
+        assert printed.count(f"{directory / name}: cannot be written (File too large); what comes is kept") == 1
+    assert len(held.splitlines()) < 100
+    assert [line["step"] for line in log(directory)] == list(range(1, 101))
     assert saved_steps(directory / "checkpoints") == [90, 95, 100]
     events = EventAccumulator(str(directory / "tensorboard"))
     events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(2, 101, 2))
     texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("events/text_summary")]
     assert any("could not save the checkpoint" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("on_error", "message"),
+    [
+        ("stop", r"tensorboard/events.out.tfevents\S+: cannot be written \(File too large\). Free some space"),
+        ("continue", r"could not save the checkpoint \S+step_00000008: File too large"),
+    ],
+)
+def test_a_disk_that_is_full_from_the_beginning(tiny_shards: Path, tmp_path: Path, on_error: str, message: str) -> None:
+    recipe = small(tiny_shards, tmp_path / "run", checkpoint={"every": 100, "on_error": on_error})
+    with file_size_limit(len(dump_recipe(recipe)) + 400), pytest.raises(UserError, match=message):
+        train(recipe)
 
 
 def test_a_run_whose_folder_vanishes_makes_it_again(tiny_shards: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import xarray
 from handmade import make_inputs, make_spec, stir
 from whole_runs import DATASETS, fm, last_weights, small
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import load_registry
 from data_pipeline.well.hdf5 import WellFile, split_files
 from data_pipeline.windows.loader import open_readers

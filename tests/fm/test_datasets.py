@@ -8,7 +8,7 @@ import h5py
 import pytest
 import torch
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import VARIABLE, Field, load_registry
 from data_pipeline.shards.build import build_shards
 from data_pipeline.well.register import register

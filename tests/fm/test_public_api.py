@@ -13,7 +13,7 @@ from handmade import make_inputs
 from whole_runs import DATASETS, small
 
 import fm
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from fm.checkpoint import find_checkpoint
 from fm.config import resolve
 from fm.model.baselines import Baseline

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paper_constants import PAPER, constants
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import load_registry
 from fm.cli import main
 from fm.config import changed_settings, dump_recipe, load_recipe, recipe_to_dict

@@ -10,6 +10,8 @@ HEAD and GET with ranges; folders answer with a page of links. Faults, as `kind`
     truncate   sends half of the body and announces just that: only the wrong Content-Length tells
     html       a page of HTML with status 200 (HEAD, too)
     no_range   the whole file with status 200, whatever was asked for
+    corrupt    one byte of the body is another
+    shift      a 206 with as many bytes as were asked for, from one byte further on, and a header that says so
     slow       waits `seconds` before it answers
     stall      sends half of the body, waits `seconds`, then closes the connection
     404 ...    any other number: that status
@@ -163,12 +165,16 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_file(self, target: Path, path: str, span: str | None, fault: str, seconds: float) -> None:
         size = target.stat().st_size
         start, stop = _limits(span, size)
+        if fault == "shift" and span is not None:
+            start, stop = start + 1, stop + 1
         if start >= stop and size:
             self._send(416, b"", path, content_range=f"bytes */{size}")
             return
         with target.open("rb") as file:
             file.seek(start)
             body = file.read(stop - start)
+        if fault == "corrupt" and body:
+            body = body[:-1] + bytes([body[-1] ^ 1])
         content_range = None if span is None else f"bytes {start}-{stop - 1}/{size}"
         self._send(200 if span is None else 206, body, path, content_range=content_range, fault=fault, seconds=seconds)
 

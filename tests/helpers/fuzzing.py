@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 
 MANY = int(os.environ.get("FUZZ_FACTOR", "1"))  # more cases, other ones at every run, by hand
 

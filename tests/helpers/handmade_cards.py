@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import load_folders
 
 CHANNELS = """

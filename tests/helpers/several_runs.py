@@ -7,7 +7,7 @@ when it starts.
 import sys
 from pathlib import Path
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from fm.config import load_recipe
 from fm.distributed import StopSignal, make_accelerator
 from fm.training.trainer import train_with

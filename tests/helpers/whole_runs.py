@@ -3,13 +3,14 @@
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from forked import Forked
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from data_pipeline.schema import sealed, unsealed
 from data_pipeline.shards.format import Manifest
 from fm.cli import main
 from fm.config import Recipe, dump_recipe, resolve
@@ -65,6 +67,23 @@ def spoil(shards: Path, target: Path, change: Callable[[np.ndarray], object]) ->
 
 def log(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """As on a full disk, a file cannot grow beyond `limit` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def rewrite_state(file: Path, **changes: Any) -> None:
+    """Change values of a checkpoint's state.json, and make its digest that of the changed ones."""
+    state = unsealed(json.loads(file.read_text()), str(file))
+    file.write_text(json.dumps(sealed({**state, **changes})))
 
 
 def accelerate(config: str, *options: str) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.miniwell.twins import twin_distance
 from data_pipeline.registry import Card
 from data_pipeline.windows.reader import ShardReader

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.miniwell.generate import file_name, load_system, split_rows
 from data_pipeline.miniwell.system import ParameterSet
 from data_pipeline.miniwell.twins import twin_states

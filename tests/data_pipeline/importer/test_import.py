@@ -19,7 +19,7 @@ from the_well.data import WellDataset
 from well_rules import broken_rules
 
 from data_pipeline.cli import main
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.importer.convert import write_files
 from data_pipeline.importer.options import Options
 from data_pipeline.importer.plan import make_plan

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.miniwell.contact_sheet import contact_sheet
 from data_pipeline.miniwell.generate import EIGHT, EXTRAS, SYSTEMS
 

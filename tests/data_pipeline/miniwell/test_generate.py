@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from small_cases import read_arrays
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.miniwell.generate import EIGHT, EXTRAS, SYSTEMS, simulate
 from data_pipeline.miniwell.system import SPLITS
 

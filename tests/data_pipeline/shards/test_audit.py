@@ -12,7 +12,7 @@ import yaml
 from handmade_well import spread, write_file, write_stats
 
 from data_pipeline.cli import main
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.miniwell.gray_scott import evolve
 from data_pipeline.registry import load_registry
 from data_pipeline.shards.audit import STILL_FRAMES, TrajectoryAudit

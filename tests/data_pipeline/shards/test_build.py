@@ -16,7 +16,8 @@ import pytest
 import webdataset
 from handmade_well import spread, write_file
 
-from data_pipeline.files import UserError, only_process
+from data_pipeline.errors import UserError
+from data_pipeline.files import only_process
 from data_pipeline.registry import load_registry
 from data_pipeline.shards.build import build_shards
 from data_pipeline.shards.format import Manifest

@@ -20,7 +20,7 @@ from test_build import contents
 
 from data_pipeline import cli
 from data_pipeline.cli import main
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import load_registry
 from data_pipeline.shards.build import Built, build_shards
 from data_pipeline.shards.format import Manifest

@@ -14,7 +14,8 @@ import pytest
 import yaml
 from faulty_server import PAGE, FaultyServer
 
-from data_pipeline.files import UserError, only_process
+from data_pipeline.errors import UserError
+from data_pipeline.files import only_process
 from data_pipeline.registry import load_registry
 from data_pipeline.remote import Retries
 from data_pipeline.shards.build import build_shards
@@ -264,7 +265,7 @@ def test_a_disk_that_fills_up(server: FaultyServer, tmp_path: Path) -> None:
 import resource
 from pathlib import Path
 from data_pipeline.well.download import download
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import load_registry
 resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))
 try:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from the_well.data import WellDataset
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import load_registry
 from data_pipeline.well.download import damage
 from data_pipeline.well.hdf5 import WellFile, dataset_folders, split_files

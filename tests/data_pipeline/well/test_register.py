@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from handmade_well import StoredField, write_layout
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import VARIABLE, Card, load_registry
 from data_pipeline.well.register import Registered, register
 

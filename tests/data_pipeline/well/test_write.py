@@ -11,7 +11,7 @@ from handmade_well import spread
 from well_rules import broken_rules
 
 from data_pipeline import write_well
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import load_registry
 from data_pipeline.well.hdf5 import Setting, WellFile, read_attributes, read_setting
 from data_pipeline.well.layout import edges

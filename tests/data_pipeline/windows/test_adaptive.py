@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.windows.schedule import adaptive_shares, carry_scores
 
 NAMES = ["a", "b", "c", "d", "e"]

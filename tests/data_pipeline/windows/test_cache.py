@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.windows.cache import BlobCache
 
 SIZE = 1000
 CONTENTS = [np.random.default_rng(seed).bytes(SIZE) for seed in range(12)]
+CONTENT_OF_THE_SAME_SIZE = bytes(SIZE)
 NAMES = [hashlib.sha256(content).hexdigest() for content in CONTENTS]
 
 
@@ -96,7 +97,7 @@ def test_an_evicted_blob_stays_readable_for_who_has_it_open(tmp_path: Path) -> N
 
 def test_wrong_content_is_refused_by_the_name_of_its_origin(tmp_path: Path) -> None:
     cache = BlobCache(tmp_path, 5 * SIZE)
-    with pytest.raises(UserError, match=r"^http://x/shard.tar: damaged: its SHA-256 is"):
+    with pytest.raises(UserError, match=r"^http://x/shard.tar: it came 3 times with another SHA-256"):
         cache.fetch(NAMES[0], SIZE, lambda path: path.write_bytes(CONTENTS[1]), "http://x/shard.tar")
     assert held(tmp_path) == 0
     assert fetch(cache, 0) == CONTENTS[0]
@@ -108,6 +109,16 @@ def test_what_does_not_fit_names_the_setting(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be read from the cache: Not a directory; set data.cache"):
         fetch(BlobCache(tmp_path / "file", SIZE), 0)
+
+
+def test_a_blob_is_compared_once_in_each_process_and_a_damaged_one_filled_again(tmp_path: Path) -> None:
+    fetch(BlobCache(tmp_path, 5 * SIZE), 0)
+    blob = tmp_path / "blobs" / NAMES[0]
+    blob.write_bytes(CONTENT_OF_THE_SAME_SIZE)
+    again = BlobCache(tmp_path, 5 * SIZE)  # as in a process that starts
+    assert fetch(again, 0) == CONTENTS[0]
+    blob.write_bytes(CONTENT_OF_THE_SAME_SIZE)
+    assert fetch(again, 0) == CONTENT_OF_THE_SAME_SIZE  # compared already: each window would take as long as the shard
 
 
 @pytest.mark.parametrize("spoil", ["short", "link"])
@@ -144,6 +155,22 @@ def test_the_part_of_a_dead_process_is_taken_up_or_makes_room(tmp_path: Path) ->
     assert held(tmp_path) == 2 * SIZE
     (tmp_path / "parts" / f"{NAMES[2]}.{SIZE}.part").write_bytes(b"torn by a power cut")
     assert fetch(cache, 2) == CONTENTS[2]
+
+
+def test_what_dead_processes_left_goes_before_any_blob(tmp_path: Path) -> None:
+    """A small blob half written, and downloads that nobody continues, by the size that they would have had."""
+    cache, parts = BlobCache(tmp_path, 4 * SIZE), tmp_path / "parts"
+    fetch(cache, 0)
+    (parts / f"{NAMES[5]}-0-{SIZE}.tmp").write_bytes(CONTENTS[5][:10])
+    for number in (6, 7):
+        (parts / f"{NAMES[number]}.{SIZE}.part").write_bytes(CONTENTS[number][:10])
+    (tmp_path / "used").write_text("")  # count again
+    fetch(cache, 1)  # 0, two parts and this one: there is room
+    assert sorted(path.suffix for path in parts.iterdir()) == [".part", ".part"]
+    fetch(cache, 2)
+    fetch(cache, 3)
+    assert present(cache) == {0, 1, 2, 3}
+    assert not list(parts.iterdir())
 
 
 def test_a_part_that_is_being_written_is_not_evicted(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.windows.division import Division, assign_by_cost
 from data_pipeline.windows.schedule import Schedule, Source
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.schema import canonical, digest
 from data_pipeline.shards.format import Manifest
 from data_pipeline.shards.tar import damage

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.hashing import splitmix64
 from data_pipeline.windows.schedule import SCHEMES, Draw, Schedule, Source, sampling_shares
 

@@ -15,7 +15,7 @@ from faulty_server import FaultyServer
 from forked import Forked
 from streamed import FRAME_BYTES, LENGTH, MAZE, NAMES, assert_all_same, assert_same, batches, settings, write_dataset
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import Windows
 from data_pipeline.windows.streaming import WholeShards, default_cache

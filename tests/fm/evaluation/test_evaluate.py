@@ -12,7 +12,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import load_registry
 from data_pipeline.shards.build import build_shards
 from data_pipeline.windows.loader import open_readers

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from fm.evaluation.protocol import PROTOCOLS, Protocol, Window, load_protocol
 
 

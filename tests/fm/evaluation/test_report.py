@@ -18,7 +18,7 @@ from html_reader import Reader
 from PIL import Image
 from samples import ramp_sample
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from fm.cli import main
 from fm.evaluation.errors import ErrorFile, StencilChoice
 from fm.evaluation.pictures import gif
@@ -117,7 +117,11 @@ def test_the_printed_command_scores_the_stored_errors(
     (command,) = re.findall(r"^fm (score errors.*)$", (tmp_path / "index.html").read_text(), re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     assert main(command.split()) == 0
-    assert Scores.load(tmp_path / "DIR" / "scores.json") == score(errors)
+    scores = Scores.load(tmp_path / "DIR" / "scores.json")
+    assert scores == score(errors)
+    one_step = scores.datasets["shear_flow"].one_step
+    assert one_step is not None
+    assert one_step.median == pytest.approx(0.25 / (1 + change.get("eps", 1e-7)) ** 0.5, rel=1e-9)  # of unit variance
 
 
 @pytest.mark.parametrize("name", ["thirds", "well"])

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from whole_runs import DATASETS, ROOT, SignalInEvaluation, fm, small, wait_for
 
-from data_pipeline.files import UserError, only_process
+from data_pipeline.errors import UserError
+from data_pipeline.files import only_process
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import load_pretrained
 from fm.evaluation.errors import ErrorFile

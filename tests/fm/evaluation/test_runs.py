@@ -12,7 +12,7 @@ from faulty_server import FaultyServer
 from whole_runs import fm
 
 import fm as fm_package
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.cli import main
 from fm.config import resolve

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from samples import ramp_sample
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from fm.evaluation.samples import evenly_spaced, load_samples, save_samples
 
 

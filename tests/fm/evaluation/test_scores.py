@@ -10,7 +10,7 @@ import pytest
 from error_files import dataset_errors
 from scipy.stats import spearmanr
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from fm.evaluation.errors import ErrorFile, Errors
 from fm.evaluation.protocol import PROTOCOLS, Protocol, Window, load_protocol
 from fm.evaluation.scores import (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.shards.build import build_shards
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader

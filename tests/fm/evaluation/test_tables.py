@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from error_files import error_file
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.tables import Marked, Table, render
 from fm.evaluation.errors import DatasetErrors, ErrorFile, Errors, StencilChoice
 from fm.evaluation.protocol import PROTOCOLS, Protocol, Window, load_protocol

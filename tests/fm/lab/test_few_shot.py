@@ -9,7 +9,7 @@ from html_reader import Reader
 from PIL import Image
 from whole_runs import DATASETS, log, small
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.cli import main as fm

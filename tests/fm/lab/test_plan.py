@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from whole_runs import DATASETS, small
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import load_registry
 from fm.cli import main
 from fm.config import Recipe, dump_recipe, load_recipe
@@ -46,8 +46,10 @@ def test_without_shards_sizes_are_the_published_ones(plan: Plan) -> None:
 
 
 def test_the_mixture_is_the_sum_of_shares(plan: Plan) -> None:
+    """Shares go as the root of windows x tokens: sqrt(321600 x 16384) = 72589 and sqrt(20384 x 65536) = 36550."""
     parts = plan.datasets.values()
-    assert sum(one.share for one in parts) == pytest.approx(1)
+    assert [one.share for one in parts] == pytest.approx([0.665106, 0.334894], abs=1e-6)
+    assert plan.mean("tokens") == pytest.approx(0.665106 * 65536 + 0.334894 * 262144, rel=1e-5)  # of 4 windows
     assert sum(one.draws for one in parts) == 10_000
     for what in ("tokens", "flops", "read_bytes", "seconds"):
         assert plan.mean(what) == pytest.approx(sum(one.share * getattr(one, what) for one in parts))

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import whole_runs
-from whole_runs import small
+from whole_runs import rewrite_state, small
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.tables import render
 from fm.cli import main
 from fm.config import dump_recipe, load_recipe, recipe_to_dict
@@ -32,7 +32,7 @@ def scored_copy(
     """A trained and scored run as that of another trial, with some of its scores replaced on all datasets."""
     shutil.copytree(run, trial.directory, dirs_exist_ok=True)
     for state in trial.directory.glob("checkpoints/*/state.json"):
-        state.write_text(json.dumps({**json.loads(state.read_text()), "recipe": recipe_to_dict(trial.recipe)}))
+        rewrite_state(state, recipe=recipe_to_dict(trial.recipe))
     file = trial.report / "scores.json"
     scores = json.loads(file.read_text())
     for part in scores["datasets"].values():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from whole_runs import DATASETS, log, small
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.tables import render
 from fm.cli import main as fm
 from fm.evaluation.cosines import Cosines

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from handmade import STATE_CHANNELS, make_inputs, make_spec
 from whole_runs import last_weights, log
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import load_pretrained
 from fm.config import LossSettings, Recipe, TrainSettings, load_recipe, resolve

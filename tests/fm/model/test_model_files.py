@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from data_pipeline.files import UserError, sha256
+from data_pipeline.errors import UserError
+from data_pipeline.files import sha256
 from fm.checkpoint import find_checkpoint, load_pretrained, verify_model
 from fm.model.files import (
     EARLIER,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from handmade import stir
 from handmade_export import exported
-from whole_runs import small
+from whole_runs import rewrite_state, small
 
 from data_pipeline.registry import load_registry
 from data_pipeline.well.hdf5 import split_files
@@ -43,9 +43,9 @@ def of_other_cards(run: Path, tmp_path: Path) -> Path:
     other = tmp_path / "run"
     shutil.copytree(run, other)
     for checkpoint in (other / "checkpoints").iterdir():
-        state = json.loads((checkpoint / "state.json").read_text())
-        state["registry"]["cards"]["helmholtz_staircase"]["boundary"][0] = ["WALL", "WALL"]
-        (checkpoint / "state.json").write_text(json.dumps(state))
+        registry = json.loads((checkpoint / "state.json").read_text())["registry"]
+        registry["cards"]["helmholtz_staircase"]["boundary"][0] = ["WALL", "WALL"]
+        rewrite_state(checkpoint / "state.json", registry=registry)
     return other
 
 

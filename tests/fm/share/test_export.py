@@ -15,7 +15,7 @@ from handmade import make_spec, stir
 from huggingface_hub import ModelCard
 from whole_runs import DATASETS, fm, small
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import load_folders, load_registry, packaged_folder
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import find_checkpoint, load_pretrained

@@ -19,7 +19,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from whole_runs import DATASETS, small
 
-from data_pipeline.files import UserError, sha256
+from data_pipeline.errors import UserError
+from data_pipeline.files import sha256
 from data_pipeline.miniwell.generate import simulate
 from data_pipeline.registry import VARIABLE, Channel, load_folders, load_registry
 from data_pipeline.shards.build import build_shards

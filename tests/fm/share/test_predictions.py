@@ -10,7 +10,7 @@ import pytest
 from the_well.benchmark.metrics import VRMSE
 from the_well.data import WellDataset
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.well.hdf5 import split_files
 from fm.cli import main
 from fm.evaluation.errors import ErrorFile

@@ -1,6 +1,7 @@
 """Rollouts from file to file: what the file holds, what is doubted, what is refused."""
 
 import copy
+import gc
 import hashlib
 import os
 import shutil
@@ -18,8 +19,9 @@ import torch
 from handmade_export import exported
 from handmade_well import write_file
 from well_rules import broken_rules
+from whole_runs import file_size_limit
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import VARIABLE, load_registry
 from data_pipeline.well.hdf5 import WellFile, split_files
 from fm.cli import main
@@ -258,3 +260,20 @@ def test_an_exported_model_brings_its_own_cards(
     (tmp_path / "cards" / "channels.yaml").write_text("heat: {description: heat, unit: joule}\n")
     with pytest.raises(UserError, match="its state fields are not those of the card"):
         predict_file(folder, other, registry=str(tmp_path / "cards"), progress=False)
+
+
+@pytest.mark.parametrize("name", ["p.hdf5", "p.nc", "p.zarr"])
+def test_a_full_disk_ends_in_a_message_and_leaves_nothing(folder: str, maze: Path, tmp_path: Path, name: str) -> None:
+    """HDF5 would crash the process when it closes a file that it could not write."""
+    if name != "p.hdf5":
+        pytest.importorskip("xarray")
+    request = RolloutRequest(maze, tmp_path / name, steps=3)
+    for limit in (600, 5000):  # in the header, and in the frames
+        with (
+            file_size_limit(limit),
+            pytest.raises(UserError, match=rf"{name}: cannot be written, the disk or the quota"),
+        ):
+            predict_file(folder, request, progress=False)
+        gc.collect()
+        assert not list(tmp_path.iterdir())
+    predict_file(folder, request, progress=False)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import xarray
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import load_registry
 from data_pipeline.well.hdf5 import WellFile, split_files
 from fm.model.wavelit import WaveLiTFM

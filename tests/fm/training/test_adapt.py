@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from whole_runs import DATASETS, last_weights, log, small
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers, sources
 from data_pipeline.windows.schedule import sampling_shares
 from fm.checkpoint import find_checkpoint, load_pretrained

@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from whole_runs import last_weights, log, small
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from fm.config import FinetuneSettings, LossSettings, Recipe
 from fm.distributed import make_accelerator
 from fm.model.attention import LinearAttention, rope_table

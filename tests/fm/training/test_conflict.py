@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from whole_runs import DATASETS, last_weights, log, small
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from fm.distributed import make_accelerator
 from fm.evaluation.cosines import Cosines, mean_cosines
 from fm.evaluation.plots import cosine_figure

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from whole_runs import DATASETS, last_weights, log, small
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import find_checkpoint
 from fm.config import Recipe

@@ -50,6 +50,18 @@ def test_flops_are_those_of_a_real_forward_pass_for_real_and_fake_models() -> No
     assert all(type(parameter) is torch.nn.Parameter for parameter in whole.parameters())
 
 
+def test_flops_of_a_model_by_hand() -> None:
+    """All products of a model without depthwise convolutions, multiply-adds a token for N = 384 and D = 16.
+
+    A block of 2 heads of K = 8: input, gate and output D^2 each, query and key 2 D^2, the MLP 2 x 4 D^2, and for
+    k^T v, k^T k and q times the state D K each. Outside the blocks: 4 subbands to D and back, 4 D each.
+    """
+    tokens, width, head = 32 * 48 // 4, 16, 8
+    block = 13 * width**2 + 3 * width * head
+    assert 2 * tokens * (2 * block + 8 * width) == 5_799_936
+    assert forward_flops(fake(PRODUCTS), "shear_flow", GRID) == 5_799_936
+
+
 def test_flops_of_a_wider_hidden_layer_by_hand() -> None:
     """An MLP of ratio r has 2 x D x rD multiply-adds a token and block."""
     narrow, wide = (replace(CONFIG, mlp_ratio=ratio) for ratio in (2.0, 4.0))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from whole_runs import DATASETS, last_weights, log, small, spoil
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.shards.format import Manifest
 from data_pipeline.windows.reader import ShardReader
 from fm.cli import main

@@ -19,7 +19,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from whole_runs import DATASETS, ROOT, accelerate, finish, log, small, spoil, start
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from fm.config import Recipe, dump_recipe
 from fm.distributed import _deepspeed_plugin, fsdp_reshards
 from fm.evaluation.cosines import Cosines

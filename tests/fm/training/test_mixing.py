@@ -9,9 +9,9 @@ import pytest
 from accelerate import Accelerator
 from handmade import make_spec
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from whole_runs import DATASETS, last_weights, log, small
+from whole_runs import DATASETS, last_weights, log, rewrite_state, small
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers, sources
 from data_pipeline.windows.schedule import Schedule, Source, adaptive_shares, sampling_shares
 from fm.config import Recipe
@@ -145,8 +145,7 @@ def test_a_history_that_does_not_fit_is_refused(tiny_shards: Path, tmp_path: Pat
         train(adaptive(tiny_shards, directory, train=longer))
     file = directory / "checkpoints/step_00000009/state.json"
     for history in ([], [[0, {"a": 1.0}]], [[3, {}]], "none", [[0]], [["0", {}]]):
-        broken = {**state(unbroken, 9), "sampling": {"history": history, "scores": {}}}
-        file.write_text(json.dumps(broken))
+        rewrite_state(file, sampling={"history": history, "scores": {}})
         with pytest.raises(UserError, match="history of sampling shares does not fit this run"):
             train(adaptive(tiny_shards, directory, train={"steps": 12}))
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from whole_runs import DATASETS, last_weights, log, small
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import load_registry
 from fm.config import AdaptSettings, Recipe, TrainSettings
 from fm.datasets import build_model, open_split

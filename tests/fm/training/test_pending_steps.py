@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from whole_runs import DATASETS, last_weights, log, small, spoil
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.windows.reader import Batch
 from fm.config import Recipe
 from fm.distributed import StopSignal, make_accelerator

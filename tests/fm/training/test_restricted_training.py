@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from whole_runs import DATASETS, last_weights, log, small
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import find_checkpoint
 from fm.config import Recipe

@@ -8,7 +8,7 @@ import pytest
 from faulty_server import FaultyServer
 from whole_runs import finish, fork
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from fm.config import Recipe, resolve
 from fm.evaluation.evaluate import evaluate_run
 from fm.training.trainer import train

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import api_pb2, metadata
 from whole_runs import DATASETS, ROOT, fm, small
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import load_registry
 from data_pipeline.windows.schedule import Schedule, Source
 from fm.config import Recipe, dump_recipe, recipe_to_dict

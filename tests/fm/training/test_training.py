@@ -14,9 +14,21 @@ import torch
 from forked import Forked
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from whole_runs import DATASETS, SignalInEvaluation, finish, fork, last_weights, log, small, start, wait_for, written
+from whole_runs import (
+    DATASETS,
+    SignalInEvaluation,
+    finish,
+    fork,
+    last_weights,
+    log,
+    rewrite_state,
+    small,
+    start,
+    wait_for,
+    written,
+)
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from fm.checkpoint import verify_checkpoint
 from fm.training.trainer import train
 
@@ -207,11 +219,11 @@ def test_a_checkpoint_of_a_newer_format_is_not_overwritten_and_the_way_out_is_na
     recipe = small(tiny_shards, tmp_path / "run", train={"steps": 2})
     assert train(recipe) == 0
     file = tmp_path / "run/checkpoints/step_00000002/state.json"
-    file.write_text(file.read_text().replace('"format_version": 2', '"format_version": 3'))
+    rewrite_state(file, format_version=4)
     with pytest.raises(UserError, match="none of the 1 checkpoints"):
         train(recipe)
-    assert "checkpoint format 3, this version of the project reads format 2" in capsys.readouterr().out
-    assert '"format_version": 3' in file.read_text()
+    assert "checkpoint format 4, this version of the project reads format 3" in capsys.readouterr().out
+    assert '"format_version": 4' in file.read_text()
 
 
 @pytest.mark.skipif(os.name != "posix" or not shutil.which("mount"), reason="needs mount")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from whole_runs import small
 
-from data_pipeline.files import UserError
+from data_pipeline.errors import UserError
 from data_pipeline.registry import load_registry
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import load_pretrained
