@@ -348,9 +348,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return {key: part for key, part in sections.items() if key != "launch"}
 
 
-_CODE = (
-    "Launched, other lines would run as Python: copy both from recipes/quickstart.yaml, and launch no stranger's file"
-)
+_CODE = "Launched, other lines run as Python: copy both from recipes/quickstart.yaml; launch no stranger's file"
 
 
 def resolve(document: dict[str, Any], where: str) -> Recipe:

@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +20,10 @@ from tqdm import tqdm
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import inside, only_process, sha256
-from data_pipeline.registry import Domain, Registry, load_folders, packaged_folder, user_folders
-from data_pipeline.windows.loader import open_readers
+from data_pipeline.registry import Domain
 from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.streaming import default_cache
-from fm.checkpoint import load_pretrained, use_checkpoint, verify_model
-from fm.config import Recipe, ValidationSettings, load_recipe, resolve
+from fm.config import ValidationSettings
 from fm.datasets import check_channels, check_direction
 from fm.distributed import StopSignal, broadcast_from_main, detect_lost_processes, make_accelerator
 from fm.evaluation.errors import ERRORS_FILE, FORMAT, TASKS, DatasetErrors, ErrorFile, check_names
@@ -47,79 +44,11 @@ from fm.evaluation.samples import Sample
 from fm.evaluation.scores import SCORES_FILE, Scores, score
 from fm.evaluation.stencil_choice import DatasetStencils, linear_stencils
 from fm.evaluation.tables import score_table
-from fm.model.files import CARDS, EXPORT_FILE, RECIPE_FILE, is_exported
+from fm.evaluation.trained import FitReaders, TrainedModel
 from fm.model.surrogate import Surrogate
 
 BATCH_SIZE = 8
 VALIDATION_STEPS_SHOWN = 16  # of one rollout, for TensorBoard's pictures
-FitReaders: TypeAlias = Mapping[str, tuple[ShardReader, ShardReader]]  # dataset -> its train and its valid split
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """A model with averaged weights, on the CPU: that of a run, of a checkpoint, or an exported model."""
-
-    checkpoint: Path  # the folder with the weights
-    report: Path  # the default folder of reports
-    step: int
-    weights: str  # SHA-256 of their file
-    recipe: Recipe
-    model: Surrogate
-    shards: Mapping[str, str]  # dataset -> digest of the shards that the model was trained on
-    lineage: Mapping[str, Any]  # the model that it was made from, as in artefact.json; empty if trained from scratch
-    license: str | None  # SPDX identifier; a run has none
-    trained_cards: Mapping[str, Any] | None  # cards of its training, by dataset; an exported model has them as files
-
-    @classmethod
-    def open(cls, source: Path | str) -> "TrainedModel":
-        """Open what `find_checkpoint` finds; UserError if there is nothing or it is damaged."""
-        return use_checkpoint(source, lambda folder: cls._open(folder, source))
-
-    @classmethod
-    def _open(cls, folder: Path, source: Path | str) -> "TrainedModel":
-        weights, facts = verify_model(folder)
-        if is_exported(folder):  # a report must not change the folder
-            recipe, report = load_recipe(folder / RECIPE_FILE), Path(f"{facts['name']}_report")
-            shards = {name: dataset["shards"] for name, dataset in facts["datasets"].items()}
-            lineage, license, cards = facts["lineage"], facts["licence"], None
-        else:
-            recipe = resolve(facts["recipe"], str(folder / "state.json"))
-            report = (folder.parent.parent if Path(source) == folder else Path(source)) / "report"
-            shards, cards = facts["shards"], facts["registry"]["cards"]
-            lineage, license = {"pretrained": recipe.finetune.pretrained} if recipe.finetune else {}, None
-        model = load_pretrained(folder)
-        if is_exported(folder) and shards.keys() != model.specs.keys():
-            raise UserError(f"{folder / EXPORT_FILE}: expected the model's datasets, {', '.join(model.specs)}")
-        return cls(folder, report, facts["step"], weights, recipe, model, shards, lineage, license, cards)
-
-    def card_folders(self) -> list[Traversable]:
-        """Return the folders of the registry's cards; an exported model has its own. UserError if one is missing."""
-        if is_exported(self.checkpoint):
-            return [self.checkpoint / CARDS]
-        return [packaged_folder(), *user_folders(self.recipe.data.registry)]
-
-    def registry(self) -> Registry:
-        """Return the cards; UserError if they are missing."""
-        return load_folders(self.card_folders())
-
-    def readers(self, datasets: Sequence[str], split: str, shards: str | Path | None = None) -> dict[str, ShardReader]:
-        """Return readers of `shards`, the recipe's by default; UserError if there are none."""
-        return open_readers(shards or self.recipe.data.shards, datasets, split, stream=self.recipe.stream())
-
-    def fit_readers(
-        self, datasets: Sequence[str], shards: str | Path | None, log: Callable[[str], object]
-    ) -> FitReaders:
-        """Return readers of the train and valid split of `shards`; a dataset that lacks one is left out and noted."""
-        found, missing = {}, dict[str, str]()
-        for name in datasets:
-            try:
-                train, valid = (self.readers([name], split, shards)[name] for split in ("train", "valid"))
-                found[name] = train, valid
-            except UserError as error:
-                missing[name] = str(error).partition("\n")[0]
-        if missing:
-            log(f"no linear stencil for {', '.join(missing)}: {next(iter(missing.values()))}")
-        return found
 
 
 def evaluate_run(

@@ -28,11 +28,11 @@ from fm.checkpoint import load_pretrained
 from fm.config import Recipe, load_recipe
 from fm.datasets import check_context
 from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED
-from fm.evaluation.evaluate import TrainedModel
 from fm.evaluation.page import Facts, PageTable, Paragraph, Picture, Section, render_page
 from fm.evaluation.plots import BLUE, DOTTED, GRAY, ORANGE, encode, log_ticks, panel_figure, rasterize, style_panel
 from fm.evaluation.protocol import load_protocol
 from fm.evaluation.scores import ONE_STEP
+from fm.evaluation.trained import TrainedModel
 from fm.lab.sweep import EXIT_FAILED, finish_trials
 from fm.lab.sweep_file import Sweep, plan
 from fm.lab.sweep_table import DONE, sweep_results

@@ -23,8 +23,8 @@ from data_pipeline.files import atomic_path, inside, read_plain_file, restore, s
 from data_pipeline.registry import Card, Channel, Registry, load_folders
 from fm.checkpoint import use_checkpoint
 from fm.config import dump_recipe
-from fm.evaluation.evaluate import TrainedModel
 from fm.evaluation.scores import Scores
+from fm.evaluation.trained import TrainedModel
 from fm.model.files import (
     CARD_FILE,
     CARDS,

@@ -25,7 +25,7 @@ from data_pipeline.tables import markdown
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
 from fm.datasets import dataset_specs, with_constraints
-from fm.evaluation.evaluate import TrainedModel
+from fm.evaluation.trained import TrainedModel
 from fm.model.spec import DatasetSpec
 from fm.model.surrogate import MIN_GRID, Surrogate
 from fm.model.wavelit import WaveLiTFM

@@ -26,7 +26,7 @@ from data_pipeline.files import atomic_path
 from data_pipeline.registry import Card, load_registry
 from data_pipeline.well.write import WellWriter
 from fm.distributed import StopSignal, precision
-from fm.evaluation.evaluate import TrainedModel
+from fm.evaluation.trained import TrainedModel
 from fm.model.fields import FieldsWarning, given_fields
 from fm.model.surrogate import MIN_GRID, Surrogate
 from fm.share.rollout_files import (

@@ -87,6 +87,10 @@ class PendingStep:
     data_seconds: float  # that this process waited for data
     metrics: StepMetrics
 
+    def elapsed(self) -> tuple[float, float]:
+        """Return the seconds, and this process's CPU seconds, since the step began."""
+        return time.perf_counter() - self.started, time.process_time() - self.cpu_started
+
 
 class PendingSteps:
     """The steps since the last synchronization of host and device.

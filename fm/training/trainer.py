@@ -3,7 +3,6 @@
 `train` runs a recipe. Pretraining and rollout finetuning differ by recipe, not by code.
 """
 
-import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -222,8 +221,7 @@ class Trainer:
             if (step + 1) % self._read_every == 0 or self._judges_first or self._needs_state(step + 1):
                 break
         taken = pending.read()
-        seconds = (time.perf_counter() - taken[0].started) / len(taken)
-        cpu_seconds = (time.process_time() - taken[0].cpu_started) / len(taken)
+        seconds, cpu_seconds = (spent / len(taken) for spent in taken[0].elapsed())
         for one in taken:
             reason = reasons[one.step] if one.step in reasons else self._judge(one.step, one.metrics)
             if reason is not None:

@@ -18,8 +18,8 @@ from data_pipeline.miniwell.twins import twin_distance
 from data_pipeline.registry import Card
 from data_pipeline.windows.reader import ShardReader
 from fm.datasets import check_channels, grid_spacing
-from fm.evaluation.evaluate import TrainedModel
 from fm.evaluation.samples import evenly_spaced
+from fm.evaluation.trained import TrainedModel
 from fm.lab.diagnosis.growth import Growth, Stability, largest_singular_value, tangent_growth
 from fm.lab.diagnosis.quantities import (
     Bands,

@@ -20,7 +20,7 @@ from data_pipeline.registry import load_folders, load_registry, packaged_folder
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.cli import main
-from fm.evaluation.evaluate import TrainedModel
+from fm.evaluation.trained import TrainedModel
 from fm.model.files import verify_exported
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.wavelit import WaveLiTFM

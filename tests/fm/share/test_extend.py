@@ -30,7 +30,8 @@ from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.cli import main as fm
 from fm.datasets import dataset_specs
-from fm.evaluation.evaluate import TrainedModel, evaluate_run
+from fm.evaluation.evaluate import evaluate_run
+from fm.evaluation.trained import TrainedModel
 from fm.model.baselines import Baseline, BaselineConfig
 from fm.model.files import verify_exported
 from fm.model.spec import ModelConfig
