@@ -201,6 +201,8 @@ def stored_arrays(
         raise UserError(
             f"{path}: expected the {name} of an evaluation, found none: `fm evaluate RUN` writes it"
         ) from None
+    except PermissionError:
+        raise  # the file may be whole
     except DAMAGED as error:
         raise UserError(f"{path}: expected the {name} of an evaluation, got {error!r}; evaluate again") from None
 

@@ -123,11 +123,11 @@ def status_text(status: RunStatus) -> str:
     folders = f": {', '.join(f'{name} {size / 1e6:.1f}' for size, name in sizes)}" if sizes else ""
     lines.append(f"disk         {sum(status.disk_bytes.values()) / 1e6:.1f} MB{folders}")
     if facts := status.process:
-        job = f", Slurm job {facts['slurm_job']}" if facts.get("slurm_job") else ""
-        versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
+        job = f", Slurm job {facts['slurm_job']}" if facts["slurm_job"] else ""
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         lines.append(
             f"process      {facts['pid']} on {facts['host']}{job}, since {_clock(facts['started'])}; "
-            f"world size {facts['world_size']} ({facts.get('spread', 'not known')}); {versions}"
+            f"world size {facts['world_size']} ({facts['spread']}); {versions}"
         )
     lines += _validation_lines(status.validation)
     if status.gate:

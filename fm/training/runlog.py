@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,24 +39,22 @@ def _is_time(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Process(Strict):
-    """The keys of run.json; early versions wrote neither spread, versions nor a digest."""
+    """The keys of run.json beside its digest."""
 
     host: str
     pid: Annotated[int, at_least(1)]
     process_start: Annotated[float, checked(_is_time, "seconds since 1970")]  # a later process may get the same pid
     started: Annotated[float, checked(_is_time, "seconds since 1970")]
     world_size: Annotated[int, at_least(1)]
+    spread: str
+    slurm_job: str | None
     command: tuple[str, ...]
-    slurm_job: str | None = None
-    spread: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str]
 
 
 def read_process(file: Path) -> dict[str, Any]:
     """Return what run.json holds. UserError if it is altered or of another form."""
-    facts = read_json(file)
-    if "digest" in facts:
-        facts = unsealed(facts, str(file))
+    facts = unsealed(read_json(file), str(file))
     validate(Process, facts, str(file))
     return facts
 

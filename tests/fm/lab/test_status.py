@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from whole_runs import DATASETS, finish, fm, fork, log, small, wait_for
 
 from data_pipeline.errors import UserError
+from data_pipeline.schema import sealed
 from fm.config import Recipe
 from fm.lab.status import read_status, status_text
 from fm.training.trainer import train
@@ -187,8 +188,8 @@ def test_a_run_of_another_machine_is_judged_by_its_silence(copied: Path) -> None
     facts = json.loads((copied / "run.json").read_text())
     (copied / "run.json").write_text(json.dumps({**facts, "host": "elsewhere"}))
     assert "its content differs from the digest in it" in read_status(copied).problems[0]
-    del facts["digest"]  # as in runs of earlier versions
-    (copied / "run.json").write_text(json.dumps({**facts, "host": "elsewhere"}))
+    del facts["digest"]
+    (copied / "run.json").write_text(json.dumps(sealed({**facts, "host": "elsewhere"})))
     assert read_status(copied).state == "running"
     for file in copied.iterdir():
         if file.is_file():
@@ -196,9 +197,10 @@ def test_a_run_of_another_machine_is_judged_by_its_silence(copied: Path) -> None
     status = read_status(copied)
     assert status.state == "unknown"
     assert status.why.startswith("on elsewhere, another machine; last line ")
-    (copied / "run.json").write_text(json.dumps({**facts, "process_start": 1.0}))  # its pid is another process's now
+    # its pid is another process's now
+    (copied / "run.json").write_text(json.dumps(sealed({**facts, "process_start": 1.0})))
     assert read_status(copied).state == "killed"
-    (copied / "run.json").write_text("{}")
+    (copied / "run.json").write_text(json.dumps(sealed({})))
     assert "run.json: missing key 'host'); whether its process lives is not known" in read_status(copied).problems[0]
     (copied / "recipe.yaml").write_text("train: [")
     status = read_status(copied)
