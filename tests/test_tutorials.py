@@ -24,7 +24,7 @@ SMALL += ["tracking.every=2", "tracking.progress=false"]
 STEPS = "train.steps=2 train.warmup_steps=1 validation.every=2 validation.windows=2 validation.rollouts=0"
 ALONE = "adapt.alone_steps=1"
 PROGRAMS = {
-    "fm": f'-m fm "$@" $([[ $1 != train ]] || echo {STEPS}) $([[ "$*" != *extend_finetune* ]] || echo {ALONE})',
+    "fm": f'-m fm "$@" $([[ $1 != train ]] || echo {STEPS}) $([[ "$*" != train*extend_finetune* ]] || echo {ALONE})',
     "data-pipeline": '-m data_pipeline "${@/#mini/tiny}"',
     "python": '"$@"',
 }

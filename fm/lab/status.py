@@ -70,7 +70,7 @@ def read_status(run: Path) -> RunStatus:
             f"{run}: not a run directory, it has no recipe.yaml. Expected one such as runs/quickstart (run.dir, or "
             "runs/<run.name>); a run makes it when its first step begins."
         )
-    for name in ("recipe.yaml", "log.jsonl", "events.jsonl", "run.json"):
+    for name in ("recipe.yaml", "log.jsonl", "events.jsonl", "run.json", "checkpoints"):
         inside(run, name)
     problems: list[str] = []
     recipe = _read_recipe(run / "recipe.yaml", problems)

@@ -94,7 +94,7 @@ def test_an_error_of_the_system_is_one_message_of_every_command(
 )
 def test_an_output_that_cannot_be_written_leaves_one_message(redirection: str, code: int, message: str) -> None:
     program = (
-        "import sys; from data_pipeline.files import run_command; sys.exit(run_command(lambda: print('x' * 10**6)))"
+        "import sys; from data_pipeline.errors import run_command; sys.exit(run_command(lambda: print('x' * 10**6)))"
     )
     shell = f'{sys.executable} -c "{program}" {redirection}; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)

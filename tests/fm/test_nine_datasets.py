@@ -44,14 +44,14 @@ def readme_commands() -> list[list[str]]:
 
 
 def type_in(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Does what a shell would, in this process; the two launchers are `fm train` with a small model."""
+    """Does what a shell would, in this process; training is of a small model."""
     match command:
         case ["export", assignment]:
             monkeypatch.setenv(*assignment.split("="))
         case ["data-pipeline", *arguments]:
             quick = {"simulate": ["--jobs", "1"], "shard": ["--jobs", "1"]}.get(arguments[0], [])
             assert data_pipeline([*arguments, *quick]) == 0
-        case ["accelerate", "launch", recipe, *overrides]:
+        case ["fm", "train", recipe, *overrides]:
             assert fm(["train", str(ROOT / recipe), *overrides, *SMALL, *QUIET]) == 0
         case ["fm", *arguments]:
             assert fm(arguments) == 0

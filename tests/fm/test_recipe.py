@@ -153,7 +153,7 @@ def test_a_recipe_that_would_run_other_code_is_refused(
         assert main([*command, str(recipe_file)]) == 2
         error = capsys.readouterr().err
         assert message in error
-        assert "copy both from recipes/quickstart.yaml, and launch no stranger's file" in error
+        assert "copy both from recipes/quickstart.yaml; launch no stranger's file" in error
     recipe_file.write_bytes(f"{FIRST}\r\n{middle}\r\n{LAST}\r\n".encode())  # of an editor on Windows
     assert load_recipe(recipe_file).run.name == "small"
 

@@ -268,7 +268,7 @@ REFUSED = {
     "odd attribute": (lambda f: f["t0_fields"].attrs.update({"field_names": 3}), r"field '3': expected up to 64 lett"),
     "spaces": (
         lambda f: f["t0_fields"].attrs.update({"field_names": strings(["mass \x1b[2J density"])}),
-        r"field 'mass \\x1b\[2J density': expected up to 64 letters",
+        r"field 'mass \\+x1b\[2J density': expected up to 64 letters",
     ),
     "one-sided": (one_sided, r"x is PERIODIC at its lower and OPEN at its upper end; expected PERIODIC at both"),
     "float64": (float64, r"density: expected float32"),

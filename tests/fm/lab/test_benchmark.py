@@ -230,7 +230,7 @@ def test_medians_and_spread() -> None:
         (["--markdown", "nowhere/out.md"], "--markdown: no folder nowhere; make it first"),
         (["--profile", "/proc/nowhere"], "--profile: cannot make the folder /proc/nowhere"),
         (["--data", "nowhere"], "no train shards under nowhere"),
-        (["--recipe", "nowhere.yaml"], "cannot read the recipe nowhere.yaml"),
+        (["--recipe", "nowhere.yaml"], "nowhere.yaml: expected a YAML file, found none"),
         (["train.clips=1"], "train.clips"),
     ],
 )

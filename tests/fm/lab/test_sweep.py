@@ -320,5 +320,5 @@ def test_seconds_are_above_0(seconds: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_an_unknown_variant_is_refused_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sweep", SWEEP, "--only", "no rigde"]) == 2
-    assert "Did you mean 'no ridge'?" in capsys.readouterr().err
+    assert main(["sweep", SWEEP, "--only", "C1: fulll"]) == 2
+    assert "Did you mean 'C1: full'?" in capsys.readouterr().err

@@ -69,12 +69,13 @@ def test_bytes_of_a_product_are_its_tensors_once() -> None:
     assert sorted(found) == sorted(4 * numbers for numbers in (expand, contract, query_key) * DEPTH)
 
 
-def test_under_bf16_attention_stays_float32() -> None:
+def test_under_bf16_attention_embedding_and_head_stay_float32() -> None:
     products = counted(torch.bfloat16)
     dtypes = {
         kind: {one.dtype for one in products if one.kind == kind} for kind in ("linear", "attention", "depthwise")
     }
-    assert dtypes == {"linear": {torch.bfloat16}, "depthwise": {torch.bfloat16}, "attention": {torch.float32}}
+    both = {torch.bfloat16, torch.float32}  # in float32: embedding and head
+    assert dtypes == {"linear": both, "depthwise": {torch.bfloat16}, "attention": {torch.float32}}
     assert {one.dtype for one in counted(None)} == {torch.float32}
     for kind in dtypes:
         assert flops(products, kind) == flops(counted(None), kind)

@@ -101,7 +101,7 @@ def test_a_rollout_that_ends_early_is_not_taken_for_a_whole_one(
     early = ErrorFile.load(evaluate_prediction(short, maze, str(own), tmp_path / "early") / "errors.npz")
     assert list(early.protocol.windows) == ["1:2"]
     whole = evaluate_prediction(predicted, maze, out=tmp_path / "whole")
-    with pytest.raises(UserError, match="needs rollouts of all steps; these errors were measured under thirds with at"):
+    with pytest.raises(UserError, match="rollouts of all steps; these errors were measured under thirds v1 with at"):
         load_runs([whole, report])
     own.write_text('{name: early, version: 1, windows: {"4:8": [4, 8]}}')
     with pytest.raises(UserError, match=r"rollouts of 3 steps cover no window of protocol early \(4:8\): .* --steps 8"):

@@ -254,6 +254,7 @@ def finished_step(step: int) -> StepResult:
         model_calls=(1, 1),
         data_seconds=0.0,
         seconds=1.0,
+        cpu_seconds=1.0,
         stop=False,
     )
 

@@ -197,7 +197,7 @@ def recorded_bytes(recipe: Recipe, steps: int) -> int:
         for step in range(1, steps + 1):
             name = EIGHT[step % 8]
             record.log_step(
-                StepResult(step, (name,), ((16, 16),), "", (1.0,), 1.0, 1.0, 1.0, 1e-3, 4, (1,), 0.0, 1.0, False)
+                StepResult(step, (name,), ((16, 16),), "", (1.0,), 1.0, 1.0, 1.0, 1e-3, 4, (1,), 0.0, 1.0, 1.0, False)
             )
     return sum(file.stat().st_size for file in (recipe.run.directory / "tensorboard").iterdir())
 

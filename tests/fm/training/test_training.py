@@ -142,7 +142,7 @@ def test_what_accelerate_is_configured_to_do_is_ignored_reported_or_refused(tiny
     assert b"dynamo_backend EAGER, gradient_accumulation_steps 4, mixed_precision bf16 |" in board
     code, output = finish(Forked(written(recipe), environment={**os.environ, "ACCELERATE_USE_MEGATRON_LM": "true"}))
     assert code == 2
-    assert output.startswith("\nerror: accelerate's configuration asks for use_megatron_lm, which fm does not do")
+    assert output.startswith("error: accelerate's configuration asks for use_megatron_lm, which fm does not do")
 
 
 def test_a_second_training_does_not_join_the_first(tiny_shards: Path, tmp_path: Path) -> None:
