@@ -137,7 +137,8 @@ _FLOAT = re.compile(
 class _PlainLoader(_SafeLoader):
     """SafeLoader that also refuses duplicate keys, and keys that are no texts (JSON has only these).
 
-    Numbers are those of YAML 1.2 and 1_000_000: 1e-3 is one, and 010 (8 in YAML 1.1), 1:30 (90) and dates are texts.
+    Numbers follow YAML 1.2: 1e-3 is a number. 1_000_000 is one, too. Dates are texts, and so are 010 and 1:30, which
+    YAML 1.1 reads as the numbers 8 and 90.
     """
 
     yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {

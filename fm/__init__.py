@@ -18,7 +18,7 @@ def load(path_or_hub_id: "Path | str") -> "Surrogate":
     """Return a trained model in eval mode on the CPU: a WaveLiT or a baseline, with its averaged weights.
 
     `path_or_hub_id` is a run, one of its checkpoints, an exported model, or `hf://organization/name`. UserError (of
-    data_pipeline.files) if there is none, or its files are damaged.
+    data_pipeline.errors) if there is none, or its files are damaged.
     """
     from fm.checkpoint import load_pretrained
 

@@ -41,7 +41,7 @@ class ProcessLost(Exception):
 
 
 class Interrupted(Exception):
-    """A process of the run was asked to stop while the main one worked (`run_on_main`)."""
+    """A signal asked for a stop, and what was under way has ended."""
 
 
 @contextmanager

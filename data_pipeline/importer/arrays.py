@@ -26,6 +26,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import free_bytes
 from data_pipeline.well.layout import DEFLATE_RATIO, MAX_CHUNK_BYTES, MAX_TEXT_BYTES, check_extent
 
+MAX_POINTS = 2**20  # along an axis; a header can declare any number
 MAX_SMALL_BYTES = 64 * 2**20  # of an array that is read as a whole: times, grid points, scalars
 NUMBERS = "biufcmM"  # kinds of numpy types that are read: numbers, and times
 LOCKED = "another process has it open for writing; run the same command again when that process has ended"
@@ -52,7 +53,7 @@ class Array:
 
 
 @dataclass(frozen=True)
-class Source:
+class ArrayFile:
     """An open file."""
 
     path: Path
@@ -63,7 +64,7 @@ class Source:
 
 
 @contextmanager
-def open_source(path: Path) -> Iterator[Source]:
+def open_source(path: Path) -> Iterator[ArrayFile]:
     """Open a file; its content, not its name, gives the format. UserError if it cannot be read or is of another one."""
     opener = _opener(path)
     with ExitStack() as stack:
@@ -94,7 +95,7 @@ def _reason(error: Exception) -> str:
     return f"cannot be read: it is damaged, or another process is still writing it ({said[:300]})"
 
 
-def _opener(path: Path) -> Callable[[Path, ExitStack], Source]:
+def _opener(path: Path) -> Callable[[Path, ExitStack], ArrayFile]:
     if path.is_dir():
         if any((path / name).is_file() for name in (".zgroup", ".zarray", "zarr.json")):
             return _open_zarr
@@ -116,9 +117,11 @@ def _opener(path: Path) -> Callable[[Path, ExitStack], Source]:
     raise UserError(f"{path}: expected {FORMATS}, got {what}")
 
 
-def _open_npy(path: Path, stack: ExitStack) -> Source:
+def _open_npy(path: Path, stack: ExitStack) -> ArrayFile:
     values = _mapped(path, str(path))
-    return Source(path, "npy", {"data": Array("data", values.shape, values.dtype, lambda part: np.array(values[part]))})
+    return ArrayFile(
+        path, "npy", {"data": Array("data", values.shape, values.dtype, lambda part: np.array(values[part]))}
+    )
 
 
 def _mapped(path: Path, where: str) -> np.ndarray:
@@ -142,7 +145,7 @@ def _check_numbers(dtype: np.dtype, where: str) -> None:
         )
 
 
-def _open_npz(path: Path, stack: ExitStack) -> Source:
+def _open_npz(path: Path, stack: ExitStack) -> ArrayFile:
     archive = stack.enter_context(zipfile.ZipFile(path))
     members = [one for one in archive.infolist() if not one.is_dir()]
     if not members or not all(one.filename.endswith(".npy") for one in members):
@@ -163,7 +166,7 @@ def _open_npz(path: Path, stack: ExitStack) -> Source:
             raise UserError(f"{path}: {key}: its header declares {shape} of {dtype}, and the file stores less")
         fetch = _Unpacked(archive, member, folder / str(number), path)
         arrays[key] = Array(key, shape, dtype, fetch)
-    return Source(path, "npz", arrays, {}, tuple(skipped))
+    return ArrayFile(path, "npz", arrays, {}, tuple(skipped))
 
 
 class _Unpacked:
@@ -187,7 +190,7 @@ class _Unpacked:
         return np.array(self._values[part])
 
 
-def _open_hdf5(path: Path, stack: ExitStack) -> Source:
+def _open_hdf5(path: Path, stack: ExitStack) -> ArrayFile:
     file = stack.enter_context(h5py.File(path, "r", rdcc_nbytes=32 * 2**20))
     found: dict[str, h5py.Dataset] = {}
 
@@ -203,7 +206,7 @@ def _open_hdf5(path: Path, stack: ExitStack) -> Source:
         return _open_xarray(path, stack, "netCDF", "h5netcdf")
     numbers = {name: data for name, data in found.items() if data.dtype.kind in NUMBERS and data.shape is not None}
     arrays = {name: _hdf5_array(path, name, data) for name, data in numbers.items()}
-    return Source(path, "HDF5", arrays, _attributes(file.attrs), tuple(found.keys() - arrays.keys()))
+    return ArrayFile(path, "HDF5", arrays, _attributes(file.attrs), tuple(found.keys() - arrays.keys()))
 
 
 def _hdf5_array(path: Path, name: str, data: h5py.Dataset) -> Array:
@@ -238,7 +241,7 @@ def _check_root(file: h5py.File, path: Path) -> None:
             _check_stored(data, f"{path}: {name}")
 
 
-def _open_netcdf3(path: Path, stack: ExitStack) -> Source:
+def _open_netcdf3(path: Path, stack: ExitStack) -> ArrayFile:
     return _open_xarray(path, stack, "netCDF 3", "scipy")
 
 
@@ -256,7 +259,7 @@ def import_xarray() -> ModuleType:
     return xarray
 
 
-def _open_xarray(path: Path, stack: ExitStack, kind: str, engine: str, **options: Any) -> Source:
+def _open_xarray(path: Path, stack: ExitStack, kind: str, engine: str, **options: Any) -> ArrayFile:
     """Open with xarray, which knows fill values, packed numbers and dimensions. Times stay numbers with their unit."""
     xarray = import_xarray()
     # An unknown codec or a wrong header can raise anything in the libraries below xarray.
@@ -272,7 +275,7 @@ def _open_xarray(path: Path, stack: ExitStack, kind: str, engine: str, **options
             arrays[str(name)] = _xarray_array(str(name), variable)
         else:
             skipped.append(str(name))
-    return Source(path, kind, arrays, _attributes(given.attrs), tuple(skipped))
+    return ArrayFile(path, kind, arrays, _attributes(given.attrs), tuple(skipped))
 
 
 def _xarray_array(name: str, variable: Any) -> Array:
@@ -298,11 +301,11 @@ NUMBER_CODECS = frozenset(
 TEXT_CODECS = frozenset(("vlen-utf8", "vlen-bytes"))
 
 
-def _open_zarr(path: Path, stack: ExitStack) -> Source:
+def _open_zarr(path: Path, stack: ExitStack) -> ArrayFile:
     import_xarray()
     import zarr
 
-    named = [_check_zarr(Path(folder), [*folders, *names]) for folder, folders, names in os.walk(path)]
+    named = check_zarr(path)
     if all(one is not False for one in named) and not _is_array(path):
         return _open_xarray(path, stack, "zarr", "zarr", consolidated=False)
     if _is_array(path):
@@ -312,7 +315,7 @@ def _open_zarr(path: Path, stack: ExitStack) -> Source:
         found = {name: item for name, item in group.members(max_depth=None) if isinstance(item, zarr.Array)}
     arrays = {name: _zarr_array(name, one) for name, one in found.items() if np.dtype(one.dtype).kind in NUMBERS}
     attrs = {} if _is_array(path) else _attributes(group.attrs)
-    return Source(path, "zarr", arrays, attrs, tuple(found.keys() - arrays.keys()))
+    return ArrayFile(path, "zarr", arrays, attrs, tuple(found.keys() - arrays.keys()))
 
 
 def _zarr_array(name: str, one: Any) -> Array:
@@ -326,11 +329,16 @@ def _is_array(path: Path) -> bool:
     return (path / ".zarray").is_file() or content.get("node_type") == "array"
 
 
-def _check_zarr(folder: Path, names: list[str]) -> bool | None:
-    """Check the metadata of one folder of a zarr store; return whether it is an array with named dimensions, if one.
+def check_zarr(path: Path) -> list[bool | None]:
+    """Check a zarr store before zarr reads it. Return for each folder whether it is an array with named dimensions.
 
-    UserError for links, for codecs that make objects, and for chunks that do not fit into memory.
+    None stands for a folder without an array. zarr finds codecs by the names in the files, and some, such as pickle,
+    run code. UserError for links, for codecs that make objects, and for sizes that do not fit into memory.
     """
+    return [_check_zarr(Path(folder), [*folders, *names]) for folder, folders, names in os.walk(path)]
+
+
+def _check_zarr(folder: Path, names: list[str]) -> bool | None:
     for name in (*names, "."):
         if (folder / name).is_symlink():
             raise UserError(f"{folder / name}: it is a link, which is not followed; copy what it names into the folder")
@@ -349,6 +357,8 @@ def _check_zarr(folder: Path, names: list[str]) -> bool | None:
         chunks = meta.get("chunks") or meta["chunk_grid"]["configuration"]["chunk_shape"]
         if math.prod(chunks) * 8 > 8 * MAX_CHUNK_BYTES:
             raise UserError(f"{folder}: expected chunks of at most {MAX_CHUNK_BYTES} numbers, got {chunks}")
+        if len(meta["shape"]) == 1 and meta["shape"][0] > MAX_POINTS:  # xarray reads coordinates as a whole
+            raise UserError(f"{folder}: expected at most {MAX_POINTS} points along an axis, got {meta['shape'][0]}")
     return named
 
 

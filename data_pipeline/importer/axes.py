@@ -173,6 +173,6 @@ def need_boundary(frame: np.ndarray, known: Mapping[str, Sequence[str]], needs: 
         across = np.abs(frame.take(0, number) - frame.take(-1, number)).mean()
         periodic = bool(across <= 1.25 * steps.max())
         values.append(f"{axis}={'periodic' if periodic else 'wall'}")
-        reasons.append(f"{'no more' if periodic else 'more'} in {axis}")
-    why = f"not in the file; values jump across the ends {', '.join(reasons)} than between neighbors (or wall, open)"
-    needs["boundary"] = ",".join(values), why
+        fit = "differ no more than neighbors do" if periodic else "do not fit together (it may be open, too)"
+        reasons.append(f"the two ends of {axis} {fit}")
+    needs["boundary"] = ",".join(values), f"not in the file; {', '.join(reasons)}"

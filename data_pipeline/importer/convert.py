@@ -11,11 +11,11 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import remove
-from data_pipeline.importer.arrays import LOCKED, Source, open_source, reading
+from data_pipeline.importer.arrays import LOCKED, ArrayFile, open_source, reading
 from data_pipeline.importer.fields import Part, read_frames
-from data_pipeline.importer.plan import Plan, stamp
+from data_pipeline.importer.plan import ImportPlan, stamp
 from data_pipeline.importer.preview import PREVIEW, draw_preview
-from data_pipeline.importer.rows import Row
+from data_pipeline.importer.trajectories import StoredTrajectory
 from data_pipeline.registry import named_folders
 from data_pipeline.well.dataset import Trajectories, whole_folder, write_dataset
 from data_pipeline.well.hdf5 import block_frames
@@ -33,7 +33,7 @@ class Imported:
     cards: Path  # folder of the card
 
 
-def import_files(plan: Plan, registry: Path | None) -> Imported:
+def import_files(plan: ImportPlan, registry: Path | None) -> Imported:
     """Write the dataset of a plan, whole or not at all, and draft its card.
 
     The card goes to `registry`, by default the first folder that WAVELIT_REGISTRY names, else <out>/cards. UserError
@@ -55,9 +55,9 @@ def import_files(plan: Plan, registry: Path | None) -> Imported:
     return Imported(folder, folder / PREVIEW, card, cards)
 
 
-def write_files(plan: Plan, target: Path) -> None:
+def write_files(plan: ImportPlan, target: Path) -> None:
     """Write the HDF5 files of a plan below `target`, with a progress bar."""
-    frames = sum(len(row.times) for row in plan.rows)
+    frames = sum(len(trajectory.times) for trajectory in plan.trajectories)
     with _trajectories(plan) as source, progress(frames, f"import {plan.options.name}", "frame") as on_frame:
         write_dataset(target, plan.options.name, source, plan.split, on_frame)
     for path, before in zip(plan.files, plan.stamps, strict=True):
@@ -65,7 +65,7 @@ def write_files(plan: Plan, target: Path) -> None:
             raise UserError(f"{path}: it changed while it was read: {LOCKED}")
 
 
-def _named_by_user(plan: Plan) -> set[str]:
+def _named_by_user(plan: ImportPlan) -> set[str]:
     """Return the names that were typed: those may be canonical channels, even short ones."""
     return {text.rpartition("=")[2] for text in plan.options.map} | {
         text.partition("=")[0] for text in plan.options.vector
@@ -73,47 +73,49 @@ def _named_by_user(plan: Plan) -> set[str]:
 
 
 @contextmanager
-def _trajectories(plan: Plan) -> Iterator[Trajectories]:
+def _trajectories(plan: ImportPlan) -> Iterator[Trajectories]:
     """Give the plan's trajectories, read frame by frame; one file is open at a time."""
     state = [part for one in plan.fields if one.field.role == "state" for part in one.parts]
     constant = [part for one in plan.fields if one.field.role == "constant" for part in one.parts]
     with ExitStack() as stack:
-        opened: dict[Path, Source] = {}
+        opened: dict[Path, ArrayFile] = {}
 
-        def source_of(row: Row) -> Source:
-            if row.path not in opened:
+        def source_of(trajectory: StoredTrajectory) -> ArrayFile:
+            if trajectory.path not in opened:
                 stack.pop_all().close()
                 opened.clear()
-                opened[row.path] = stack.enter_context(open_source(row.path))
-            return opened[row.path]
+                opened[trajectory.path] = stack.enter_context(open_source(trajectory.path))
+            return opened[trajectory.path]
 
-        def read(row: Row, parts: list[Part], start: int, stop: int) -> np.ndarray:
+        def read(trajectory: StoredTrajectory, parts: list[Part], start: int, stop: int) -> np.ndarray:
             """Return components (C, T, X, Y), axes turned to increase, points that are left out cut off."""
-            source = source_of(row)
-            with reading(row.path):
+            source = source_of(trajectory)
+            with reading(trajectory.path):
                 values = [
-                    read_frames(source.arrays[row.run + part.key], part, row.index, start, stop) for part in parts
+                    read_frames(source.arrays[trajectory.run + part.key], part, trajectory.index, start, stop)
+                    for part in parts
                 ]
             turned = np.stack(values)[..., :: -1 if plan.x.reverse else 1, :: -1 if plan.y.reverse else 1]
             return turned[..., : len(plan.x.points), : len(plan.y.points)]
 
         def frames(index: int) -> Iterator[np.ndarray]:
-            row = plan.rows[index]
+            trajectory = plan.trajectories[index]
             block = block_frames(8 * len(state) * len(plan.x.points) * len(plan.y.points))
-            for start in range(0, len(row.times), block):
-                yield from read(row, state, start, min(start + block, len(row.times))).swapaxes(0, 1)
+            for start in range(0, len(trajectory.times), block):
+                yield from read(trajectory, state, start, min(start + block, len(trajectory.times))).swapaxes(0, 1)
 
         yield Trajectories(
             fields=tuple(one.field for one in plan.fields),
-            times=[row.times for row in plan.rows],
+            times=[trajectory.times for trajectory in plan.trajectories],
             x=plan.x.points,
             y=plan.y.points,
             boundary=plan.boundary,
             frames=frames,
-            constants=lambda index: read(plan.rows[index], constant, 0, 1)[:, 0],
+            constants=lambda index: read(plan.trajectories[index], constant, 0, 1)[:, 0],
             scalars={
-                name: np.array([row.scalars[name] for row in plan.rows], np.float64) for name in plan.rows[0].scalars
+                name: np.array([trajectory.scalars[name] for trajectory in plan.trajectories], np.float64)
+                for name in plan.trajectories[0].scalars
             },
             attributes={one.field.name: one.attributes for one in plan.fields},
-            labels=[row.label for row in plan.rows],
+            labels=[trajectory.label for trajectory in plan.trajectories],
         )

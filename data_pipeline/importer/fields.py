@@ -157,7 +157,9 @@ def _part(one: Expression, arrays: Mapping[str, Array], dims: Mapping[str, Dims]
         raise UserError(f"--map {one}: expected an array of the file ({', '.join(list(arrays)[:12])}), got {one.key}")
     array, axes = arrays[one.key], dims.get(one.key)
     if axes is None:
-        raise UserError(f"{one.key} {array.shape}: its axes are not known; --dims names those of other arrays only")
+        raise UserError(
+            f"{one.key} {array.shape}: its axes are not known; --dims names the axes of arrays of another shape"
+        )
     if 0 in array.shape:
         raise UserError(f"{one.key} {array.shape}: expected at least one trajectory, frame and point, got none")
     fixed = list(one.numbers(len(axes)))

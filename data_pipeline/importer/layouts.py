@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import UserError
-from data_pipeline.importer.arrays import Array, Source, reading
+from data_pipeline.importer.arrays import Array, ArrayFile, reading
 from data_pipeline.well.dataset import axis_of
 from data_pipeline.well.hdf5 import SPLITS
 
@@ -41,7 +41,7 @@ class Layout:
     num_frames: int | None = None  # frames that were written, where space was taken for more
 
 
-def recognize(source: Source, pattern: str | None = None) -> Layout:
+def recognize(source: ArrayFile, pattern: str | None = None) -> Layout:
     """Return the layout of an open file. `pattern` is a user's key with a glob (`*/data`), which names the runs.
 
     UserError for a file in the Well's layout, and for attributes that are not what the program writes.
@@ -50,7 +50,7 @@ def recognize(source: Source, pattern: str | None = None) -> Layout:
         return _recognize(source, pattern)
 
 
-def _recognize(source: Source, pattern: str | None) -> Layout:
+def _recognize(source: ArrayFile, pattern: str | None) -> Layout:
     if {"dimensions/time", "dimensions/x"} <= source.arrays.keys():
         raise UserError(
             f"{source.path}: it is in the Well's layout already, so there is nothing to import; "
@@ -88,12 +88,12 @@ def _recognize(source: Source, pattern: str | None) -> Layout:
     return replace(made, numbers=_parameters(source))
 
 
-def run_arrays(source: Source, run: str) -> dict[str, Array]:
+def run_arrays(source: ArrayFile, run: str) -> dict[str, Array]:
     """Return the arrays of one run by their keys relative to it."""
     return {key.removeprefix(run): array for key, array in source.arrays.items() if key.startswith(run)}
 
 
-def _runs(source: Source, pattern: str | None) -> tuple[str, ...]:
+def _runs(source: ArrayFile, pattern: str | None) -> tuple[str, ...]:
     """Return the groups that hold a run each: those a glob names, or all of the root where they hold the same keys."""
     if pattern is not None:
         parts = pattern.split("/")
@@ -132,7 +132,7 @@ def _whole(dims: Mapping[str, Dims]) -> dict[str, tuple[str, ...]]:
     return {key.rpartition("/")[2]: (key,) for key in dims}
 
 
-def _parameters(source: Source) -> dict[str, float]:
+def _parameters(source: ArrayFile) -> dict[str, float]:
     """Return the attributes that are numbers and may describe a run; py-pde writes numbers as texts."""
     found = {}
     for name, value in source.attrs.items():
@@ -145,7 +145,7 @@ def _parameters(source: Source) -> dict[str, float]:
     return found
 
 
-def _pypde(source: Source) -> Layout:
+def _pypde(source: ArrayFile) -> Layout:
     """Return the layout of a file of py-pde's FileStorage: data (T, [components,] X, Y), attributes as JSON."""
     attributes = _unpacked(source.attrs["field_attributes"])
     parts = [_unpacked(part) for part in attributes.get("fields", [attributes])]

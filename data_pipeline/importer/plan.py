@@ -14,19 +14,19 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.importer import options as said
-from data_pipeline.importer.arrays import Array, Source, open_source, reading
+from data_pipeline.importer.arrays import Array, ArrayFile, open_source, reading
 from data_pipeline.importer.axes import Needs, Side, find_side, need_boundary, resolve_dims
 from data_pipeline.importer.fields import Planned, find_components, find_fields, read_frames, without_runs
 from data_pipeline.importer.layouts import Layout, recognize, run_arrays
 from data_pipeline.importer.options import Options
-from data_pipeline.importer.rows import Row, choose_scalars, find_rows, leave_out
+from data_pipeline.importer.trajectories import StoredTrajectory, choose_scalars, find_trajectories, leave_out
 from data_pipeline.registry import Boundary
 from data_pipeline.well.dataset import FRACTIONS, divide, parse_boundary
 from data_pipeline.well.hdf5 import SPLITS
 
 
 @dataclass(frozen=True)
-class Plan:
+class ImportPlan:
     """All that an import does."""
 
     options: Options
@@ -34,7 +34,7 @@ class Plan:
     files: tuple[Path, ...]
     stamps: tuple[tuple[int, int], ...]  # of the files: size, and time of the last change
     fields: tuple[Planned, ...]
-    rows: tuple[Row, ...]
+    trajectories: tuple[StoredTrajectory, ...]
     x: Side
     y: Side
     boundary: Boundary
@@ -42,12 +42,15 @@ class Plan:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        rows, steps = self.rows, sorted({float(f"{np.diff(row.times).mean():.6g}") for row in self.rows})
-        lengths = sorted({len(row.times) for row in rows})
+        trajectories, steps = (
+            self.trajectories,
+            sorted({float(f"{np.diff(trajectory.times).mean():.6g}") for trajectory in self.trajectories}),
+        )
+        lengths = sorted({len(trajectory.times) for trajectory in trajectories})
         frames = " to ".join(map(str, dict.fromkeys((lengths[0], lengths[-1]))))
-        plural = "ies" if len(rows) > 1 else "y"
+        plural = "ies" if len(trajectories) > 1 else "y"
         lines = [
-            f"{self.options.name}: {len(rows)} trajector{plural} of {frames} frames on {len(self.x.points)} x "
+            f"{self.options.name}: {len(trajectories)} trajector{plural} of {frames} frames on {len(self.x.points)} x "
             f"{len(self.y.points)} points",
             f"  recognized  {self.layout.how}",
         ]
@@ -59,15 +62,15 @@ class Plan:
         for axis, side, ends in (("x", self.x, self.boundary[0]), ("y", self.y, self.boundary[1])):
             kinds = "-".join(dict.fromkeys(ends)).lower()
             lines.append(f"  {axis}           {side.points[0]:.6g} to {side.points[-1]:.6g} ({side.origin}), {kinds}")
-        for name in rows[0].scalars:
-            values = [row.scalars[name] for row in rows]
+        for name in trajectories[0].scalars:
+            values = [trajectory.scalars[name] for trajectory in trajectories]
             text = f"{min(values):.6g}" + (f" to {max(values):.6g}" if max(values) > min(values) else "")
             lines.append(f"  parameter   {name} = {text}")
         parts = ", ".join(f"{split} {len(self.split[split])}" for split in SPLITS if split in self.split)
         return "\n".join([*lines, f"  split       {parts}", *(f"  note        {note}" for note in self.notes)])
 
 
-def make_plan(options: Options) -> Plan:
+def make_plan(options: Options) -> ImportPlan:
     """Look at the files and return the plan. UserError for what cannot be imported, and for what is not known."""
     files = said.expand(options.files)
     named, groups = said.maps(options), said.vectors(options)
@@ -99,19 +102,19 @@ def make_plan(options: Options) -> Plan:
             needs["dt"] = "1", "the file has no times; frames are numbered"
     if needs:
         raise UserError(_refusal(options, listing, layout, fields, needs))
-    rows = leave_out(find_rows(files, options, fields, sides, pattern), options)
-    rows = choose_scalars(rows, options, notes)
-    return Plan(
+    trajectories = leave_out(find_trajectories(files, options, fields, sides, pattern), options)
+    trajectories = choose_scalars(trajectories, options, notes)
+    return ImportPlan(
         options=options,
         layout=layout,
         files=files,
         stamps=stamps,
         fields=fields,
-        rows=tuple(rows),
+        trajectories=tuple(trajectories),
         x=sides["x"],
         y=sides["y"],
         boundary=parse_boundary(boundary),
-        split=_split(rows, options, notes),
+        split=_split(trajectories, options, notes),
         notes=tuple(notes),
     )
 
@@ -125,21 +128,23 @@ def stamp(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _split(rows: Sequence[Row], options: Options, notes: list[str]) -> dict[str, Sequence[int]]:
+def _split(trajectories: Sequence[StoredTrajectory], options: Options, notes: list[str]) -> dict[str, Sequence[int]]:
     """Return the trajectories of each split: the user's fractions, else the files' own splits, else the usual ones."""
-    own = {row.split for row in rows}
+    own = {trajectory.split for trajectory in trajectories}
     if options.split is None and None not in own and len(own) > 1:
         notes.append("train, valid and test as the files divide them")
         return {
-            split: [index for index, row in enumerate(rows) if row.split == split] for split in SPLITS if split in own
+            split: [index for index, trajectory in enumerate(trajectories) if trajectory.split == split]
+            for split in SPLITS
+            if split in own
         }
     if options.split is None and own <= {"valid", "test"}:
         notes.append(f"all trajectories are from {', '.join(map(str, own))} files, and are divided by --split")
     given = said.fractions(options.split) if options.split else FRACTIONS
-    return dict(divide(len(rows), given, options.seed))
+    return dict(divide(len(trajectories), given, options.seed))
 
 
-def _listing(source: Source, arrays: Mapping[str, Array]) -> str:
+def _listing(source: ArrayFile, arrays: Mapping[str, Array]) -> str:
     """Return what a file holds, one line for each array and attribute."""
     lines = [f"{source.path} ({source.kind}) holds:"]
     for key, array in list(arrays.items())[:20]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.files import write_whole
-from data_pipeline.importer.plan import Plan
+from data_pipeline.importer.plan import ImportPlan
 from data_pipeline.registry import Card
 from data_pipeline.well.hdf5 import SPLITS, WellFile
 
@@ -24,7 +24,7 @@ BAR, CHART = 0.75, 2.1  # inches of the color bar with its numbers, and of the h
 QUANTILE = 0.999  # of the values shown; the colors end there, so that one sharp peak does not dim the rest
 
 
-def draw_preview(folder: Path, plan: Plan, file: Path) -> None:
+def draw_preview(folder: Path, plan: ImportPlan, file: Path) -> None:
     """Draw the first trajectory of the dataset in `folder` into `file`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

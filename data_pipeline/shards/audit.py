@@ -135,7 +135,7 @@ class TrajectoryAudit:
         self._last = frames[-1]
 
     def _find_duplicates(self, frames: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-        """Compare frames, and channels, whose lowest and highest values are those of the frame before."""
+        """Compare frames, and channels, with the frame before where lowest and highest values are the same."""
         extremes = np.concatenate([low, high], axis=1)
         joined = list(frames)
         if self._last is not None:

@@ -62,57 +62,77 @@ def write_well(
         split: fractions of the trajectories for train, valid and test, or {"train": [0, 1, ...], "valid": ...}.
         seed: of the division by fractions.
 
-    Raises UserError (of data_pipeline.files) for arrays that do not fit together and for values that are not finite.
+    Raises UserError (of data_pipeline.errors) for arrays that do not fit together and for values that are not finite.
     """
+    read, points, units = _arrays(fields, {"t": t, "x": x, "y": y}, units or {})
+    constant = {key: np.ma.asanyarray(values) for key, values in (constants or {}).items()}
+    source = _trajectories(read, constant, points, boundary, scalars or {}, units)
+    chosen = split if isinstance(split, Mapping) else divide(len(source.times), split, seed)
+    with whole_folder(Path(folder), name) as target:
+        write_dataset(target, name, source, chosen)
+    return Path(folder) / name
+
+
+def _arrays(
+    fields: Mapping[str, Any], given: Mapping[str, Any], units: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, np.ndarray], Mapping[str, str]]:
+    """Return the fields by name, the points along t, x, y, and the units, as given or as an xarray Dataset has them."""
     if hasattr(fields, "data_vars"):
-        read, points, found = _from_xarray(fields)
-        t, x, y = (points.get(axis) if own is None else own for axis, own in (("t", t), ("x", x), ("y", y)))
-        units = {**found, **(units or {})}
+        read, coordinates, found = _from_xarray(fields)
+        given = {axis: coordinates.get(axis) if own is None else own for axis, own in given.items()}
+        units = {**found, **units}
     else:
         read = {key: _turned(key, values) if hasattr(values, "coords") else values for key, values in fields.items()}
-    if any(axis is None for axis in (t, x, y)):
-        raise UserError("expected the times t and the grid points x and y, got none for one of them; pass them")
-    times, points_x, points_y = seconds(np.asarray(t)), np.asarray(x, np.float64), np.asarray(y, np.float64)
     if not read:
         raise UserError("expected at least one field, got none")
-    count = int(next(iter(read.values())).shape[0])
-    grid = (points_x.size, points_y.size)
-    constant = {key: np.ma.asanyarray(values) for key, values in (constants or {}).items()}
+    if missing := [axis for axis, own in given.items() if own is None]:
+        raise UserError(f"expected the times t and the grid points x and y, got no {missing[0]}; pass it")
+    x, y = (np.asarray(given[axis], np.float64) for axis in ("x", "y"))
+    return read, {"t": seconds(np.asarray(given["t"])), "x": x, "y": y}, units
+
+
+def _trajectories(
+    read: Mapping[str, Any],
+    constant: Mapping[str, np.ndarray],
+    points: Mapping[str, np.ndarray],
+    boundary: Mapping[str, str | Sequence[str]],
+    scalars: Mapping[str, Any],
+    units: Mapping[str, str],
+) -> Trajectories:
+    """Return what `write_dataset` reads frame by frame. UserError for arrays that do not fit together."""
+    times, grid = points["t"], (points["x"].size, points["y"].size)
+    count, num_frames = int(next(iter(read.values())).shape[0]), times.shape[-1]
     for key, values in read.items():
-        _check_shape(key, values, (count, times.shape[-1], *grid), "(trajectory, time, x, y)", (4, 5, 6))
+        _check_shape(key, values, (count, num_frames, *grid), "(trajectory, time, x, y)", (4, 5, 6))
     for key, values in constant.items():
         _check_shape(key, values, (count, *grid)[3 - values.ndim :], "(x, y) or (trajectory, x, y)", (2, 3))
-    state = sorted((make_field(key, values.ndim - 4) for key, values in read.items()), key=lambda one: one.order)
-    if times.shape not in (times.shape[-1:], (count, times.shape[-1])):
+    if times.shape not in ((num_frames,), (count, num_frames)):
         raise UserError(f"t: expected the shape (T,) or ({count}, T), got {times.shape}")
-    for key in units or {}:
+    for key in units:
         if key not in read and key not in constant:
             raise UserError(f"units: expected names of fields ({', '.join([*read, *constant])}), got {key!r}")
+    state = sorted((make_field(key, values.ndim - 4) for key, values in read.items()), key=lambda one: one.order)
 
     def frames(index: int) -> Iterator[np.ndarray]:
-        for time_index in range(times.shape[-1]):
-            parts = [_plain(read[one.name][index, time_index], one.name) for one in state]
+        for number in range(num_frames):
+            parts = [_plain(read[one.name][index, number], one.name) for one in state]
             yield np.concatenate([_channels_first(part) for part in parts])
 
     def constants_of(index: int) -> np.ndarray:
         parts = [_plain(values if values.ndim == 2 else values[index], key) for key, values in constant.items()]
         return np.stack(parts) if parts else np.empty((0, *grid))
 
-    source = Trajectories(
+    return Trajectories(
         fields=(*state, *(make_field(key, 0, "constant") for key in constant)),
-        times=list(np.broadcast_to(times, (count, times.shape[-1]))),
-        x=points_x,
-        y=points_y,
+        times=list(np.broadcast_to(times, (count, num_frames))),
+        x=points["x"],
+        y=points["y"],
         boundary=parse_boundary(boundary),
         frames=frames,
         constants=constants_of,
-        scalars={key: _per_trajectory(key, one, count) for key, one in (scalars or {}).items()},
-        attributes={key: {"units": unit} for key, unit in (units or {}).items()},
+        scalars={key: _per_trajectory(key, one, count) for key, one in scalars.items()},
+        attributes={key: {"units": unit} for key, unit in units.items()},
     )
-    chosen = split if isinstance(split, Mapping) else divide(count, split, seed)
-    with whole_folder(Path(folder), name) as target:
-        write_dataset(target, name, source, chosen)
-    return Path(folder) / name
 
 
 def _from_xarray(given: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:

@@ -20,7 +20,7 @@ from data_pipeline.files import only_process, write_whole
 from data_pipeline.tables import render
 from fm.checkpoint import find_checkpoint
 from fm.config import recipe_to_dict
-from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED, StopSignal
+from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED, Interrupted, StopSignal
 from fm.lab.sweep_file import Probe, Sweep, Trial, find_changes, plan, read_scores
 from fm.lab.sweep_table import sweep_document, sweep_results
 from fm.training.runlog import parse_lines, seconds_spent
@@ -29,10 +29,6 @@ EXIT_FAILED = 1
 WARM_UP, PROBE = 5, 30  # steps of a probe: the first ones, which are slow and left out, and those timed
 POLL_SECONDS = 0.2
 LAST_LINES = 15  # of a failed process's output, printed
-
-
-class Interrupted(Exception):
-    """A signal asked the sweep to stop, and its process has ended."""
 
 
 class ProcessFailed(Exception):

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.errors import UserError, brief
-from data_pipeline.importer.arrays import import_xarray
+from data_pipeline.errors import UserError
+from data_pipeline.importer.arrays import check_zarr, import_xarray
 from data_pipeline.registry import Card, Registry
 from data_pipeline.well.findings import Spacing, axis_finding, even_step, mean_spacing, times_finding
 from data_pipeline.well.hdf5 import CF_ATTRIBUTES, Setting, WellFile, read_attributes, read_setting, stored_card
@@ -30,10 +30,6 @@ from data_pipeline.well.write import OutputFile, WellWriter
 
 WELL_SUFFIXES = (".hdf5", ".h5")
 ENGINES = {".nc": "h5netcdf", ".zarr": "zarr"}  # suffix -> engine of xarray
-CODECS = {"bytes", "transpose", "sharding_indexed", "blosc", "zstd", "lz4", "gzip", "zlib", "bz2", "lzma"}
-CODECS |= {"shuffle", "delta", "bitround", "quantize", "fixedscaleoffset", "packbits"}
-CODECS |= {"crc32", "crc32c", "adler32", "fletcher32"}
-MAX_POINTS = 2**20  # along an axis of a zarr folder; a header can declare any number
 DIMENSIONS = ("trajectory", "time", "x", "y")
 
 
@@ -126,7 +122,7 @@ def read_xarray(
     options: dict[str, Any] = {"engine": ENGINES[path.suffix], "decode_times": False}
     try:
         if path.suffix == ".zarr":
-            _check_codecs(path)
+            check_zarr(path)
             options["consolidated"] = False  # what was checked, and not a copy of it
         given = xarray.open_dataset(path, **options)
     except UserError:
@@ -176,36 +172,6 @@ def _points(path: Path, fields: Any, name: str) -> np.ndarray:
             "interpolate to straight axes first"
         )
     return values.astype(np.float64)
-
-
-def _check_codecs(path: Path) -> None:
-    """Raise UserError unless a zarr folder holds numbers alone, stored by codecs that make numbers of bytes.
-
-    zarr finds codecs by the names in the file, and some of them, such as pickle, run code.
-    """
-    import zarr
-
-    group = zarr.open_group(path, mode="r", use_consolidated=False)
-    for name, array in group.arrays():
-        stored = array.metadata.to_dict()
-        parts = [stored.get("compressor"), *(stored.get("filters") or ()), *(stored.get("codecs") or ())]
-        unknown = [codec for part in parts if part is not None for codec in _codecs(part) if codec not in CODECS]
-        if array.dtype.kind not in "iufb" or unknown:
-            what = f"the codec {brief(unknown[0])}" if unknown else f"values of type {array.dtype}"
-            raise UserError(
-                f"{path}: expected numbers, stored by {', '.join(sorted(CODECS))}; got {what} in {brief(name)}: write "
-                "the file again without it"
-            )
-        if max(array.shape, default=0) > MAX_POINTS:
-            raise UserError(f"{path}: expected at most {MAX_POINTS} points along an axis, got {array.shape} in {name}")
-
-
-def _codecs(part: Any) -> Iterator[str]:
-    """Yield the names of a codec of either zarr format, and of those within it."""
-    yield str(part.get("id", part.get("name"))).removeprefix("numcodecs.")
-    inner = part.get("configuration") or {}
-    for codec in (*inner.get("codecs", ()), *inner.get("index_codecs", ())):
-        yield from _codecs(codec)
 
 
 def _choose(path: Path, count: int, trajectories: Sequence[int] | None) -> tuple[int, ...]:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import UserError
 from data_pipeline.hashing import stream_key, uniform
 from data_pipeline.registry import Card, Field, load_registry
 from data_pipeline.symmetries import SYMMETRIES, component_signs, exchanged_components
@@ -105,23 +104,18 @@ class Augmentation:
         return replace(batch, fields=torch.stack(fields), constants=constants)
 
     def __str__(self) -> str:
+        if not self.symmetries:  # as of data that were just imported
+            return (
+                "train.augment changes no window: no card of this run names symmetries; data_pipeline/symmetries.py "
+                "lists those that a card can have"
+            )
         names = (f"{name} ({', '.join(symmetries)})" for name, symmetries in self.symmetries.items())
         return f"windows are transformed by the symmetries of their datasets: {'; '.join(names)}"
 
 
 def make_augmentation(recipe: Recipe, datasets: Iterable[str], device: torch.device) -> Augmentation | None:
-    """Return the augmentation of a run's datasets, or None without train.augment.
-
-    Raises UserError if no card of the datasets names a symmetry.
-    """
+    """Return the augmentation of a run's datasets, or None without train.augment."""
     if not recipe.train.augment:
         return None
-    registry, names = load_registry(recipe.data.registry), list(datasets)
-    made = Augmentation([registry.card(name) for name in names], recipe.run.seed, device)
-    if not made.symmetries:
-        raise UserError(
-            f"train.augment: no card of this run's datasets ({', '.join(names)}) names symmetries, so no window would "
-            "change; write `symmetries` into a card (data_pipeline/symmetries.py lists the names), or leave "
-            "train.augment out"
-        )
-    return made
+    registry = load_registry(recipe.data.registry)
+    return Augmentation([registry.card(name) for name in datasets], recipe.run.seed, device)

@@ -362,7 +362,7 @@ BAD: dict[str, tuple[Callable[[], Path | str], str, str]] = {
     "axes": (arrays(u=TRUTH), f"--dims n,x,t,y {PERIODIC}", r"read as n,x,t,y .* it agrees with --dims n,t,x,y"),
     "number of axes": (arrays(u=TRUTH), f"--dims t,x,y {PERIODIC}", r"it names 3 axes, and u has 4: \(4, 5, 8, 6\)"),
     "two grids": (two_grids, STATED, r"g2.npz: expected 8 points along x as in g1.npz, got 6; a dataset has one grid"),
-    "other points": (other_points, STATED, r"p2.npz: its points along x are not those of p1.npz"),
+    "other points": (other_points, STATED, r"p2.npz: its points along x differ from those of p1.npz"),
     "fill values": (filled, VECTOR, r"got 1 NaN, Inf or missing values"),
     "HDF5 fill values": (plain_fill, STATED, r"NaN, Inf or missing values; fill them, or leave the trajectory out"),
     "truncated": (truncated, STATED, r"cut.npy: cannot be read: it is damaged, or another process is still writing it"),

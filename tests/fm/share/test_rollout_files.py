@@ -191,10 +191,9 @@ def test_without_xarray_the_way_to_get_it_is_told(folder: str, maze: Path, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"compressor": {"id": "pickle"}}, "cannot be read as zarr|got the codec 'pickle'"),
-        ({"filters": [{"id": "json2"}]}, "cannot be read as zarr|got the codec 'json2'"),
-        ({"filters": [{"id": "vlen-utf8"}], "dtype": "|O"}, "got the codec 'vlen-utf8' in 'time'"),
-        ({"dtype": "<U8", "fill_value": ""}, "got values of type <U8 in 'time'"),
+        ({"compressor": {"id": "pickle"}}, "time: expected codecs of numbers, got 'pickle'"),
+        ({"filters": [{"id": "json2"}]}, "time: expected codecs of numbers, got 'json2'"),
+        ({"dtype": "|O"}, "time: it holds Python objects, which are not loaded because they can run code"),
         ({"shape": [10**12]}, "expected at most 1048576 points along an axis"),
     ],
 )

@@ -11,7 +11,6 @@ from handmade_cards import write
 from torch import Tensor
 from whole_runs import DATASETS, last_weights, log, rewrite_state, small
 
-from data_pipeline.errors import UserError
 from data_pipeline.registry import Card, Field, load_registry
 from data_pipeline.symmetries import SYMMETRIES
 from data_pipeline.windows.reader import Batch
@@ -225,7 +224,7 @@ def test_dry_runs_transform_random_windows(tiny_shards: Path, tmp_path: Path) ->
         assert DryRun(recipe, spec, (16, 16), accelerator).step(state).read().data > 0
 
 
-def test_a_run_without_any_symmetry_is_refused(tiny_shards: Path, tmp_path: Path) -> None:
+def test_a_run_without_any_symmetry_goes_on_and_says_so(tiny_shards: Path, tmp_path: Path) -> None:
     card = """
 name: burgers
 description: another name for nothing
@@ -236,5 +235,8 @@ dt: 0.5
 """
     write(tmp_path / "cards", card, "temperature: {description: temperature, unit: none}\n")
     data = {"registry": str(tmp_path / "cards")}
-    with pytest.raises(UserError, match=r"train\.augment: no card of .*\(burgers\) names symmetries.*leave"):
-        make_augmentation(small(tiny_shards, tmp_path / "run", train=SETTINGS, data=data), ["burgers"], CPU)
+    made = make_augmentation(small(tiny_shards, tmp_path / "run", train=SETTINGS, data=data), ["burgers"], CPU)
+    assert made is not None
+    assert str(made).startswith("train.augment changes no window: no card of this run names symmetries")
+    batch = replace(batch_of(CARDS["active_matter"], 2), dataset="burgers")
+    assert made.apply(batch, np.arange(2)) is batch

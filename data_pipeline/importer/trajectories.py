@@ -20,7 +20,7 @@ from data_pipeline.well.hdf5 import SPLITS
 
 
 @dataclass(frozen=True)
-class Row:
+class StoredTrajectory:
     """One trajectory: its place in the files."""
 
     path: Path
@@ -38,20 +38,20 @@ class Row:
         return f"{self.path}{run}{'' if self.index is None else f': trajectory {self.index}'}"
 
 
-def find_rows(
+def find_trajectories(
     files: Sequence[Path], options: Options, fields: Sequence[Planned], sides: Mapping[str, Side], pattern: str | None
-) -> list[Row]:
+) -> list[StoredTrajectory]:
     """Return the trajectories of all files, in order. UserError for files whose arrays differ in grid or names."""
-    rows = []
+    trajectories = []
     for path in files:
         with open_source(path) as source, reading(path):
             layout = recognize(source, pattern)
             for run in layout.runs:
-                rows += _run_rows(path, run, layout, run_arrays(source, run), options, fields, sides, files[0])
-    return rows
+                trajectories += _of_run(path, run, layout, run_arrays(source, run), options, fields, sides, files[0])
+    return trajectories
 
 
-def _run_rows(
+def _of_run(
     path: Path,
     run: str,
     layout: Layout,
@@ -60,7 +60,7 @@ def _run_rows(
     fields: Sequence[Planned],
     sides: Mapping[str, Side],
     first: Path,
-) -> list[Row]:
+) -> list[StoredTrajectory]:
     where = f"{path}{f' {run}' if run else ''}"
     sizes: dict[str, int] = {}
     for part in (part for one in fields for part in one.parts):
@@ -77,17 +77,19 @@ def _run_rows(
             )
         own = find_side(axis, sizes[axis], options, layout, arrays, {}, where)
         if not np.allclose(own.points, side.points, rtol=1e-5, atol=1e-5 * float(np.ptp(side.points))):
-            raise UserError(f"{where}: its points along {axis} are not those of {first}: {own.origin}")
+            raise UserError(f"{where}: its points along {axis} differ from those of {first} ({own.origin})")
     count, frames = sizes.get("n", 1), min(sizes["t"], layout.num_frames or sizes["t"])
     split = layout.splits.get(run) or (path.absolute().parent.name if path.absolute().parent.name in SPLITS else None)
     scalars = _run_scalars(where, layout, arrays, options, count)
-    rows = []
+    trajectories = []
     for index in range(count):
         times = _times(where, layout, arrays, options, count, index, frames)
         parameters = {name: float(values[index]) for name, values in scalars.items()}
-        rows.append(Row(path, run, index if "n" in sizes else None, times, parameters, layout.numbers, split))
-        check_times(times, rows[-1].label)
-    return rows
+        trajectories.append(
+            StoredTrajectory(path, run, index if "n" in sizes else None, times, parameters, layout.numbers, split)
+        )
+        check_times(times, trajectories[-1].label)
+    return trajectories
 
 
 def _times(
@@ -126,23 +128,28 @@ def _run_scalars(
     return made
 
 
-def leave_out(rows: list[Row], options: Options) -> list[Row]:
-    """Return the trajectories without those of --leave-out. UserError if none remains."""
+def leave_out(trajectories: list[StoredTrajectory], options: Options) -> list[StoredTrajectory]:
+    """Return the trajectories that --leave-out does not name. UserError if none remains."""
     left_out = said.numbers(options.leave_out, "--leave-out")
-    if unknown := [number for number in left_out if number >= len(rows)]:
-        raise UserError(f"--leave-out {unknown[0]}: expected numbers of the {len(rows)} trajectories, from 0")
-    if len(set(left_out)) == len(rows):
+    if unknown := [number for number in left_out if number >= len(trajectories)]:
+        raise UserError(f"--leave-out {unknown[0]}: expected numbers of the {len(trajectories)} trajectories, from 0")
+    if len(set(left_out)) == len(trajectories):
         raise UserError("--leave-out: expected at least one trajectory to remain, got none")
-    return [row for number, row in enumerate(rows) if number not in left_out]
+    return [trajectory for number, trajectory in enumerate(trajectories) if number not in left_out]
 
 
-def choose_scalars(rows: list[Row], options: Options, notes: list[str]) -> list[Row]:
+def choose_scalars(trajectories: list[StoredTrajectory], options: Options, notes: list[str]) -> list[StoredTrajectory]:
     """Add the attributes that are parameters: those that differ from run to run, or all with `--scalars attrs`."""
-    shared = set.intersection(*(set(row.numbers) for row in rows)) - {"dt"}
-    differing = {name for name in shared if len({row.numbers[name] for row in rows}) > 1}
+    shared = set.intersection(*(set(trajectory.numbers) for trajectory in trajectories)) - {"dt"}
+    differing = {name for name in shared if len({trajectory.numbers[name] for trajectory in trajectories}) > 1}
     named = {key for text in options.scalars if text != "attrs" for key in said.pairs(text, "--scalars", "")}
     chosen = (shared if "attrs" in options.scalars else differing) - named
     for name in sorted(shared - chosen - named):
-        notes.append(f"attribute {name} = {rows[0].numbers[name]:g}: --scalars {name}={name} makes it a parameter")
+        notes.append(
+            f"attribute {name} = {trajectories[0].numbers[name]:g}: --scalars {name}={name} makes it a parameter"
+        )
     extra = [(name, plain_name(name)) for name in sorted(chosen)]
-    return [replace(row, scalars={**row.scalars, **{plain: row.numbers[key] for key, plain in extra}}) for row in rows]
+    return [
+        replace(trajectory, scalars={**trajectory.scalars, **{plain: trajectory.numbers[key] for key, plain in extra}})
+        for trajectory in trajectories
+    ]
