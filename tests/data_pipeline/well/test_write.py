@@ -133,7 +133,7 @@ def test_write_well_takes_xarray_in_any_order(tmp_path: Path) -> None:
         ),
         ({"fields": {"u v": VALUES}}, "field 'u v': expected up to 64 letters"),
         ({"t": [0, 1, 3]}, "expected evenly spaced times, got steps from 1 to 2"),
-        ({"t": None}, "expected the times t and the grid points x and y, got none for one of them"),
+        ({"t": None}, "expected the times t and the grid points x and y, got no t; pass it"),
         ({"x": [0, 1, 3, 2]}, "x: expected at least 2 points that increase"),
         ({"boundary": {"x": "periodic"}}, "boundary of y: expected periodic, wall or open"),
         ({"scalars": {"nu": [1, 2, 3]}}, "scalar nu: expected a number, or 6 of them"),
