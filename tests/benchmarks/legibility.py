@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 PACKAGES = ("fm", "data_pipeline")
-DOCUMENTS = ("README.md", "*/README.md", "recipes/tutorials/*.md")
+DOCUMENTS = ("README.md", "[!.]*/README.md", "recipes/tutorials/*.md")
 STARTS = "fm.recipe"
 TAKES_A_STEP = re.compile(r"super\(\)\.step\(|_engine\.step\(")  # the calls that end in AdamW's step, or DeepSpeed's
 
