@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from data_pipeline.errors import UserError
 from fm.config import AdaptSettings, TrainSettings
@@ -191,7 +192,7 @@ class MuonWithAdamW(GroupedAdamW):
             before, weights = torch.stack(buffers), torch.stack(parameters)  # (k, m, n)
             gradients = torch.stack([gradient for _, gradient in pairs])
             momentum = before.lerp(gradients, 1 - MUON_MOMENTUM)
-            directions = orthogonalize(gradients.lerp(momentum, MUON_MOMENTUM))
+            directions = orthogonalize_together(gradients.lerp(momentum, MUON_MOMENTUM))
             moved = weights * (1 - rate * group["weight_decay"])
             moved -= rate * math.sqrt(max(1.0, rows / columns)) * directions
             if found_inf is not None:
@@ -199,6 +200,19 @@ class MuonWithAdamW(GroupedAdamW):
                 momentum, moved = torch.where(refused, before, momentum), torch.where(refused, weights, moved)
             torch._foreach_copy_(buffers, list(momentum.unbind()))
             torch._foreach_copy_(parameters, list(moved.unbind()))
+
+
+def orthogonalize_together(matrices: Tensor) -> Tensor:
+    """Return `orthogonalize` of matrices (k, m, n) that all processes have: each process takes its share of them."""
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if processes == 1:
+        return orthogonalize(matrices)
+    share = -(-len(matrices) // processes)
+    padded = torch.cat([matrices, matrices.new_zeros(processes * share - len(matrices), *matrices.shape[1:])])
+    own = orthogonalize(padded[dist.get_rank() * share :][:share]).contiguous()
+    directions = torch.empty_like(padded)
+    dist.all_gather(list(directions.chunk(processes)), own)
+    return directions[: len(matrices)]
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
