@@ -283,7 +283,19 @@ def _deepspeed_plugin(clip: float) -> DeepSpeedPlugin:
         "gradient_clipping": clip,
     }
     zero.setdefault("reduce_bucket_size", ZERO_BUCKET)
+    _skip_shared_memory_operations()
     return plugin
+
+
+def _skip_shared_memory_operations() -> None:
+    """Keep DeepSpeed from building its shared-memory collectives, which it does at the first launch on a CPU.
+
+    The build takes a C++ compiler and more than a minute. Only `inference_all_reduce` uses them, which no training step
+    calls; gloo does the rest.
+    """
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _is_set(variable: str, default: str = "false") -> bool:

@@ -1,6 +1,7 @@
 """The tutorials run as they stand: their sh and python blocks, in order, in a copy of the project after a quickstart.
 
 Only the sizes are others: the mini-Well is the tiny one, and training, finetuning included, ends after a few steps.
+Commands of `fm` are forked from a process that has imported torch; python blocks begin as a user's do.
 """
 
 import os
@@ -11,6 +12,7 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
+from forked import forked_program
 from whole_runs import ROOT, fm
 
 from fm.config import load_recipe
@@ -24,7 +26,8 @@ SMALL += ["tracking.every=2", "tracking.progress=false"]
 STEPS = "train.steps=2 train.warmup_steps=1 validation.every=2 validation.windows=2 validation.rollouts=0"
 ALONE = "adapt.alone_steps=1"
 PROGRAMS = {
-    "fm": f'-m fm "$@" $([[ $1 != train ]] || echo {STEPS}) $([[ "$*" != train*extend_finetune* ]] || echo {ALONE})',
+    "fm": f'-IS "$(dirname "$0")/forked_fm.py" "$@" '
+    f'$([[ $1 != train ]] || echo {STEPS}) $([[ "$*" != train*extend_finetune* ]] || echo {ALONE})',
     "data-pipeline": '-m data_pipeline "${@/#mini/tiny}"',
     "python": '"$@"',
 }
@@ -54,14 +57,15 @@ def run(folder: Path, script: str) -> str:
         (shims / name).chmod(0o755)
     path = os.pathsep.join([str(shims), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with forked_program(ROOT / "fm" / "__main__.py", shims):
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert done.returncode == 0, f"{script}\n--- printed:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

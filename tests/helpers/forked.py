@@ -1,13 +1,17 @@
 """Scripts in processes of their own that need not import torch again: forked from a server that has imported it."""
 
 import atexit
+import json
 import os
 import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing import get_context
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
 CONTEXT = get_context("forkserver")
@@ -47,6 +51,52 @@ class Forked:
             raise subprocess.TimeoutExpired(str(self._printed[0]), timeout or 0.0)
         out, err = (path.read_text() if path.exists() else "" for path in self._printed)
         return out, err
+
+
+CLIENT = """import json, os, sys
+from multiprocessing.connection import Client
+with Client({address!r}) as server:
+    server.send_bytes(json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode())
+    code, out, err = json.loads(server.recv_bytes())
+sys.stdout.write(out)
+sys.stderr.write(err)
+sys.exit(code)
+"""
+
+
+@contextmanager
+def forked_program(script: Path, folder: Path) -> Iterator[Path]:
+    """Yield a Python program in `folder` that runs `script` as Forked does, for shell scripts.
+
+    The script gets the program's arguments, working directory and environment, and the program the script's output and
+    exit code.
+    """
+    with Listener(family="AF_UNIX") as listener:
+        program = folder / f"forked_{script.parent.name}.py"
+        program.write_text(CLIENT.format(address=listener.address))
+        server = threading.Thread(target=_serve, args=(listener, script, folder))
+        server.start()
+        try:
+            yield program
+        finally:
+            with Client(listener.address) as client:
+                client.send_bytes(b"")
+            server.join()
+
+
+def _serve(listener: Listener, script: Path, folder: Path) -> None:
+    count = 0
+    while True:
+        with listener.accept() as client:
+            if not (request := client.recv_bytes()):
+                return
+            arguments, directory, environment = json.loads(request)
+            count += 1
+            copy = folder / f"command_{count}.py"
+            copy.write_text(f"import os\nos.chdir({directory!r})\n{script.read_text()}")
+            process = Forked(copy, *arguments, environment=environment)
+            printed = process.communicate()
+            client.send_bytes(json.dumps([process.returncode, *printed]).encode())
 
 
 def _run(command: list[str], out: Path, err: Path, environment: Mapping[str, str]) -> None:

@@ -88,7 +88,8 @@ def rewrite_state(file: Path, **changes: Any) -> None:
 
 def accelerate(config: str, *options: str) -> list[str]:
     """The launcher for `start`: two processes on this machine under a configuration of launch/."""
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
+    # what `accelerate launch` calls, without the imports of accelerate's other commands: transformers among them
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     return [*launcher, "--config_file", str(ROOT / "launch" / f"{config}.yaml"), "--main_process_port", "0", *options]
 
 

@@ -206,6 +206,11 @@ def test_a_run_is_the_same_under_every_configuration(runs: Runs, config: str) ->
             assert float((found[key] - value).abs().max()) < 1e-3 * scale, key
 
 
+def test_deepspeed_compiles_nothing_before_it_trains_on_a_cpu(runs: Runs) -> None:
+    for config in ("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"):
+        assert "built successfully" not in runs.output[config]  # as DeepSpeed begins to use what it compiled
+
+
 def test_finetuning_is_the_same_on_two_processes(runs: Runs) -> None:
     assert_same_run(runs["finetuned"], runs["finetuned_alone"], steps=6)
     best = [path.name for run in ("finetuned_alone", "finetuned") for path in (runs[run] / "best").iterdir()]
