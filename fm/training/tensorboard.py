@@ -246,7 +246,7 @@ def custom_scalars(datasets: Sequence[str], windows: Iterable[str]) -> dict[str,
     rollouts = {f"rollout VRMSE (valid), {window}": by_dataset("rollout_vrmse/{}/" + window) for window in windows}
     return {  # three charts a row
         "is it learning, how fast, until when": {
-            "one-step VRMSE / persistence, geometric mean (1: no better)": one("valid_over_persistence/geometric_mean"),
+            "geometric mean of VRMSE / persistence": one("valid_over_persistence/geometric_mean"),
             "tokens per second": one("throughput/tokens_per_s"),
             "hours left": one("throughput/hours_left"),
             "training loss": one("train/loss"),
