@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import fm.cli_figure  # noqa: F401  declares its command
 from data_pipeline.errors import UserError, run_command
 from data_pipeline.files import write_whole
 from fm.parser import PARSER, arg, command

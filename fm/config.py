@@ -249,6 +249,7 @@ class ValidationSettings:
     every: NonNegativeInt = 5000  # optimizer steps, and the last step of a run that is longer; 0 means never
     windows: PositiveInt = 64  # one-step windows per dataset, evenly spaced over the split
     rollouts: NonNegativeInt = 1  # trajectories per dataset; 0 means none
+    rollout_every: PositiveInt = 1  # validations; the last one and every n-th before it have rollouts and pictures
     protocol: str = "wavelit"  # name or YAML file: its windows are the rollout_vrmse tags, and evaluation's default
 
 
@@ -293,9 +294,9 @@ class Recipe:
             self._check_adapt(self.adapt)
         if self.guard.action == "rollback" and self.checkpoint.resume == "never":
             raise ValueError("guard.action: rollback returns to a checkpoint, expected checkpoint.resume: auto")
-        watches = self.validation.every > 0 and self.validation.rollouts > 0
+        watches = self.validation.every > 0 and self.validation.rollouts > 0 and self.validation.rollout_every == 1
         if self.finetune is not None and self.finetune.gate is not None and not watches:
-            raise ValueError("finetune.gate needs validation.every > 0 and validation.rollouts > 0")
+            raise ValueError("finetune.gate needs validation.every > 0, validation.rollouts > 0 and rollout_every = 1")
 
     def _check_adapt(self, adapt: AdaptSettings) -> None:
         if self.finetune is None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import inside, only_process, sha256
-from data_pipeline.registry import Domain
+from data_pipeline.registry import Domain, Registry
 from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.streaming import default_cache
 from fm.config import ValidationSettings
@@ -45,6 +45,7 @@ from fm.evaluation.scores import SCORES_FILE, Scores, score
 from fm.evaluation.stencil_choice import DatasetStencils, linear_stencils
 from fm.evaluation.tables import score_table
 from fm.evaluation.trained import FitReaders, TrainedModel
+from fm.model.spec import DatasetSpec
 from fm.model.surrogate import Surrogate
 
 BATCH_SIZE = 8
@@ -93,7 +94,7 @@ def evaluate_run(
                 chosen,
                 device,
                 origin=origin,
-                domains=_domains(trained, sorted(readers), log),
+                registry=_registry(trained, log),
                 accelerator=accelerator,
                 fit_readers=fit_readers,
                 cache=trained.recipe.stream().cache,
@@ -125,14 +126,13 @@ def _is_complete(
     return whole and weights == (trained.step, trained.weights) and scores.protocol == protocol and same_data
 
 
-def _domains(trained: TrainedModel, datasets: Sequence[str], log: Callable[[str], object]) -> dict[str, Domain]:
-    """The physical extents that the cards give; a model can be scored without its cards."""
+def _registry(trained: TrainedModel, log: Callable[[str], object]) -> Registry | None:
+    """Return the cards, whose extents and units pictures show; None without them, for a model can be scored so too."""
     try:
-        cards = trained.registry().cards
+        return trained.registry()
     except UserError as error:
         log(f"pictures will have no physical axes: {error}")
-        return {}
-    return {name: domain for name in datasets if name in cards and (domain := cards[name].domain) is not None}
+        return None
 
 
 def evaluate_model(
@@ -143,7 +143,7 @@ def evaluate_model(
     device: torch.device,
     progress: bool = True,
     origin: Mapping[str, Any] | None = None,
-    domains: Mapping[str, Domain] | None = None,
+    registry: Registry | None = None,
     accelerator: Accelerator | None = None,
     fit_readers: FitReaders | None = None,
     cache: Path | None = None,
@@ -153,8 +153,8 @@ def evaluate_model(
     It measures the protocol's one-step windows of the split and one rollout of each trajectory, except the parts that
     an interrupted evaluation of the same model, data and protocol has finished. With an `accelerator`, all its
     processes call this function and share the work. `origin` (plain JSON), whose scores they are, is stored with
-    them; `domains`, by dataset, are the axes of pictures. The linear stencils are fitted on `fit_readers` by the main
-    process and kept in `cache`, by default the user's; datasets without such readers have none. The model stays on
+    them; pictures have the extents and units of the `registry`. The linear stencils are fitted on `fit_readers` by the
+    main process and kept in `cache`, by default the user's; datasets without such readers have none. The model stays on
     `device`; its training mode is restored. UserError if model, data and protocol do not fit together, or the disk is
     full.
     """
@@ -176,7 +176,7 @@ def evaluate_model(
         evaluation.measure_share(parts, folder, rank, processes, progress)
         wait()
         if rank == 0:
-            datasets, samples = evaluation.collect(parts, folder, domains or {})
+            datasets, samples = evaluation.collect(parts, folder, registry)
             from fm.evaluation.report import write_report  # here, since validations and other processes draw nothing
 
             errors = ErrorFile(protocol, datasets, dict(origin or {}))
@@ -258,7 +258,7 @@ class _Evaluation:
         return measure_rollouts(self.model, reader, part.ids, self.protocol, self.device, advance, shown, linear)
 
     def collect(
-        self, parts: Sequence[EvaluationPart], folder: PartFolder, domains: Mapping[str, Domain]
+        self, parts: Sequence[EvaluationPart], folder: PartFolder, registry: Registry | None
     ) -> tuple[dict[str, DatasetErrors], list[Sample]]:
         """Return the errors of each dataset and the samples for pictures, from all parts."""
         datasets, samples = {}, []
@@ -270,7 +270,7 @@ class _Evaluation:
             choice = self.stencils[name].choice if name in self.stencils else None
             datasets[name] = dataset_errors(reader, everything, self.protocol, one_step, rollouts, choice)
             shown, eps = choose_shown(reader, self.protocol), self.protocol.eps
-            sample = make_sample(reader, shown, rollouts, datasets[name], eps, domains.get(name))
+            sample = make_sample(reader, shown, rollouts, datasets[name], eps, registry=registry)
             if sample is not None:
                 samples.append(sample)
         return datasets, samples
@@ -312,6 +312,17 @@ class ValidationResult:
         return {tag: float("nan") if value is None else value for tag, value in values.items()}
 
 
+def _extent(spec: DatasetSpec, reader: ShardReader) -> Domain | None:
+    """Return the lengths of the grid from 0 on, which a validation knows without the dataset's card; None if unknown.
+
+    The pictures of a validation have the shape of the domain, but no axes.
+    """
+    if spec.spacing is None:
+        return None
+    x, y = (abs(step) * points for step, points in zip(spec.spacing, reader.manifest.grid, strict=True))
+    return (0.0, x), (0.0, y)
+
+
 def validate(
     model: Surrogate,
     readers: Mapping[str, ShardReader],
@@ -330,7 +341,7 @@ def validate(
         batches = rollout_batches(reader, trajectories, protocol, BATCH_SIZE)
         rollouts = [measure_rollouts(model, reader, ids, protocol, device, advance, shown) for ids in batches]
         datasets[name] = dataset_errors(reader, trajectories, protocol, [one_step], rollouts)
-        sample = make_sample(reader, shown, rollouts, datasets[name], protocol.eps)
+        sample = make_sample(reader, shown, rollouts, datasets[name], protocol.eps, _extent(model.specs[name], reader))
         if sample is not None:
             samples[name] = sample
     return ValidationResult(score(ErrorFile(protocol, datasets)), samples)

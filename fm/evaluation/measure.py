@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
-from data_pipeline.registry import Domain
+from data_pipeline.registry import Domain, Registry
 from data_pipeline.windows.reader import ShardReader
 from fm.distributed import precision
 from fm.evaluation.errors import ERROR_NAMES, DatasetErrors, Errors, StencilChoice
@@ -253,20 +253,28 @@ def make_sample(
     errors: DatasetErrors,
     eps: float,
     domain: Domain | None = None,
+    registry: Registry | None = None,
 ) -> Sample | None:
-    """Return what `rollouts` hold of the shown one, with its VRMSE; None if none of them holds it."""
+    """Return what `rollouts` hold of the shown one, with its VRMSE; None if none of them holds it.
+
+    `domain` and the unit of the channel default to those of the `registry`, as far as it has them.
+    """
     fields = next((part.shown for part in rollouts if part.shown is not None), None)
     if fields is None:
         return None
-    channel = errors.channels[shown.channel]
+    channel, trajectory = errors.channels[shown.channel], reader.manifest.trajectories[shown.trajectory]
+    card = registry.cards.get(reader.dataset) if registry else None
+    described = registry.channel_cards.get(channel) if registry else None
     return Sample(
         dataset=reader.dataset,
         channel=channel,
         trajectory=shown.trajectory,
-        dt=reader.manifest.trajectories[shown.trajectory].dt,
+        dt=trajectory.dt,
         steps=shown.steps,
         truth=fields[0],
         prediction=fields[1],
         vrmse=errors.rollout_vrmse(shown.trajectory, channel, shown.steps, eps),
-        domain=domain,
+        domain=domain or (card.domain if card else None),
+        unit=described.unit if described else "",
+        scalars=trajectory.scalars,
     )

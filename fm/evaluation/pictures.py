@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.registry import Domain
-from fm.evaluation.plots import DIVERGING, GRAY, NOT_FINITE, TEXT_SIZE, diverging_map, encode
+from fm.evaluation.plots import DIVERGING, GRAY, NOT_FINITE, TEXT_SIZE, diverging_map, encode, wrapped
 from fm.evaluation.samples import Sample, evenly_spaced
 
 ROWS = ("truth", "prediction", "error")
@@ -78,8 +78,8 @@ class Sheet:
         self.text(x, self.size[1] - 0.23, sample.extent_text, va="top", color=GRAY)
         self.text(0.07, 0.05, "y \N{UPWARDS ARROW}\nx \N{RIGHTWARDS ARROW}", va="bottom", fontsize=TEXT_SIZE - 1)
 
-    def color_bar(self, image: AxesImage, box: tuple[float, float, float, float]) -> None:
-        """Add the color bar of an image."""
+    def color_bar(self, image: AxesImage, box: tuple[float, float, float, float]) -> Axes:
+        """Add the color bar of an image, and return its axes."""
         axes = self.axes(*box)
         numbers = ScalarFormatter(useMathText=True)
         numbers.set_powerlimits((-3, 4))  # a common power of ten for very small and large numbers
@@ -96,6 +96,7 @@ class Sheet:
         axes.tick_params(labelsize=TEXT_SIZE - 1, width=0.4, length=2)
         for label in (axes.xaxis.get_offset_text(), axes.yaxis.get_offset_text()):
             label.set_fontsize(TEXT_SIZE - 1)
+        return axes
 
 
 def strip(sample: Sample) -> Figure:
@@ -123,7 +124,7 @@ def _horizontal_strip(sample: Sample) -> Figure:
         [sheet.axes(left + n * x_step, bottom + (2 - row) * y_step, width, height) for n in range(count)]
         for row in range(3)
     ]
-    field, error = _draw_fields(axes, sample, range(count))
+    field, error = draw_fields(axes, sample, range(count))
     for n, step in enumerate(sample.steps):
         axes[0][n].set_title(f"step {step}\n{sample.time_text(step)}", fontsize=TEXT_SIZE, pad=3)
         note = f"VRMSE{' ' if width > 0.9 else chr(10)}{format_vrmse(sample.vrmse[n])}"
@@ -147,7 +148,7 @@ def _vertical_strip(sample: Sample) -> Figure:
         [sheet.axes(left + column * x_step, bottom + (count - 1 - n) * y_step, width, height) for n in range(count)]
         for column in range(3)
     ]
-    field, error = _draw_fields(axes, sample, range(count))
+    field, error = draw_fields(axes, sample, range(count))
     for n, step in enumerate(sample.steps):
         label = f"step {step}\n{sample.time_text(step)}"
         axes[0][n].set_ylabel(label, fontsize=TEXT_SIZE, rotation=0, ha="right", va="center", labelpad=5)
@@ -170,8 +171,8 @@ def overview(samples: Sequence[Sample]) -> Figure:
     for column, sample in enumerate(samples):
         x, index = left + column * pitch, (len(sample.steps) - 1) // 2
         axes = [[sheet.axes(x, bottom + (2 - row) * pitch, cell, cell)] for row in range(3)]
-        _draw_fields(axes, sample, [index])
-        head = f"{_two_lines(sample.dataset)}\n{sample.channel}, step {sample.steps[index]}"
+        draw_fields(axes, sample, [index])
+        head = f"{wrapped(sample.dataset, 19)}\n{sample.channel}, step {sample.steps[index]}"
         sheet.text(x + cell / 2, top + 0.02, head, ha="center", va="bottom")
         sheet.text(x + cell / 2, 0.08, f"VRMSE {format_vrmse(sample.vrmse[index])}", ha="center", va="bottom")
     for row, name in enumerate(ROWS):
@@ -180,7 +181,7 @@ def overview(samples: Sequence[Sample]) -> Figure:
     return sheet.figure
 
 
-def _draw_fields(axes: Sequence[Sequence[Axes]], sample: Sample, indices: Sequence[int]) -> tuple[AxesImage, AxesImage]:
+def draw_fields(axes: Sequence[Sequence[Axes]], sample: Sample, indices: Sequence[int]) -> tuple[AxesImage, AxesImage]:
     """Fill the axes [row][n] with the fields at `indices`; return an image of the field's scale and of the error's."""
     error = sample.prediction - sample.truth
     field_colors = field_scale(sample.truth)
@@ -215,18 +216,9 @@ def _draw_field(axes: Axes, field: np.ndarray, scale: ColorScale, extent: Domain
         axes.text(0.5, 0.5, "not finite", ha="center", va="center", fontsize=TEXT_SIZE, transform=axes.transAxes)
 
 
-def _two_lines(name: str) -> str:
-    """Break a long name at the underscore nearest to its middle."""
-    breaks = [index + 1 for index, letter in enumerate(name) if letter == "_"]
-    if len(name) < 20 or not breaks:
-        return name
-    middle = min(breaks, key=lambda index: abs(index - len(name) / 2))
-    return f"{name[:middle]}\n{name[middle:]}"
-
-
 def format_vrmse(value: float) -> str:
     """Return a VRMSE as pictures print it."""
-    return f"{value:.3g}" if np.isfinite(value) else "not finite"
+    return f"{value:#.3g}" if np.isfinite(value) else "not finite"
 
 
 FRAME_MILLISECONDS = 120
@@ -237,7 +229,7 @@ NUM_GRAYS = 32
 OUTLINE = WHITE + 20  # a gray
 NOT_FINITE_INDEX = WHITE + NUM_GRAYS
 GAP = 8  # pixels, as are all lengths of the GIFs
-LABELS = 420  # width of two color bars with their limits
+LABELS = 420  # width of two color bars with their limits, in a GIF
 
 
 @dataclass(frozen=True)
@@ -248,6 +240,7 @@ class FrameLayout:
     panel: tuple[int, int]
     corners: tuple[tuple[int, int], ...]  # upper left, of truth, prediction and error
     line: int  # height of a line of text
+    bars: tuple[tuple[int, int, int], ...] = ()  # left, upper and right end of the color bars of field and error
 
 
 def gif(sample: Sample, side: int = 190, labeled: bool = True) -> bytes:
@@ -255,14 +248,46 @@ def gif(sample: Sample, side: int = 190, labeled: bool = True) -> bytes:
 
     Without labels a frame has the panels and the number of the step only, for small pictures.
     """
+    aspect = sample.lengths[0] / sample.lengths[1]
+    panel = (round(side * aspect**0.5), round(side / aspect**0.5))
+    if labeled:
+        layout = _frame_layout(sample, panel, line=18, least_width=LABELS)
+    else:
+        layout = _frame_layout(sample, panel, line=15, labeled=False)
+    frames, palette = _frames(sample, layout, labeled)
+    pauses = [FRAME_MILLISECONDS] * (len(frames) - 1) + [LAST_MILLISECONDS]
+    # With the palette as an argument Pillow writes it once; otherwise every frame has its own.
+    options = {"save_all": True, "append_images": frames[1:], "duration": pauses, "loop": 0, "palette": palette}
+    return encode(frames[0], "GIF", **options)
+
+
+def composite(sample: Sample, index: int, width: int) -> Image.Image:
+    """Return an image of one step, `width` pixels wide: names, time and VRMSE, the three panels, the color scales.
+
+    The panels lie side by side, or one below the other if the domain is wide. A domain that is much higher than wide
+    has narrower panels, so that the image is at most about as high as wide.
+    """
+    columns = 1 if is_wide(sample) else 3
+    wide, aspect = (width - GAP) // columns - GAP, sample.lengths[0] / sample.lengths[1]
+    wide = max(8, min(wide, round(width * aspect)))
+    panel = (wide, max(8, round(wide / aspect)))
+    heading = f"{sample.dataset}, {sample.channel}"
+    layout = _frame_layout(sample, panel, line=width // 20, least_width=width, heading=True)
+    ((image,), _) = _frames(sample.at([index]), layout, True, heading)
+    return image
+
+
+def _frames(sample: Sample, layout: FrameLayout, labeled: bool, heading: str = "") -> tuple[list[Image.Image], bytes]:
+    """Return an image of every step and their palette; the color scales are those of all steps together."""
     error = sample.prediction - sample.truth
     scales = (field_scale(sample.truth), error_scale(error, sample.truth))
-    layout = _frame_layout(sample, side, labeled)
     still = Image.new("P", layout.size, WHITE)
     palette = _palette(scales[0].cmap, scales[1].cmap)
     still.putpalette(palette)
     if labeled:
         _label(still, layout, scales)
+    if heading:
+        _write(still, (GAP, 2), heading, layout.line)
     panels = ((sample.truth, scales[0], FIELD), (sample.prediction, scales[0], FIELD), (error, scales[1], ERROR))
     frames = []
     for index, step in enumerate(sample.steps):
@@ -272,12 +297,9 @@ def gif(sample: Sample, side: int = 190, labeled: bool = True) -> bytes:
             colors = start + np.rint(unit * (LEVELS - 1)).astype(np.uint8)
             frame.paste(Image.fromarray(np.where(finite, colors, np.uint8(NOT_FINITE_INDEX)), "P"), corner)
         note = f"   {sample.time_text(step)}   VRMSE {format_vrmse(sample.vrmse[index])}" if labeled else ""
-        _write(frame, (GAP, 2), f"step {step}{note}", layout.line)
+        _write(frame, (GAP, 2 + (layout.line if heading else 0)), f"step {step}{note}", layout.line)
         frames.append(frame)
-    pauses = [FRAME_MILLISECONDS] * (len(frames) - 1) + [LAST_MILLISECONDS]
-    # With the palette as an argument Pillow writes it once; otherwise every frame has its own.
-    options = {"save_all": True, "append_images": frames[1:], "duration": pauses, "loop": 0, "palette": palette}
-    return encode(frames[0], "GIF", **options)
+    return frames, palette
 
 
 def enlarged(field: np.ndarray, norm: Normalize, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -293,13 +315,18 @@ def enlarged(field: np.ndarray, norm: Normalize, size: tuple[int, int]) -> tuple
     return values, np.asarray(mask) > 0
 
 
-def _frame_layout(sample: Sample, side: int, labeled: bool) -> FrameLayout:
-    """A line with the step; the panels side by side, or stacked if the domain is wide; the color bars."""
-    aspect = sample.lengths[0] / sample.lengths[1]
-    width, height = round(side * aspect**0.5), round(side / aspect**0.5)
-    line = 18 if labeled else 15
-    head, name = line + 4, line if labeled else 0  # the step; a name above each panel
+def _frame_layout(
+    sample: Sample,
+    panel: tuple[int, int],
+    line: int,
+    labeled: bool = True,
+    least_width: int = 0,
+    heading: bool = False,
+) -> FrameLayout:
+    """A heading; a line with the step; the panels side by side, or stacked if the domain is wide; the color bars."""
+    head, name = line * (1 + heading) + 4, line if labeled else 0  # a name above each panel
     columns, rows = (1, 3) if is_wide(sample) else (3, 1)
+    width, height = panel
     corners = tuple(
         (GAP + column * (width + GAP), head + name + row * (name + height + GAP))
         for row in range(rows)
@@ -307,23 +334,28 @@ def _frame_layout(sample: Sample, side: int, labeled: bool) -> FrameLayout:
     )
     total_width = GAP + columns * (width + GAP)
     total_height = head + rows * (name + height + GAP)
+    bars: tuple[tuple[int, int, int], ...] = ()
     if labeled:
-        total_width, total_height = max(total_width, LABELS), total_height + line + 4
-    return FrameLayout((total_width, total_height), (width, height), corners, line)
+        total_width = max(total_width, least_width)
+        half, top = (total_width - GAP) // 2, total_height + 2
+        bars = ((GAP, top, half), (GAP + half, top, 2 * half))
+        if heading:  # one below the other
+            bars = tuple((GAP, top + number * line, total_width - GAP) for number in range(2))
+        total_height = bars[1][1] + line + 2
+    return FrameLayout((total_width, total_height), panel, corners, line, bars)
 
 
 def _label(frame: Image.Image, layout: FrameLayout, scales: tuple[ColorScale, ColorScale]) -> None:
     for name, (x, y) in zip(ROWS, layout.corners, strict=True):
         frame.paste(OUTLINE, (x - 1, y - 1, x + layout.panel[0] + 1, y + layout.panel[1] + 1))
         _write(frame, (x, y - layout.line - 1), name, layout.line)
-    half = (layout.size[0] - GAP) // 2
-    top = layout.size[1] - layout.line - 2
-    for name, scale, start, x in (("field", scales[0], FIELD, GAP), ("error", scales[1], ERROR, GAP + half)):
+    names = ("field", "error")
+    for name, scale, start, (x, top, end) in zip(names, scales, (FIELD, ERROR), layout.bars, strict=True):
         low, high = (f"{limit:.3g}" for limit in (scale.norm.vmin, scale.norm.vmax))
         left = x + _write(frame, (x, top), f"{name}  {low}", layout.line) + 6
-        right = x + half - GAP - 6 - round(_font(layout.line).getlength(high))
-        ramp = np.linspace(start, start + LEVELS - 1, right - left).round().astype(np.uint8)
-        frame.paste(Image.fromarray(np.tile(ramp, (8, 1)), "P"), (left, top + 5))
+        right = end - 6 - round(_font(layout.line).getlength(high))
+        ramp = np.linspace(start, start + LEVELS - 1, max(0, right - left)).round().astype(np.uint8)
+        frame.paste(Image.fromarray(np.tile(ramp, (layout.line // 2 - 1, 1)), "P"), (left, top + layout.line // 4))
         _write(frame, (right + 6, top), high, layout.line)
 
 

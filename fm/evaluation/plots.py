@@ -38,6 +38,7 @@ NOT_FINITE = "#B0B0B0"
 FAILURE = "#CC0000"
 DIVERGING = "blue_red_uniform"
 TEXT_SIZE = 7.5  # points
+TITLE_LETTERS = 34  # of a panel's title in one line
 DOTTED = (0, (1, 1.2))
 
 LINES: dict[str, dict[str, Any]] = {
@@ -74,11 +75,11 @@ def panel_figure(
     """Return a figure with `count` panels, at most four in a row, and their axes.
 
     `labels` are those of the x axis, below the lowest panels, and of the y axis, left of the first ones. The size is in
-    inches and leaves room for a legend above the panels.
+    inches and leaves room for titles; `legend_above` adds its own.
     """
     columns = max(1, min(4, count))
     rows = max(1, math.ceil(count / columns))
-    size = (max(2.45 * columns, least_width), panel_height * rows + 0.55)
+    size = (max(2.45 * columns, least_width), panel_height * rows + 0.15)
     figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=h_pad))
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid[count:]:
@@ -88,6 +89,35 @@ def panel_figure(
     for axes in grid[max(count - columns, 0) : count]:
         axes.set_xlabel(labels[0], fontsize=8)
     return figure, grid[:count]
+
+
+def legend_above(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Add a legend above the panels, in as few rows as the figure's width allows, and make the figure higher by it.
+
+    A figure that is too narrow for one column is made wider, so no label is cut and no panel becomes lower.
+    """
+    if not handles:
+        return
+    width, height = figure.get_size_inches()
+    for rows in range(1, len(handles) + 1):
+        columns = math.ceil(len(handles) / rows)
+        legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=8, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        box = legend.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+        if box.width <= width * figure.dpi or columns == 1:
+            break
+        legend.remove()
+    figure.set_size_inches(max(width, box.width / figure.dpi), height + box.height / figure.dpi)
+
+
+def wrapped(name: str, most: int) -> str:
+    """Return a name that is longer than `most` letters in two lines, broken at the underscore nearest to its middle."""
+    breaks = [index + 1 for index, letter in enumerate(name) if letter == "_"]
+    if len(name) <= most or not breaks:
+        return name
+    middle = min(breaks, key=lambda index: abs(index - len(name) / 2))
+    return f"{name[:middle]}\n{name[middle:]}"
 
 
 def style_panel(axes: Axes) -> None:
@@ -103,11 +133,16 @@ def log_ticks(axis: Any, subs: Sequence[float] = (1, 3)) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def rasterize(figure: Figure, dpi: int) -> Image.Image:
-    """Return the figure as an RGB image. Names are drawn as they are: a dollar sign in one begins no formula."""
+def without_formulas(figure: Figure) -> None:
+    """Have the figure draw names as they are: a dollar sign in one begins no formula."""
     for text in figure.findobj(Text):
         if text.get_text():  # those of ticks come later, and may be formulas
             text.set_parse_math(False)
+
+
+def rasterize(figure: Figure, dpi: int) -> Image.Image:
+    """Return the figure as an RGB image, with names as they are."""
+    without_formulas(figure)
     figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -142,15 +177,14 @@ def growth_figure(datasets: Mapping[str, DatasetErrors], protocol: Protocol) -> 
     figure, panels = panel_figure(len(datasets), 1.95, ("rollout step", "VRMSE"))
     for axes, (name, errors) in zip(panels, datasets.items(), strict=True):
         _draw_growth(axes, errors, protocol)
-        axes.set_title(name, fontsize=8)
+        axes.set_title(wrapped(name, TITLE_LETTERS), fontsize=8)
     panel = next((axes for axes, errors in zip(panels, datasets.values(), strict=True) if errors.stencil), panels[0])
     handles, _ = panel.get_legend_handles_labels()
     labels = ["model, median", "10% to 90% of trajectories", "persistence, median", "mean field"]
     labels += ["linear stencil, median"] if len(handles) > len(labels) else []
     handles.append(Patch(color=SHADE, linewidth=0))
     labels.append(f"{', '.join(list(protocol.windows)[::2])} ({protocol.name} v{protocol.version})")
-    columns = 3 if len(panels) > 2 else 1
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=8, frameon=False)
+    legend_above(figure, handles, labels)
     return figure
 
 
@@ -222,12 +256,10 @@ def spectra_figure(samples: Sequence[Sample]) -> Figure:
     for axes, sample in zip(panels, samples, strict=True):
         draw_spectra(axes, sample)
         steps = ", ".join(str(sample.steps[index]) for index in _first_middle_last(sample))
-        axes.set_title(f"{sample.dataset}\n{sample.channel}, steps {steps}", fontsize=8)
+        axes.set_title(f"{wrapped(sample.dataset, TITLE_LETTERS)}\n{sample.channel}, steps {steps}", fontsize=8)
     handles = [Line2D([], [], color=color, linewidth=1.5) for color in SPECTRA.values()]
     handles += [Line2D([], [], color=_lightened(TRUTH, shade), linewidth=1.5) for shade in SHADES]
-    labels = ["truth", "prediction", "error", "first step", "middle", "last, full shade"]
-    columns = 6 if len(panels) > 2 else 2
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=8, frameon=False)
+    legend_above(figure, handles, ["truth", "prediction", "error", "first step", "middle step", "last step"])
     return figure
 
 

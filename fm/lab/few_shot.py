@@ -29,7 +29,18 @@ from fm.config import Recipe, load_recipe
 from fm.datasets import check_context
 from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED
 from fm.evaluation.page import Facts, PageTable, Paragraph, Picture, Section, render_page
-from fm.evaluation.plots import BLUE, DOTTED, GRAY, ORANGE, encode, log_ticks, panel_figure, rasterize, style_panel
+from fm.evaluation.plots import (
+    BLUE,
+    DOTTED,
+    GRAY,
+    ORANGE,
+    encode,
+    legend_above,
+    log_ticks,
+    panel_figure,
+    rasterize,
+    style_panel,
+)
 from fm.evaluation.protocol import load_protocol
 from fm.evaluation.scores import ONE_STEP
 from fm.evaluation.trained import TrainedModel
@@ -267,7 +278,7 @@ def few_shot_figure(
 ) -> Figure:
     """Draw VRMSE by arm against the number of trajectories `counts`, a panel a block; `persistence` is a line."""
     shown = {block: value for block, value in persistence.items() if value is not None}
-    figure, panels = panel_figure(len(shown), 2.35, ("", "VRMSE, test split"), least_width=4.6)
+    figure, panels = panel_figure(len(shown), 2.5, ("", "VRMSE, test split"), least_width=4.6)
     for axes, (block, value) in zip(panels, shown.items(), strict=True):
         axes.axhline(value, color=GRAY, linewidth=0.9, linestyle=DOTTED, label="persistence")
         for color, (arm, blocks) in zip((BLUE, ORANGE), curves.items(), strict=True):
@@ -283,8 +294,7 @@ def few_shot_figure(
         style_panel(axes)
     figure.supxlabel(f"training trajectories\n{subtitle}", fontsize=8)
     if panels:
-        curves_shown = panels[0].get_legend_handles_labels()
-        figure.legend(*curves_shown, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+        legend_above(figure, *panels[0].get_legend_handles_labels())
     return figure
 
 

@@ -4,6 +4,7 @@ Work and memory are counted (fm/lab/workload.py). The seconds of a step are esti
 (fm/lab/hardware.py), or measured on this machine by dry runs (fm/lab/dry_runs.py).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,7 +48,7 @@ class DatasetPlan:
     activation_bytes: float  # of the most windows and model calls that one process holds at once
     seconds: float  # with the exchange of gradients, if it is estimated
     extrapolated: bool  # measured on fewer windows or a smaller grid
-    validation_calls: int  # model calls of a validation
+    validation_calls: int  # model calls of a validation, on average
     forward_flops: float  # of one model call
     exchange_seconds: float  # of `seconds`: what the exchange of gradients adds to the backward pass
 
@@ -277,7 +278,8 @@ class _Planner:
         name, window, batch = dataset.name, self.windows[dataset.name], self.workload.recipe.train.global_batch
         validation = self.workload.recipe.validation
         rollout = dataset.frames - self.model.context  # steps of one, from the first frames
-        calls = validation.windows + validation.rollouts * rollout if validation.every else 0
+        rollouts = math.ceil(validation.rollouts * rollout / validation.rollout_every)
+        calls = validation.windows + rollouts if validation.every else 0
         own = self.model.parameters_by_datasets().get(frozenset({name}), []) if len(self.model.specs) > 1 else []
         return DatasetPlan(
             grid=dataset.grid,

@@ -29,6 +29,7 @@ from fm.evaluation.plots import (
     ORANGE,
     cosine_figure,
     encode,
+    legend_above,
     log_ticks,
     panel_figure,
     rasterize,
@@ -313,7 +314,7 @@ def transfer_figure(joint: TrainedRun, comparisons: Sequence[Comparison]) -> Fig
         style_panel(axes)
         handles, labels = axes.get_legend_handles_labels()
         legend = dict(zip(labels, handles, strict=True)) | legend
-    figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    legend_above(figure, list(legend.values()), list(legend))
     return figure
 
 

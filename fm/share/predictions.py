@@ -14,7 +14,7 @@ import torch
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import sha256_file
-from data_pipeline.registry import load_registry
+from data_pipeline.registry import Registry, load_registry
 from data_pipeline.well.hdf5 import SPLITS, WellFile, read_attributes, stored_card
 from data_pipeline.well.layout import texts
 from fm.evaluation.errors import DatasetErrors, ErrorFile, Errors
@@ -60,7 +60,8 @@ def evaluate_prediction(
     attributes = read_attributes(prediction)
     context = int(np.atleast_1d(attributes.get("prediction_context", 1))[0])
     chosen = load_protocol(protocol or DEFAULT_PROTOCOL).for_context(context)
-    card = stored_card(prediction, load_registry(), None, attributes)
+    registry = load_registry()
+    card = stored_card(prediction, registry, None, attributes)
     with WellFile(prediction, card) as predicted, WellFile(truth, card) as true:
         if predicted.grid != true.grid:
             raise UserError(f"{prediction} has a grid of {predicted.grid}, {truth} of {true.grid}: expected the same")
@@ -83,7 +84,7 @@ def evaluate_prediction(
             grid=true.grid,
         )
         measured = ErrorFile(chosen, {card.name: errors}, origin)
-        sample = _sample(predicted, true, longest, measured)
+        sample = _sample(predicted, true, longest, measured, registry)
     scores = score(measured)
     out = out or prediction.with_name(f"{prediction.stem}_report")
     write_report(out, measured, scores, [sample])
@@ -181,7 +182,7 @@ def _measure(predicted: WellFile, true: WellFile, pair: Pair) -> FrameErrors:
     return FrameErrors(np.full(pair.steps, pair.trajectory), np.arange(pair.steps), np.concatenate(values))
 
 
-def _sample(predicted: WellFile, true: WellFile, pair: Pair, measured: ErrorFile) -> Sample:
+def _sample(predicted: WellFile, true: WellFile, pair: Pair, measured: ErrorFile, registry: Registry) -> Sample:
     """Return what the pictures show: one channel of one rollout at some of its steps."""
     steps = tuple(index + 1 for index in evenly_spaced(pair.steps, SHOWN_STEPS))
     frames = [int(pair.frames[step]) for step in steps]
@@ -189,7 +190,7 @@ def _sample(predicted: WellFile, true: WellFile, pair: Pair, measured: ErrorFile
     std, rms = first.std((1, 2)), np.sqrt(np.square(first).mean((1, 2)))
     channel = varying_channel(std.tolist(), rms.tolist())
     name = true.card.state_channels[channel]
-    errors = measured.datasets[true.card.name]
+    errors, described = measured.datasets[true.card.name], registry.channel_cards.get(name)
     return Sample(
         dataset=true.card.name,
         channel=name,
@@ -200,4 +201,6 @@ def _sample(predicted: WellFile, true: WellFile, pair: Pair, measured: ErrorFile
         prediction=np.stack([predicted.read(pair.row, step, step + 1)[0, channel] for step in steps]),
         vrmse=errors.rollout_vrmse(pair.trajectory, name, steps, measured.protocol.eps),
         domain=true.card.domain,
+        unit=described.unit if described else "",
+        scalars=true.scalars(pair.trajectory),
     )

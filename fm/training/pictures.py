@@ -1,18 +1,17 @@
 """The pictures of a run on TensorBoard, encoded as PNG or GIF."""
 
-import numpy as np
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
 from fm.evaluation.cosines import Cosines
-from fm.evaluation.pictures import ROWS, ColorScale, enlarged, error_scale, field_scale, gif
-from fm.evaluation.plots import NOT_FINITE, cosine_figure, draw_spectra, encode, rasterize
+from fm.evaluation.pictures import composite, gif
+from fm.evaluation.plots import cosine_figure, draw_spectra, encode, rasterize
 from fm.evaluation.samples import Sample
 
 DPI = 100
-PANEL_SIDE = 224  # pixels; a panel has the area of a square of this side
-NUM_COLORS = 255  # of a palette; one more is for values that are not finite
+# pixels: TensorBoard shows every picture 350 pixels wide and without smoothing, so only text of this width is sharp
+WIDTH = 350
+TRACKER_WIDTH = 700  # pixels of a picture for another tracker, where it can be enlarged
 
 
 def cosine_picture(cosines: Cosines, title: str) -> bytes:
@@ -21,34 +20,24 @@ def cosine_picture(cosines: Cosines, title: str) -> bytes:
 
 
 def rollout_pictures(sample: Sample) -> dict[str, bytes]:
-    """Return encoded pictures by name.
+    """Return encoded pictures by name; the first by name is the one to look at first.
 
-    Truth, prediction, error and their power spectra a third of the way into the rollout are PNG; the whole rollout is a
-    GIF.
+    `fields` (truth, prediction and error with names, color scales and VRMSE) and `spectrum` are PNG, a third of the way
+    into the rollout. `rollout` is a GIF of the whole rollout.
     """
-    still = sample.at([len(sample.steps) // 3])
-    truth, prediction = still.truth[0], still.prediction[0]
-    error = prediction - truth
-    scales = (field_scale(truth), field_scale(truth), error_scale(error, truth))
-    fields = zip(ROWS, (truth, prediction, error), scales, strict=True)
-    pictures = {name: _field_png(field, scale, still.lengths) for name, field, scale in fields}
-    figure = Figure(figsize=(4, 3), layout="constrained")
-    axes = figure.subplots()
-    draw_spectra(axes, still)
-    axes.set(ylabel="power", title=still.dataset)
-    axes.legend(frameon=False)
-    pictures["spectrum"] = encode(rasterize(figure, DPI))
+    pictures = {name: encode(image) for name, image in still_pictures(sample, WIDTH).items()}
     return pictures | {"rollout": gif(sample, side=64, labeled=False)}
 
 
-def _field_png(field: np.ndarray, scale: ColorScale, lengths: tuple[float, float]) -> bytes:
-    """Return a field (H, W) as a PNG in the shape of its domain: x to the right, y upwards."""
-    aspect = lengths[0] / lengths[1]
-    short = round(PANEL_SIDE * min(aspect, 1 / aspect) ** 0.5)
-    size = (round(short * aspect), short) if aspect > 1 else (short, round(short / aspect))
-    unit, finite = enlarged(field, scale.norm, size)
-    indices = np.where(finite, np.rint(unit * (NUM_COLORS - 1)), NUM_COLORS).astype(np.uint8)
-    image = Image.fromarray(indices, "P")
-    colors = [*scale.cmap(np.linspace(0, 1, NUM_COLORS))[:, :3], to_rgb(NOT_FINITE)]
-    image.putpalette(np.rint(np.array(colors) * 255).astype(np.uint8).tobytes())
-    return encode(image)
+def still_pictures(sample: Sample, width: int) -> dict[str, Image.Image]:
+    """Return `fields` and `spectrum` of `rollout_pictures`, `width` pixels wide."""
+    shown = len(sample.steps) // 3
+    still = sample.at([shown])
+    # The axes have a fixed place, for a layout that fits the texts would take as long as drawing does.
+    figure = Figure(figsize=(WIDTH / DPI, 0.8 * WIDTH / DPI))
+    axes = figure.add_axes((0.16, 0.15, 0.82, 0.7))
+    draw_spectra(axes, still)
+    axes.set_ylabel("power", fontsize=8)
+    axes.set_title(f"{still.dataset}\n{still.channel}, step {still.steps[0]}", fontsize=8)
+    axes.legend(frameon=False, fontsize=8)
+    return {"fields": composite(sample, shown, width), "spectrum": rasterize(figure, DPI * width // WIDTH)}

@@ -17,7 +17,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_file, sha256
 from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Schedule
-from fm.config import Recipe, dump_recipe, recipe_to_dict
+from fm.config import Recipe, ValidationSettings, dump_recipe, recipe_to_dict
 from fm.distributed import peak_memory_bytes
 from fm.evaluation.cosines import Cosines
 from fm.evaluation.evaluate import ValidationResult
@@ -345,12 +345,20 @@ def is_validated(step: int, recipe: Recipe) -> bool:
     return every > 0 and (step % every == 0 or (step == recipe.train.steps and (step > every or has_limit)))
 
 
+def validation_settings(step: int, recipe: Recipe) -> ValidationSettings:
+    """Return the settings of the validation after `step` steps, whose rollouts are 0 if it has none."""
+    every, apart = recipe.validation.every, recipe.validation.rollout_every
+    later = -(-recipe.train.steps // every) - -(-step // every)
+    return replace(recipe.validation, rollouts=0) if later % apart else recipe.validation
+
+
 def draws_pictures(step: int, recipe: Recipe) -> bool:
-    """Return whether the validation after `step` steps draws pictures, which tracking.pictures validations do."""
-    every, most = recipe.validation.every, recipe.tracking.pictures
+    """Return whether the validation after `step` steps draws pictures: of those with rollouts, tracking.pictures do."""
+    every, apart, most = recipe.validation.every, recipe.validation.rollout_every, recipe.tracking.pictures
     before = 1 if recipe.finetune and recipe.finetune.gate else 0  # the validation of the pretrained model
-    number, count = (-(-steps // every) + before for steps in (step, recipe.train.steps))
-    return is_chosen(number, count, most)
+    number, total = (-(-steps // every) + before for steps in (step, recipe.train.steps))
+    count = -(-total // apart)  # validations with rollouts
+    return (total - number) % apart == 0 and is_chosen(count - (total - number) // apart, count, most)
 
 
 def is_chosen(number: int, count: int, most: int) -> bool:

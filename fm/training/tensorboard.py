@@ -1,13 +1,14 @@
 """TensorBoard's files of a run, and the other trackers that accelerate supports (`tracking.log_with: [wandb]`).
 
 `Dashboard` writes scalars, texts and pictures (tags: README, "Watch") and what two of TensorBoard's pages need: the
-charts of Custom Scalars and the settings of HParams. A panel has at most 50 kB (224 x 224 pixels of one byte), a moving
-rollout 205 kB (16 steps of three panels of 64 x 64). So the pictures of eight datasets and 40 validations
-(tracking.pictures) stay below 120 MB, for a run of any length.
+charts of Custom Scalars and the settings of HParams. Truth, prediction and error have together at most 130 kB (350
+pixels wide and about as high, of one byte), a moving rollout 205 kB (16 steps of three panels of 64 x 64). So the
+pictures of eight datasets and 40 validations (tracking.pictures) stay below 120 MB, for a run of any length.
 """
 
 import io
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from google.protobuf.json_format import ParseDict
 from PIL import Image
@@ -36,6 +38,8 @@ Setting = str | int | float | bool
 PROJECT = "wavelit-fm"
 # how a tracker names the argument for the name of a run within the project
 RUN_NAME_ARGUMENT = {"wandb": "name", "mlflow": "run_name", "trackio": "name", "swanlab": "experiment_name"}
+
+ONE_IMAGE = ("aim", "clearml")  # trackers of which accelerate takes an image where it takes a list from the others
 
 HPARAMS_SUFFIX = ".hparams"
 HPARAMS_SECTIONS = ("train", "model", "baseline", "loss", "finetune")
@@ -79,7 +83,7 @@ class EventFile:
 
 
 class Dashboard:
-    """Writes scalars, texts and pictures by step; scalars go to the other trackers too."""
+    """Writes scalars, texts and pictures by step; scalars and still pictures go to the other trackers too."""
 
     def __init__(
         self,
@@ -131,10 +135,13 @@ class Dashboard:
     def rollout(self, sample: Sample, step: int) -> None:
         """Write the pictures of a rollout."""
         # Here, since a run without validations, and all processes but the main one, need no matplotlib.
-        from fm.training.pictures import rollout_pictures
+        from fm.training.pictures import TRACKER_WIDTH, rollout_pictures, still_pictures
 
         for name, encoded in rollout_pictures(sample).items():
             self._picture(f"{sample.dataset}/{name}", encoded, step)
+        if self._trackers:
+            stills = still_pictures(sample, TRACKER_WIDTH)
+            self._track({f"{sample.dataset}/{name}": image for name, image in stills.items()}, step)
 
     def cosines(self, cosines: Cosines, step: int, picture: bool) -> None:
         """Write each dataset's mean cosine with the others' gradients and, with `picture`, a heat map of all pairs."""
@@ -143,7 +150,9 @@ class Dashboard:
         if picture:
             from fm.training.pictures import cosine_picture
 
-            self._picture("gradients/cosine", cosine_picture(cosines, f"step {step}"), step)
+            encoded = cosine_picture(cosines, f"step {step}")
+            self._picture("gradients/cosine", encoded, step)
+            self._track({"gradients/cosine": Image.open(io.BytesIO(encoded))}, step)
 
     def flush(self, step: int) -> dict[str, Any]:
         """Return the scalars and texts of `step`, for `saved`."""
@@ -166,6 +175,20 @@ class Dashboard:
         width, height = Image.open(io.BytesIO(encoded)).size
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
         self._file.add(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+    def _track(self, images: Mapping[str, Image.Image], step: int) -> None:
+        """Send images to the trackers that take any: accelerate's trackers have `log_images` where they do."""
+        for tracker in self._trackers:
+            if not hasattr(tracker, "log_images"):
+                continue
+            for tag, image in images.items():
+                pixels = np.asarray(image.convert("RGB"))  # (H, W, 3)
+                if tracker.name in ONE_IMAGE:
+                    tracker.log_images({tag: pixels}, step=step)
+                elif tracker.name == "tensorboard":
+                    tracker.log_images({tag: pixels[None]}, step=step, dataformats="NHWC")
+                else:
+                    tracker.log_images({tag: [pixels]}, step=step)
 
 
 def _wait_for_a_new_second(directory: Path) -> None:
@@ -208,42 +231,41 @@ def start_trackers(
 def custom_scalars(datasets: Sequence[str], windows: Iterable[str]) -> dict[str, Any]:
     """Return the Custom Scalars page: titles of the charts and the tags in them.
 
-    Its first part shows whether the run learns, on all datasets, how fast and until when.
+    TensorBoard colors curves by run, not by tag. So each dataset has a chart of its own: runs can be compared in it,
+    and no reader has to find one of eight curves of one color. The first part shows whether the run learns, how fast
+    and until when; the second one, on which datasets.
     """
 
-    def by_dataset(template: str) -> list[Any]:
-        # tags are regular expressions, and the name of one dataset may begin with the name of another
-        return ["Multiline", [template.format(name) + "$" for name in datasets]]
-
     def one(*tags: str) -> list[Any]:
-        return ["Multiline", [f"{tag}$" for tag in tags]]
+        # tags are regular expressions, and the name of one dataset may begin with the name of another
+        return ["Multiline", [f"{re.escape(tag)}$" for tag in tags]]
 
+    def by_dataset(*templates: str) -> dict[str, list[Any]]:
+        return {name: one(*(template.format(name) for template in templates)) for name in datasets}
+
+    rollouts = {f"rollout VRMSE (valid), {window}": by_dataset("rollout_vrmse/{}/" + window) for window in windows}
     return {  # three charts a row
-        "is it learning, on all datasets, how fast, until when": {
-            "one-step VRMSE / persistence (1: no better)": by_dataset("valid_over_persistence/{}"),
-            "the same, geometric mean over datasets": one("valid_over_persistence/geometric_mean"),
-            "training loss by dataset": by_dataset("train_loss/{}"),
-            "training loss and its terms": one("train/loss", "train/mse", "train/wavelet_l1"),
+        "is it learning, how fast, until when": {
+            "geometric mean of VRMSE / persistence": one("valid_over_persistence/geometric_mean"),
             "tokens per second": one("throughput/tokens_per_s"),
             "hours left": one("throughput/hours_left"),
-        },
-        "learning": {
-            "one-step VRMSE (valid)": by_dataset("valid_vrmse/{}"),
+            "training loss": one("train/loss"),
             "gradient norm before clipping": one("train/grad_norm"),
             "learning rate": one("train/lr"),
         },
-        "rollout VRMSE (valid)": {window: by_dataset("rollout_vrmse/{}/" + window) for window in windows},
+        "one-step VRMSE / persistence (valid), 1: no better": by_dataset("valid_over_persistence/{}"),
+        "training loss": by_dataset("train_loss/{}"),
+        **rollouts,
         "speed": {
             "samples per second": one("throughput/samples_per_s"),
             "share of time waiting for data": one("throughput/data_wait_fraction"),
             "peak memory, GB": one("throughput/peak_memory_gb"),
         },
-        "sampling": {
-            "target share": by_dataset("sampling/target_share/{}"),
-            "passes over the data": by_dataset("sampling/passes/{}"),
-        },
-        "target share and share drawn so far": {
-            name: one(*(f"sampling/{kind}_share/{name}" for kind in ("target", "drawn"))) for name in datasets
+        "target share and share drawn so far": by_dataset("sampling/target_share/{}", "sampling/drawn_share/{}"),
+        "passes over the data": by_dataset("sampling/passes/{}"),
+        "terms of the loss, whatever their weights": {
+            "MSE": one("train/mse"),
+            "wavelet L1": one("train/wavelet_l1"),
         },
     }
 

@@ -36,7 +36,7 @@ from fm.training.guard import AnomalyDetector, RefusedStep, RegressionLimit, Rol
 from fm.training.mixing import Mixing
 from fm.training.objective import unroll_length
 from fm.training.optim import learns_alone
-from fm.training.record import NullRecord, RunRecord, StepResult, is_validated
+from fm.training.record import NullRecord, RunRecord, StepResult, is_validated, validation_settings
 from fm.training.runlog import lacks_validation
 from fm.training.state import TrainingState
 from fm.training.step import PendingStep, PendingSteps, StepMetrics, train_step
@@ -322,7 +322,8 @@ class Trainer:
 
     def validate(self, stop: StopSignal) -> None:
         """Score the averaged weights on the valid split, on the main process. Collective. Raises Interrupted."""
-        model, settings, device = self.state.averaged_model(), self.recipe.validation, self.accelerator.device
+        model, device = self.state.averaged_model(), self.accelerator.device
+        settings = validation_settings(self.step, self.recipe)
         work = partial(validate, model, self.valid_readers, settings, device) if model is not None else None
         result = run_on_main(self.accelerator, stop, work)
         if self.regression_limit.active:

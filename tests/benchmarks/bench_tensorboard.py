@@ -74,7 +74,7 @@ def bytes_of_steps(recipe: Recipe, steps: int) -> int:
             loss, norm = chance.random(2).tolist()
             grids = (GRIDS[name],)
             record.log_step(
-                StepResult(step, (name,), grids, "", (loss,), loss, loss, norm, 1e-3, 4, (1,), 0.01, 0.15, False)
+                StepResult(step, (name,), grids, "", (loss,), loss, loss, norm, 1e-3, 4, (1,), 0.01, 0.15, 0.15, False)
             )
             if step % recipe.validation.every == 0:
                 record.flush(step)

@@ -34,7 +34,7 @@ def test_help_lists_the_commands_and_the_defaults(capsys: pytest.CaptureFixture[
     assert stopped.value.code == 0
     listed = re.findall(r"^    ([a-z-]+)", capsys.readouterr().out, re.MULTILINE)
     assert listed == list(COMMANDS)
-    assert len(listed) == 15
+    assert len(listed) == 16
     with pytest.raises(SystemExit):
         main(["plan", "--help"])
     text = " ".join(capsys.readouterr().out.split())

@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from PIL import Image
 from samples import ramp_sample
 
-from fm.evaluation.pictures import GAP, error_scale, field_scale, gif, overview, strip
+from fm.evaluation.pictures import GAP, composite, error_scale, field_scale, gif, overview, strip
 from fm.evaluation.samples import Sample
 
 
@@ -165,6 +165,24 @@ def test_what_is_not_finite_is_gray() -> None:
     *_, last = frames_of(gif(ramp_sample(num_steps=3), side=60, labeled=False))
     prediction = last[-GAP - 30, GAP + 60 + GAP + 30]
     assert prediction.tolist() == [0xB0, 0xB0, 0xB0]
+
+
+@pytest.mark.parametrize(
+    "domain", [None, ((0.0, 8.0), (0.0, 2.0)), ((0.0, 1.0), (0.0, 3.0)), ((0.0, 1.0), (0.0, 50.0))]
+)
+@pytest.mark.parametrize("width", [350, 700])
+def test_a_composite_has_its_width_and_all_panels(domain: tuple | None, width: int) -> None:
+    sample = dataclasses.replace(quarters(2), domain=domain)
+    image = np.asarray(composite(sample, 1, width).convert("RGB")).astype(int)
+    assert image.shape[1] == width
+    assert image.shape[0] < 1.6 * width
+    bright = np.array(colormaps["viridis"](1.0)[:3]) * 255
+    yellow = (np.abs(image - bright) < 2).all(-1).sum(1)  # in the rows of truth and prediction, and in the color bar
+    assert yellow.max() >= 8
+    other = dataclasses.replace(sample, vrmse=np.full(2, 0.7))
+    changed = (np.asarray(composite(other, 1, width).convert("RGB")) != image).any(-1)
+    assert changed.any()  # the VRMSE is in the picture
+    assert np.flatnonzero(changed.any(1)).max() < 0.15 * width  # in its heading
 
 
 def test_a_large_offset_leaves_the_field_visible() -> None:

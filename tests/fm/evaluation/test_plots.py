@@ -1,5 +1,6 @@
 """The palette, error growth with trajectories that diverged, and power spectra on grids that are not square."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -61,6 +62,30 @@ def test_the_growth_figure_marks_failures() -> None:
     assert cross.get_xdata().tolist() == [5]
     (axes,) = growth_figure({"shear_flow": part}, replace(PROTOCOLS["thirds"], max_steps=4)).axes
     assert (axes.get_xlim(), list(axes.texts)) == ((1, 4), [])  # what comes later is none of this protocol's
+
+
+def flat_errors(names: list[str]) -> dict[str, DatasetErrors]:
+    model, ones = np.full((2, 9, 1), 0.25), np.ones((2, 9, 1))
+    errors = Errors(ones, model, ones, ones, ones)
+    return {name: DatasetErrors(("a",), np.arange(2), errors, errors, "x", (16, 16)) for name in names}
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+@pytest.mark.parametrize("name", ["thirds", "a_protocol_of_a_user_with_quite_a_long_name"])
+def test_no_legend_is_cut_and_panels_keep_their_height(count: int, name: str) -> None:
+    datasets = [f"a_dataset_of_a_user_with_a_long_name_{number}" for number in range(count)]
+    figure = growth_figure(flat_errors(datasets), replace(PROTOCOLS["thirds"], name=name))
+    figure.draw_without_rendering()
+    width, height = figure.get_size_inches() * figure.dpi
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= width
+    assert box.y1 <= height
+    panels = [axes.get_window_extent() for axes in figure.axes if axes.get_visible()]
+    titles = [axes.title.get_window_extent() for axes in figure.axes if axes.get_visible()]
+    assert all(panel.height > 1.1 * figure.dpi for panel in panels)
+    assert all(title.y1 <= box.y0 + 1 for title in titles)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(titles, 2))
 
 
 @pytest.mark.parametrize("cycles", [(3, 0), (0, 2), (4, 3)])

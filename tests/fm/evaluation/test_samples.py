@@ -22,6 +22,26 @@ def test_samples_come_back_as_they_were(tmp_path: Path) -> None:
         assert (after.domain, after.steps) == (before.domain, before.steps)
 
 
+def test_units_and_parameters_are_kept_and_files_without_them_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "samples.npz"
+    known = dataclasses.replace(ramp_sample(), unit="m/s; as measured", scalars={"Re": 1e5})
+    save_samples(file, [known])
+    (back,) = load_samples(file)
+    assert (back.label, back.scalars) == ("tracer (m/s)", {"Re": 1e5})
+    with np.load(file) as stored:
+        arrays = dict(stored)
+    head = json.loads(str(arrays["head"]))
+    facts = {name: value for name, value in head["samples"][0].items() if name not in ("unit", "scalars")}
+    np.savez(file, **{**arrays, "head": np.array(json.dumps({"format": 1, "samples": [facts]}))})
+    (back,) = load_samples(file)
+    assert (back.label, back.scalars) == ("tracer", {})
+    for damage in ({"unit": 3}, {"scalars": {"Re": "high"}}, {"scalars": [1]}):
+        changed = {"format": 2, "samples": [{**facts, **damage}]}
+        np.savez(file, **{**arrays, "head": np.array(json.dumps(changed))})
+        with pytest.raises(UserError, match=r"expected the samples\.npz of an evaluation"):
+            load_samples(file)
+
+
 def test_no_samples_are_a_file_too(tmp_path: Path) -> None:
     save_samples(tmp_path / "samples.npz", [])
     assert load_samples(tmp_path / "samples.npz") == []

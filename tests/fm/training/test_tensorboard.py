@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from handmade import make_spec
 from PIL import Image
 from samples import ramp_sample
@@ -23,12 +23,14 @@ from data_pipeline.registry import load_registry
 from data_pipeline.windows.schedule import Schedule, Source
 from fm.config import Recipe, dump_recipe, recipe_to_dict
 from fm.datasets import build_model, open_split
+from fm.evaluation.cosines import Cosines
+from fm.evaluation.pictures import GAP
 from fm.evaluation.samples import Sample
 from fm.model.spec import ModelConfig
 from fm.model.wavelit import WaveLiTFM
 from fm.training.pictures import rollout_pictures
 from fm.training.record import RunRecord, StepResult, draws_pictures, is_chosen
-from fm.training.tensorboard import Dashboard, check_trackers, flat_settings
+from fm.training.tensorboard import Dashboard, check_trackers, custom_scalars, flat_settings
 from fm.training.trainer import train
 
 EIGHT = [
@@ -65,12 +67,13 @@ def images_of(directory: Path, sample: Sample) -> dict[str, Image.Image]:
 
 def test_a_rollout_is_shown_still_and_moving(tmp_path: Path) -> None:
     images = images_of(tmp_path, ramp_sample((16, 32), num_steps=9))
-    assert set(images) == {f"shear_flow/{kind}" for kind in ("truth", "prediction", "error", "spectrum", "rollout")}
+    assert sorted(images) == [f"shear_flow/{kind}" for kind in ("fields", "rollout", "spectrum")]
     assert images["shear_flow/rollout"].format == "GIF"
     assert images["shear_flow/rollout"].n_frames == 9
-    truth = np.asarray(images["shear_flow/truth"].convert("RGB")).astype(int)
-    assert truth.shape[0] == 2 * truth.shape[1]  # x to the right, y upwards
-    assert truth[0, -1, 1] > truth[0, 0, 1] + 150  # from viridis's violet to its yellow
+    assert {images[f"shear_flow/{kind}"].width for kind in ("fields", "spectrum")} == {350}  # TensorBoard's own width
+    fields = np.asarray(images["shear_flow/fields"].convert("RGB")).astype(int)
+    truth = fields[:, GAP : (350 - GAP) // 3]  # the left panel
+    assert truth[150, -1, 1] > truth[150, 0, 1] + 150  # x to the right: from viridis's violet to its yellow
 
 
 def test_a_prediction_that_is_not_finite_is_shown_too(tmp_path: Path) -> None:
@@ -78,7 +81,8 @@ def test_a_prediction_that_is_not_finite_is_shown_too(tmp_path: Path) -> None:
     broken = dataclasses.replace(sample, prediction=np.full_like(sample.truth, np.nan))
     images = images_of(tmp_path, broken)
     assert "shear_flow/rollout" in images
-    assert np.unique(np.asarray(images["shear_flow/prediction"].convert("RGB"))).tolist() == [0xB0]
+    fields = np.asarray(images["shear_flow/fields"].convert("RGB"))
+    assert np.unique(fields[120, 140:210]).tolist() == [0xB0]  # in the middle panel
 
 
 @pytest.mark.parametrize(("count", "most"), [(1, 1), (7, 3), (40, 40), (200, 40), (100, 1), (5, 40), (201, 40), (9, 0)])
@@ -282,15 +286,76 @@ def curves(directory: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
 
 
-def test_every_scalar_goes_to_the_other_tracker_once(tiny_shards: Path, tmp_path: Path) -> None:
+def test_every_scalar_and_still_picture_goes_to_the_other_tracker_once(tiny_shards: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    assert train(small(tiny_shards, directory, run={"stop_at": 4}, **SHORT, **TRACKED)) == 0
-    assert train(small(tiny_shards, directory, **SHORT, **TRACKED)) == 0
+    sections = {**SHORT, **TRACKED, "validation": {"every": 3, "windows": 1, "rollouts": 1}}
+    assert train(small(tiny_shards, directory, run={"stop_at": 4}, **sections)) == 0
+    assert train(small(tiny_shards, directory, **sections)) == 0
     own, other = curves(directory / "tensorboard"), curves(directory / "trackers" / "wavelit-fm")
     assert len(own) > 20
     assert own == other
+    board = board_of(directory / "trackers" / "wavelit-fm")
+    for name in DATASETS:
+        assert [(event.step, event.width) for event in board.Images(f"{name}/fields")] == [(3, 700), (6, 700)]
     (settings, _) = sorted((directory / "trackers").rglob("hparams.yml"))
     assert "train.learning_rate: 0.003" in settings.read_text()
+
+
+class Gallery(GeneralTracker):
+    """A tracker that keeps the images it is sent."""
+
+    name, requires_logging_directory, tracker = "gallery", False, None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: dict[str, tuple[int, list[np.ndarray]]] = {}
+
+    def log_images(self, values: dict[str, list[np.ndarray]], step: int) -> None:
+        """Keep them, as a tracker of accelerate takes them: a list of images by tag."""
+        self.images |= {tag: (step, images) for tag, images in values.items()}
+
+
+class Plain(GeneralTracker):
+    """A tracker that takes no images, as mlflow's."""
+
+    name, requires_logging_directory, tracker = "plain", False, None
+
+
+def test_still_pictures_go_to_trackers_that_take_images(tmp_path: Path) -> None:
+    gallery, plain = Gallery(), Plain()
+    board = Dashboard(tmp_path / "own", ["shear_flow"], ["1:20"], 0, trackers=[plain, gallery])
+    board.rollout(ramp_sample(num_steps=3), 7)
+    board.cosines(Cosines(tuple(DATASETS), np.eye(2), np.ones(2)), 7, picture=True)
+    board.close()
+    assert set(gallery.images) == {"shear_flow/fields", "shear_flow/spectrum", "gradients/cosine"}
+    for step, (image,) in gallery.images.values():
+        assert (step, image.dtype, image.shape[2]) == (7, np.uint8, 3)
+    (image,) = gallery.images["shear_flow/fields"][1]
+    assert image.shape[1] == 700
+
+
+def test_each_chart_of_a_dataset_has_the_curves_of_one_dataset(tmp_path: Path) -> None:
+    page = custom_scalars(EIGHT, ["1:20", "21:60"])
+    for part in ("one-step VRMSE / persistence (valid), 1: no better", "training loss", "rollout VRMSE (valid), 21:60"):
+        assert list(page[part]) == EIGHT
+        for name, (_, tags) in page[part].items():
+            (tag,) = tags
+            assert [other for other in EIGHT if re.search(tag, tag.replace(name, other).rstrip("$"))] == [name]
+
+
+def test_only_some_validations_have_rollouts_and_the_last_is_one(tiny_shards: Path, tmp_path: Path) -> None:
+    validation = {"every": 2, "windows": 1, "rollouts": 1, "rollout_every": 3}
+    recipe = small(tiny_shards, tmp_path / "run", train={"steps": 9}, validation=validation)
+    assert train(recipe) == 0
+    board = board_of(tmp_path / "run" / "tensorboard")
+    name = DATASETS[0]
+    assert [event.step for event in board.Scalars(f"valid_vrmse/{name}")] == [2, 4, 6, 8, 9]
+    assert [event.step for event in board.Scalars(f"rollout_vrmse/{name}/last_third")] == [4, 9]
+    assert [event.step for event in board.Images(f"{name}/fields")] == [4, 9]
+    few = dataclasses.replace(recipe, tracking=dataclasses.replace(recipe.tracking, pictures=1))
+    assert [step for step in (2, 4, 6, 8, 9) if draws_pictures(step, few)] == [9]
+    with pytest.raises(UserError, match=r"finetune.gate needs .* and rollout_every = 1"):
+        small(tiny_shards, tmp_path, validation=validation, finetune={"pretrained": "runs/x", "gate": 1.1})
 
 
 def test_a_tracker_that_is_not_there_is_refused_before_the_first_step(tiny_shards: Path, tmp_path: Path) -> None:

@@ -324,7 +324,7 @@ def test_tensorboard_has_the_documented_tags_and_resuming_continues_the_curves(
     expected |= {f"valid_vrmse_field/{DATASETS[1]}/pressure_{part}" for part in ("re", "im")}
     assert expected <= tags
     images = set(events.Tags()["images"])
-    assert {f"{name}/{kind}" for name in DATASETS for kind in ("truth", "prediction", "error", "spectrum")} <= images
+    assert {f"{name}/{kind}" for name in DATASETS for kind in ("fields", "spectrum", "rollout")} <= images
     assert events.Scalars("throughput/tflops")[-1].value > 0
     assert {"recipe/text_summary", "events/text_summary"} <= set(events.Tags()["tensors"])
 
