@@ -70,9 +70,11 @@ EitherForm: TypeAlias = Annotated[
 def allow_imports(names: Iterable[str]) -> None:
     """Allow names to be imported by this process and by the processes that it starts. UserError for no such name."""
     try:
-        os.environ[VARIABLE] = ",".join(sorted({*allowed_imports(), *map(_class_name, names)}))
+        added = set(map(_class_name, names))
     except ValueError as error:
         raise UserError(f"imports that are allowed: {error}") from error
+    if added:
+        os.environ[VARIABLE] = ",".join(sorted({*allowed_imports(), *added}))
 
 
 def allowed_imports() -> set[str]:
@@ -107,7 +109,7 @@ def _is_inside(file: Path, folder: Path) -> bool:
 
 
 def _module_files(module: str) -> list[Path]:
-    """Return the files that `import module` would run, without running any code; [] where the module is not found."""
+    """Return the files that `import module` would run, as far as they are found without running any code."""
     files, path, parts = list[Path](), None, module.split(".")
     for count in range(1, len(parts) + 1):
         name = ".".join(parts[:count])
@@ -115,7 +117,7 @@ def _module_files(module: str) -> list[Path]:
             getattr(sys.modules[name], "__spec__", None) if name in sys.modules else _find_spec(parts[count - 1], path)
         )
         if spec is None:
-            return []
+            break
         if spec.has_location and spec.origin is not None:
             files.append(Path(spec.origin).absolute())
         path = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
@@ -126,8 +128,11 @@ def _find_spec(name: str, path: list[str] | None) -> ModuleSpec | None:
     """Find a package or module of the folders `path`; None: of those that Python searches, then the current one."""
     if path is not None:
         return PathFinder.find_spec(name, path)
-    found = (finder.find_spec(name, None) for finder in sys.meta_path)
-    return next(filter(None, found), None) or PathFinder.find_spec(name, [os.getcwd()])
+    return _find_installed(name) or PathFinder.find_spec(name, [os.getcwd()])
+
+
+def _find_installed(name: str) -> ModuleSpec | None:
+    return next(filter(None, (finder.find_spec(name, None) for finder in sys.meta_path)), None)
 
 
 def import_class(settings: ImportSettings, base: type[T], key: str) -> type[T]:
@@ -138,10 +143,11 @@ def import_class(settings: ImportSettings, base: type[T], key: str) -> type[T]:
     name = settings.import_
     check_allowed(name, key)
     module_name, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # the last place, so that a file of the folder hides no installed package
-        sys.path.append(os.getcwd())
+    package = module_name.partition(".")[0]
+    if package not in sys.modules and _find_installed(package) is None:
+        sys.path.append(os.getcwd())  # the last place, so that a file of the folder hides no installed package
     try:
-        found = getattr(import_module(module_name), attribute)
+        module = import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         own = f"{module_name}.".startswith(f"{missing}.")
@@ -152,10 +158,9 @@ def import_class(settings: ImportSettings, base: type[T], key: str) -> type[T]:
         ) from error
     except (ImportError, SyntaxError) as error:
         raise UserError(f"{key}: {name} cannot be imported: {type(error).__name__}: {error}") from error
-    except AttributeError as error:
-        if not hasattr(sys.modules.get(module_name), "__spec__"):
-            raise
-        raise UserError(f"{key}: {name} cannot be imported: {error}") from error
+    if not hasattr(module, attribute):
+        raise UserError(f"{key}: {name} cannot be imported: {module_name} has no class {attribute}")
+    found = getattr(module, attribute)
     if not (isinstance(found, type) and issubclass(found, base)):
         expected = f"{base.__module__.removesuffix('.module').removesuffix('.modules')}.{base.__name__}"
         raise UserError(f"{key}: expected a subclass of {expected}, got {name}, which is {brief(found)}")

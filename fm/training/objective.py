@@ -185,9 +185,7 @@ class Unroll(nn.Module):
                 f"loss.import: expected {type(self.own_loss).__name__} to return a number, or one for each of the "
                 f"{len(prediction)} windows, got {found}"
             )
-        total = (
-            value.expand(len(prediction)) if value.ndim == 0 else value.flatten(1).mean(1) if value.ndim > 1 else value
-        )
+        total = value.expand(len(prediction)) if value.ndim == 0 else value.reshape(len(prediction), -1).mean(1)
         return terms._replace(total=total)
 
 

@@ -119,16 +119,37 @@ def test_code_in_the_folder_of_a_model_is_never_imported(
     (folder / "stranger.py").symlink_to(folder / "inner" / "stranger.py")
     description = json.loads((folders[1] / "model.json").read_text())
     (folder / "model.safetensors").write_bytes((folders[1] / "model.safetensors").read_bytes())
-    for cwd, module in ((folder, "stranger"), (tmp_path, "received.inner.stranger")):
+    (folder / "package").mkdir()
+    (folder / "package" / "__init__.py").write_text("raise SystemExit('this code must not run')\n")
+    for cwd, module in ((folder, "stranger"), (tmp_path, "received.inner.stranger"), (folder, "package.made_later")):
         name = f"{module}:Net"
         changed = {**description, "imported": name, "config": {**description["config"], "import": name}}
         (folder / "model.json").write_text(json.dumps(changed))
         monkeypatch.chdir(cwd)
-        with pytest.raises(UserError, match=r"stranger\.py, inside the model's own folder"):
+        with pytest.raises(UserError, match=r"received/.*\.py, inside the model's own folder"):
             fm.load(folder, allow_import=name)
     (folder / "model.json").write_text(json.dumps({**description, "imported": "other:Net"}))
     with pytest.raises(UserError, match=f"imported: expected the name in config, '{NET}', got 'other:Net'"):
         fm.load(folder)
+
+
+def test_code_in_the_cache_of_the_hub_is_never_imported(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There, the files of a model are links to `blobs`, beside its folder."""
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1", tmp_path / "models--a--b" / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    description = json.loads((folders[1] / "model.json").read_text())
+    description |= {"imported": "cached:Net", "config": {**description["config"], "import": "cached:Net"}}
+    weights = (folders[1] / "model.safetensors").read_bytes()
+    contents = {"model.json": json.dumps(description).encode(), "cached.py": b"raise SystemExit('must not run')\n"}
+    for name, content in {**contents, "model.safetensors": weights}.items():
+        (blobs / f"{name}-blob").write_bytes(content)
+        (snapshot / name).symlink_to(blobs / f"{name}-blob")
+    monkeypatch.chdir(snapshot)
+    with pytest.raises(UserError, match=r"1/cached\.py, inside the model's own folder"):
+        fm.load(snapshot, allow_import="cached:Net")
 
 
 def test_a_description_of_a_larger_network_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -146,7 +167,7 @@ def test_what_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "torn.py").write_text("class Net(:\n")
     for name, message in {
         "nowhere.net:Net": r"nowhere\.net:Net cannot be imported: it is not installed, and not in the current folder",
-        "own_classes:Missing": "own_classes:Missing cannot be imported: .*has no attribute 'Missing'",
+        "own_classes:Missing": "own_classes:Missing cannot be imported: own_classes has no class Missing",
         "half:Net": "half:Net cannot be imported: it needs a_package_that_is_missing",
         "torn:Net": r"torn:Net cannot be imported: SyntaxError: .*torn\.py",
         "own_classes:not_a_class": r"model\.import: expected a subclass of torch\.nn\.Module, got own_classes:not_a",
