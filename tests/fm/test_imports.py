@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,12 @@ def test_the_command_line_allows_imports(folders: tuple[Path, Path], tiny_shards
     plan = fm_command("plan", str(written(imported(tiny_shards, tmp_path / "planned"))), "--gpu", "h200")
     assert plan.returncode == 2
     assert "its constructor reads values of tensors, so its work cannot be counted" in plan.stderr
+    optimizer = {"steps": 2, "optimizer": {"import": "own_classes:Momentum"}}
+    counted = imported(tiny_shards, tmp_path / "counted", "own_classes:TokenNet", train=optimizer)
+    counted = replace(counted, model=ImportedConfig(**{"import": "own_classes:TokenNet"}))
+    plan = fm_command("plan", str(written(counted)), "--gpu", "h200")
+    assert plan.returncode == 0, plan.stderr
+    assert "own_classes:Momentum counts as AdamW" in " ".join(plan.stdout.split())
     help_text = fm_command("rollout", "--help").stdout
     assert "--allow-import" in help_text
     assert "--allow-import" not in fm_command("compare", "--help").stdout
