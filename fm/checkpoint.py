@@ -34,6 +34,7 @@ from fm.config import changed_settings
 from fm.model import files
 from fm.model.baselines import Baseline
 from fm.model.files import EMA_FILE, MODEL_FILE, WEIGHTS_FILE
+from fm.model.network import ImportedModel
 from fm.model.surrogate import Surrogate
 from fm.model.wavelit import WaveLiTFM
 
@@ -230,12 +231,13 @@ def use_checkpoint(source: Path | str, use: Callable[[Path], T]) -> T:
 
 
 def load_pretrained(source: Path | str) -> Surrogate:
-    """Return the averaged model that `find_checkpoint` finds, in eval mode on the CPU: a WaveLiT or a baseline."""
+    """Return the averaged model that `find_checkpoint` finds, of any kind, in eval mode on the CPU."""
 
     def load(checkpoint: Path) -> Surrogate:
         with _user_errors(f"{checkpoint}: cannot be loaded as a model: "):
-            kind = Baseline if files.BASELINE in files.read_description(checkpoint) else WaveLiTFM
-            return kind.from_pretrained(checkpoint)
+            kind = files.kind_of(files.read_description(checkpoint))
+            cls = WaveLiTFM if kind is None else {files.BASELINE: Baseline, files.IMPORTED: ImportedModel}[kind]
+            return cls.from_pretrained(checkpoint)
 
     return use_checkpoint(source, load)
 

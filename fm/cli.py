@@ -62,7 +62,7 @@ LAUNCH_CONFIG = arg("--launch-config", type=Path, metavar="FILE", help="configur
 )
 def plan(options: Namespace) -> None:
     """Estimate the work, time and memory of a run before it is launched."""
-    from fm.config import load_recipe
+    from fm.datasets import load_own_recipe
     from fm.lab.hardware import AssumedSpeed, find_gpu
     from fm.lab.plan import estimated_plan, measured_plan
     from fm.lab.plan_tables import plan_text
@@ -74,7 +74,7 @@ def plan(options: Namespace) -> None:
     _check_above_zero("--network", options.network, "GB/s")
     overrides = [*options.overrides, *([f"data.shards={options.shards}"] if options.shards else [])]
     shared = {"processes": options.processes, "require_shards": options.shards is not None}
-    recipe = load_recipe(options.recipe, overrides)
+    recipe = load_own_recipe(options.recipe, overrides)
     if options.gpu is None:
         found = measured_plan(recipe, options.probe_seconds, **shared)
     else:

@@ -18,12 +18,13 @@ from data_pipeline.files import file_name
 from data_pipeline.schema import parse_yaml, read_text
 from data_pipeline.windows.streaming import StreamSettings
 from fm.model.baselines import BaselineConfig
+from fm.model.imports import EitherForm, ImportedOptimizer, ImportSettings
+from fm.model.network import ImportedConfig
 from fm.model.spec import STRICT, ModelConfig, from_plain
 
 # A recipe is YAML that is also a Python program (fm/recipe.py), by these lines around it.
 FIRST_LINE = 'launch: 0; from fm.recipe import run; run(__file__); r"""'
 LAST_LINE = '# """'
-
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -94,7 +95,7 @@ class TrainSettings:
     global_batch: PositiveInt = 4  # windows per step over all processes, whatever their number
     draws: PositiveInt = 1  # mini-batches, each of one dataset, that make up the global batch
     micro_batch: PositiveInt | None = None  # most windows that a process takes through the model at once; null: all
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the matrices of the blocks, AdamW for all else
+    optimizer: EitherForm[Literal["adamw", "muon"], ImportedOptimizer] = "adamw"  # muon: AdamW but for blocks' matrices
     learning_rate: PositiveFloat = 1e-3  # peak
     muon_learning_rate: PositiveFloat = 0.02  # Muon's peak; same warm-up and schedule as learning_rate
     warmup_steps: NonNegativeInt = 5000  # linear from 0 to the peak
@@ -269,15 +270,15 @@ class TrackingSettings:
 
 @dataclass(frozen=True, config=STRICT)
 class Recipe:
-    """One run, resolved."""
+    """One run, resolved. What is EitherForm of two types may also be {import: mypkg.net:MyNet, args: {...}}."""
 
     run: RunSettings
     data: DataSettings
     train: TrainSettings
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
-    model: ModelConfig | None = None  # null: the defaults, or when finetuning the pretrained architecture
+    model: EitherForm[ModelConfig, ImportedConfig] | None = None  # null: the defaults, or the pretrained architecture
     baseline: BaselineConfig | None = None  # in place of model: another network, for comparison
-    loss: LossSettings = field(default_factory=LossSettings)
+    loss: EitherForm[LossSettings, ImportSettings] = field(default_factory=LossSettings)
     guard: GuardSettings = field(default_factory=GuardSettings)
     finetune: FinetuneSettings | None = None
     adapt: AdaptSettings | None = None  # only with finetune
@@ -294,8 +295,8 @@ class Recipe:
             self._check_adapt(self.adapt)
         if self.guard.action == "rollback" and self.checkpoint.resume == "never":
             raise ValueError("guard.action: rollback returns to a checkpoint, expected checkpoint.resume: auto")
-        watches = self.validation.every > 0 and self.validation.rollouts > 0 and self.validation.rollout_every == 1
-        if self.finetune is not None and self.finetune.gate is not None and not watches:
+        watches = self.validation.every and self.validation.rollouts and self.validation.rollout_every == 1
+        if self.finetune and self.finetune.gate is not None and not watches:
             raise ValueError("finetune.gate needs validation.every > 0, validation.rollouts > 0 and rollout_every = 1")
 
     def _check_adapt(self, adapt: AdaptSettings) -> None:
@@ -315,9 +316,8 @@ class Recipe:
         """Return how shards behind a URL are read."""
         data, sampling = self.data, self.sampling
         cache = None if data.cache is None else Path(data.cache)
-        return StreamSettings(
-            sampling.shuffle, sampling.shards_per_block, cache, int(data.cache_gb * 1e9), data.prefetch
-        )
+        size = int(data.cache_gb * 1e9)
+        return StreamSettings(sampling.shuffle, sampling.shards_per_block, cache, size, data.prefetch)
 
     def unroll_steps(self, dataset: str) -> int:
         """Return the number of model steps in a training window of a dataset."""
@@ -332,7 +332,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply dotted overrides and check everything."""
     document = read_recipe(path)
     for override in overrides:
-        _apply_override(document, override)
+        apply_override(document, override)
     return resolve(document, str(path))
 
 
@@ -362,7 +362,7 @@ def resolve(document: dict[str, Any], where: str) -> Recipe:
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as nested dicts of plain JSON types."""
-    return TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    return TypeAdapter(Recipe).dump_python(recipe, mode="json", by_alias=True)
 
 
 def changed_settings(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
@@ -383,7 +383,8 @@ def dump_recipe(recipe: Recipe) -> str:
     return f"{FIRST_LINE}\n{body}{LAST_LINE}\n"
 
 
-def _apply_override(document: dict[str, Any], override: str) -> None:
+def apply_override(document: dict[str, Any], override: str) -> None:
+    """Set one setting, given as section.key=value, in the nested dicts of a recipe."""
     key, separator, text = override.partition("=")
     where = f"override {brief(override)}"
     if not separator or not key or key.startswith("-"):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,14 +18,35 @@ from data_pipeline.shards.format import Manifest
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
 from fm.checkpoint import load_pretrained
-from fm.config import Recipe
+from fm.config import Recipe, load_recipe
 from fm.model.baselines import Baseline, BaselineConfig
 from fm.model.constraints import Constraints
+from fm.model.files import is_exported
+from fm.model.imports import ImportSettings, allow_imports
+from fm.model.network import ImportedConfig, ImportedModel
 from fm.model.spec import DatasetSpec, ModelConfig, explain
 from fm.model.surrogate import MIN_GRID, STD_FLOOR, Surrogate
 from fm.model.wavelit import WaveLiTFM
 
+AnyConfig: TypeAlias = ModelConfig | BaselineConfig | ImportedConfig  # of each kind of model
 VIOLATION = 0.1  # of the change in one step: a constraint that changes true states by more is left out
+
+
+def load_own_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe that the user trains, as `load_recipe` does, and allow the classes that it imports.
+
+    The recipe beside a run or an exported model may come from someone else, so it allows nothing.
+    """
+    recipe = load_recipe(path, overrides)
+    if not is_exported(path.parent) and not (path.parent / "checkpoints").exists():
+        allow_recipe(recipe)
+    return recipe
+
+
+def allow_recipe(recipe: Recipe) -> None:
+    """Allow the classes that a recipe imports (fm/model/imports.py)."""
+    sections = (recipe.model, recipe.loss, recipe.train.optimizer)
+    allow_imports(one.import_ for one in sections if isinstance(one, ImportSettings))
 
 
 def dataset_specs(readers: Mapping[str, ShardReader], registry: Registry) -> list[DatasetSpec]:
@@ -240,12 +261,12 @@ def check_context(recipe: Recipe, pretrained: Surrogate, where: str) -> None:
         )
 
 
-def new_model(
-    config: ModelConfig | BaselineConfig | None, specs: Sequence[DatasetSpec], seed: int = 0, context: int = 1
-) -> Surrogate:
+def new_model(config: AnyConfig | None, specs: Sequence[DatasetSpec], seed: int = 0, context: int = 1) -> Surrogate:
     """Return a model with new weights that reads `context` frames; a WaveLiT of default sizes if `config` is None."""
     if isinstance(config, BaselineConfig):
         return Baseline(config, specs, seed, context)
+    if isinstance(config, ImportedConfig):
+        return ImportedModel(config, specs, seed, context)
     return WaveLiTFM(config or ModelConfig(), specs, seed, context)
 
 

@@ -37,14 +37,37 @@ def arg(*names: str, **parameters: Any) -> Argument:
     return names, parameters
 
 
+class AllowImport(argparse.Action):
+    """Allow a class of the user's to be imported, here and in the processes that the command starts."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Add a name to those that are allowed."""
+        from fm.model.imports import allow_imports  # here, since `--help` does not wait for torch
+
+        allow_imports([values])
+
+
+WITHOUT_MODEL = ("status", "score", "compare", "transfer")  # commands that read scores and logs only
+ALLOW_IMPORT = arg(
+    "--allow-import",
+    action=AllowImport,
+    dest=argparse.SUPPRESS,
+    metavar="MODULE:CLASS",
+    help="class of yours that a model's files may name; may be repeated (also: the environment's WAVELIT_IMPORT)",
+)
+
+
 def command(*arguments: Argument, usage: str | None = None) -> Callable[[Run], Run]:
-    """Make the decorated function a command: its name is the command's name and its docstring the help."""
+    """Make the decorated function a command: its name is the command's name and its docstring the help.
+
+    All have the option --allow-import but those in WITHOUT_MODEL.
+    """
 
     def register(run: Run) -> Run:
         text = run.__doc__ or ""
         summary = text.partition("\n")[0].removesuffix(".")
         parser = _SUBPARSERS.add_parser(run.__name__.replace("_", "-"), help=summary, description=text, usage=usage)
-        for names, parameters in arguments:
+        for names, parameters in (*arguments, *(() if run.__name__ in WITHOUT_MODEL else (ALLOW_IMPORT,))):
             parser.add_argument(*names, **parameters)
         parser.set_defaults(command=run)
         return run

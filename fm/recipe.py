@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.errors import run_command
-from fm.config import load_recipe
+from fm.datasets import load_own_recipe
 from fm.distributed import EXIT_LOST, ProcessLost, launch
 from fm.training.trainer import train
 
@@ -33,7 +33,7 @@ def _train(path: str, overrides: Sequence[str], processes: int) -> int:
         print(f"usage: accelerate launch {path} [section.key=value ...]\n\n{Path(path).read_text()}")
         return 0
     try:
-        recipe = load_recipe(Path(path), overrides)
+        recipe = load_own_recipe(Path(path), overrides)
         return train(recipe) if processes == 1 else launch(processes, ["train", path, *overrides])
     except ProcessLost as lost:
         print(

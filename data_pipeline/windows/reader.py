@@ -91,7 +91,7 @@ class Traffic:
     bytes_used: int = 0  # stored bytes that went into windows, from the server or from the cache
 
 
-class Windows(NamedTuple):
+class WindowPlaces(NamedTuple):
     """Windows of one length by their place; frames [first, first + length) of a trajectory are one window."""
 
     trajectories: tuple[int, ...]
@@ -148,7 +148,7 @@ class Shards(ABC):
         self.manifest, self.traffic = manifest, Traffic()
         weakref.finalize(self, self.maps.drop, id(self))
 
-    def prefetch(self, windows: Windows) -> bool:
+    def prefetch(self, windows: WindowPlaces) -> bool:
         """Start to fetch windows that will be held soon. Return False if there is no room for them yet."""
         return True
 
@@ -156,7 +156,7 @@ class Shards(ABC):
         """Drop all windows that were prefetched and not held yet."""
         return
 
-    def hold(self, windows: Windows, constants: bool) -> AbstractContextManager[None]:
+    def hold(self, windows: WindowPlaces, constants: bool) -> AbstractContextManager[None]:
         """Make the windows' frames, and with `constants` their constant fields, readable within the block."""
         return nullcontext()
 
@@ -261,9 +261,9 @@ class ShardReader:
             self._indices[length] = WindowIndex(segments, length, [one.shard for one in trajectories])
         return self._indices[length]
 
-    def _windows(self, window_ids: np.ndarray, length: int) -> Windows:
+    def _windows(self, window_ids: np.ndarray, length: int) -> WindowPlaces:
         trajectories, firsts = self.index(length).locate(window_ids)
-        return Windows(tuple(trajectories.tolist()), tuple(firsts.tolist()), length)
+        return WindowPlaces(tuple(trajectories.tolist()), tuple(firsts.tolist()), length)
 
     def prefetch(self, window_ids: np.ndarray, length: int) -> bool:
         """Start to fetch windows for a later `batch`. Return False if there is no room for them yet."""
@@ -292,14 +292,14 @@ class ShardReader:
             raise IndexError(
                 f"{self.folder}: trajectory {trajectory} has {frames} frames, not {first}:{first + length}"
             )
-        with self.shards.hold(Windows((trajectory,), (first,), length), constants=False):
+        with self.shards.hold(WindowPlaces((trajectory,), (first,), length), constants=False):
             out = np.empty((length, *self.manifest.frame_shape), np.float32)
             self._fill_frames(out, trajectory, first)
         return out
 
     def constants(self, trajectory: int) -> np.ndarray:
         """Return a copy of the constant fields of a trajectory, (K, H, W) float32; K may be 0."""
-        with self.shards.hold(Windows((trajectory,), (0,), 0), constants=True):
+        with self.shards.hold(WindowPlaces((trajectory,), (0,), 0), constants=True):
             out = np.empty((len(self.manifest.constant_channels), *self.manifest.grid), np.float32)
             self._fill_constants(out, trajectory)
         return out

@@ -28,7 +28,7 @@ from data_pipeline.remote import RemoteFile, RemoteFolder, Retries
 from data_pipeline.shards.format import MANIFEST_NAME, Manifest
 from data_pipeline.shards.tar import map_and_close
 from data_pipeline.windows.cache import BlobCache
-from data_pipeline.windows.reader import Shards, Traffic, Windows
+from data_pipeline.windows.reader import Shards, Traffic, WindowPlaces
 from data_pipeline.workers import Threads
 
 THREADS = 8  # requests in flight, per process; of whole shards half as many
@@ -136,7 +136,7 @@ class Fetcher:
             self._reset()
         return self._lock
 
-    def prefetch(self, shards: "RemoteShards", windows: Windows) -> bool:
+    def prefetch(self, shards: "RemoteShards", windows: WindowPlaces) -> bool:
         """Start to fetch windows that will be held later. Return False if there is no room for them yet."""
         needed = shards.needed(windows, constants=True)
         with self.lock:
@@ -148,7 +148,7 @@ class Fetcher:
         return True
 
     @contextmanager
-    def hold(self, shards: "RemoteShards", windows: Windows, constants: bool) -> Iterator[None]:
+    def hold(self, shards: "RemoteShards", windows: WindowPlaces, constants: bool) -> Iterator[None]:
         """Wait for the bytes of windows and keep them within the block. Draws prefetched before these are dropped."""
         needed = shards.needed(windows, constants)
         with self.lock:
@@ -220,7 +220,7 @@ class RemoteShards(Shards):
         self._fetcher, self._cache = fetcher, cache
         self._sizes_checked: set[int] = set()
 
-    def prefetch(self, windows: Windows) -> bool:
+    def prefetch(self, windows: WindowPlaces) -> bool:
         """Start to fetch windows that will be held soon. Return False if there is no room for them yet."""
         return self._fetcher.prefetch(self, windows)
 
@@ -228,7 +228,7 @@ class RemoteShards(Shards):
         """Drop what was prefetched and not held yet, of all datasets of the fetcher."""
         self._fetcher.cancel_prefetch()
 
-    def hold(self, windows: Windows, constants: bool) -> AbstractContextManager[None]:
+    def hold(self, windows: WindowPlaces, constants: bool) -> AbstractContextManager[None]:
         """Make the windows' frames, and with `constants` their constant fields, readable within the block."""
         stored = windows.length * self.manifest.frame_bytes + constants * self.manifest.constants_bytes
         self._fetcher.count(self.traffic, used=len(windows.trajectories) * stored)
@@ -250,7 +250,7 @@ class RemoteShards(Shards):
         return file
 
     @abstractmethod
-    def needed(self, windows: Windows, constants: bool) -> set[ByteRange]:
+    def needed(self, windows: WindowPlaces, constants: bool) -> set[ByteRange]:
         """Return the ranges that `read` needs for these windows."""
 
     @abstractmethod
@@ -265,7 +265,7 @@ class RemoteShards(Shards):
 class RangeShards(RemoteShards):
     """Frames as byte ranges, for `shuffle: global` and for reading a few windows."""
 
-    def needed(self, windows: Windows, constants: bool) -> set[ByteRange]:
+    def needed(self, windows: WindowPlaces, constants: bool) -> set[ByteRange]:
         """Return the range of each frame, and of the constant fields."""
         manifest, needed = self.manifest, set()
         for trajectory, first in zip(windows.trajectories, windows.firsts, strict=True):
@@ -349,7 +349,7 @@ class WholeShards(RemoteShards):
     def _whole(self, shard: int) -> ByteRange:
         return ByteRange(self, shard, 0, self.manifest.shards[shard].bytes)
 
-    def needed(self, windows: Windows, constants: bool) -> set[ByteRange]:
+    def needed(self, windows: WindowPlaces, constants: bool) -> set[ByteRange]:
         """Return the shards of the trajectories."""
         return {self._whole(self.manifest.trajectories[one].shard) for one in windows.trajectories}
 

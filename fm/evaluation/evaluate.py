@@ -21,6 +21,7 @@ from tqdm import tqdm
 from data_pipeline.errors import UserError
 from data_pipeline.files import inside, only_process, sha256
 from data_pipeline.registry import Domain, Registry
+from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.streaming import default_cache
 from fm.config import ValidationSettings
@@ -29,6 +30,7 @@ from fm.distributed import StopSignal, broadcast_from_main, detect_lost_processe
 from fm.evaluation.errors import ERRORS_FILE, FORMAT, TASKS, DatasetErrors, ErrorFile, check_names
 from fm.evaluation.measure import (
     FrameErrors,
+    ShownRollout,
     choose_shown,
     dataset_errors,
     make_sample,
@@ -337,11 +339,59 @@ def validate(
     for name, reader in sorted(readers.items()):
         trajectories = range(min(settings.rollouts, reader.num_trajectories))
         shown = choose_shown(reader, protocol, VALIDATION_STEPS_SHOWN, trajectory=0)
-        one_step = measure_windows(model, reader, one_step_windows(reader, protocol), device, BATCH_SIZE, advance)
-        batches = rollout_batches(reader, trajectories, protocol, BATCH_SIZE)
-        rollouts = [measure_rollouts(model, reader, ids, protocol, device, advance, shown) for ids in batches]
+        one_step, rollouts = _measured(model, reader, trajectories, protocol, device, advance, shown)
         datasets[name] = dataset_errors(reader, trajectories, protocol, [one_step], rollouts)
         sample = make_sample(reader, shown, rollouts, datasets[name], protocol.eps, _extent(model.specs[name], reader))
         if sample is not None:
             samples[name] = sample
     return ValidationResult(score(ErrorFile(protocol, datasets)), samples)
+
+
+def _measured(
+    model: Surrogate,
+    reader: ShardReader,
+    trajectories: Sequence[int],
+    protocol: Protocol,
+    device: torch.device,
+    advance: Callable[[int], object] = lambda count: None,
+    shown: ShownRollout | None = None,
+) -> tuple[FrameErrors, list[FrameErrors]]:
+    """Return the errors of the protocol's one-step windows, and of the rollouts of some trajectories."""
+    one_step = measure_windows(model, reader, one_step_windows(reader, protocol), device, BATCH_SIZE, advance)
+    batches = rollout_batches(reader, trajectories, protocol, BATCH_SIZE)
+    return one_step, [measure_rollouts(model, reader, ids, protocol, device, advance, shown) for ids in batches]
+
+
+def score_model(
+    model: Surrogate,
+    shards: str | Path,
+    datasets: Sequence[str] | None = None,
+    protocol: str = "wavelit",
+    split: str | None = None,
+    windows: int | None = None,
+) -> Scores:
+    """Return the scores of a model where it is, without a report and linear stencils (`fm.evaluate`).
+
+    The arguments are those of `evaluate_run`; `datasets` are by default the model's datasets that `shards` has.
+    UserError if model, shards and protocol do not fit together.
+    """
+    if windows is not None and windows < 1:
+        raise UserError(f"windows: expected at least 1 one-step window per dataset, got {windows}")
+    chosen = load_protocol(protocol).for_context(model.context)
+    chosen = replace(chosen, split=split or chosen.split, one_step_windows=windows or chosen.one_step_windows)
+    readers = open_readers(shards, datasets, chosen.split, known=tuple(model.specs))
+    if datasets is None:
+        readers = {name: reader for name, reader in readers.items() if name in model.specs} or readers
+    if unknown := sorted(readers.keys() - model.specs.keys()):
+        raise UserError(f"datasets: expected those of the model, {', '.join(model.specs)}; got {', '.join(unknown)}")
+    _check(model, readers)
+    found, training, device = {}, model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        for name, reader in sorted(readers.items()):
+            trajectories = range(reader.num_trajectories)
+            one_step, rollouts = _measured(model, reader, trajectories, chosen, device)
+            found[name] = dataset_errors(reader, trajectories, chosen, [one_step], rollouts)
+    finally:
+        model.train(training)
+    return score(ErrorFile(chosen, found))

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from data_pipeline.errors import UserError
 from data_pipeline.schema import nearest
-from fm.config import Recipe, load_recipe
+from fm.config import Recipe
+from fm.datasets import load_own_recipe
 from fm.distributed import autocast_dtype, make_accelerator
 from fm.lab.data_wait import DataWait, ShardLoader
 from fm.lab.dry_runs import Measurement, measure_variants, profile_step
@@ -168,7 +169,7 @@ def benchmark(options: BenchmarkOptions) -> Benchmark:
     device = _chosen_device(options.device)
     variants = chosen_variants(options.variants, device)
     file, size, workload = _read_options(options, device)
-    recipes = {name: load_recipe(file, [*options.overrides, *VARIANTS[name]]) for name in variants}
+    recipes = {name: load_own_recipe(file, [*options.overrides, *VARIANTS[name]]) for name in variants}
     if options.profile is not None:
         try:
             options.profile.mkdir(parents=True, exist_ok=True)
@@ -246,7 +247,7 @@ def _read_options(options: BenchmarkOptions, device: str) -> tuple[Path, GridSiz
             raise UserError(f"fm benchmark: no {RECIPES[device]} here; name a recipe with --recipe")
         file = folders[0] / RECIPES[device]
     size = options.size or SIZES[device]
-    return file, size, sized_workload(load_recipe(file, options.overrides), size, options.datasets)
+    return file, size, sized_workload(load_own_recipe(file, options.overrides), size, options.datasets)
 
 
 def _dtype_name(autocast: torch.dtype | None) -> str:

@@ -25,8 +25,8 @@ from data_pipeline.tables import Document, Marked, Table, render
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
 from fm.checkpoint import load_pretrained
-from fm.config import Recipe, load_recipe
-from fm.datasets import check_context
+from fm.config import Recipe
+from fm.datasets import check_context, load_own_recipe
 from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED
 from fm.evaluation.page import Facts, PageTable, Paragraph, Picture, Section, render_page
 from fm.evaluation.plots import (
@@ -107,7 +107,7 @@ def plan_few_shot(
     file: Path, dataset: str, trajectories: str, overrides: Sequence[str] = (), scratch_rate: float | None = None
 ) -> FewShot:
     """Return the study with its runs. `trajectories` are numbers, or all, separated by commas."""
-    recipe = load_recipe(file, overrides)
+    recipe = load_own_recipe(file, overrides)
     if recipe.finetune is None or recipe.finetune.unroll_of(dataset) != 1:
         raise UserError(
             f"{file}: expected a recipe that goes on from a pretrained model one step at a time (finetune.pretrained, "

@@ -30,7 +30,8 @@ from data_pipeline.schema import (
 )
 from data_pipeline.shards.format import MANIFEST_NAME, Manifest
 from fm.checkpoint import look_at_newest, use_checkpoint, verify_checkpoint, weights_digest
-from fm.config import Recipe, changed_settings, load_recipe, recipe_to_dict, resolve
+from fm.config import Recipe, changed_settings, recipe_to_dict, resolve
+from fm.datasets import load_own_recipe
 from fm.evaluation.protocol import Protocol, load_protocol
 from fm.evaluation.scores import Scores
 
@@ -234,7 +235,7 @@ def plan(sweep: Sweep, out: Path, overrides: Sequence[str] = ()) -> list[Trial]:
 
 def _trial(variant: Variant, seed: int, directory: Path, overrides: tuple[str, ...]) -> Trial:
     try:
-        recipe = load_recipe(variant.base, overrides)
+        recipe = load_own_recipe(variant.base, overrides)
     except UserError as error:
         raise UserError(f"variant {variant.name!r}: {error}") from error
     if variant.only_evaluate and recipe.finetune is None:

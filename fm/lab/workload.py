@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, shortened
 from data_pipeline.miniwell.generate import EIGHT, SYSTEMS, load_system
 from data_pipeline.registry import Card, Registry, load_registry
 from data_pipeline.remote import is_url
@@ -28,8 +28,9 @@ from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Schedule, Source
 from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.config import Recipe
-from fm.datasets import check_windows, dataset_specs, new_model, open_split
-from fm.model.baselines import BaselineConfig
+from fm.datasets import AnyConfig, check_windows, dataset_specs, new_model, open_split
+from fm.model.imports import ImportedOptimizer
+from fm.model.network import ImportedConfig
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.surrogate import Surrogate
 from fm.training.flops import fake_mode, zero_fields
@@ -66,7 +67,7 @@ class Workload:
 
     recipe: Recipe
     datasets: dict[str, WorkloadDataset]
-    config: ModelConfig | BaselineConfig
+    config: AnyConfig
     notes: tuple[str, ...]  # what was assumed
 
     def schedule(self) -> Schedule:
@@ -80,8 +81,16 @@ class Workload:
 
     def fake_model(self) -> Surrogate:
         """Return a new model of fake tensors, which have shapes and no memory."""
-        with FakeTensorMode():
-            return self.model()
+        try:
+            with FakeTensorMode():
+                return self.model()
+        except RuntimeError as error:
+            if not isinstance(self.config, ImportedConfig):
+                raise
+            raise UserError(
+                f"{self.config.import_}: its constructor reads values of tensors, so its work cannot be counted "
+                f"without making it ({shortened(str(error), 200)}); compute them with Python's numbers"
+            ) from error
 
 
 def read_workload(recipe: Recipe, require_shards: bool = False) -> Workload:
@@ -103,6 +112,8 @@ def read_workload(recipe: Recipe, require_shards: bool = False) -> Workload:
     missing = [name for name in recipe.data.datasets or () if name not in datasets]
     datasets |= {name: _published_dataset(recipe, registry.card(name)) for name in missing}
     config, notes = _model_config(recipe)
+    if isinstance(recipe.train.optimizer, ImportedOptimizer):
+        notes = [*notes, f"{recipe.train.optimizer.import_} counts as AdamW: two moments, no products"]
     if missing:
         which = "no shards" if len(missing) == len(datasets) else f"no shards of {', '.join(missing)}"
         notes = [f"{which} in {recipe.data.shards}: grids and windows as published, from the cards", *notes]
@@ -164,7 +175,7 @@ def _mini_card(card: Card) -> Card:
     return replace(card, grid=preset.grid, train=((trajectories, preset.num_frames),))
 
 
-def _model_config(recipe: Recipe) -> tuple[ModelConfig | BaselineConfig, list[str]]:
+def _model_config(recipe: Recipe) -> tuple[AnyConfig, list[str]]:
     """Return the model's configuration, and a note if it was assumed because the pretrained model does not exist."""
     config = recipe.baseline or recipe.model
     if recipe.finetune is None:

@@ -3,14 +3,12 @@
     unet_convnext, unet_classic, fno, tfno, avit   the_well's benchmark models
     wno                                            a Wavelet Neural Operator, written here
 
-One network serves all its datasets. It reads the union of their canonical channels and frames, each in its own slot,
-zero where a dataset has none, and the dataset as one-hot channels. It writes the union of the state channels, of which
-a dataset's own are taken, as a change or a state in the units that WaveLiT's heads have.
+Each is a network of fm/model/network.py, as a network that a recipe imports is.
 """
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field
 from importlib.util import find_spec, module_from_spec
@@ -28,8 +26,8 @@ from torch.nn import functional as F
 
 from data_pipeline.errors import UserError
 from fm.model.files import BASELINE
-from fm.model.spec import STRICT, DatasetSpec, Predict, Wavelet
-from fm.model.surrogate import Surrogate
+from fm.model.network import NetworkSurrogate
+from fm.model.spec import STRICT, Predict, Wavelet
 
 # Name -> sizes and their defaults. Those of the_well's models are arguments of its classes, with its values; where it
 # has none (modes1, modes2), those of its benchmark.
@@ -48,7 +46,6 @@ UPSTREAM = {
     "tfno": "TFNO",
     "avit": "AViT",
 }
-FLOAT32 = ("fno", "tfno", "wno")  # Fourier and wavelet transforms need it
 AVIT_GROUPS = 12  # of the_well's group norms in the patch embedding, over hidden_dim / 4 channels
 AVIT_PATCH = 16
 AVIT_POSITIONS = 8  # patches along each side of the grid on which AViT's positions are learned
@@ -112,6 +109,7 @@ class WNO(nn.Module):
     """
 
     projection_width = 128  # hidden channels of Q, as published
+    float32 = True
 
     def __init__(self, dim_in: int, dim_out: int, width: int, depth: int, levels: int) -> None:
         super().__init__()
@@ -134,6 +132,8 @@ class AnyGridAViT(nn.Module):
 
     Positions are learned on a grid of 8 x 8 patches and interpolated to the patches of the field.
     """
+
+    grid_multiple = AVIT_PATCH
 
     def __init__(self, avit: nn.Module) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ def _stand_ins() -> Iterator[None]:
 
 
 def build_network(config: BaselineConfig, dim_in: int, dim_out: int) -> nn.Module:
-    """Return a new network: fields (B, dim_in, H, W) to (B, dim_out, H, W), on any grid of `grid_multiple`.
+    """Return a new network: fields (B, dim_in, H, W) to (B, dim_out, H, W), a `Network` of fm/model/network.py.
 
     Its own code draws its weights from torch's generator. UserError if a package is missing.
     """
@@ -208,6 +208,10 @@ def build_network(config: BaselineConfig, dim_in: int, dim_out: int) -> nn.Modul
     )
     if config.name == "avit":
         return AnyGridAViT(network)
+    network.float32 = config.name in ("fno", "tfno")  # Fourier transforms need it
+    network.grid_multiple = {"unet_convnext": 2 ** config.sizes.get("stages", 0), "unet_classic": 16}.get(
+        config.name, 1
+    )
     # UNetClassic's batch norms become group norms of one group: over the windows of one dataset a batch norm takes away
     # what distinguishes the dataset, and its running averages mix all of them.
     for module in list(network.modules()):
@@ -217,63 +221,16 @@ def build_network(config: BaselineConfig, dim_in: int, dim_out: int) -> nn.Modul
     return network
 
 
-def grid_multiple(config: BaselineConfig) -> int:
-    """Return the number that the sides of the network's grids must be multiples of."""
-    multiples = {"unet_convnext": 2 ** config.sizes.get("stages", 0), "unet_classic": 16, "avit": AVIT_PATCH}
-    return multiples.get(config.name, 1)
-
-
-class Baseline(Surrogate):
+class Baseline(NetworkSurrogate):
     """The baseline for the given datasets; `seed` draws the initial weights."""
 
-    section = BASELINE
+    section = kind = BASELINE
     config_class = BaselineConfig
     config: BaselineConfig
 
-    def __init__(
-        self, config: BaselineConfig, datasets: Sequence[DatasetSpec], seed: int = 0, context: int = 1
-    ) -> None:
-        super().__init__(datasets, config.predict, {}, config.wavelet, context)
-        self.config = config
-        self.blocks = nn.ModuleList()
-        specs = self.specs.values()
-        self.slots = sorted({name for spec in specs for name in spec.inputs(context)})
-        self.outputs = sorted({name for spec in specs for name in spec.state_channels})
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            self.network = build_network(config, len(self.slots) + len(self.specs), len(self.outputs))
-
-    def output(self, inputs: Tensor, spec: DatasetSpec) -> Tensor:
-        """Return the network's output (B, C, H, W) for the dataset's state channels; see `Surrogate.output`."""
-        height, width = inputs.shape[-2:]
-        x = _padded(self._joint_input(inputs, spec), grid_multiple(self.config), spec.periodic)
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device) and self.config.name not in FLOAT32
-        with torch.autocast(device, enabled=autocast):
-            output = self.network(x)
-        own = [self.outputs.index(name) for name in spec.state_channels]
-        return output[:, own, :height, :width].float()
-
-    def _joint_input(self, inputs: Tensor, spec: DatasetSpec) -> Tensor:
-        """Put the dataset's inputs in their slots, beside the one-hot dataset: (B, slots + datasets, H, W)."""
-        x = inputs.new_zeros(len(inputs), len(self.slots) + len(self.specs), *inputs.shape[-2:])
-        x[:, [self.slots.index(name) for name in spec.inputs(self.context)]] = inputs
-        x[:, len(self.slots) + list(self.specs).index(spec.name)] = 1.0
-        return x
-
-    def adapted_to(self, datasets: Sequence[DatasetSpec]) -> "Baseline":
-        """Return this model with all its datasets, whose union its slots are. ValueError for another dataset."""
-        adapted = {spec.name: spec for spec in self._adapted_specs(datasets)}
-        unknown = [name for name in adapted if name not in self.specs]
-        if unknown:
-            raise ValueError(
-                f"a baseline has input and output slots for the datasets it was made for ({', '.join(self.specs)}), "
-                f"none for {', '.join(unknown)}: train one on all of them"
-            )
-        specs = [adapted.get(name, spec) for name, spec in self.specs.items()]
-        model = Baseline(self.config, specs, context=self.context)
-        model.load_state_dict(self.state_dict())
-        return model
+    def make_network(self, dim_in: int, dim_out: int) -> nn.Module:
+        """Return the network of the configuration."""
+        return build_network(self.config, dim_in, dim_out)
 
     def description(self) -> dict[str, Any]:
         """Return the content of model.json: as a WaveLiT's, and the baseline's name."""
@@ -281,13 +238,3 @@ class Baseline(Surrogate):
 
     def _sizes(self) -> str:
         return ", ".join([self.config.name, *(f"{name} {value}" for name, value in self.config.sizes.items())])
-
-
-def _padded(x: Tensor, multiple: int, periodic: tuple[bool, bool]) -> Tensor:
-    """Extend fields at their upper ends to multiples: by the lower end on a periodic axis, else by the last value."""
-    for dim, wraps in zip((-2, -1), periodic, strict=True):
-        side = x.shape[dim]
-        if side % multiple:
-            longer = torch.arange(side + -side % multiple, device=x.device)
-            x = x.index_select(dim, longer % side if wraps else longer.clamp_max(side - 1))
-    return x

@@ -1,6 +1,7 @@
 """The files of a model, in a folder.
 
-    model.json         format, context, configuration and dataset specifications; a baseline's has its name, too
+    model.json         format, context, configuration and dataset specifications; a baseline's has its name, too, and
+                       that of an imported network the name of its class
     model.safetensors  weights; a checkpoint also has ema.safetensors, the averaged ones
     artefact.json      only in a folder that `fm export` wrote: size and SHA-256 of every file, and more facts
 
@@ -33,6 +34,8 @@ WEIGHTS_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
 MODEL_FORMAT = 2
 BASELINE = "baseline"  # key of model.json that only baselines have
+IMPORTED = "imported"  # key of model.json that only networks have whose class a recipe imports
+KINDS = {BASELINE: "baseline", IMPORTED: "imported network"}  # a WaveLiT has no such key
 # Keys that model.json of earlier versions lacks, with the values that reproduce those models. Defaults may change.
 EARLIER = {"context": 1}
 EARLIER_CONFIG = {  # of a WaveLiT
@@ -219,7 +222,7 @@ def _companions(origin: Path | None, folder: Path, weights: str) -> dict[str, by
 
 
 def read_description(directory: Path | str) -> dict[str, Any]:
-    """Return model.json: a dict with format, context, config, datasets; a baseline's has its name as `baseline`.
+    """Return model.json: a dict with format, context, config, datasets, and one of KINDS unless it is a WaveLiT's.
 
     Keys that an earlier version did not write get the values of its models. FileNotFoundError where there is none,
     ValueError where it is of another format or not such a file.
@@ -233,8 +236,9 @@ def read_description(directory: Path | str) -> dict[str, Any]:
         raise FileNotFoundError(f"no {MODEL_FILE} in {directory}: {hint}")
     description = {**EARLIER, **_read_json(directory, MODEL_FILE, MODEL_FORMAT, "a model's description")}
     keys = {"format", "context", "config", "datasets"}
-    if set(description) - {BASELINE} != keys:
-        missing, unexpected = sorted(keys - set(description)), sorted(set(description) - keys - {BASELINE})
+    kind = kind_of(description)
+    if set(description) - {kind} != keys:
+        missing, unexpected = sorted(keys - set(description)), sorted(set(description) - keys - {kind})
         raise ValueError(f"{file}: missing keys {missing}, unexpected keys {brief(unexpected)}")
     config, datasets = description["config"], description["datasets"]
     if type(description["context"]) is not int or description["context"] < 1:
@@ -243,15 +247,18 @@ def read_description(directory: Path | str) -> dict[str, Any]:
         raise ValueError(f"{file}: config: expected settings by name, got {brief(config)}")
     if not isinstance(datasets, list) or not all(isinstance(spec, dict) for spec in datasets):
         raise ValueError(f"{file}: datasets: expected a list of specifications, got {brief(datasets)}")
-    if BASELINE not in description:
+    named = config.get("import" if kind == IMPORTED else "name")
+    if kind is None:
         description["config"] = {**EARLIER_CONFIG, **config}
-    elif description[BASELINE] != config.get("name"):
-        raise ValueError(
-            f"{file}: {BASELINE}: expected the name in config, {brief(config.get('name'))}, got "
-            f"{brief(description[BASELINE])}"
-        )
+    elif description[kind] != named:
+        raise ValueError(f"{file}: {kind}: expected the name in config, {brief(named)}, got {brief(description[kind])}")
     description["datasets"] = [{**EARLIER_SPEC, **spec} for spec in datasets]
     return description
+
+
+def kind_of(description: Mapping[str, Any]) -> str | None:
+    """Return which of KINDS a model's description is of; None for a WaveLiT."""
+    return next((kind for kind in KINDS if kind in description), None)
 
 
 def write_model(
@@ -290,26 +297,39 @@ def make_on_meta(make: Callable[[], Made], shapes: Mapping[str, tuple[int, ...]]
     model.json may come from a stranger and declare any size. So the model is first made on the meta device, which holds
     shapes alone, and no further than the weights' file has parameters and numbers: then ValueError, naming `where`.
     """
+    try:
+        with limited_to(shapes, context, where), torch.device("meta"):
+            return make()
+    except (RuntimeError, OverflowError, MemoryError, TypeError) as error:  # sizes beyond those of any tensor
+        raise ValueError(f"{_too_large(where)} ({shortened(str(error), 200)})") from error
+
+
+def _too_large(where: str) -> str:
+    return f"{where} does not fit the model: model.json declares a larger one"
+
+
+@contextmanager
+def limited_to(shapes: Mapping[str, tuple[int, ...]], context: int, where: str) -> Iterator[None]:
+    """Raise ValueError, naming `where`, where the block makes parameters far beyond those of `shapes`.
+
+    A model of `context` input frames that is too many for `shapes` is refused before the block runs.
+    """
     # Twice as many, since networks may replace some of their parts while they are made.
     room = [2 * len(shapes), 2 * sum(map(prod, shapes.values()))]
-    message = f"{where} does not fit the model: model.json declares a larger one"
 
     def count_down(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None:
             room[0] -= 1
             room[1] -= parameter.numel()
             if min(room) < 0:
-                raise ValueError(message)
+                raise ValueError(_too_large(where))
 
-    # Each input frame has parameters of its own (WaveLiT) or columns in the first ones (baselines).
+    # Each input frame has parameters of its own (WaveLiT) or columns in the first ones (other networks).
     if context > max([len(shapes), *(side for shape in shapes.values() for side in shape)]):
-        raise ValueError(message)
+        raise ValueError(_too_large(where))
     hook = register_module_parameter_registration_hook(count_down)
     try:
-        with torch.device("meta"):
-            return make()
-    except (RuntimeError, OverflowError, MemoryError, TypeError) as error:  # sizes beyond those of any tensor
-        raise ValueError(f"{message} ({shortened(str(error), 200)})") from error
+        yield
     finally:
         hook.remove()
 

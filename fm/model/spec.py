@@ -22,6 +22,7 @@ from torch import Tensor
 from data_pipeline.errors import brief, shortened
 from data_pipeline.files import file_name
 from fm.model.block import BlockConfig
+from fm.model.imports import FORMS, IMPORT, SETTINGS, ImportSettings
 from fm.model.wavelets import Periodic
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)  # for every class of settings
@@ -179,7 +180,12 @@ PRESETS = {
 
 def to_json(value: Any) -> Any:
     """Return a dataclass as plain lists, dicts, strings and numbers."""
-    return json.loads(json.dumps(dataclasses.asdict(value)))
+    return {_key(name): part for name, part in json.loads(json.dumps(dataclasses.asdict(value))).items()}
+
+
+def _key(field: str) -> str:
+    """Return a field's name in files: `import` of `import_`, since a Python keyword is no name for a field."""
+    return field.removesuffix("_")
 
 
 def from_json(cls: type[T], value: Any, where: str) -> T:
@@ -191,7 +197,7 @@ def from_json(cls: type[T], value: Any, where: str) -> T:
         made = from_plain(cls, value)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    missing = sorted({f.name for f in dataclasses.fields(cls)} - set(value))  # type: ignore[arg-type]
+    missing = sorted({_key(f.name) for f in dataclasses.fields(cls)} - set(value))  # type: ignore[arg-type]
     if missing:
         raise ValueError(f"{where}: missing keys {missing}")
     return made
@@ -217,14 +223,15 @@ def explain(error: ValidationError, cls: Any) -> str:
 
 
 def _explained(fault: Any, cls: Any) -> str:
-    key, value = ".".join(str(part)[:64] for part in fault["loc"]), fault["input"]
+    key, value = ".".join(str(part)[:64] for part in fault["loc"] if part not in FORMS), fault["input"]
     if fault["type"] == "missing":
         return f"{key} is missing"
     if fault["type"] == "unexpected_keyword_argument":
         *parents, name = fault["loc"]
         valid = _keys(cls, parents)
         near = difflib.get_close_matches(str(name)[:64], valid, n=1)
-        meant = f"did you mean {'.'.join([*map(str, parents), *near])}?" if near else f"valid here: {', '.join(valid)}"
+        path = [str(part) for part in parents if part not in FORMS]
+        meant = f"did you mean {'.'.join([*path, *near])}?" if near else f"valid here: {', '.join(valid)}"
         return f"unknown key {key} (value {brief(value)}); {meant}"
     # The messages of our own checks hold the value already, and a whole section is no help.
     shown = "" if fault["type"] == "value_error" or isinstance(value, dict) else f" (got {brief(value)})"
@@ -238,9 +245,21 @@ def _explained(fault: Any, cls: Any) -> str:
 
 
 def _keys(cls: Any, parents: Sequence[Any]) -> list[str]:
-    """Return the keys of the dataclass at the path `parents` inside `cls`, where a section may be optional."""
+    """Return the keys of the dataclass at the path `parents` inside `cls`.
+
+    A section may be optional, and may have two FORMS, one of which is then part of the path.
+    """
+    options: tuple[Any, ...] = (cls,)
     for part in parents:
-        hint = typing.get_type_hints(cls)[part]
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        cls = next(option for option in options if dataclasses.is_dataclass(option))
-    return [f.name for f in dataclasses.fields(cls)]
+        if part in FORMS:
+            options = tuple(one for one in options if (_imports(one)) == (part == IMPORT))
+            continue
+        hint = typing.get_type_hints(next(one for one in options if dataclasses.is_dataclass(one)))[part]
+        options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    also = ["import"] if parents and parents[-1] == SETTINGS else []
+    fields = dataclasses.fields(next(one for one in options if dataclasses.is_dataclass(one)))
+    return [*(_key(one.name) for one in fields), *also]
+
+
+def _imports(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, ImportSettings)

@@ -6,7 +6,7 @@ standard deviation. A subclass implements `output`, its network on these inputs,
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -66,6 +66,7 @@ class Surrogate(nn.Module, ABC):
     """A model of the given datasets. Subclasses are made as `cls(config, datasets, seed, context)`."""
 
     section: ClassVar[str]  # the recipe's section that holds `config`: model or baseline
+    kind: ClassVar[str | None] = None  # key that model.json has for this kind of model, one of files.KINDS
     config_class: ClassVar[type]
     config: Any
     blocks: nn.ModuleList  # parts that FSDP gathers one at a time; where it is empty, processes hold the whole model
@@ -332,20 +333,33 @@ class Surrogate(nn.Module, ABC):
         if exported:
             files.verify_exported(directory, (files.MODEL_FILE, weights))
         description, where = files.read_description(directory), str(directory / files.MODEL_FILE)
-        if (files.BASELINE in description) != (cls.section == files.BASELINE):
-            found = f"the baseline {description[files.BASELINE]!r}" if cls.section == "model" else "a WaveLiT"
+        kind = files.kind_of(description)
+        if kind != cls.kind:
+            found = "a WaveLiT" if kind is None else f"the {files.KINDS[kind]} {description[kind]!r}"
             raise ValueError(f"{where} is of {found}, not of a {cls.__name__}; fm.load opens either")
         specs = [from_json(DatasetSpec, spec, f"datasets of {where}") for spec in description["datasets"]]
         config: Any = from_json(cls.config_class, description["config"], f"config of {where}")
+        cls.check_origin(config, directory)
         subclass: Any = cls  # subclasses are made alike
         make = partial(subclass, config, specs, context=description["context"])
         file = directory / weights
         shapes = files.read_shapes(file)
-        files.make_on_meta(make, shapes, description["context"], str(file)).check_shapes(shapes, str(file))
-        model: Self = make().eval()
+        model = cls.make_within(make, shapes, description["context"], file).eval()
         model.load_weights(file)
         model.origin = directory
         return model
+
+    @classmethod
+    def check_origin(cls, config: Any, directory: Path) -> None:
+        """Raise UserError if a model with the configuration `config` must not be made from files in `directory`."""
+
+    @classmethod
+    def make_within(
+        cls, make: Callable[[], Self], shapes: Mapping[str, tuple[int, ...]], context: int, file: Path
+    ) -> Self:
+        """Return `make()`, a model that has exactly the weights of `shapes`, in `file`; else ValueError before it."""
+        files.make_on_meta(make, shapes, context, str(file)).check_shapes(shapes, str(file))
+        return make()
 
     def load_weights(self, file: Path | str) -> None:
         """Load a safetensors file whose keys and shapes must be exactly the model's."""

@@ -119,8 +119,9 @@ def _check_extendable(source: str, model: Surrogate, names: Sequence[str]) -> Wa
     """Return the model. Raises UserError if it is a baseline, or has one of the datasets already."""
     if not isinstance(model, WaveLiTFM):
         raise UserError(
-            f"{source}: expected a WaveLiT, got a baseline, which has input and output slots for the datasets that it "
-            f"was made for ({', '.join(model.specs)}), and none for others: train one on all of them"
+            f"{source}: expected a WaveLiT, got a baseline or an imported network, which has input and output slots "
+            f"for the datasets that it was made for ({', '.join(model.specs)}), and none for others: train one on all "
+            "of them"
         )
     known = [name for name in names if name in model.specs]
     if known:

@@ -20,8 +20,9 @@ from data_pipeline.tables import Cell, Table, escape_markdown, format_number, li
 from fm.config import Recipe
 from fm.evaluation.scores import ONE_STEP, Scores
 from fm.evaluation.tables import vrmse_cell
-from fm.model.baselines import Baseline
 from fm.model.files import EXPORT_FORMAT, SCORES_FILE
+from fm.model.imports import ImportedOptimizer
+from fm.model.network import ImportedConfig
 from fm.model.surrogate import Surrogate
 
 WELL = "https://polymathic-ai.org/the_well/"
@@ -109,6 +110,7 @@ def model_card(exported: ExportedModel, files: Mapping[str, bytes], address: str
         exported=exported,
         context=exported.model.context,
         recipe=exported.recipe,
+        optimizer=_optimizer(exported.recipe),
         files=files,
         address=address,
         scores=scores,
@@ -122,11 +124,20 @@ def model_card(exported: ExportedModel, files: Mapping[str, bytes], address: str
     )
 
 
+def _optimizer(recipe: Recipe) -> str:
+    """Return the name of the optimizer for the text."""
+    optimizer = recipe.train.optimizer
+    if isinstance(optimizer, ImportedOptimizer):
+        return f"`{optimizer.import_}`"
+    return {"adamw": "AdamW", "muon": "Muon and AdamW"}[optimizer]
+
+
 def _model_context(exported: ExportedModel) -> dict[str, Any]:
     """Return the model's size, an example of its use, and what it predicts for untrained datasets."""
     model, names, untrained = exported.model, list(exported.model.specs), exported.untrained
     config, count = model.config, model.num_parameters()
-    is_baseline = isinstance(model, Baseline)
+    imported = config.import_ if isinstance(config, ImportedConfig) else None
+    other = None if model.kind is None else imported or config.name  # than WaveLiT
     trained = [spec for name, spec in model.specs.items() if name not in untrained]
     example = min(trained, key=lambda spec: (len(spec.state_channels) + len(spec.constant_channels), spec.name))
     starts = []
@@ -134,8 +145,9 @@ def _model_context(exported: ExportedModel) -> dict[str, Any]:
         if of_this_kind := [name for name in untrained if model.delta[name] == delta]:
             starts.append(f"for {listed(of_this_kind)} {start}")
     return {
-        "network": config.name if is_baseline else "WaveLiT-FM",
-        "sizes": config.name if is_baseline else f"width {config.width}, depth {config.depth}",
+        "network": other or "WaveLiT-FM",
+        "sizes": other or f"width {config.width}, depth {config.depth}",
+        "imported": imported,
         "parameters": f"{count / 1e6:.1f} million" if count >= 1e6 else f"{count:,}",
         "systems": f"{len(names)} systems" if len(names) > 1 else names[0],
         "example": example,

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data_pipeline.errors import UserError
 from data_pipeline.hashing import stream_key, uniform
 from fm.config import FinetuneSettings, LossSettings
+from fm.model.imports import ImportSettings, construct, import_class
 from fm.model.loss import LossTerms, wavelit_loss
 from fm.model.surrogate import Surrogate, next_frames
 
@@ -100,14 +102,18 @@ class Unroll(nn.Module):
     def __init__(
         self,
         model: Surrogate,
-        weights: LossSettings,
+        loss: LossSettings | ImportSettings,
         finetune: FinetuneSettings | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
-        """Take the objective from `finetune`, or one-step training if None; `autocast` is the dtype of products."""
+        """Take the objective from `finetune`, or one-step training if None; `autocast` is the dtype of products.
+
+        UserError if the class that `loss` imports cannot be made.
+        """
         super().__init__()
         self.model = model
-        self.weights = weights
+        self.weights = loss if isinstance(loss, LossSettings) else LossSettings()
+        self.own_loss = None if isinstance(loss, LossSettings) else make_loss(loss, next(model.parameters()).device)
         self.autocast = autocast
         self.kind = finetune.objective if finetune else "bptt"
         self.causal_eps = finetune.causal_eps if finetune else 0.0
@@ -154,19 +160,44 @@ class Unroll(nn.Module):
                 prediction = checkpoint(self.model, frames, constants, dataset, use_reentrant=False)
             else:
                 prediction = self.model(frames, constants, dataset)
-            terms.append(
-                wavelit_loss(
-                    prediction,
-                    fields[:, context + k],
-                    self.model.residual_scale(dataset),
-                    mse_weight=self.weights.mse,
-                    wavelet_weight=self.weights.wavelet_l1,
-                    wavelet=self.model.wavelet,
-                    rmse_weight=self.weights.rmse,
-                    levels=self.model.levels,
-                )
-            )
+            terms.append(self._loss(prediction, fields[:, context + k], self.model.residual_scale(dataset)))
         return terms
+
+    def _loss(self, prediction: Tensor, target: Tensor, scale: Tensor) -> LossTerms:
+        """Return the loss of one model step; `total` is the recipe's own loss where it imports one."""
+        terms = wavelit_loss(
+            prediction if self.own_loss is None else prediction.detach(),
+            target,
+            scale,
+            mse_weight=self.weights.mse,
+            wavelet_weight=self.weights.wavelet_l1,
+            wavelet=self.model.wavelet,
+            rmse_weight=self.weights.rmse,
+            levels=self.model.levels,
+        )
+        if self.own_loss is None:
+            return terms
+        with torch.autocast(prediction.device.type, enabled=False):
+            value = self.own_loss(prediction.float() * scale, target.float() * scale)
+        if not isinstance(value, Tensor) or value.shape[:1] not in ((), (len(prediction),)):
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(
+                f"loss.import: expected {type(self.own_loss).__name__} to return a number, or one for each of the "
+                f"{len(prediction)} windows, got {found}"
+            )
+        total = value.expand(len(prediction)) if value.ndim == 0 else value.reshape(len(prediction), -1).mean(1)
+        return terms._replace(total=total)
+
+
+def make_loss(settings: ImportSettings, device: torch.device) -> nn.Module:
+    """Return the loss that a recipe imports: a torch.nn.Module that is made as `cls(**args)`.
+
+    It is called as `loss(prediction, target)`, both (B, C, H, W) float32, normalized, and divided by the standard
+    deviation of the change if the model predicts changes. It returns one number per window (B,), which may have more
+    axes, whose mean is taken, or the mean over the windows. UserError if it cannot be made.
+    """
+    cls: type[nn.Module] = import_class(settings, nn.Module, "loss.import")
+    return construct(cls, settings, "loss").to(device).requires_grad_(False)
 
 
 def causal_weights(losses: Tensor, eps: float) -> Tensor:

@@ -6,6 +6,8 @@ new datasets are drawn and only their own parameters are updated; then all param
 """
 
 import math
+from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -97,18 +99,24 @@ def parameter_groups(model: Surrogate, adapt: AdaptSettings | None) -> list[dict
     return groups
 
 
-class GroupedAdamW(torch.optim.AdamW):
-    """AdamW that can skip parameter groups.
+class GroupedOptimizer(ABC):
+    """An optimizer that can skip parameter groups.
 
     AdamW moves a parameter by its momentum even where the gradient is zero. Heads, task vectors and embedding rows of
     datasets that a step does not draw must keep their values, and so must frozen parameters: their groups are skipped.
     """
 
-    found_inf: Tensor | None = None  # torch's fused AdamW changes nothing where this scalar is 1
+    param_groups: list[dict[str, Any]]
+    state: defaultdict[Tensor, Any]
+    takes_found_inf = True  # whether `step` takes a flag on the device
 
-    def __init__(self, groups: Sequence[dict[str, Any]], settings: TrainSettings) -> None:
-        betas, decay = settings.betas, settings.weight_decay
-        super().__init__(groups, lr=settings.learning_rate, betas=betas, weight_decay=decay, fused=True)
+    @abstractmethod
+    def step(self, closure: Any = None, *, found_inf: Tensor | None = None) -> Any:
+        """Take a step of the groups that are not skipped, unless `found_inf`, a scalar on the device, is 1."""
+
+    @abstractmethod
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
 
     def skip_unused(self, datasets: Collection[str], alone: bool = False) -> None:
         """Skip, in the steps that follow, the groups that none of `datasets` uses and the frozen groups.
@@ -128,6 +136,20 @@ class GroupedAdamW(torch.optim.AdamW):
         """Set the learning rate; each group multiplies it by its own factor."""
         for group in self.param_groups:
             group["lr"] = value * group["rate"]
+
+    def load_moment(self, parameter: nn.Parameter, key: str, value: Tensor | float) -> None:
+        """Set an entry of a parameter's state to a stored value."""
+        self.state[parameter][key] = value.to(parameter.device) if isinstance(value, Tensor) else value
+
+
+class GroupedAdamW(torch.optim.AdamW, GroupedOptimizer):
+    """AdamW that can skip parameter groups."""
+
+    found_inf: Tensor | None = None  # torch's fused AdamW changes nothing where this scalar is 1
+
+    def __init__(self, groups: Sequence[dict[str, Any]], settings: TrainSettings) -> None:
+        betas, decay = settings.betas, settings.weight_decay
+        super().__init__(groups, lr=settings.learning_rate, betas=betas, weight_decay=decay, fused=True)
 
     def step(self, closure: Any = None, *, found_inf: Tensor | None = None) -> Any:
         """Take a step of the groups that are not skipped, unless `found_inf`, a scalar on the device, is 1."""
@@ -248,23 +270,6 @@ def trunk_matrices(model: Surrogate) -> list[nn.Parameter]:
     if not len(model.blocks):  # all of a baseline is trunk, its embedding and head included
         return []
     return [one for name, one in model.named_parameters() if part_of(name) == "trunk" and one.ndim == 2]
-
-
-def make_optimizer(model: Surrogate, settings: TrainSettings, adapt: AdaptSettings | None) -> GroupedAdamW:
-    """Return the optimizer that train.optimizer names. Raises UserError if Muon has no matrix in this model."""
-    groups = parameter_groups(model, adapt)
-    if settings.optimizer == "adamw":
-        return GroupedAdamW(groups, settings)
-    matrices = {id(parameter) for parameter in trunk_matrices(model)}
-    if not matrices:
-        raise UserError("train.optimizer=muon: Muon updates the matrices of WaveLiT's blocks, and a baseline has none")
-    split = []
-    for group in groups:
-        for orthogonal in (False, True):
-            chosen = [parameter for parameter in group["params"] if (id(parameter) in matrices) == orthogonal]
-            if chosen:
-                split.append({**group, "params": chosen, "orthogonal": orthogonal})
-    return MuonWithAdamW(split, settings)
 
 
 class EMA:

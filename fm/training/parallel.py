@@ -22,9 +22,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from typing_extensions import override
 
 from fm.training.objective import Unroll
-from fm.training.optim import GroupedAdamW
+from fm.training.optim import GroupedAdamW, GroupedOptimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+NUMBER, NUMBERS = "#", {"bool": bool, "int": int, "float": float}  # moments that are numbers of Python
 
 
 class Parallel(ABC):
@@ -39,7 +40,7 @@ class Parallel(ABC):
     holds_whole_model = True  # False if a forward pass needs the other processes
     takes_found_inf = False  # whether `step` accepts a flag on the device
 
-    def __init__(self, accelerator: Accelerator, objective: Unroll, optimizer: GroupedAdamW) -> None:
+    def __init__(self, accelerator: Accelerator, objective: Unroll, optimizer: GroupedOptimizer) -> None:
         self.model, self.optimizer, self._accelerator = objective.model, optimizer, accelerator
         self.objective: nn.Module = objective  # its forward computes the loss
 
@@ -95,16 +96,16 @@ class Parallel(ABC):
         parameters = dict(self.model.named_parameters())
         for key, tensor in moments.items():
             name, _, moment = key.rpartition("/")
-            self.optimizer.state[parameters[name]][moment] = tensor.to(parameters[name].device)
+            moment, _, number = moment.partition(NUMBER)
+            self.optimizer.load_moment(parameters[name], moment, NUMBERS[number](tensor) if number else tensor)
 
 
 class Replicated(Parallel):
     """The whole model on every process; DDP averages the gradients during the last backward pass of a step."""
 
-    takes_found_inf = True
-
-    def __init__(self, accelerator: Accelerator, objective: Unroll, optimizer: GroupedAdamW) -> None:
+    def __init__(self, accelerator: Accelerator, objective: Unroll, optimizer: GroupedOptimizer) -> None:
         super().__init__(accelerator, objective, optimizer)
+        self.takes_found_inf = optimizer.takes_found_inf
         self.name = "DDP" if accelerator.num_processes > 1 else "one process"
         self.objective = accelerator.prepare_model(objective)
         if isinstance(self.objective, DistributedDataParallel):
@@ -116,10 +117,19 @@ class Replicated(Parallel):
         return nullcontext() if last else self._accelerator.no_sync(self.objective)
 
 
-def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as {"<parameter>/<moment>": tensor}."""
-    state = {name: optimizer.state.get(parameter, {}) for name, parameter in model.named_parameters()}
-    return {f"{name}/{key}": value for name, moments in state.items() for key, value in moments.items()}
+def named_state(model: nn.Module, optimizer: GroupedOptimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state as {"<parameter>/<moment>": tensor}.
+
+    Numbers of Python, which some optimizers keep, become tensors, and their type is added to their name.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value
+            elif value is not None:
+                tensors[f"{name}/{key}{NUMBER}{type(value).__name__}"] = torch.tensor(value, dtype=torch.float64)
+    return tensors
 
 
 class Zero(Parallel):

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from data_pipeline.errors import UserError
 from data_pipeline.windows.reader import Batch
 from fm.checkpoint import Snapshot, load_checkpoint, take_snapshot
-from fm.config import AdaptSettings, Recipe, TrainSettings
+from fm.config import AdaptSettings, Recipe, TrainSettings, recipe_to_dict
 from fm.distributed import autocast_dtype, fsdp_reshards, is_launched_with
 from fm.model.surrogate import Surrogate
 from fm.training.augment import make_augmentation
+from fm.training.imported_optimizer import make_optimizer
 from fm.training.objective import Unroll
-from fm.training.optim import EMA, make_optimizer
+from fm.training.optim import EMA, GroupedAdamW
 from fm.training.parallel import Parallel, Replicated, Zero
 
 VARIABLE = "WAVELIT_COMPILE"
@@ -43,7 +44,7 @@ class TrainingState:
         if checkpoint is not None:
             self.facts, moments = load_checkpoint(checkpoint, model, average)
             trained = self.facts["recipe"].get("train") or {}
-            _check_optimizer(trained.get("optimizer", "adamw"), recipe, checkpoint)
+            _check_optimizer(_optimizer_name(trained.get("optimizer", "adamw")), recipe, checkpoint)
         self.step = int(self.facts["step"]) if self.facts else 0
         device = accelerator.device
         self.augmentation = make_augmentation(recipe, model.specs, device)
@@ -85,12 +86,17 @@ class TrainingState:
 
 def _check_optimizer(before: str, recipe: Recipe, checkpoint: Path) -> None:
     """Raise UserError if the checkpoint holds the moments of another optimizer, `before`."""
-    if before != recipe.train.optimizer:
+    name = _optimizer_name(recipe_to_dict(recipe)["train"]["optimizer"])
+    if before != name:
         raise UserError(
-            f"train.optimizer: {recipe.train.optimizer}, but {checkpoint} holds the moments of {before}. Resume with "
+            f"train.optimizer: {name}, but {checkpoint} holds the moments of {before}. Resume with "
             f"train.optimizer={before}, start afresh in another folder with run.dir=..., or finetune from it "
             "(finetune.pretrained)."
         )
+
+
+def _optimizer_name(setting: str | Mapping[str, Any]) -> str:
+    return setting if isinstance(setting, str) else f"{{import: {setting['import']}}}"
 
 
 def spread(
@@ -99,13 +105,14 @@ def spread(
     """Spread the objective, which is on its device, and a new optimizer over the processes. Collective."""
     if not len(objective.model.blocks) and (is_launched_with("FSDP") or is_launched_with("DEEPSPEED")):
         raise UserError(
-            "baselines train in one process or under DDP (launch/ddp.yaml, launch/cpu2.yaml): their networks cannot be "
-            "sharded; the launch configuration asks for FSDP or DeepSpeed"
+            "baselines train in one process or under DDP (launch/ddp.yaml, launch/cpu2.yaml), as imported networks do: "
+            "they cannot be sharded; the launch configuration asks for FSDP or DeepSpeed"
         )
     shards_parameters = is_launched_with("FSDP") and accelerator.num_processes > 1
-    if settings.optimizer == "muon" and (shards_parameters or is_launched_with("DEEPSPEED")):
+    if settings.optimizer != "adamw" and (shards_parameters or is_launched_with("DEEPSPEED")):
+        key = "=muon: Muon" if settings.optimizer == "muon" else ".import: an imported optimizer"
         raise UserError(
-            "train.optimizer=muon: Muon needs whole matrices, and FSDP and DeepSpeed divide the parameters among the "
+            f"train.optimizer{key} needs whole matrices, and FSDP and DeepSpeed divide the parameters among the "
             "processes; use launch/ddp.yaml, or train.optimizer=adamw"
         )
     if is_launched_with("FSDP"):
@@ -117,6 +124,7 @@ def spread(
         accelerator.print("FSDP has nothing to spread over one process; it trains as without.")
     optimizer = make_optimizer(objective.model, settings, adapt)
     if is_launched_with("DEEPSPEED"):
+        assert isinstance(optimizer, GroupedAdamW)
         return Zero(accelerator, objective, optimizer)
     return Replicated(accelerator, objective, optimizer)
 
@@ -217,8 +225,8 @@ def _check_way(way: str, model: Surrogate, accelerator: Accelerator) -> None:
     kind = accelerator.device.type
     if not len(model.blocks):
         raise UserError(
-            f"train.compile={way}: baselines are not compiled, since parts of their networks' code (FNO, TFNO) cannot "
-            "be; leave train.compile out"
+            f"train.compile={way}: baselines are not compiled, nor are imported networks, since parts of their code "
+            "(FNO, TFNO) cannot be; leave train.compile out"
         )
     if _is_zero3(accelerator):
         raise UserError(

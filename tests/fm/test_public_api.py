@@ -16,6 +16,8 @@ import fm
 from data_pipeline.errors import UserError
 from fm.checkpoint import find_checkpoint
 from fm.config import resolve
+from fm.evaluation.evaluate import evaluate_run
+from fm.evaluation.scores import Scores
 from fm.model.baselines import Baseline
 from fm.model.fields import FieldsWarning
 from fm.model.surrogate import Surrogate
@@ -88,3 +90,42 @@ def test_load_says_what_it_looked_for(tmp_path: Path) -> None:
         fm.load(tmp_path)
     with pytest.raises(UserError, match="expected an address such as hf://organization/name"):
         fm.load("hf://name")
+
+
+def test_train_evaluate_and_load_from_python(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WAVELIT_IMPORT", "")
+    document = {
+        "run": {"name": "own", "dir": str(tmp_path / "run")},
+        "data": {"shards": str(tiny_shards), "datasets": DATASETS},
+        "model": {"import": "own_classes:Net", "args": {"width": 3}},
+        "train": {"steps": 4, "warmup_steps": 1},
+        "validation": {"every": 0},
+    }
+    folder = fm.train(document, ["train.steps=2", "tracking.progress=false"])
+    assert folder == tmp_path / "run"
+    assert find_checkpoint(folder).name == "step_00000002"
+    assert document["train"] == {"steps": 4, "warmup_steps": 1}
+    model = fm.load(folder)  # the dictionary is the user's own word
+    scores = fm.evaluate(model.train(), tiny_shards, protocol="thirds", windows=3)
+    assert model.training
+    assert scores.datasets.keys() == {*DATASETS}
+    report = evaluate_run(folder, out=tmp_path / "report", protocol="thirds", windows=3)
+    stored = Scores.load(report / "scores.json")
+    for name in DATASETS:
+        one, other = scores.datasets[name], stored.datasets[name]
+        assert one.windows.keys() == other.windows.keys()
+        assert one.one_step is not None
+        assert other.one_step is not None
+        assert one.one_step.median == pytest.approx(other.one_step.median, rel=1e-6)
+    only = fm.evaluate(folder, tiny_shards, DATASETS[:1], "thirds", split="valid", windows=2)
+    assert list(only.datasets) == DATASETS[:1]
+    assert only.protocol.split == "valid"
+    assert fm.train(folder / "recipe.yaml", ["train.steps=3"]) == folder
+    with pytest.raises(UserError, match=r"datasets: expected those of the model, .*; got shear_flow"):
+        fm.evaluate(model, tiny_shards, ["shear_flow"])
+    with pytest.raises(UserError, match=r"(?s)fm\.train: .*unknown key train\.step .*did you mean train\.steps\?"):
+        fm.train({**document, "train": {"step": 2}})
+    with pytest.raises(UserError, match="windows: expected at least 1"):
+        fm.evaluate(model, tiny_shards, windows=0)

@@ -17,7 +17,7 @@ from streamed import FRAME_BYTES, LENGTH, MAZE, NAMES, assert_all_same, assert_s
 
 from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers
-from data_pipeline.windows.reader import Windows
+from data_pipeline.windows.reader import WindowPlaces
 from data_pipeline.windows.streaming import WholeShards, default_cache
 
 
@@ -68,13 +68,13 @@ def test_shards_are_prefetched_while_others_are_mapped_and_unmapped(
         for number in itertools.count():
             if ended.is_set():
                 return
-            shards.prefetch(Windows(tuple(range(10)), (0,) * 10, 1 + number))
+            shards.prefetch(WindowPlaces(tuple(range(10)), (0,) * 10, 1 + number))
             shards.cancel_prefetch()
 
     with ThreadPoolExecutor(1) as pool:
         prefetching = pool.submit(prefetch)
         for number in range(100):
-            with shards.hold(Windows((number % 10,), (0,), 1), constants=False):
+            with shards.hold(WindowPlaces((number % 10,), (0,), 1), constants=False):
                 assert len(shards.read(number % 10 // 2, 0, 512)) == 512
         ended.set()
         prefetching.result(30)

@@ -18,11 +18,11 @@ from fm.distributed import make_accelerator
 from fm.lab.hardware import GPUS, AssumedSpeed
 from fm.lab.plan import estimated_plan
 from fm.model.surrogate import Surrogate
+from fm.training.imported_optimizer import make_optimizer
 from fm.training.objective import Unroll
 from fm.training.optim import (
     GroupedAdamW,
     MuonWithAdamW,
-    make_optimizer,
     newton_schulz_flops,
     orthogonalize,
     part_of,
