@@ -35,8 +35,7 @@ class RunSettings:
     name: Annotated[str, AfterValidator(file_name)]  # also the default folder: runs/<name>
     dir: str | None = None  # run directory; null means runs/<name>
     seed: int = 0  # initialization, sampling and teacher-forcing coins are functions of it
-    # end the process after this step, with a checkpoint; train.steps stays the run's length
-    stop_at: PositiveInt | None = None
+    stop_at: PositiveInt | None = None  # end the process after this step, with a checkpoint; train.steps stays
 
     @property
     def directory(self) -> Path:
