@@ -31,7 +31,7 @@ from fm.distributed import (
     run_on_main,
 )
 from fm.evaluation.evaluate import ValidationResult, validate
-from fm.training.checks import check_launch, check_memory, gradient_cosines
+from fm.training.checks import check_launch, check_memory, check_size, gradient_cosines, settle_datasets
 from fm.training.guard import AnomalyDetector, RefusedStep, RegressionLimit, RollBack, keep_best, keep_incident
 from fm.training.mixing import Mixing
 from fm.training.objective import unroll_length
@@ -110,7 +110,7 @@ class Trainer:
         self.registry = load_registry(recipe.data.registry)
         self.checkpoints = self.directory / "checkpoints"
         self.writer = CheckpointWriter(self.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
-        self.registry.select(recipe.data.datasets)  # raises UserError for an unknown name
+        self.recipe = recipe = settle_datasets(recipe, self.registry, accelerator)
         check_trackers(recipe.tracking.log_with or ())
         self.readers = open_split(recipe, self.registry, "train")
         self.valid_readers = open_split(recipe, self.registry, "valid") if recipe.validation.every else {}
@@ -130,6 +130,7 @@ class Trainer:
         self.saved = self.step  # the step of the last save, or the step that the run began with
         self.anomalies.refused.update(passed_over)
         check_launch(recipe, self.state.parallel, list(self.readers))
+        check_size(recipe, self.step, self.mixing.schedule, self.readers, self.registry)
         self.division = self._divide()
         self._batches: Iterator[Batch] | None = None
         # FSDP and DeepSpeed take no flag on the device, and whether a loss is a spike depends on the step before.
