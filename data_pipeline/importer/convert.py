@@ -16,11 +16,11 @@ from data_pipeline.importer.fields import Part, read_frames
 from data_pipeline.importer.plan import ImportPlan, stamp
 from data_pipeline.importer.preview import PREVIEW, draw_preview
 from data_pipeline.importer.trajectories import StoredTrajectory
+from data_pipeline.progress import progress_bar
 from data_pipeline.registry import named_folders
 from data_pipeline.well.dataset import Trajectories, whole_folder, write_dataset
 from data_pipeline.well.hdf5 import block_frames
 from data_pipeline.well.register import Registered, check_name, register
-from data_pipeline.workers import progress
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,9 @@ def import_files(plan: ImportPlan, registry: Path | None) -> Imported:
 def write_files(plan: ImportPlan, target: Path) -> None:
     """Write the HDF5 files of a plan below `target`, with a progress bar."""
     frames = sum(len(trajectory.times) for trajectory in plan.trajectories)
-    with _trajectories(plan) as source, progress(frames, f"import {plan.options.name}", "frame") as on_frame:
-        write_dataset(target, plan.options.name, source, plan.split, on_frame)
+    bar = progress_bar(total=frames, desc=f"import {plan.options.name}", unit="frame")
+    with _trajectories(plan) as source, bar:
+        write_dataset(target, plan.options.name, source, plan.split, bar.update)
     for path, before in zip(plan.files, plan.stamps, strict=True):
         if stamp(path) != before:
             raise UserError(f"{path}: it changed while it was read: {LOCKED}")
