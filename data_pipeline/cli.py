@@ -177,17 +177,20 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from data_pipeline.progress import progress_bar
     from data_pipeline.shards.review import find_manifests
     from data_pipeline.shards.tar import damage
 
-    damaged = False
-    for folder, manifest in find_manifests(options.shards, options.datasets, options.splits).items():
-        lines = list(damage(folder, manifest))
-        for line in lines:
-            print(f"error: {line}", file=sys.stderr)
-        damaged = damaged or bool(lines)
-        size = sum(shard.bytes for shard in manifest.shards)
-        print(f"{folder}: {'damaged' if lines else f'good, {manifest.num_frames} frames, {size / 1e6:.1f} MB'}")
+    damaged, found = False, find_manifests(options.shards, options.datasets, options.splits)
+    sizes = {folder: sum(shard.bytes for shard in manifest.shards) for folder, manifest in found.items()}
+    with progress_bar(total=sum(sizes.values()), desc="verify", unit="B", leave=False) as bar:
+        for folder, manifest in found.items():
+            lines = list(damage(folder, manifest, bar.update))
+            for line in lines:
+                bar.write(f"error: {line}", file=sys.stderr)
+            damaged = damaged or bool(lines)
+            state = "damaged" if lines else f"good, {manifest.num_frames} frames, {sizes[folder] / 1e6:.1f} MB"
+            bar.write(f"{folder}: {state}")
     return 2 if damaged else 0
 
 
