@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipeline.bench_methods import (
     BATCH,
@@ -34,6 +33,7 @@ from data_pipeline.bench_methods import (
 )
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_whole
+from data_pipeline.progress import progress_bar
 from data_pipeline.registry import Registry
 from data_pipeline.windows.division import Division
 from data_pipeline.windows.loader import scheduled_batches
@@ -109,7 +109,7 @@ def _check(data: BenchData, methods: Mapping[str, Method]) -> None:
 def _measure(methods: Mapping[str, Method], seconds: float) -> dict[str, list[float]]:
     """Return the windows per second of each method in each round; the methods take turns."""
     rounds: dict[str, list[float]] = {name: [] for name in methods}
-    with tqdm(total=ROUNDS * len(methods), desc="bench", unit="turn", disable=None) as bar:
+    with progress_bar(total=ROUNDS * len(methods), desc="bench", unit="turn") as bar:
         for _ in range(ROUNDS):
             for name, method in methods.items():
                 bar.set_postfix_str(name)

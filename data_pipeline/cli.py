@@ -1,7 +1,8 @@
 """The command `data-pipeline`: from simulations or The Well's files to shards, and what they hold.
 
 COMMANDS lists the commands with their options. A command's function imports what it needs when it runs, so `--help`
-answers at once. Exit codes: 0 done, 2 the user's mistake or damaged data (a message on stderr), 130 interrupted.
+answers at once. Exit codes: 0 done, 1 `check` found errors, 2 the user's mistake or damaged data (a message on stderr),
+130 interrupted.
 """
 
 import argparse
@@ -60,13 +61,27 @@ def _download(options: argparse.Namespace) -> int:
 
 
 def _register(options: argparse.Namespace) -> int:
+    from data_pipeline.importer.suggest import with_import_command
+    from data_pipeline.well.check import usable
     from data_pipeline.well.register import register
 
-    made = register(options.source, options.name, options.registry)
+    with with_import_command(options.source, options.name):
+        made = register(options.source, options.name, options.registry, options.share)
     for path in made.paths:
         print(f"{path}: written")
-    print("The card can be used unchanged. Please check:", *made.decisions, sep="\n  - ")
+    print(f"{usable(made.findings)} Please check:", *made.decisions, sep="\n  - ")
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from data_pipeline.check import check, table
+    from data_pipeline.importer.suggest import with_import_command
+    from data_pipeline.registry import load_registry
+
+    with with_import_command(options.folder, None):
+        checks = check(options.folder, load_registry(options.registry), options.jobs)
+    print(table(checks))
+    return 1 if any(one.severity == "error" for made in checks for one in made.findings) else 0
 
 
 def _import(options: argparse.Namespace) -> int:
@@ -79,11 +94,12 @@ def _import(options: argparse.Namespace) -> int:
         return 0
     from data_pipeline.importer.convert import import_files
     from data_pipeline.registry import VARIABLE
+    from data_pipeline.well.check import usable
 
     made = import_files(plan, options.registry)
     for path in (made.folder, made.preview, *made.card.paths):
         print(f"{path}: written")
-    print("Look at the preview: x points right and y up. The card can be used unchanged. Please check:", end="")
+    print(f"Look at the preview: x points right and y up. {usable(made.card.findings)} Please check:", end="")
     print("", *made.card.decisions, sep="\n  - ")
     shards = options.shards or options.out / "shards"
     command = ["shard", "--well", str(options.out), "--out", str(shards), "--datasets", options.name]
@@ -94,6 +110,7 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _shard(options: argparse.Namespace) -> int:
+    from data_pipeline.check import well_headers
     from data_pipeline.registry import load_registry
     from data_pipeline.shards.build import build_shards
     from data_pipeline.shards.plan import Settings
@@ -112,7 +129,7 @@ def _shard(options: argparse.Namespace) -> int:
         print(_built_line(built))
     datasets = sorted({built.manifest.dataset for built in made})
     errors = [(one.manifest.dataset, one.manifest.split, finding) for one in made for finding in one.manifest.findings]
-    errors = [one for one in errors if one[2].severity == "error"]
+    errors = [one for one in errors if one[2].severity == "error"] + well_headers(options.well, datasets, registry)
     if found := errors + across_splits(find_manifests(options.out, datasets).values()):
         print(findings_table(found, None), file=sys.stderr)
     return 0
@@ -160,17 +177,20 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from data_pipeline.progress import progress_bar
     from data_pipeline.shards.review import find_manifests
     from data_pipeline.shards.tar import damage
 
-    damaged = False
-    for folder, manifest in find_manifests(options.shards, options.datasets, options.splits).items():
-        lines = list(damage(folder, manifest))
-        for line in lines:
-            print(f"error: {line}", file=sys.stderr)
-        damaged = damaged or bool(lines)
-        size = sum(shard.bytes for shard in manifest.shards)
-        print(f"{folder}: {'damaged' if lines else f'good, {manifest.num_frames} frames, {size / 1e6:.1f} MB'}")
+    damaged, found = False, find_manifests(options.shards, options.datasets, options.splits)
+    sizes = {folder: sum(shard.bytes for shard in manifest.shards) for folder, manifest in found.items()}
+    with progress_bar(total=sum(sizes.values()), desc="verify", unit="B", leave=False) as bar:
+        for folder, manifest in found.items():
+            lines = list(damage(folder, manifest, bar.update))
+            for line in lines:
+                bar.write(f"error: {line}", file=sys.stderr)
+            damaged = damaged or bool(lines)
+            state = "damaged" if lines else f"good, {manifest.num_frames} frames, {sizes[folder] / 1e6:.1f} MB"
+            bar.write(f"{folder}: {state}")
     return 2 if damaged else 0
 
 
@@ -202,6 +222,12 @@ def _datasets(help: str) -> _Argument:
 _ALL = _datasets("all if left out")
 _SPLITS = _arg("--splits", "comma-separated: train, valid, test; all if left out", type=names)
 _REGISTRY = _arg("--registry", "folder of your own cards (default: WAVELIT_REGISTRY)", metavar="DIR")
+_SHARE = _arg(
+    *("--share", "fields that are the canonical channels of their names, all or none (default: names of 3 letters on)"),
+    type=names,
+    default=[],
+    metavar="FIELDS",
+)
 _JOBS = _arg("--jobs", "processes (default: one per core)", type=count, metavar="N")
 
 
@@ -237,6 +263,12 @@ COMMANDS: tuple[tuple[Any, ...], ...] = (
         _arg("source", "dataset folder, HDF5 files, or one file", type=Path, metavar="DIR_OR_FILE"),
         _arg("--name", "name of the dataset (default: the name of the folder or file)"),
         _arg("--registry", "folder of your cards (default: WAVELIT_REGISTRY)", type=Path, metavar="DIR"),
+        _SHARE,
+    ),
+    (
+        *("check", "look for what hinders training, with or without a card; exit code 1 if there are errors", _check),
+        _arg("folder", "dataset folder, or folder of datasets", type=Path, metavar="DIR"),
+        *(_REGISTRY, _JOBS),
     ),
     (
         *("import", "import data in files of your own: npy, npz, HDF5, netCDF, zarr", _import),
@@ -262,6 +294,7 @@ COMMANDS: tuple[tuple[Any, ...], ...] = (
         _arg("--seed", "of the division (default 0)", type=int, default=0),
         _arg("--crop", "even: leave out the last point of an odd axis", choices=("even",)),
         _arg("--leave-out", "numbers of trajectories to leave out, such as 3,7", metavar="NUMBERS"),
+        _SHARE,
         _arg("--registry", "folder for the card (default: WAVELIT_REGISTRY, else OUT/cards)", type=Path, metavar="DIR"),
         _arg("--shards", "also make shards in this folder", type=Path, metavar="DIR"),
         _flag("--dry-run", "print what would be done; write nothing"),

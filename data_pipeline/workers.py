@@ -3,7 +3,6 @@
 import os
 import queue
 import signal
-import sys
 import threading
 import time
 import weakref
@@ -17,9 +16,8 @@ from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from data_pipeline.errors import UserError
+from data_pipeline.progress import progress_bar
 
 GRACE_SECONDS = 2.0  # for what is running when its threads are no longer wanted
 
@@ -77,26 +75,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 OnBytes = Callable[[int], None]
 _POLL_SECONDS = 0.2
-_LINE_SECONDS = 60.0
-
-
-@contextmanager
-def progress(total: int, title: str, unit: str) -> Iterator[Callable[[int], None]]:
-    """Give a function that reports more units done: a bar on a terminal, elsewhere a line a minute on stderr."""
-    if sys.stderr.isatty():
-        with tqdm(total=total, desc=title, unit=unit) as bar:
-            yield lambda count: bar.update(count) and None
-        return
-    done, line = 0, time.monotonic()
-
-    def report(count: int) -> None:
-        nonlocal done, line
-        done += count
-        if time.monotonic() - line >= _LINE_SECONDS or done == total:
-            line = time.monotonic()
-            print(f"{title}: {done} of {total} {unit}s", file=sys.stderr, flush=True)
-
-    yield report
 
 
 class Stopped(Exception):
@@ -126,7 +104,7 @@ def run_tasks(
     if not tasks:
         return
     jobs = min(jobs, len(tasks))
-    with tqdm(total=num_bytes, desc=title, unit=unit, unit_scale=unit == "B", unit_divisor=1024, disable=None) as bar:
+    with progress_bar(total=num_bytes, desc=title, unit=unit) as bar:
         if jobs <= 1:
             yield from ((task, function(task, bar.update)) for task in tasks)
         else:
@@ -137,7 +115,7 @@ def _run_in_workers(
     function: Callable[[T, OnBytes], R],
     tasks: Sequence[T],
     jobs: int,
-    bar: tqdm,
+    bar: Any,
     environment: Mapping[str, str],
     cut_short: bool,
 ) -> Iterator[tuple[T, R]]:

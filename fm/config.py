@@ -25,6 +25,7 @@ from fm.model.spec import STRICT, ModelConfig, from_plain
 # A recipe is YAML that is also a Python program (fm/recipe.py), by these lines around it.
 FIRST_LINE = 'launch: 0; from fm.recipe import run; run(__file__); r"""'
 LAST_LINE = '# """'
+AVAILABLE = "available"  # in data.datasets
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -48,17 +49,16 @@ class DataSettings:
     """Which shards are read, and how."""
 
     shards: str  # folder or URL (https://, s3://, gs://, hf://) with <dataset>/<split>/manifest.json
-    datasets: list[str] | None = None  # official names; null means every dataset in the folder
+    # official names; null: every dataset in the folder; [available, ...]: those of the others with shards at the start
+    datasets: list[str] | None = None
     context: Annotated[int, Field(ge=1, le=64)] = 1  # input frames n of a model step; the paper's models see one
     registry: str | None = None  # folder of your own cards; null means WAVELIT_REGISTRY
-    # threads per rank that read batches ahead, at most one from a URL; batches do not depend on it
-    workers: NonNegativeInt = 1
+    workers: NonNegativeInt = 1  # threads per rank that read batches ahead, at most one from a URL; same batches
     verify: bool = False  # compare each frame read with its checksum
     cache: str | None = None  # folder for what a URL gave; null means $XDG_CACHE_HOME/wavelit, or ~/.cache/wavelit
     cache_gb: Annotated[float, Field(ge=0, lt=1e9)] = 40.0  # limit of that folder; 0 keeps nothing (shuffle: global)
     prefetch: NonNegativeInt = 64  # draws ahead of their use whose data are fetched from a URL, as far as there is room
-    # dataset -> use only this many trajectories of its train split. The choice is nested: the trajectories chosen for N
-    # are also chosen for N + 1, and they are those of `data-pipeline shard --restrict N`
+    # dataset -> number of trajectories of its train split to use: those of `data-pipeline shard --restrict N`
     trajectories: dict[str, PositiveInt] = field(default_factory=dict)
 
 
@@ -397,4 +397,4 @@ def apply_override(document: dict[str, Any], override: str) -> None:
         node = node[section]
         if not isinstance(node, dict):
             raise UserError(f"{where}: {section} is not a section")
-    node[last] = value
+    node[last] = [AVAILABLE, *(node.get(last) or ())] if (key, value) == ("data.datasets", AVAILABLE) else value

@@ -15,10 +15,10 @@ from data_pipeline.errors import UserError
 from data_pipeline.registry import Card, Registry
 from data_pipeline.schema import nearest
 from data_pipeline.shards.format import Manifest
-from data_pipeline.windows.loader import open_readers
+from data_pipeline.windows.loader import datasets_with_shards, open_readers
 from data_pipeline.windows.reader import ShardReader
 from fm.checkpoint import load_pretrained
-from fm.config import Recipe, load_recipe
+from fm.config import AVAILABLE, Recipe, load_recipe
 from fm.model.baselines import Baseline, BaselineConfig
 from fm.model.constraints import Constraints
 from fm.model.files import is_exported
@@ -199,6 +199,22 @@ def open_split(recipe: Recipe, registry: Registry, split: str) -> dict[str, Shar
         except UserError as error:
             raise UserError(f"data.trajectories.{name}: {error}") from error
     return readers
+
+
+def with_available_datasets(recipe: Recipe, registry: Registry, recorded: Sequence[str] | None = None) -> Recipe:
+    """Return the recipe with names in place of `available` in data.datasets.
+
+    The names are those that a run's checkpoint has `recorded`, else the datasets that have shards now: of the train
+    split and, if the run validates, of the valid split. UserError if there are none.
+    """
+    data = recipe.data
+    if AVAILABLE not in (data.datasets or ()):
+        return recipe
+    wanted = [name for name in data.datasets or () if name != AVAILABLE] or None
+    registry.select(wanted)  # raises UserError for an unknown name
+    splits = ["train", *(["valid"] if recipe.validation.every else [])]
+    found = recorded or datasets_with_shards(data.shards, wanted, splits, recipe.stream(), tuple(registry.cards))
+    return replace(recipe, data=replace(data, datasets=list(found)))
 
 
 def check_windows(recipe: Recipe, readers: Mapping[str, ShardReader]) -> None:

@@ -16,11 +16,12 @@ from data_pipeline.importer.fields import Part, read_frames
 from data_pipeline.importer.plan import ImportPlan, stamp
 from data_pipeline.importer.preview import PREVIEW, draw_preview
 from data_pipeline.importer.trajectories import StoredTrajectory
+from data_pipeline.progress import progress_bar
 from data_pipeline.registry import named_folders
 from data_pipeline.well.dataset import Trajectories, whole_folder, write_dataset
 from data_pipeline.well.hdf5 import block_frames
-from data_pipeline.well.register import Registered, check_name, register
-from data_pipeline.workers import progress
+from data_pipeline.well.match import check_share
+from data_pipeline.well.register import Registered, check_name, draft_folder, register
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,13 @@ def import_files(plan: ImportPlan, registry: Path | None) -> Imported:
     options = plan.options
     cards = registry or next(iter(named_folders(None)), options.out / "cards")
     check_name(options.name, cards)
+    check_share([one.field for one in plan.fields], draft_folder(cards)[1], options.share)
     folder = options.out / options.name
     with whole_folder(options.out, options.name) as target:
         write_files(plan, target)
         draw_preview(target, plan, target / PREVIEW)
     try:
-        own = [one.field.name for one in plan.fields if one.field.name not in _named_by_user(plan)]
-        card = register(folder, options.name, cards, generic=own)
+        card = register(folder, options.name, cards, options.share)
     except UserError:
         remove(folder)
         raise
@@ -58,18 +59,12 @@ def import_files(plan: ImportPlan, registry: Path | None) -> Imported:
 def write_files(plan: ImportPlan, target: Path) -> None:
     """Write the HDF5 files of a plan below `target`, with a progress bar."""
     frames = sum(len(trajectory.times) for trajectory in plan.trajectories)
-    with _trajectories(plan) as source, progress(frames, f"import {plan.options.name}", "frame") as on_frame:
-        write_dataset(target, plan.options.name, source, plan.split, on_frame)
+    bar = progress_bar(total=frames, desc=f"import {plan.options.name}", unit="frame")
+    with _trajectories(plan) as source, bar:
+        write_dataset(target, plan.options.name, source, plan.split, bar.update)
     for path, before in zip(plan.files, plan.stamps, strict=True):
         if stamp(path) != before:
             raise UserError(f"{path}: it changed while it was read: {LOCKED}")
-
-
-def _named_by_user(plan: ImportPlan) -> set[str]:
-    """Return the names that were typed: those may be canonical channels, even short ones."""
-    return {text.rpartition("=")[2] for text in plan.options.map} | {
-        text.partition("=")[0] for text in plan.options.vector
-    }
 
 
 @contextmanager

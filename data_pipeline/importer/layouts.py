@@ -9,16 +9,19 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import h5py
 import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.importer.arrays import Array, ArrayFile, reading
 from data_pipeline.well.dataset import axis_of
 from data_pipeline.well.hdf5 import SPLITS
+from data_pipeline.well.layout import boundary_masks, boundary_types, hdf5_errors, plain_group
 
 Dims = tuple[str, ...]
 BOOKKEEPING = ("data_length", "field_attributes", "_FillValue", "missing_value", "Conventions", "_NCProperties")
@@ -34,7 +37,7 @@ class Layout:
     dims: Mapping[str, Dims]  # key -> its axes, where they are known
     coordinates: Mapping[str, str]  # axis t, x, y -> key
     fields: Mapping[str, tuple[str, ...]]  # name -> expressions of its components; as `--map` and `--vector` give them
-    boundary: Mapping[str, str] = field(default_factory=dict)  # axis -> type, where the file tells it
+    boundary: Mapping[str, str] = field(default_factory=dict)  # axis -> type, or types of its ends as wall:open
     domain: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # axis -> (lower, upper end)
     numbers: Mapping[str, float] = field(default_factory=dict)  # attributes that may be parameters of the run
     splits: Mapping[str, str] = field(default_factory=dict)  # run -> its split
@@ -44,7 +47,7 @@ class Layout:
 def recognize(source: ArrayFile, pattern: str | None = None) -> Layout:
     """Return the layout of an open file. `pattern` is a user's key with a glob (`*/data`), which names the runs.
 
-    UserError for a file in the Well's layout, and for attributes that are not what the program writes.
+    UserError for attributes that are not what the program writes.
     """
     with reading(source.path):
         return _recognize(source, pattern)
@@ -52,10 +55,7 @@ def recognize(source: ArrayFile, pattern: str | None = None) -> Layout:
 
 def _recognize(source: ArrayFile, pattern: str | None) -> Layout:
     if {"dimensions/time", "dimensions/x"} <= source.arrays.keys():
-        raise UserError(
-            f"{source.path}: it is in the Well's layout already, so there is nothing to import; "
-            f"`data-pipeline register {source.path}` drafts its card"
-        )
+        return _well(source)
     if "field_attributes" in source.attrs and "data" in source.arrays:
         return _pypde(source)
     runs = _runs(source, pattern)
@@ -143,6 +143,40 @@ def _parameters(source: ArrayFile) -> dict[str, float]:
         if name not in BOOKKEEPING and math.isfinite(number):
             found[name] = number
     return found
+
+
+def _well(source: ArrayFile) -> Layout:
+    """Return the Well's own layout: files that are to be cropped, divided, or converted from another type."""
+    fields: dict[str, tuple[str, ...]] = {}
+    dims: dict[str, Dims] = {}
+    for key, array in source.arrays.items():
+        group, _, name = key.partition("/")
+        if group == "scalars":
+            dims[key] = ("n",)
+        if not re.fullmatch("t[0-2]_fields", group):
+            continue
+        order = int(group[1])
+        varies = {axis: array.attrs.get(f"{flag}_varying") == 1 for axis, flag in (("n", "sample"), ("t", "time"))}
+        dims[key] = (*(axis for axis in "nt" if varies[axis]), "x", "y", *("c" for _ in range(order)))
+        if len(dims[key]) != len(array.shape):
+            raise UserError(
+                f"{source.path}: {key} {array.shape}: expected the axes {', '.join(dims[key])} from its attributes "
+                "sample_varying and time_varying; write what varies along one axis only as a field over both"
+            )
+        places = [",".join(map(str, place)) for place in np.ndindex(*(2,) * order)]
+        fields[name] = tuple(f"{key}[...,{place}]" if place else key for place in places)
+    with hdf5_errors(str(source.path)), h5py.File(source.path, "r") as file:
+        where = f"{source.path}: boundary_conditions"
+        sides = boundary_types(boundary_masks(plain_group(file, "boundary_conditions", where), where))
+    return Layout(
+        name="well",
+        how="The Well's own layout",
+        runs=("",),
+        dims=dims,
+        coordinates={"t": "dimensions/time", "x": "dimensions/x", "y": "dimensions/y"},
+        fields=fields,
+        boundary={axis: ":".join(ends).lower() for axis, ends in zip("xy", sides, strict=True)},
+    )
 
 
 def _pypde(source: ArrayFile) -> Layout:

@@ -35,9 +35,10 @@ class Options:
     seed: int = 0
     crop: str | None = None
     leave_out: str | None = None
+    share: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for one in ("files", "map", "vector", "scalars"):
+        for one in ("files", "map", "vector", "scalars", "share"):
             object.__setattr__(self, one, tuple(getattr(self, one) or ()))
         if self.dt is not None and not 0 < self.dt < float("inf"):
             raise UserError(f"--dt: expected a number above 0, got {self.dt}")

@@ -25,6 +25,14 @@ from data_pipeline.well.dataset import FRACTIONS, divide, parse_boundary
 from data_pipeline.well.hdf5 import SPLITS
 
 
+class NotEnoughKnown(UserError):
+    """What an import needs and the files do not tell; `command` accepts the guesses."""
+
+    def __init__(self, message: str, command: str) -> None:
+        super().__init__(f"{message}\n  {command}")
+        self.command = command
+
+
 @dataclass(frozen=True)
 class ImportPlan:
     """All that an import does."""
@@ -90,7 +98,8 @@ def make_plan(options: Options) -> ImportPlan:
         sides = {axis: find_side(axis, stored[axis], options, layout, arrays, needs, str(files[0])) for axis in "xy"}
         if "extent" in needs:
             needs["extent"] = f"{stored['x']},{stored['y']}", needs["extent"][1]
-        boundary = {**{a: (k, k) for a, k in layout.boundary.items() if a in "xy"}, **said.boundary(options.boundary)}
+        ends = {axis: kinds.split(":") for axis, kinds in layout.boundary.items() if axis in "xy"}
+        boundary = {**{axis: (own[0], own[-1]) for axis, own in ends.items()}, **said.boundary(options.boundary)}
         with reading(files[0]):
             frame = read_frames(arrays[first.key], first, 0, stored.get("t", 1) - 1, stored.get("t", 1))[0]
         need_boundary(frame, boundary, needs)
@@ -101,7 +110,8 @@ def make_plan(options: Options) -> ImportPlan:
         ):
             needs["dt"] = "1", "the file has no times; frames are numbered"
     if needs:
-        raise UserError(_refusal(options, listing, layout, fields, needs))
+        accepted = options.command(**{option: value for option, (value, _) in needs.items()})
+        raise NotEnoughKnown(_refusal(listing, layout, fields, needs, options.files[0]), accepted)
     trajectories = leave_out(find_trajectories(files, options, fields, sides, pattern), options)
     trajectories = choose_scalars(trajectories, options, notes)
     return ImportPlan(
@@ -157,15 +167,13 @@ def _listing(source: ArrayFile, arrays: Mapping[str, Array]) -> str:
     )
 
 
-def _refusal(options: Options, listing: str, layout: Layout, fields: Sequence[Planned], needs: Needs) -> str:
-    """Return the message for what is not known: what was found, the guesses, and the command that accepts them."""
-    lines = [f"not enough is known about {options.files[0]}; nothing was written.", listing]
+def _refusal(listing: str, layout: Layout, fields: Sequence[Planned], needs: Needs, file: str) -> str:
+    """Return the message for what is not known: what was found, and the guesses; a command follows."""
+    lines = [f"not enough is known about {file}; nothing was written.", listing]
     lines += [f"recognized as {layout.how}. It would be taken as:"]
     lines += [f"  {one.field.name} = {', '.join(map(str, one.parts))}" for one in fields]
     lines += ["not known, with a guess:"]
     for option, (value, why) in needs.items():
         shown = " ".join(value) if isinstance(value, tuple) else value
         lines.append(f"  --{option} {shown}: {why}")
-    return "\n".join(
-        [*lines, "If the guesses are right, type:", f"  {options.command(**{k: v for k, (v, _) in needs.items()})}"]
-    )
+    return "\n".join([*lines, "If the guesses are right, type:"])

@@ -113,7 +113,7 @@ def _run_scalars(
     where: str, layout: Layout, arrays: Mapping[str, Array], options: Options, count: int
 ) -> dict[str, np.ndarray]:
     """Return the parameters that arrays hold, one number for each trajectory, and those that the user names."""
-    wanted = {key: key for key, axes in layout.dims.items() if axes == ("n",)}
+    wanted = {key: key.rpartition("/")[2] for key, axes in layout.dims.items() if axes == ("n",)}
     for text in options.scalars:
         if text != "attrs":
             wanted |= said.pairs(text, "--scalars", "attrs, or KEY=NAME")

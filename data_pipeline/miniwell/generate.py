@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import yaml
-from tqdm import tqdm
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import TEMPORARY_SUFFIX, write_whole
 from data_pipeline.miniwell.system import SPLITS, ParameterSet, Simulation, System
+from data_pipeline.progress import write_above
 from data_pipeline.well.stats import DELTA_STATISTICS, VALUE_STATISTICS, Moments, pool
 from data_pipeline.well.write import write_well_file
 from data_pipeline.workers import available_cores, run_tasks
@@ -187,7 +187,7 @@ def _finish(last: Task, results: Mapping[Task, dict[str, Moments] | None]) -> No
     moments = [found for task in tasks if (found := results[task]) is not None]
     write_whole(last.folder / "stats.yaml", yaml.safe_dump(statistics(moments)).encode())
     sizes = [path.stat().st_size for path in (last.folder / "data").rglob("*.hdf5")]
-    tqdm.write(f"{last.dataset}: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB in {last.folder}")
+    write_above(f"{last.dataset}: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB in {last.folder}")
 
 
 def run_task(task: Task, on_done: Callable[[int], None]) -> dict[str, Moments] | None:

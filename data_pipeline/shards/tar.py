@@ -235,8 +235,11 @@ def map_and_close(descriptor: int, num_bytes: int) -> mmap.mmap:
         os.close(descriptor)
 
 
-def damage(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Compare the shards of a folder with its manifest; yield a line for each trajectory or frame that differs."""
+def damage(folder: Path, manifest: Manifest, on_bytes: Callable[[int], object] = lambda count: None) -> Iterator[str]:
+    """Compare the shards of a folder with its manifest; yield a line for each trajectory or frame that differs.
+
+    `on_bytes` gets the size of each shard that is done.
+    """
     for index, shard in enumerate(manifest.shards):
         try:
             content = map_shard(folder / shard.name, shard.bytes)
@@ -247,6 +250,7 @@ def damage(folder: Path, manifest: Manifest) -> Iterator[str]:
         if not lines and sha256(content) != shard.sha256:
             lines = ["altered outside the fields and constants (a header or meta.json)"]
         yield from (f"{folder / shard.name}: {line}; {_REMEDY}" for line in lines)
+        on_bytes(shard.bytes)
 
 
 def _damaged_arrays(content: mmap.mmap, manifest: Manifest, shard: int) -> Iterator[str]:

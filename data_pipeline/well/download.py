@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import h5py
-from tqdm import tqdm
 
 from data_pipeline.errors import UserError, is_disk_full
 from data_pipeline.files import free_bytes, only_process, sync
+from data_pipeline.progress import progress_bar
 from data_pipeline.registry import Registry
 from data_pipeline.remote import RemoteFile, RemoteFolder, Retries, check_name
 from data_pipeline.schema import Line, Mismatch, Name, Strict, nearest, read_yaml, validate
@@ -212,7 +212,7 @@ def _look(wanted: Sequence[Wanted]) -> tuple[list[Wanted], list[Failure]]:
     """
     looked: list[Wanted] = []
     failures: list[Failure] = []
-    with tqdm(total=len(wanted), desc="looking", unit="file", disable=None, leave=False) as bar:
+    with progress_bar(total=len(wanted), desc="looking", unit="file", leave=False) as bar:
         for one, result in _in_threads(_look_at, wanted, _LOOKS_AT_ONCE):
             bar.update()
             if isinstance(result, Wanted):
@@ -262,7 +262,7 @@ def _fetch_all(wanted: Sequence[Wanted], jobs: int) -> list[Failure]:
     failures = []
     stop, lock = threading.Event(), threading.Lock()
     held, total = sum(one.held for one in wanted), sum(one.size or 0 for one in wanted)
-    with tqdm(total=total, initial=held, desc="download", disable=None, unit="B", unit_scale=True) as bar:
+    with progress_bar(total=total, initial=held, desc="download", unit="B") as bar:
 
         def on_bytes(num_bytes: int) -> None:
             if stop.is_set():

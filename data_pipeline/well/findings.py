@@ -1,6 +1,6 @@
 """Findings: facts about data that a person should know before training, each with its place and severity.
 
-`register`, `shard` and `audit` report the same ones. Those about values are made in shards/audit.py, while frames are
+`check`, `register`, `shard`, `audit` report the same. Those about values are made in shards/audit.py, while frames are
 read; those about times, axes, files and copies are made here, from headers and checksums.
 """
 
@@ -16,6 +16,9 @@ from data_pipeline.schema import Strict
 KINDS = {  # in the order of reports
     "unreadable": "a file that cannot be read",
     "left_out": "files that are not read, by their names",
+    "splits": "a split without files",
+    "model_grid": "a grid that the models of this project cannot work on",
+    "reader": "a file that the_well's WellDataset cannot open",
     "nonfinite": "NaN or Inf",
     "copy": "a trajectory that is there twice",
     "times": "times that do not go on evenly from frame to frame",

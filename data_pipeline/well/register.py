@@ -5,11 +5,10 @@ and never taken. Other fields get channels of the dataset's own, whose names beg
 valid at once, so data can be converted and trained on before the prose is written.
 """
 
-import difflib
 import math
 import os
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from data_pipeline.files import write_whole
 from data_pipeline.registry import (
     VARIABLE,
     Channel,
-    Field,
     Registry,
     holds_cards,
     load_folders,
@@ -32,22 +30,12 @@ from data_pipeline.registry import (
 )
 from data_pipeline.schema import NAME
 from data_pipeline.symmetries import possible_symmetries
-from data_pipeline.well.findings import left_out_findings
+from data_pipeline.well.check import check_headers, sampled_copies, usable
+from data_pipeline.well.findings import Finding, condense, left_out_findings
 from data_pipeline.well.hdf5 import SPLITS, dataset_folders, divide_names, left_out_names, split_files
 from data_pipeline.well.layout import child_names
-from data_pipeline.well.survey import COMPONENTS, Survey, survey
-
-ALIASES = {  # what papers and codes call the quantities of the packaged channels, in lower case
-    **dict.fromkeys(("u", "ux", "vx"), "velocity_x"),
-    **dict.fromkeys(("v", "uy", "vy"), "velocity_y"),
-    **dict.fromkeys(("p", "press"), "pressure"),
-    **dict.fromkeys(("rho", "dens"), "density"),
-    **dict.fromkeys(("b", "buoy"), "buoyancy"),
-    **dict.fromkeys(("s", "scalar", "dye"), "tracer"),
-    **dict.fromkeys(("c", "conc"), "concentration"),
-    **dict.fromkeys(("c_s", "cs", "sound_speed"), "speed_of_sound"),
-}
-VELOCITIES = ("u", "v", "vel", "vels", "velocities")  # what they call a vector field of velocities
+from data_pipeline.well.match import near_channel, shared_fields
+from data_pipeline.well.survey import COMPONENTS, Survey, provisional_card, read_header, survey
 
 
 @dataclass(frozen=True)
@@ -57,49 +45,79 @@ class Registered:
     name: str
     paths: tuple[Path, ...]  # the card first, then channels.yaml if a channel was proposed
     decisions: tuple[str, ...]
+    findings: tuple[Finding, ...] = ()  # those among the decisions
+
+
+class NotWell(UserError):
+    """The files are not in the Well's layout, or not as a card can describe them."""
 
 
 @dataclass(frozen=True)
 class _Files:
-    name: str
     paths: tuple[Path, ...]
-    train: tuple[Path, ...]  # empty where the files are not divided into splits
+    by_split: Mapping[str, tuple[Path, ...]]  # empty where the files are not divided into splits
+    folder: str  # the name of the dataset's folder, as typed; "" where the files are not in one
     decisions: tuple[str, ...]
 
 
-def register(source: Path, name: str | None, registry: Path | None, generic: Collection[str] = ()) -> Registered:
+def register(source: Path, name: str | None, registry: Path | None, share: Sequence[str] = ()) -> Registered:
     """Draft `<registry>/datasets/<name>.yaml`, and proposes channels in `<registry>/channels.yaml`.
 
     `source`: a dataset folder with data/<split>/*.hdf5, a folder of HDF5 files, or one file. `registry` is a folder of
-    the user's cards, by default the first that WAVELIT_REGISTRY names. Names among `generic` of one or two letters are
-    no canonical channels, even where there is one of this name. Nothing that exists is changed but
-    channels.yaml, to which lines are added. UserError for files that cannot be used, for a name that is taken and for a
-    draft that is already there.
+    the user's cards, by default the first that WAVELIT_REGISTRY names. `share` names the fields that are canonical
+    channels (see `shared_fields`). Nothing that exists is changed but channels.yaml, to which lines are added. NotWell
+    for files that cannot be used, UserError for a name that is taken and for a draft that is already there.
     """
-    directory, known = _draft_folder(registry)
-    files = _find_files(source, name)
-    check_name(files.name, directory, known)
-    card_file, channels_file = directory / "datasets" / f"{files.name}.yaml", directory / "channels.yaml"
-
-    def shared(field: Field) -> bool:
-        return set(field.channels) <= known.channel_cards.keys() and not (field.name in generic and len(field.name) < 3)
-
-    found = survey(files.name, files.paths, files.train, shared)
+    directory, known = draft_folder(registry)
+    try:
+        files = _find_files(source)
+        header = read_header(files.paths[0])
+    except UserError as error:
+        raise NotWell(error) from error
+    chosen = _checked_name(source, name, files)
+    check_name(chosen, directory, known)
+    card_file, channels_file = directory / "datasets" / f"{chosen}.yaml", directory / "channels.yaml"
+    shared = shared_fields(header, known, share, files.paths[0])
+    try:
+        found = survey(chosen, files.paths, files.by_split.get("train", ()), lambda field: field.name in shared)
+        findings = _check_files(chosen, found, files)
+    except UserError as error:
+        raise NotWell(error) from error
     fresh = _fresh_channels(found, known)
-    decisions = (*files.decisions, *_decisions(found, fresh, known, channels_file))
-    drafts = {card_file: _card_text(files, found, decisions)}
+    pointed = [f"{one.kind}: {one.where}: {one.detail}" for one in findings]
+    decisions = (*_moves(files, chosen), *_decisions(found, fresh, known, channels_file), *pointed, _RANGES)
+    drafts = {card_file: _card_text(chosen, files, found, decisions, usable(findings))}
     if fresh:
         before = channels_file.read_text("utf-8") if channels_file.exists() else _CHANNELS_HEAD
-        drafts[channels_file] = f"{before.rstrip()}\n\n{_channels_text(files.name, found, fresh, known)}"
-    _check(drafts, files.name, known)
+        drafts[channels_file] = f"{before.rstrip()}\n\n{_channels_text(chosen, found, fresh, known)}"
+    _check(drafts, chosen, known)
     for path, text in reversed(drafts.items()):  # the card last: it refers to the channels
         write_whole(path, text.encode())
-    return Registered(files.name, tuple(drafts), decisions)
+    return Registered(chosen, tuple(drafts), decisions, tuple(findings))
+
+
+def _check_files(name: str, found: Survey, files: _Files) -> list[Finding]:
+    """Return what headers, a sample, and the ends of all trajectories show."""
+    card, by_split = provisional_card(name, found.fields), files.by_split
+    placed = check_headers(card, by_split or {"train": files.paths})
+    if not by_split:  # that they must be divided is said already
+        placed = [(split, one) for split, one in placed if one.kind != "splits"]
+    placed += sampled_copies(card, by_split or {"train": files.paths})
+    findings = [*found.findings, *dict.fromkeys(one for _, one in placed)]
+    for channel, (_, _, lowest, highest) in found.sample.figures.items():
+        if lowest == highest:
+            severity = "warning" if channel in card.state_channels else "note"
+            detail = f"{lowest:g} at every point of the sample; a constant teaches nothing"
+            findings.append(Finding("constant_channel", severity, "", None, channel, (), detail))
+    for channel in found.sample.nonfinite:
+        detail = "the sample holds NaN or Inf; `data-pipeline check` says where"
+        findings.append(Finding("nonfinite", "error", "", None, channel, (), detail))
+    return condense(findings, sum(count for count, _ in found.lengths))
 
 
 def check_name(name: str, directory: Path, known: Registry | None = None) -> None:
     """Raise UserError if a card of this name is there already, in `directory` or among the `known` ones."""
-    known = _draft_folder(directory)[1] if known is None else known
+    known = draft_folder(directory)[1] if known is None else known
     card_file = directory / "datasets" / f"{name}.yaml"
     taken = {key for card in known.cards.values() for key in (card.name, card.abbreviation)}
     if card_file.exists() or name in taken:
@@ -107,7 +125,7 @@ def check_name(name: str, directory: Path, known: Registry | None = None) -> Non
         raise UserError(f"{name}: {what}, and is not overwritten. Edit it, or choose another --name.")
 
 
-def _draft_folder(given: Path | None) -> tuple[Path, Registry]:
+def draft_folder(given: Path | None) -> tuple[Path, Registry]:
     """Return the folder of a draft, and the registry that the draft may refer to. UserError if there is no folder.
 
     Where WAVELIT_REGISTRY names the folder among others, they are read together, here as later.
@@ -122,19 +140,17 @@ def _draft_folder(given: Path | None) -> tuple[Path, Registry]:
     return directory, load_folders([packaged_folder(), *filter(holds_cards, folders)])
 
 
-def _find_files(source: Path, name: str | None) -> _Files:
-    """Return the dataset's files, its name, and what must be moved before `shard` finds them."""
-    typed = Path(os.path.abspath(source)).name  # as typed, even where it is a link
+def _find_files(source: Path) -> _Files:
+    """Return the dataset's files, by their places."""
     left_out: list[str] = []
     if (source / "data").is_dir():
         by_split = {split: [Path(str(file)) for file in split_files(source, split)] for split in SPLITS}
-        paths, train = [path for split in SPLITS for path in by_split[split]], by_split["train"]
-        folder = typed
+        paths, folder = [path for split in SPLITS for path in by_split[split]], _typed(source)
         left_out = [name for split in (*SPLITS, None) for name in left_out_names(source, split)]
     else:
         names, left_out = divide_names(child_names(source))
         paths = [source] if source.is_file() else [source / name for name in names]
-        train, folder = [], ""
+        by_split, folder = {}, ""
     others = [f"files {one.detail}" for one in left_out_findings(left_out)]
     if not paths:
         inside = ", ".join(dataset_folders(source)) if source.is_dir() else ""
@@ -145,14 +161,28 @@ def _find_files(source: Path, name: str | None) -> _Files:
             f"{source}: expected a dataset folder (with data/<split>/*.hdf5), a folder of HDF5 files or one file, got "
             f"{found}"
         )
-    chosen = name or folder or (source.stem if source.is_file() else typed)
+    return _Files(tuple(paths), {split: tuple(own) for split, own in by_split.items()}, folder, tuple(others))
+
+
+def _typed(source: Path) -> str:
+    return Path(os.path.abspath(source)).name  # as typed, even where it is a link
+
+
+def _checked_name(source: Path, name: str | None, files: _Files) -> str:
+    """Return the dataset's name: as given, else that of its folder or file."""
+    chosen = name or files.folder or (source.stem if source.is_file() else _typed(source))
     if not NAME.fullmatch(chosen):
         raise UserError(
             f"{source}: the name {chosen[:80]!a}: expected up to 64 letters, digits and underscores, a letter first; "
             "give one with --name"
         )
-    move = f"files: `data-pipeline shard` reads <folder>/{chosen}/data/{{{','.join(SPLITS)}}}/*.hdf5; move them there"
-    return _Files(chosen, tuple(paths), tuple(train), (*others, *([] if chosen == folder else [move])))
+    return chosen
+
+
+def _moves(files: _Files, name: str) -> list[str]:
+    """Return what is left out, and what must be moved before `shard` finds the files."""
+    move = f"files: `data-pipeline shard` reads <folder>/{name}/data/{{{','.join(SPLITS)}}}/*.hdf5; move them there"
+    return [*files.decisions, *([] if name == files.folder else [move])]
 
 
 def _fresh_channels(found: Survey, registry: Registry) -> list[Channel]:
@@ -167,20 +197,6 @@ def _fresh_channels(found: Survey, registry: Registry) -> list[Channel]:
             what = f"{component[1:]} component of {what}" if component else what
             fresh.append(Channel(name, what, told.get("units") or "unknown", found.sample.twins.get(name)))
     return fresh
-
-
-def _near(name: str, field: Field, registry: Registry) -> str | None:
-    """Return the canonical channel that `name` may mean (an alias, another case, a close spelling), or None."""
-    name = name[name.rindex(field.name) :]  # without the dataset's
-    if field.order == 1 and field.name.lower() in VELOCITIES:
-        guess = f"velocity{name.removeprefix(field.name)}"
-    else:
-        guess = ALIASES.get(name.lower(), "")
-    if guess in registry.channel_cards:
-        return guess
-    lower = {channel.lower(): channel for channel in registry.channels}
-    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.85)
-    return lower[close[0]] if close else None
 
 
 def _decisions(found: Survey, fresh: Sequence[Channel], registry: Registry, channels_file: Path) -> list[str]:
@@ -199,13 +215,16 @@ def _decisions(found: Survey, fresh: Sequence[Channel], registry: Registry, chan
                 f"{', '.join(new)}: proposed, for this dataset alone; write description and unit in {channels_file}"
             )
         for name in new:
-            if near := _near(name, field, registry):
+            if near := near_channel(name, field, registry):
                 meaning = registry.channel_cards[near].description
                 lines.append(
                     f"{name}: is it {near} ({meaning})? Then name that in the card, and remove {name} from there"
                 )
     lines += [f"{one.name}: equals {one.duplicate_of} in the sample; always?" for one in fresh if one.duplicate_of]
-    return [*lines, *_doubts(found), "ranges: what good data lie within, where physics says so; the audit looks at it"]
+    return [*lines, *_doubts(found)]
+
+
+_RANGES = "ranges: what good data lie within, where physics says so; the audit looks at it"
 
 
 def _doubts(found: Survey) -> list[str]:
@@ -213,17 +232,6 @@ def _doubts(found: Survey) -> list[str]:
     sides = ", ".join(f"{axis} {'-'.join(ends)}" for axis, ends in zip("xy", found.boundary, strict=True))
     guess = "; OPEN is also what files get that say nothing" if ("OPEN", "OPEN") in found.boundary else ""
     lines = [f"boundary: {sides} (lower and upper end){guess}; is that the physics?"]
-    if any(size % 2 for size in found.grid):
-        lines.append(
-            f"grid: {found.grid[0]} x {found.grid[1]} has an odd size, and the model's wavelet transform needs even "
-            "ones; crop or resample the files before training"
-        )
-    lines += [f"{one.kind}: {one.where}: {one.detail}" for one in found.findings]
-    if found.dt is None and found.dts is not None:
-        least, greatest = found.dts
-        lines.append(f"dt: from {least:.6g} to {greatest:.6g}, so the card says null; are the times right?")
-    for name in found.sample.nonfinite:
-        lines.append(f"{name}: the sample holds NaN or Inf; `data-pipeline audit` says where")
     return lines
 
 
@@ -240,21 +248,21 @@ def _channels_text(name: str, found: Survey, fresh: Sequence[Channel], registry:
     for channel in fresh:
         entry = {"description": channel.description, "unit": channel.unit}
         entry |= {"duplicate_of": channel.duplicate_of} if channel.duplicate_of else {}
-        near = _near(channel.name, owner[channel.name], registry)
+        near = near_channel(channel.name, owner[channel.name], registry)
         lines.append(f"# {_figures(found, channel.name)}{f'; is it {near}?' if near else ''}")
         lines.append(f"{_yaml(channel.name)}: {_yaml(entry)}")
     return "\n".join(lines) + "\n"
 
 
-def _card_text(files: _Files, found: Survey, decisions: Sequence[str]) -> str:
+def _card_text(name: str, files: _Files, found: Survey, decisions: Sequence[str], verdict: str) -> str:
     scalars = [name for name in found.scalars if NAME.fullmatch(name)]
     boundary = dict(zip("xy", map(list, found.boundary), strict=True))
     dt = None if found.dt is None else float(f"{found.dt:.6g}")
     lines = [
-        f"# {files.name}, drafted by `data-pipeline register`. The card can be used unchanged. Please check:",
+        f"# {name}, drafted by `data-pipeline register`. {verdict} Please check:",
         *(f"#   - {_comment(line)}" for line in decisions),
-        f"name: {_yaml(files.name)}",
-        f"description: {files.name} (to be described)",
+        f"name: {_yaml(name)}",
+        f"description: {name} (to be described)",
         "",
         "state:  # fields of the files by tensor order, each with its canonical channels",
         *_fields_text(found, "state"),
@@ -268,7 +276,7 @@ def _card_text(files: _Files, found: Survey, decisions: Sequence[str]) -> str:
         domain = dict(zip("xy", map(list, found.domain), strict=True))
         lines.append(f"domain: {_yaml(domain)}  # lower and upper end of the axes")
     train = [f"  - {_yaml({'trajectories': n, 'frames': frames})}" for n, frames in found.lengths if frames > 1]
-    if files.train and train:
+    if files.by_split.get("train") and train:
         lines += ["train:  # the training split", *train]
     possible = possible_symmetries(found.boundary)
     lines += [

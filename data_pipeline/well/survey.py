@@ -65,7 +65,7 @@ def survey(name: str, files: Sequence[Path], train: Sequence[Path], shared: Call
     in fields, grid or boundaries: one card cannot describe them all.
     """
     fields = tuple(field if shared(field) else _namespaced(field, name) for field in read_header(files[0]))
-    card = _provisional_card(name, fields)
+    card = provisional_card(name, fields)
     with WellFile(files[0], card) as first:
         grid, boundary, scalars, axes = first.grid, first.boundary, tuple(first.scalars(0)), first.axes()
     _check_periodic(boundary, files[0])
@@ -158,7 +158,7 @@ def _attributes(path: Path, fields: Sequence[Field]) -> dict[str, dict[str, str]
         }
 
 
-def _provisional_card(name: str, fields: tuple[Field, ...]) -> Card:
+def provisional_card(name: str, fields: tuple[Field, ...]) -> Card:
     """Return a card that lets WellFile read fields that no card describes yet."""
     state = tuple(field for field in fields if field.role == "state")
     constant = tuple(field for field in fields if field.role == "constant")

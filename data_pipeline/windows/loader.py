@@ -109,35 +109,73 @@ def open_readers(
     """
     stream = stream or StreamSettings()
     root = RemoteFolder(str(shards), stream.retries) if is_url(shards) else Path(shards)
-    if isinstance(root, RemoteFolder):
-        wanted = sorted(set(known if datasets is None else datasets))
-        found = [name for name in wanted if (root / name / split).file(MANIFEST_NAME).exists()]
-    else:
-        present = [path.parts[-3] for path in root.glob(f"*/{split}/{MANIFEST_NAME}")]
-        wanted = sorted(set(present if datasets is None else datasets))
-        found = [name for name in wanted if name in present]
-    missing = [name for name in wanted if name not in found]
-    if (datasets is None and not found) or (datasets is not None and missing):
-        raise UserError(_no_shards(root, missing or ["<dataset>"], split))
+    wanted, found = _find_shards(root, datasets, split, known)
+    if (datasets is None and not found) or (datasets is not None and len(found) < len(wanted)):
+        raise UserError(_no_shards(root, datasets and wanted, found, split))
     if isinstance(root, RemoteFolder):
         remote = open_remote_shards(root, found, split, stream)
         return {name: ShardReader(remote[name], name, split, verify) for name in found}
     return {name: ShardReader(root, name, split, verify) for name in found}
 
 
-def _no_shards(shards: Path | RemoteFolder, missing: Sequence[str], split: str) -> str:
-    looked_for = "\n".join(f"  {shards}/{name}/{split}/{MANIFEST_NAME}" for name in missing)
-    out = shards if isinstance(shards, Path) else "SHARDS"
-    upload = "" if isinstance(shards, Path) else f"\nThen upload SHARDS as it is to {shards}, or correct data.shards."
-    return (
-        f"no {split} shards under {shards}: expected, and did not find,\n{looked_for}\n"
-        "Make them from The Well:\n"
-        "  data-pipeline download --out WELL --datasets NAME\n"
-        f"  data-pipeline shard --well WELL --out {out}\n"
-        "or from the mini-Well, small simulations of all eight datasets, with no download:\n"
-        "  data-pipeline simulate --preset mini --out data/mini/well\n"
-        f"  data-pipeline shard --well data/mini/well --out {out}{upload}"
-    )
+def datasets_with_shards(
+    shards: str | Path,
+    datasets: Sequence[str] | None,
+    splits: Sequence[str],
+    stream: StreamSettings | None = None,
+    known: Sequence[str] = (),
+) -> list[str]:
+    """Return those of the datasets that have shards of all `splits`, by name; arguments as of `open_readers`.
+
+    Raises UserError if none has.
+    """
+    root = RemoteFolder(str(shards), (stream or StreamSettings()).retries) if is_url(shards) else Path(shards)
+    there = [set(_find_shards(root, datasets, split, known)[1]) for split in splits]
+    found = sorted(set.intersection(*there))
+    if not found:
+        lacking = next((split for split, names in zip(splits, there, strict=True) if not names), splits[0])
+        raise UserError(_no_shards(root, datasets and sorted(set(datasets)), [], lacking))
+    return found
+
+
+def _find_shards(
+    root: Path | RemoteFolder, datasets: Sequence[str] | None, split: str, known: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Return the datasets that are looked for, and those of them that have shards of the split, both by name."""
+    if isinstance(root, RemoteFolder):
+        wanted = sorted(set(known if datasets is None else datasets))
+        return wanted, [name for name in wanted if (root / name / split).file(MANIFEST_NAME).exists()]
+    present = {path.parts[-3] for path in root.glob(f"*/{split}/{MANIFEST_NAME}")}
+    wanted = sorted(present if datasets is None else set(datasets))
+    return wanted, [name for name in wanted if name in present]
+
+
+def _no_shards(root: Path | RemoteFolder, wanted: Sequence[str] | None, found: Sequence[str], split: str) -> str:
+    """Return the message for shards that are missing: those `wanted` (None: any dataset) that are not `found`."""
+    missing = [name for name in wanted or ["<dataset>"] if name not in found]
+    lines = [f"no {split} shards under {root}: expected, and did not find,"]
+    lines += [f"  {root}/{name}/{split}/{MANIFEST_NAME}" for name in missing]
+    if found:
+        lines += [
+            f"{len(found)} of {len(found) + len(missing)} datasets are there: {', '.join(found)}. To train on them:",
+            f"  data.datasets=[{','.join(found)}], or data.datasets=available",
+        ]
+    names, out = ",".join(missing) if wanted else "NAME", root if isinstance(root, Path) else "SHARDS"
+    lines += [
+        f"To make {'the others' if found else 'them'} from The Well:",
+        f"  data-pipeline download --out WELL --datasets {names}",
+        f"  data-pipeline shard --well WELL --out {out} --datasets {names}",
+    ]
+    if not isinstance(root, Path):
+        lines.append(f"  Then upload SHARDS as it is to {root}, or correct data.shards.")
+    if not found:
+        lines += [
+            "To try the program without a download, on small simulations (the mini-Well) in folders of their own:",
+            "  data-pipeline simulate --preset mini --out data/mini/well",
+            "  data-pipeline shard --well data/mini/well --out data/mini/shards",
+            "  fm train recipes/quickstart.yaml",
+        ]
+    return "\n".join(lines)
 
 
 def sources(readers: Mapping[str, ShardReader], length: Lengths) -> list[Source]:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import inside, only_process, sha256
+from data_pipeline.progress import progress_bar
 from data_pipeline.registry import Domain, Registry
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
@@ -231,7 +231,7 @@ class _Evaluation:
         finished = folder.finished(parts)
         if rank == 0 and finished:
             print(f"{folder.folder}: {len(finished)} of {len(parts)} parts are there, measuring the rest")
-        bar = tqdm(
+        bar = progress_bar(
             total=sum(part.frames for part in parts),
             initial=sum(part.frames for part in finished),
             desc="evaluate" if processes == 1 else f"evaluate ({processes} processes)",

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_file, sha256
+from data_pipeline.progress import progress_bar, write_above
 from data_pipeline.windows.reader import ShardReader
 from fm.distributed import precision
 from fm.evaluation.errors import DAMAGED, StencilChoice, read_arrays
@@ -242,7 +242,7 @@ def fitted_stencils(
     try:
         save(stencils, file)
     except (OSError, UserError) as error:
-        tqdm.write(f"{file}: the linear stencils cannot be kept ({error}); the next evaluation will fit them again")
+        write_above(f"{file}: the linear stencils cannot be kept ({error}); the next evaluation will fit them again")
     return stencils
 
 
@@ -259,11 +259,11 @@ def linear_stencils(
     `given` is the last frame that a rollout starts from. A dataset whose data cannot be used is left out, with a note.
     """
     found = {}
-    for name, (train, valid) in tqdm(
-        splits.items(), "fit linear stencils", unit="dataset", disable=not progress, leave=False
+    for name, (train, valid) in progress_bar(
+        splits.items(), desc="fit linear stencils", unit="dataset", disable=not progress, leave=False
     ):
         try:
             found[name] = fitted_stencils(train, valid, protocol, given, device, cache)
         except UserError as error:
-            tqdm.write(f"{name}: no linear stencil: {error}")
+            write_above(f"{name}: no linear stencil: {error}")
     return found

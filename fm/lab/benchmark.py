@@ -16,9 +16,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import patch_environment
 from pydantic_core import to_jsonable_python
-from tqdm import tqdm
 
 from data_pipeline.errors import UserError
+from data_pipeline.progress import progress_bar
 from data_pipeline.schema import nearest
 from fm.config import Recipe
 from fm.datasets import load_own_recipe
@@ -265,7 +265,7 @@ class _CountedSteps:
         self._calls = {name: recipe.unroll_steps(name) for name in workload.datasets}
         self._found: dict[tuple[str, torch.dtype | None], Footprint] = {}
         every = [(dataset, dtype) for dtype in sorted(dtypes, key=str) for dataset in workload.datasets.values()]
-        for dataset, dtype in tqdm(every, desc="count", unit="dataset", leave=False):
+        for dataset, dtype in progress_bar(every, desc="count", unit="dataset", leave=False):
             objective = Unroll(model, recipe.loss, recipe.finetune, dtype)
             calls = self._calls[dataset.name]
             self._found[dataset.name, dtype] = footprint(objective, dataset.name, dataset.grid, self._windows, calls)

@@ -11,8 +11,8 @@ from statistics import median
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
+from data_pipeline.progress import progress_bar
 from data_pipeline.registry import load_registry
 from data_pipeline.tables import digits, markdown
 from data_pipeline.windows.division import Division
@@ -69,7 +69,7 @@ class ShardLoader:
         if accelerator.device.type == "cuda":
             model = build_model(self.recipe, self._readers, self._registry)
             state = TrainingState(self.recipe, model, accelerator, None)
-        bar = tqdm(WORKERS, desc="data wait", unit="way", leave=False)
+        bar = progress_bar(WORKERS, desc="data wait", unit="way", leave=False)
         return [self._measure(accelerator, state, workers, steps) for workers in bar]
 
     def _measure(self, accelerator: Accelerator, state: TrainingState | None, workers: int, steps: int) -> DataWait:

@@ -11,14 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 from data_pipeline.errors import UserError
+from data_pipeline.progress import progress_bar
 from data_pipeline.registry import PATCH
 from data_pipeline.tables import digits, markdown
 from fm.config import Recipe
@@ -92,7 +93,7 @@ class SizedDryRuns:
         smaller = [name for name, step in steps.items() if step.work < sizes[name][0].work]
         smallest = {name: median(self._take(sizes[name][-1]) for _ in range(ROUNDS)) for name in smaller}
         times: dict[str, list[float]] = {name: [] for name in steps}
-        for number in tqdm(range(1 + MOST_ROUNDS), desc="dry run", unit="round", leave=False):
+        for number in progress_bar(range(1 + MOST_ROUNDS), desc="dry run", unit="round", leave=False):
             left = started + seconds - time.perf_counter()
             if number > ROUNDS and left < sum(taken[-1] for taken in times.values()):
                 break
@@ -165,7 +166,7 @@ def measure_variants(
     on_gpu = accelerator.device.type == "cuda"
     groups = [{name: recipe} for name, recipe in recipes.items()] if on_gpu else [recipes]
     share = seconds / max(1, len(groups))
-    with tqdm(desc="benchmark", unit="round", leave=False) as bar:
+    with progress_bar(desc="benchmark", unit="round", leave=False) as bar:
         for group in groups:
             _take_turns(_warm_up(group, found, workload, accelerator, share, every, bar), share, bar)
             gc.collect()
@@ -214,7 +215,7 @@ def _warm_up(
     accelerator: Accelerator,
     seconds: float,
     every: bool,
-    bar: tqdm,
+    bar: Any,
 ) -> list[_VariantStep]:
     """Return the steps of variants that work here and for which there is time. The other variants get a reason."""
     ready: list[_VariantStep] = []
@@ -245,7 +246,7 @@ def _warm_up(
     return ready
 
 
-def _take_turns(steps: Sequence[_VariantStep], seconds: float, bar: tqdm) -> None:
+def _take_turns(steps: Sequence[_VariantStep], seconds: float, bar: Any) -> None:
     """Take rounds of all steps for `seconds`: at least ROUNDS, but fewer if ROUNDS take twice as long."""
     begin = ended = time.perf_counter()
     number, last = 0, 0.0  # last: seconds of the last round

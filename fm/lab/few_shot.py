@@ -95,7 +95,7 @@ def run_few_shot(
     """
     study = plan_few_shot(file, dataset, trajectories, overrides, scratch_rate)
     trials = plan(study.sweep, out)
-    failed = finish_trials(study.sweep, trials, out, launch_config)
+    failed = finish_trials(study.sweep, trials, out, launch_config, f"few-shot {dataset}")
     if failed is None:
         return EXIT_INTERRUPTED
     results = sweep_results(study.sweep, trials, failed)

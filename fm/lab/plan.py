@@ -13,8 +13,8 @@ import numpy as np
 import psutil
 import torch
 from pydantic_core import to_jsonable_python
-from tqdm import tqdm
 
+from data_pipeline.progress import progress_bar
 from data_pipeline.registry import PATCH
 from data_pipeline.windows.division import Division
 from fm.config import Recipe
@@ -225,7 +225,7 @@ class _Planner:
         one_call = Unroll(self.model, recipe.loss, None, torch.bfloat16 if bf16 else None)
         self.windows = {
             name: self._count(one_call, dataset)
-            for name, dataset in tqdm(workload.datasets.items(), desc="count", unit="dataset", leave=False)
+            for name, dataset in progress_bar(workload.datasets.items(), desc="count", unit="dataset", leave=False)
         }
 
     def _count(self, one_call: Unroll, dataset: WorkloadDataset) -> _WindowCount:

@@ -15,9 +15,9 @@ from textwrap import indent
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data_pipeline.errors import UserError
+from data_pipeline.progress import progress_bar
 from data_pipeline.tables import plain
 from data_pipeline.windows.schedule import Draw
 from fm.checkpoint import list_checkpoints, verify_checkpoint
@@ -113,7 +113,7 @@ def _state_before(run: Path, step: int) -> Path:
 def _train_to(trainer: Trainer, step: int) -> int:
     """Train until `step` steps are taken; return how many were missing."""
     missing = step - trainer.step
-    with tqdm(total=step, initial=trainer.step, desc="replay", unit="step", disable=not missing) as bar:
+    with progress_bar(total=step, initial=trainer.step, desc="replay", unit="step", disable=not missing) as bar:
         while True:
             if trainer.mixing.changes_at(trainer.step):  # adaptive shares follow the validation
                 trainer.validate(StopSignal())

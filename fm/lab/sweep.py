@@ -6,17 +6,18 @@ fails is reported, and the next one follows. fm/lab/sweep_file.py lists the file
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import only_process, write_whole
+from data_pipeline.progress import progress_bar
 from data_pipeline.tables import render
 from fm.checkpoint import find_checkpoint
 from fm.config import recipe_to_dict
@@ -29,6 +30,8 @@ EXIT_FAILED = 1
 WARM_UP, PROBE = 5, 30  # steps of a probe: the first ones, which are slow and left out, and those timed
 POLL_SECONDS = 0.2
 LAST_LINES = 15  # of a failed process's output, printed
+TAIL_BYTES = 4096  # of the log of a run, where its last step stands
+STEP = re.compile(rb'"step": (\d+)')
 
 
 class ProcessFailed(Exception):
@@ -62,8 +65,12 @@ def run_sweep(
     return EXIT_FAILED if failed else EXIT_DONE
 
 
-def finish_trials(sweep: Sweep, trials: Sequence[Trial], out: Path, launch_config: Path | None) -> set[str] | None:
+def finish_trials(
+    sweep: Sweep, trials: Sequence[Trial], out: Path, launch_config: Path | None, title: str = "sweep"
+) -> set[str] | None:
     """Train and evaluate the trials that are not finished; return the names of those that failed, None if interrupted.
+
+    The progress on stderr is called `title`.
 
     Raises UserError, before anything runs, if a pretrained model is missing or a run in `out` has other settings.
     """
@@ -73,11 +80,10 @@ def finish_trials(sweep: Sweep, trials: Sequence[Trial], out: Path, launch_confi
     with (
         only_process(out, "sweep"),
         StopSignal().listen() as stop,
-        tqdm(total=len(trials), desc="sweep", unit="run", disable=None) as bar,
+        progress_bar(total=len(trials), desc=title, unit="run") as bar,
     ):
         runner = Runner(sweep, launch_config, stop, bar)
         for trial in trials:
-            bar.set_postfix_str(trial.name)
             try:
                 runner.finish(trial)
             except ProcessFailed as failure:
@@ -105,9 +111,9 @@ def _check_startable(trial: Trial, sweep: Sweep) -> None:
 
 
 class Runner:
-    """Finish trials, each in processes of its own, which end when `stop` is received; `bar` is refreshed meanwhile."""
+    """Finish trials, each in processes of its own, which end when `stop` is received; `bar` shows where they are."""
 
-    def __init__(self, sweep: Sweep, launch_config: Path | None, stop: StopSignal, bar: tqdm) -> None:
+    def __init__(self, sweep: Sweep, launch_config: Path | None, stop: StopSignal, bar: Any) -> None:
         self.sweep, self.stop, self.bar = sweep, stop, bar
         self.launcher = [sys.executable]
         if launch_config is not None:
@@ -125,7 +131,7 @@ class Runner:
             command = [sys.executable, "-m", "fm", "evaluate", str(trial.model), "--out", str(trial.report)]
             command += ["--shards", trial.recipe.data.shards, "--protocol", self.sweep.protocol]
             command += ["--windows", str(self.sweep.windows)] if self.sweep.windows is not None else []
-            self._run(command, trial.directory / "evaluate.out")
+            self._run(command, trial.directory / "evaluate.out", lambda: f"{trial.name}, evaluation")
 
     def _probed_steps(self, trial: Trial, seconds: float) -> int:
         """Return train.steps for `seconds` of training: the stored choice, or that of a new probe.
@@ -151,10 +157,16 @@ class Runner:
 
     def _train(self, trial: Trial) -> None:
         command = [*self.launcher, "-m", "fm", "train", str(trial.variant.base), *trial.overrides]
-        self._run(command, trial.recipe.run.directory / "train.out")
+        folder, steps = trial.recipe.run.directory, trial.recipe.train.steps
+        self._run(
+            command, folder / "train.out", lambda: f"{trial.name}, step {_last_step(folder / 'log.jsonl')}/{steps}"
+        )
 
-    def _run(self, command: Sequence[str], output: Path) -> None:
-        """Run a command to its end and append what it prints to `output`. Raises ProcessFailed or Interrupted."""
+    def _run(self, command: Sequence[str], output: Path, state: Callable[[], str]) -> None:
+        """Run a command to its end and append what it prints to `output`; `state` tells the bar where it is.
+
+        Raises ProcessFailed or Interrupted.
+        """
         if self.stop.received:
             raise Interrupted
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +176,7 @@ class Runner:
                 command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
             )
             try:
-                self._wait(process)
+                self._wait(process, state)
             finally:
                 if process.poll() is None:  # a second Ctrl-C
                     os.killpg(process.pid, signal.SIGKILL)
@@ -176,7 +188,7 @@ class Runner:
             last = "\n  ".join([line for line in lines if line.strip()][-LAST_LINES:])
             raise ProcessFailed(f"exit code {process.returncode}, {output} ends with\n  {last}")
 
-    def _wait(self, process: subprocess.Popen[bytes]) -> None:
+    def _wait(self, process: subprocess.Popen[bytes], state: Callable[[], str]) -> None:
         """Wait for the end of the process. When `stop` is received it gets one SIGTERM; training then saves first."""
         signaled = False
         while True:
@@ -184,7 +196,18 @@ class Runner:
                 process.wait(POLL_SECONDS)
                 return
             except subprocess.TimeoutExpired:
+                self.bar.set_postfix_str(state(), refresh=False)
                 self.bar.refresh()
                 if self.stop.received and not signaled:
                     os.killpg(process.pid, signal.SIGTERM)
                     signaled = True
+
+
+def _last_step(log: Path) -> int:
+    """Return the last step in a run's log.jsonl, which may be written just now; 0 before the first."""
+    if not log.is_file():
+        return 0
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+        steps = STEP.findall(file.read())
+    return int(steps[-1]) if steps else 0

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import read_json, write_whole
+from data_pipeline.registry import load_registry
 from data_pipeline.remote import is_url
 from data_pipeline.schema import (
     Count,
@@ -31,7 +32,7 @@ from data_pipeline.schema import (
 from data_pipeline.shards.format import MANIFEST_NAME, Manifest
 from fm.checkpoint import look_at_newest, use_checkpoint, verify_checkpoint, weights_digest
 from fm.config import Recipe, changed_settings, recipe_to_dict, resolve
-from fm.datasets import load_own_recipe
+from fm.datasets import load_own_recipe, with_available_datasets
 from fm.evaluation.protocol import Protocol, load_protocol
 from fm.evaluation.scores import Scores
 
@@ -236,6 +237,10 @@ def plan(sweep: Sweep, out: Path, overrides: Sequence[str] = ()) -> list[Trial]:
 def _trial(variant: Variant, seed: int, directory: Path, overrides: tuple[str, ...]) -> Trial:
     try:
         recipe = load_own_recipe(variant.base, overrides)
+        resolved = with_available_datasets(recipe, load_registry(recipe.data.registry))
+        if resolved != recipe:  # all runs of the sweep have the same datasets, even where shards are added meanwhile
+            overrides = (*overrides, f"data.datasets=[{','.join(resolved.data.datasets or ())}]")
+            recipe = resolved
     except UserError as error:
         raise UserError(f"variant {variant.name!r}: {error}") from error
     if variant.only_evaluate and recipe.finetune is None:

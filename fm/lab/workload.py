@@ -28,7 +28,14 @@ from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Schedule, Source
 from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.config import Recipe
-from fm.datasets import AnyConfig, check_windows, dataset_specs, new_model, open_split
+from fm.datasets import (
+    AnyConfig,
+    check_windows,
+    dataset_specs,
+    new_model,
+    open_split,
+    with_available_datasets,
+)
 from fm.model.imports import ImportedOptimizer
 from fm.model.network import ImportedConfig
 from fm.model.spec import DatasetSpec, ModelConfig
@@ -99,6 +106,7 @@ def read_workload(recipe: Recipe, require_shards: bool = False) -> Workload:
     Raises UserError for a dataset that has neither shards nor published sizes, or no shards if `require_shards`.
     """
     registry = load_registry(recipe.data.registry)
+    recipe = with_available_datasets(recipe, registry)
     registry.select(recipe.data.datasets)  # raises UserError for an unknown name
     readers = _open_shards(recipe, registry, require_shards)
     check_windows(recipe, readers)
@@ -127,6 +135,7 @@ def sized_workload(recipe: Recipe, size: GridSize, names: Sequence[str] | None =
     dataset and for a dataset without this size.
     """
     registry = load_registry(recipe.data.registry)
+    recipe = with_available_datasets(recipe, registry)
     known = recipe.data.datasets or list(EIGHT)
     for name in names or ():
         if name not in known:

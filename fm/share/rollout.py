@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data_pipeline.errors import UserError, disk_full_error, is_disk_full
 from data_pipeline.files import atomic_path
+from data_pipeline.progress import progress_bar
 from data_pipeline.registry import Card, load_registry
 from data_pipeline.well.write import WellWriter
 from fm.distributed import StopSignal, precision
@@ -175,7 +175,7 @@ def _write(
     channels = initial.setting.card.state_channels
     failures: dict[int, tuple[int, str]] = {}
     file.write(0, initial.frames[:, -1])
-    for step in tqdm(range(1, steps + 1), desc="rollout", unit="step", disable=not progress, leave=False):
+    for step in progress_bar(range(1, steps + 1), desc="rollout", unit="step", disable=not progress, leave=False):
         over = len(failures) == len(initial.trajectories)
         frame = np.full_like(initial.frames[:, -1], np.nan) if over else next(frames)
         if stop.received:

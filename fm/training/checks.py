@@ -1,6 +1,7 @@
-"""Checks of a run on its own state: the cosines between the datasets' gradients, and the memory of its largest step."""
+"""Checks of a run: its datasets and their size, the datasets' gradients, and the memory of its largest step."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,10 +10,14 @@ from torch import Tensor
 
 from data_pipeline.errors import UserError
 from data_pipeline.hashing import stream_key, uniform
+from data_pipeline.registry import Registry
 from data_pipeline.windows.division import Division
 from data_pipeline.windows.reader import ShardReader
-from fm.config import Recipe
-from fm.distributed import autocast_dtype, peak_memory_bytes
+from data_pipeline.windows.schedule import Schedule
+from fm.checkpoint import newest_checkpoint, read_state
+from fm.config import AVAILABLE, Recipe
+from fm.datasets import with_available_datasets
+from fm.distributed import autocast_dtype, broadcast_from_main, peak_memory_bytes
 from fm.evaluation.cosines import Cosines
 from fm.training.dry_run import DryRun, resized
 from fm.training.flops import held_calls
@@ -21,6 +26,9 @@ from fm.training.parallel import Parallel
 from fm.training.state import TrainingState
 
 WINDOWS = 4  # of each dataset
+LONG_RUN = 100_000  # optimizer steps that take hours to days
+PART = 0.1  # of the published dataset: shards that hold less are not the whole dataset
+MANY = 10  # times sampling.max_passes; the paper's runs of one dataset pass at most 308 times, 8 times the default
 
 
 def check_launch(recipe: Recipe, parallel: Parallel, datasets: Sequence[str]) -> None:
@@ -41,6 +49,57 @@ def check_launch(recipe: Recipe, parallel: Parallel, datasets: Sequence[str]) ->
         raise UserError(
             "tracking.gradient_cosine_every computes on the main process alone, but with "
             f"{parallel.name} none holds the whole model; use launch/ddp.yaml or DeepSpeed ZeRO-1 or 2, or set it to 0"
+        )
+
+
+def settle_datasets(recipe: Recipe, registry: Registry, accelerator: Accelerator) -> Recipe:
+    """Return the recipe with names in place of `available` in data.datasets, the same on all processes. Collective.
+
+    A run that continues keeps the datasets of its newest checkpoint, even where shards were added since.
+    """
+    if AVAILABLE not in (recipe.data.datasets or ()):
+        registry.select(recipe.data.datasets)  # raises UserError for an unknown name
+        return recipe
+    checkpoints = recipe.run.directory / "checkpoints"
+
+    def look() -> list[str] | None:
+        continues = recipe.checkpoint.resume == "auto"
+        newest = newest_checkpoint(checkpoints, lambda message: None) if continues else None
+        recorded = sorted(read_state(newest)["shards"]) if newest is not None else None
+        return with_available_datasets(recipe, registry, recorded).data.datasets
+
+    names = broadcast_from_main(accelerator, look)
+    accelerator.print(f"data.datasets: available: {', '.join(names or ())}")
+    return replace(recipe, data=replace(recipe.data, datasets=names))
+
+
+def check_size(
+    recipe: Recipe, step: int, schedule: Schedule, readers: Mapping[str, ShardReader], registry: Registry
+) -> None:
+    """Raise UserError, a question, where a new run of LONG_RUN steps or more has data for much fewer.
+
+    That is: it passes more than sampling.max_passes times over a dataset of which the shards hold less than PART of
+    what its card publishes, or MANY times as often over any dataset.
+    """
+    limit, steps = recipe.sampling.max_passes, min(recipe.train.steps, recipe.run.stop_at or recipe.train.steps)
+    if step or limit is None or steps < LONG_RUN:
+        return
+    passes, lines = schedule.passes(steps * recipe.train.draws), []
+    for name, reader in sorted(readers.items()):
+        card, manifest = registry.card(name), reader.manifest
+        pairs = sum(trajectory.frames - 1 for trajectory in manifest.trajectories)
+        part = pairs * int(np.prod(manifest.grid)) / (card.windows * int(np.prod(card.grid)) or np.nan)
+        if passes[name] > (limit if part < PART else MANY * limit):
+            published = f"; the published dataset is {1 / part:,.0f} times as large" if part < PART else ""
+            grid = f"{manifest.grid[0]} x {manifest.grid[1]}"
+            lines.append(f"  {passes[name]:,.0f} times over {name}: {pairs:,} pairs of frames of {grid}{published}")
+    if lines:
+        listed, fewer = "\n".join(lines), int(steps * limit / max(passes.values()))
+        raise UserError(
+            f"is this meant? {steps:,} steps (train.steps) pass\n{listed}\nNothing was trained. If it is not meant, "
+            f"put the whole data into {recipe.data.shards}, or train fewer steps: train.steps={fewer} passes at most "
+            f"{limit:g} times; for the mini-Well there is recipes/quickstart.yaml. If it is, add\n"
+            "  sampling.max_passes=null"
         )
 
 

@@ -31,7 +31,7 @@ from fm.distributed import (
     run_on_main,
 )
 from fm.evaluation.evaluate import ValidationResult, validate
-from fm.training.checks import check_launch, check_memory, gradient_cosines
+from fm.training.checks import check_launch, check_memory, check_size, gradient_cosines, settle_datasets
 from fm.training.guard import AnomalyDetector, RefusedStep, RegressionLimit, RollBack, keep_best, keep_incident
 from fm.training.mixing import Mixing
 from fm.training.objective import unroll_length
@@ -104,13 +104,13 @@ class Trainer:
         passed_over: Collection[int] = (),
         checkpoint: Path | None = None,
     ) -> None:
-        self.recipe, self.accelerator = recipe, accelerator
+        self.accelerator = accelerator
         self.record: RunRecord | NullRecord = NullRecord()
         self.directory = recipe.run.directory
         self.registry = load_registry(recipe.data.registry)
         self.checkpoints = self.directory / "checkpoints"
         self.writer = CheckpointWriter(self.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
-        self.registry.select(recipe.data.datasets)  # raises UserError for an unknown name
+        recipe = self.recipe = settle_datasets(recipe, self.registry, accelerator)
         check_trackers(recipe.tracking.log_with or ())
         self.readers = open_split(recipe, self.registry, "train")
         self.valid_readers = open_split(recipe, self.registry, "valid") if recipe.validation.every else {}
@@ -122,14 +122,14 @@ class Trainer:
         self.changes: list[str] = []  # settings that differ from those the run began with
         model = build_model(recipe, self.readers, self.registry, accelerator.print)
         if checkpoint is None and recipe.checkpoint.resume == "auto":
-            find = partial(newest_checkpoint, self.checkpoints, accelerator.print)
-            checkpoint = broadcast_from_main(accelerator, find)
+            checkpoint = broadcast_from_main(accelerator, partial(newest_checkpoint, self.checkpoints, accelerator.print))
         self.state = TrainingState(recipe, model, self.accelerator, checkpoint)
         if checkpoint is not None and self.state.facts is not None:
             self._restore(checkpoint, self.state.facts)
         self.saved = self.step  # the step of the last save, or the step that the run began with
         self.anomalies.refused.update(passed_over)
         check_launch(recipe, self.state.parallel, list(self.readers))
+        check_size(recipe, self.step, self.mixing.schedule, self.readers, self.registry)
         self.division = self._divide()
         self._batches: Iterator[Batch] | None = None
         # FSDP and DeepSpeed take no flag on the device, and whether a loss is a spike depends on the step before.

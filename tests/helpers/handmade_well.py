@@ -76,7 +76,10 @@ def write_file(path: Path, card: Card, state: np.ndarray, constants: np.ndarray 
         stored = np.moveaxis(chosen, -3, -1).reshape(*values.shape[:-3], *values.shape[-2:], *(2,) * field.order)
         fields[field.name] = StoredField(field.order, stored, time_varying=field.role == "state")
     count, frames, _, height, width = state.shape
-    return write_layout(path, fields, (height, width), count, np.arange(frames))
+    write_layout(path, fields, (height, width), count, np.arange(frames))
+    with h5py.File(path, "r+") as file:
+        file.attrs["dataset_name"] = card.name
+    return path
 
 
 def write_stats(folder: Path, card: Card, figures: Mapping[str, Sequence[float]]) -> None:

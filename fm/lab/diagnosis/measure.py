@@ -3,7 +3,7 @@
 `diagnose_run` opens a run and writes the results; `diagnose` measures. Array legend as in quantities.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data_pipeline.errors import UserError
 from data_pipeline.miniwell.twins import twin_distance
+from data_pipeline.progress import progress_bar
 from data_pipeline.registry import Card
 from data_pipeline.windows.reader import ShardReader
 from fm.datasets import check_channels, grid_spacing
@@ -97,10 +97,13 @@ def diagnose(
     The trajectories are measured one by one, so that memory holds the states of one. `train` reads the train split;
     `twins` (R, 2, T, C, H, W) are the trajectories and their twins, if any; `origin` names the weights and the data.
     """
-    parts = [
-        _measure(subject, card, index, None if twins is None else twins[row], row)
-        for row, index in enumerate(trajectories)
-    ]
+    # One bar for everything, in model calls: a log gets its lines from bars that stay for more than a minute.
+    calls = 3 * (subject.reader.num_frames(trajectories[0]) - subject.context) * len(trajectories)
+    with progress_bar(total=calls, desc=f"diagnose {subject.dataset}", unit="call", leave=False) as bar:
+        parts = [
+            _measure(subject, card, index, None if twins is None else twins[row], row, bar)
+            for row, index in enumerate(trajectories)
+        ]
     errors, stabilities, spectra, bands, drifts = zip(*parts, strict=True)
     mean_spectra = {
         name: np.mean([getattr(one, name) for one in spectra], axis=0) for name in ("truth", "prediction", "error")
@@ -128,7 +131,7 @@ def _joined(parts: Sequence[Part]) -> Part:
 
 
 def _measure(
-    subject: Subject, card: Card, trajectory: int, twins: np.ndarray | None, row: int
+    subject: Subject, card: Card, trajectory: int, twins: np.ndarray | None, row: int, bar: Any
 ) -> tuple[tuple[np.ndarray, ...], Stability, Spectra, Bands, tuple[Drift, ...]]:
     """Measure one trajectory, R = 1, the `row`-th of those chosen; twins (2, T, C, H, W).
 
@@ -139,10 +142,12 @@ def _measure(
     step, frames = subject.step([trajectory]), subject.frames([trajectory], num_frames)
     single, predicted, state = [], [], subject.state(frames, 0)
     with torch.no_grad():
-        for k in tqdm(range(num_steps), desc=f"roll out trajectory {trajectory}", leave=False):
+        bar.set_postfix_str(f"roll out trajectory {trajectory}")
+        for k in range(num_steps):
             single.append(_rms(subject.newest(step(subject.state(frames, k))) - frames[:, context + k]))
             state = step(state)
             predicted.append(subject.newest(state))
+            bar.update()
     paths = frames, torch.cat([frames[:, :context], torch.stack(predicted, dim=1)], dim=1)
     truth, rollout = (path[:, context - 1 :] for path in paths)  # (1, K + 1, C, H, W) each
     raw_truth, raw_rollout = subject.physical(truth), subject.physical(rollout)
@@ -155,7 +160,7 @@ def _measure(
     shown = tuple(np.unique(np.geomspace(1, num_steps, NUM_SPECTRA).round().astype(int)).tolist())
     return (
         errors,
-        _stability(subject, trajectory, paths, twins, std, row),
+        _stability(subject, trajectory, paths, twins, std, row, bar),
         measure_spectra(*later, shown, spacing),
         measure_bands(*later, subject.model.specs[subject.dataset].periodic),
         measure_drifts(card, manifest.state_channels, raw_truth, raw_rollout, std, manifest.spacing),
@@ -169,6 +174,7 @@ def _stability(
     twins: np.ndarray | None,
     std: np.ndarray,
     row: int,
+    bar: Any,
 ) -> Stability:
     """Measure the growth of one small difference along truth and rollout, `paths` (1, n + K, C, H, W).
 
@@ -185,15 +191,23 @@ def _stability(
     frames = evenly_spaced(num_steps, NUM_JACOBIANS) if row == 0 else []
     growth, largest = [], []
     for path in paths:
-        steps = tqdm(range(num_steps), desc=f"growth along trajectory {trajectory}", leave=False)
-        states = (subject.state(path, k) for k in steps)
-        growth.append(tangent_growth(step, states, start.to(subject.device)))
+        bar.set_postfix_str(f"growth along trajectory {trajectory}")
+        growth.append(tangent_growth(step, _states(subject, path, num_steps, bar), start.to(subject.device)))
+        bar.set_postfix_str("largest singular values")
         vector, values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(subject.device), []
-        for frame in tqdm(frames, desc="largest singular values", leave=False):
+        for frame in frames:
             value, vector = largest_singular_value(step, subject.state(path, frame), vector)
+            bar.refresh()
             values.append(value)
         largest.append(np.array(values))
     return Stability(growth[0], growth[1], true_flow, tuple(frames), largest[0], largest[1])
+
+
+def _states(subject: Subject, path: Tensor, num_steps: int, bar: Any) -> Iterator[Tensor]:
+    """Yield the states of a path (1, n + K, C, H, W) from which a step is taken, and count them."""
+    for k in range(num_steps):
+        yield subject.state(path, k)
+        bar.update()
 
 
 def _floors(subject: Subject, train: ShardReader) -> Floors:

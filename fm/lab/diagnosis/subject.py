@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data_pipeline.errors import UserError
 from data_pipeline.miniwell.generate import file_name, load_system, split_rows
 from data_pipeline.miniwell.system import ParameterSet
 from data_pipeline.miniwell.twins import twin_states
+from data_pipeline.progress import progress_bar
 from data_pipeline.remote import is_url
 from data_pipeline.windows.reader import ShardReader
 from fm.evaluation.samples import evenly_spaced
@@ -103,7 +103,7 @@ def twins_of(reader: ShardReader, well: Path, trajectories: Sequence[int]) -> np
             f"{type(error).__name__}: {error}. Give --well the folder that `data-pipeline simulate --out` was given."
         ) from error
     pairs = []
-    for index in tqdm(trajectories, desc="simulate twins", leave=False):
+    for index in progress_bar(trajectories, desc="simulate twins", unit="pair", leave=False):
         number, place = _locate(reader, index, sets)
         pair = twin_states(reader.dataset, preset, number, place, seed)
         _check_same(reader, index, pair[0, 0], well)

@@ -19,7 +19,6 @@ from the_well.data import WellDataset
 from well_rules import broken_rules
 
 from data_pipeline.cli import main
-from data_pipeline.errors import UserError
 from data_pipeline.importer.convert import write_files
 from data_pipeline.importer.options import Options
 from data_pipeline.importer.plan import make_plan
@@ -232,17 +231,6 @@ def test_crop_leave_out_parts_of_complex_numbers_and_integers(capsys: pytest.Cap
         assert not file["t0_fields/mask"].attrs["time_varying"]
 
 
-def test_a_generic_name_is_no_canonical_channel_without_the_users_word() -> None:
-    np.savez("a.npz", A=TRUTH, density=OTHER, t=TIMES, **POINTS)
-    write("a.npz", f"{PERIODIC} --dims n,t,x,y", "one")
-    register(Path("out/one"), None, Path("cards"), generic=["A", "density"])
-    write("a.npz", f"{PERIODIC} --dims n,t,x,y", "two")
-    register(Path("out/two"), None, Path("cards"))
-    registry = load_registry(Path("cards"))
-    assert registry.card("one").state_channels == ("one_A", "density")
-    assert registry.card("two").state_channels == ("A", "density")
-
-
 def arrays(**given: np.ndarray) -> Callable[[], Path]:
     def make() -> Path:
         np.savez("bad.npz", **{"t": TIMES, **POINTS, **given})
@@ -433,6 +421,8 @@ def test_taken_names_and_folders_that_cannot_be_written(capsys: pytest.CaptureFi
     Path("plain").write_text("")
     assert main(["import", "a.npz", "--name", "m", "--out", "plain/x", *shlex.split(STATED)]) == 2
     assert "plain/x: cannot be written" in capsys.readouterr().err
+    assert main(["import", "a.npz", "--name", "m", "--out", "/proc/none", *shlex.split(STATED)]) == 2
+    assert "/proc/none: cannot be written" in capsys.readouterr().err
 
 
 def test_dry_run_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -481,5 +471,4 @@ def test_netcdf_3_and_a_well_file() -> None:
     foreign.dataset().to_netcdf("old.nc", engine="scipy", format="NETCDF3_64BIT")
     write("old.nc", VECTOR)
     assert np.array_equal(in_order(imported()["velocity"][..., 0], TRUTH), TRUTH)
-    with pytest.raises(UserError, match="it is in the Well's layout already, so there is nothing to import"):
-        write("out/mine/data/train/mine.hdf5", VECTOR, "again")
+    assert "recognized  The Well's own layout" in write("out/mine/data/*/mine.hdf5", "", "again")

@@ -71,7 +71,7 @@ def test_the_eight_are_drafted_as_their_cards_say(tiny_well: Path, tmp_path: Pat
     assert card.num_frames == (times.size,)
     if card.dt is None:
         assert dataset == "helmholtz_staircase"  # omega differs from file to file
-        assert any(line.startswith("dt: from ") for line in made.decisions)
+        assert any("the time step differs, from " in line for line in made.decisions)
     else:
         assert card.dt == pytest.approx(times[1] - times[0], rel=1e-4)
 
@@ -101,7 +101,8 @@ def test_names_decide_what_is_canonical_and_the_rest_is_proposed(tmp_path: Path)
     registry = load_registry(tmp_path / "cards")
     new = registry.channels[len(load_registry().channels) :]
     own = {"rho", "Pressure", "depth", "momentum_x", "momentum_y", "vel_x", "vel_y"}
-    assert set(new) == {f"brew_{name}" for name in own | {f"S_{ij}" for ij in ("xx", "xy", "yx", "yy")}}
+    tensors = {f"{name}_{ij}" for name in "SC" for ij in ("xx", "xy", "yx", "yy")}  # C: one letter is generic
+    assert set(new) == {f"brew_{name}" for name in own | tensors}
     assert registry.channel_cards["brew_S_yx"].duplicate_of == "brew_S_xy"
     said = "\n".join(made.decisions)
     assert (
@@ -115,6 +116,17 @@ def test_names_decide_what_is_canonical_and_the_rest_is_proposed(tmp_path: Path)
     assert "brew_S_yx: equals brew_S_xy in the sample; always?" in said
     text = made.paths[0].read_text()
     assert all(f"#   - {line}" in text for line in made.decisions)
+
+
+def test_a_generic_name_is_no_canonical_channel_without_the_users_word(tmp_path: Path) -> None:
+    source, cards = write_file(tmp_path / "one.hdf5", {"A": 0, "density": 0}), tmp_path / "cards"
+    drafts = {"d0": ["d0_A", "density"], "d1 A": ["A", "d1_density"], "d2 none": ["d2_A", "d2_density"]}
+    for typed, channels in {**drafts, "d3 all": ["A", "density"]}.items():
+        name, *share = typed.split()
+        register(source, name, cards, share)
+        assert load_registry(cards).card(name).state_channels == tuple(channels)
+    with pytest.raises(UserError, match=r"--share u: expected fields with .* of a canonical channel \(A, density\)"):
+        register(source, "d4", cards, ["u"])
 
 
 def test_figures_are_those_of_the_data(tmp_path: Path) -> None:
@@ -207,7 +219,8 @@ def test_oddities_are_pointed_out(tmp_path: Path) -> None:
     write_file(tmp_path / "flat" / "a.hdf5", {"density": 0}, time=np.zeros(3))
     made, card = draft(source, tmp_path / "cards")
     said = "\n".join(made.decisions)
-    assert "grid: 15 x 16 has an odd size" in said
+    assert "model_grid: whole split: 15 x 16 points: the models need even numbers of at least 16 along" in said
+    assert "drafted by `data-pipeline register`. It cannot be used as it is: " in made.paths[0].read_text()
     assert "axes: odd.hdf5: y runs backward, from 1 to -1; points along y are not equally spaced" in said
     assert "times: odd.hdf5, trajectory 1, frames 2-3: 2 of 4 frames are not later than one before them" in said
     assert "density: the sample holds NaN or Inf" in said

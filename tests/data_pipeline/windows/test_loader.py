@@ -88,6 +88,7 @@ def test_missing_shards_end_in_the_commands_that_make_them(tmp_path: Path, datas
     message = str(caught.value)
     for name in datasets or ["<dataset>"]:
         assert f"{tmp_path}/{name}/train/manifest.json" in message
-    assert "data-pipeline download --out WELL --datasets NAME" in message
-    assert f"data-pipeline shard --well WELL --out {tmp_path}" in message
-    assert "data-pipeline simulate --preset mini" in message
+    names = ",".join(sorted(datasets or ["NAME"]))
+    assert f"data-pipeline download --out WELL --datasets {names}" in message
+    assert f"data-pipeline shard --well WELL --out {tmp_path} --datasets {names}" in message
+    assert "data-pipeline shard --well data/mini/well --out data/mini/shards" in message  # never where The Well belongs

@@ -1,6 +1,7 @@
 """The few-shot curve: a real study of two runs, and how others are planned and refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,17 @@ def recipe(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_both_arms_see_the_same_windows_and_the_study_is_written(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("data_pipeline.progress.LINE_SECONDS", 0.0)
     out = tmp_path / "study"
     command = ["few-shot", str(recipe), "--dataset", NEW, "--trajectories", "1", "--out", str(out)]
     assert fm(command) == 0
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
+    assert re.search(rf"^few-shot {NEW}: 0 of 2 runs in .*, pretrained_1_seed0, step 3/3$", progress, re.MULTILINE)
+    assert re.search(
+        rf"^few-shot {NEW}: 1 of 2 runs in .* left, from_scratch_1_seed0, evaluation$", progress, re.MULTILINE
+    )
     logs = {arm: log(out / f"{arm}_1_seed0") for arm in ("pretrained", "from_scratch")}
     assert [line["windows"] for line in logs["pretrained"]] == [line["windows"] for line in logs["from_scratch"]]
     assert {line["dataset"] for line in logs["pretrained"]} == {NEW}

@@ -174,3 +174,15 @@ def _spec() -> DatasetSpec:
     stats = {key: {"density": 1.0} for key in ("mean", "std", "mean_delta", "std_delta")}
     sides = (("PERIODIC", "PERIODIC"), ("WALL", "WALL"))
     return DatasetSpec("one", ("density",), (), sides, stats)
+
+
+def test_runs_on_the_available_datasets_are_all_told_the_same_names(tiny_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    for name in ("helmholtz_staircase", "shear_flow"):
+        (tmp_path / "shards" / name).symlink_to(tiny_shards / name)
+    paper = ROOT / "recipes" / "fm_pretrain.yaml"
+    text = f"title: two\nbase: {paper}\nvariants: {{one: {{}}, no ridge: {{model.ridge: none}}}}\n"
+    sweep = load_sweep(write(tmp_path, text))
+    for trial in plan(sweep, tmp_path / "out", [f"data.shards={tmp_path / 'shards'}", "data.datasets=available"]):
+        assert trial.recipe.data.datasets == ["helmholtz_staircase", "shear_flow"]
+        assert load_recipe(paper, trial.overrides) == trial.recipe

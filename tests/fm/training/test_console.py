@@ -112,7 +112,7 @@ def test_prints_of_other_processes_do_not_tear_the_panel(tmp_path: Path) -> None
 
 
 def test_a_terminal_that_changes_its_size_gets_a_new_panel(tiny_shards: Path, tmp_path: Path) -> None:
-    terminal = on_terminal(shown(tiny_shards, tmp_path / "run", train={"steps": 100_000}), 100, 30)
+    terminal = on_terminal(shown(tiny_shards, tmp_path / "run", train={"steps": 90_000}), 100, 30)
     while not any(line.startswith(PANEL_TOP) for line in terminal.lines()):
         assert terminal.read()
     terminal.resize(80, 20)
@@ -125,7 +125,7 @@ def test_a_terminal_that_changes_its_size_gets_a_new_panel(tiny_shards: Path, tm
 
 
 def test_ctrl_c_and_failures_leave_the_terminal_clean(tiny_shards: Path, tmp_path: Path) -> None:
-    recipe = shown(tiny_shards, tmp_path / "run", train={"steps": 100_000})
+    recipe = shown(tiny_shards, tmp_path / "run", train={"steps": 90_000})
     terminal = on_terminal(recipe)
     wait_for(lambda: terminal.read() and (tmp_path / "run/log.jsonl").exists() and len(log(tmp_path / "run")) > 3,
              terminal.process)  # fmt: skip

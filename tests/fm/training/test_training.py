@@ -147,7 +147,7 @@ def test_what_accelerate_is_configured_to_do_is_ignored_reported_or_refused(tiny
 
 def test_a_second_training_does_not_join_the_first(tiny_shards: Path, tmp_path: Path) -> None:
     """As when only the launcher was killed and its processes train on, unseen."""
-    recipe = small(tiny_shards, tmp_path / "run", train={"steps": 100_000}, checkpoint={"every": 100_000})
+    recipe = small(tiny_shards, tmp_path / "run", train={"steps": 90_000}, checkpoint={"every": 90_000})
     process = fork(recipe)
     try:
         wait_for(lambda: (tmp_path / "run/log.jsonl").is_file() and log(tmp_path / "run"), process)

@@ -38,12 +38,16 @@ def subject(run: Path, tiny_shards: Path) -> Subject:
     return Subject(load_pretrained(run), reader, torch.device("cpu"))
 
 
-def test_the_command_writes_numbers_pictures_and_a_page(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_numbers_pictures_and_a_page(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipeline.progress.LINE_SECONDS", 0.0)
     assert fm(["diagnose", str(run), "--dataset", "helmholtz_staircase", "--trajectories", "2"]) == 0
     out = run / "report" / "diagnosis"
     assert sorted(path.suffix for path in out.glob("helmholtz_staircase.*")) == [".html", ".json", ".png"]
     content = json.loads((out / "helmholtz_staircase.json").read_text())
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
+    assert "diagnose helmholtz_staircase: 48 of 48 calls in" in progress
     for subject, text in content["findings"].items():
         assert f"{subject}: {text}" in printed
     assert content["num_steps"] == 8
