@@ -12,12 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_file, sha256
+from data_pipeline.schema import validate
 from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Schedule
 from fm.config import Recipe, dump_recipe, recipe_to_dict
@@ -39,6 +40,8 @@ from fm.training.tensorboard import Dashboard, flat_settings, start_trackers
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step, over all processes. A step may consist of several draws (train.draws)."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # for `validate`; a loss may be NaN
 
     step: int  # optimizer steps done, this one included
     datasets: tuple[str, ...]  # one per draw
@@ -131,8 +134,11 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         write_process(directory / "run.json", spread)
         self._log = JsonLog(directory / "log.jsonl", lambda line: line["step"] <= step, self._report_failure)
         self._events = EventLog(directory / "events.jsonl", step, self._report_failure)
-        pending = self._events.saved["pending"] if step else ()
-        self._meter = Meter(model, recipe, [StepResult(**saved) for saved in pending])
+        where = f"{directory / 'events.jsonl'}: damaged line of kind save at step {step}, remove it: pending"
+        pending: tuple[StepResult, ...] = ()
+        if step:
+            pending = validate(tuple[StepResult, ...], self._events.saved["pending"], where)
+        self._meter = Meter(model, recipe, pending)
 
         settings = flat_settings(recipe_to_dict(resolved), names)
         others = recipe.tracking.log_with or ()
