@@ -24,13 +24,21 @@ from typing import Annotated, Any
 import psutil
 import torch
 
-from data_pipeline.files import atomic_file, load_json, read_json
+from data_pipeline.files import atomic_file, inside, load_json, read_json
 from data_pipeline.schema import Strict, at_least, checked, sealed, unsealed, validate
 from fm.distributed import accelerate_settings
 
 KINDS_OF_A_PROCESS = ("start", "end")  # kept, whatever step a later process continues from
 # written after the checkpoint of their step, and written again by a run that continues from that checkpoint
 KINDS_AFTER_A_SAVE = ("validation", "gate", "cosine", "shares", "warning")
+
+
+def check_run_folder(directory: Path) -> Path:
+    """Return a run directory. UserError if a link in it would make training read, write or delete outside it."""
+    logs = ("recipe.yaml", "run.json", "log.jsonl", "events.jsonl", "tensorboard", "trackers")
+    for name in (*logs, "checkpoints", "best", "incidents"):
+        inside(directory, name)
+    return directory
 
 
 def _is_time(value: Any) -> bool:

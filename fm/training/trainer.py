@@ -37,7 +37,7 @@ from fm.training.mixing import Mixing
 from fm.training.objective import unroll_length
 from fm.training.optim import learns_alone
 from fm.training.record import NullRecord, RunRecord, StepResult, is_validated
-from fm.training.runlog import lacks_validation
+from fm.training.runlog import check_run_folder, lacks_validation
 from fm.training.state import TrainingState
 from fm.training.step import PendingStep, PendingSteps, StepMetrics, train_step
 from fm.training.tensorboard import check_trackers
@@ -106,7 +106,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.accelerator = recipe, accelerator
         self.record: RunRecord | NullRecord = NullRecord()
-        self.directory = recipe.run.directory
+        self.directory = check_run_folder(recipe.run.directory)
         self.registry = load_registry(recipe.data.registry)
         self.checkpoints = self.directory / "checkpoints"
         self.writer = CheckpointWriter(self.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every)

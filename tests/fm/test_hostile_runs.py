@@ -20,7 +20,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import summary
-from whole_runs import DATASETS, small
+from whole_runs import DATASETS, fm, small, written
 
 from data_pipeline.errors import UserError
 from data_pipeline.registry import load_registry
@@ -226,6 +226,18 @@ def test_lines_of_endless_depth_or_digits_are_damaged(logged: Path, text: str) -
     for name, lines in (("events.jsonl", EVENTS), ("log.jsonl", LOG)):
         (logged / name).write_text("".join(f"{json.dumps(one)}\n" for one in lines) + text + "\n")
     assert [problem for problem in read_status(logged).problems if "1 damaged line" in problem]
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "tensorboard", "checkpoints", "best", "incidents", "report"])
+def test_a_link_in_a_run_leads_training_and_reports_nowhere(tmp_path: Path, name: str) -> None:
+    outside, run = tmp_path / "outside", tmp_path / "run"
+    outside.mkdir()
+    run.mkdir()
+    (run / name).symlink_to(outside)
+    command = ["score", str(run)] if name == "report" else ["train", str(written(small(Path("shards"), run)))]
+    done = fm(*command)
+    assert (done.returncode, list(outside.iterdir())) == (2, [])
+    assert f"{run}: expected paths inside it, got '{name}" in done.stderr
 
 
 @pytest.fixture(scope="module")
