@@ -80,6 +80,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(content, str(path))
 
 
+def load_json(content: str | bytes) -> Any:
+    """Return the value of a JSON text. ValueError if it is none, also for nesting beyond Python's recursion limit."""
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 def parse_json(content: bytes, where: str) -> dict[str, Any]:
     """Return the JSON object in a text that comes from `where`. UserError when it is something else."""
     try:

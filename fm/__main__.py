@@ -5,4 +5,9 @@ import sys
 from fm.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code:
+        from fm.distributed import explain_launcher_traceback
+
+        explain_launcher_traceback(code)
+    sys.exit(code)

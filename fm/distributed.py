@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
@@ -77,6 +77,21 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     except SignalException:
         return EXIT_INTERRUPTED
     return EXIT_DONE
+
+
+def explain_launcher_traceback(code: int) -> int:
+    """Return an exit code; if it is a failure under `accelerate launch`, first print whose traceback is beside it.
+
+    accelerate raises CalledProcessError or ChildFailedError for any exit code but 0, unless it was given --quiet, which
+    the processes that it starts cannot see.
+    """
+    if code and "ACCELERATE_DYNAMO_BACKEND" in os.environ and os.environ.get("LOCAL_RANK", "0") == "0":
+        note = "A traceback above or below this line is accelerate's and only repeats the exit code"
+        remedy = "`accelerate launch --quiet`, `fm train RECIPE` and `fm evaluate RUN` print none"
+        if sys.stderr is not None:
+            with suppress(OSError):
+                print(f"{note}: {remedy}.", file=sys.stderr, flush=True)
+    return code
 
 
 def make_accelerator(clip: float) -> Accelerator:

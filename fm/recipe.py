@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_pipeline.errors import run_command
 from fm.datasets import load_own_recipe
-from fm.distributed import EXIT_LOST, ProcessLost, launch
+from fm.distributed import EXIT_LOST, ProcessLost, explain_launcher_traceback, launch
 from fm.training.trainer import train
 
 
@@ -20,7 +20,7 @@ def run(path: str) -> None:
 
     Exit codes: 0 done, 2 a mistake of the user, 3 another process of the run is lost, 130 interrupted and saved.
     """
-    sys.exit(main(path, sys.argv[1:]))
+    sys.exit(explain_launcher_traceback(main(path, sys.argv[1:])))
 
 
 def main(path: str, overrides: Sequence[str], processes: int = 1) -> int:

@@ -6,7 +6,6 @@ Nothing outside them is read: links are not followed. Sizes are checked before m
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
@@ -23,7 +22,7 @@ import h5py
 import numpy as np
 
 from data_pipeline.errors import UserError
-from data_pipeline.files import free_bytes
+from data_pipeline.files import free_bytes, load_json
 from data_pipeline.well.layout import DEFLATE_RATIO, MAX_CHUNK_BYTES, MAX_TEXT_BYTES, check_extent
 
 MAX_POINTS = 2**20  # along an axis; a header can declare any number
@@ -325,7 +324,7 @@ def _zarr_array(name: str, one: Any) -> Array:
 
 
 def _is_array(path: Path) -> bool:
-    content = json.loads((path / "zarr.json").read_bytes()) if (path / "zarr.json").is_file() else {}
+    content = load_json((path / "zarr.json").read_bytes()) if (path / "zarr.json").is_file() else {}
     return (path / ".zarray").is_file() or content.get("node_type") == "array"
 
 
@@ -348,11 +347,11 @@ def _check_zarr(folder: Path, names: list[str]) -> bool | None:
             continue
         if (folder / name).stat().st_size > MAX_TEXT_BYTES:
             raise UserError(f"{folder / name}: expected at most {MAX_TEXT_BYTES} bytes, got more")
-        meta = json.loads((folder / name).read_bytes())
+        meta = load_json((folder / name).read_bytes())
         if name == "zarr.json" and meta.get("node_type") != "array":
             continue
         _check_codecs(meta, str(folder))
-        other = json.loads((folder / ".zattrs").read_bytes()) if ".zattrs" in names else {}
+        other = load_json((folder / ".zattrs").read_bytes()) if ".zattrs" in names else {}
         named = bool(meta.get("dimension_names") or "_ARRAY_DIMENSIONS" in other)
         chunks = meta.get("chunks") or meta["chunk_grid"]["configuration"]["chunk_shape"]
         if math.prod(chunks) * 8 > 8 * MAX_CHUNK_BYTES:

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 
 from data_pipeline.errors import UserError
-from data_pipeline.files import TEMPORARY_SUFFIX, write_whole
+from data_pipeline.files import TEMPORARY_SUFFIX, load_json, write_whole
 from data_pipeline.miniwell.system import SPLITS, ParameterSet, Simulation, System
 from data_pipeline.progress import write_above
 from data_pipeline.well.stats import DELTA_STATISTICS, VALUE_STATISTICS, Moments, pool
@@ -137,7 +137,7 @@ def _is_complete(folder: Path, marker: dict[str, Any]) -> bool:
             )
         return False
     try:
-        found = json.loads(path.read_text())
+        found = load_json(path.read_text())
     except ValueError as error:
         raise UserError(f"expected JSON in {path}, got: {error}. Remove {folder}, then run again.") from error
     if found != marker:

@@ -24,7 +24,7 @@ from data_pipeline.remote import RemoteFile, RemoteFolder, Retries, check_name
 from data_pipeline.schema import Line, Mismatch, Name, Strict, nearest, read_yaml, validate
 from data_pipeline.transport import Missing
 from data_pipeline.well.hdf5 import SPLITS, WellFile, chosen_splits
-from data_pipeline.well.layout import contradiction
+from data_pipeline.well.layout import contradiction, hdf5_obstacle
 from data_pipeline.well.stats import parse_stats, read_stats
 from data_pipeline.workers import Stopped, Threads
 
@@ -234,11 +234,15 @@ def _look_at(one: Wanted) -> Wanted:
 def damage(path: Path, size: int | None) -> str | None:
     """Return what is wrong with a file that has arrived, or None, without its card and without reading its arrays.
 
-    It may have another size, be an HTML page, or not be HDF5 in the Well's layout.
+    It may have another size, be an HTML page, or not be HDF5 in the Well's layout. Raises UserError if something else
+    keeps it from being read, such as a lock: it may be whole, so it is neither removed nor fetched again.
     """
-    found = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(512).lstrip().lower()
+    try:
+        found = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(512).lstrip().lower()
+    except OSError as error:
+        raise UserError(f"{path}: {hdf5_obstacle(error)}") from error
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is a web page, most likely an error message of the server"
     if size is not None and found != size:
@@ -252,6 +256,8 @@ def damage(path: Path, size: int | None) -> str | None:
     except UserError as error:
         return str(error)
     except (OSError, RuntimeError) as error:
+        if obstacle := hdf5_obstacle(error):
+            raise UserError(f"{path}: {obstacle}") from error
         return f"it is truncated or no HDF5 file ({error})"
     except (LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
         return f"it is not in the Well's layout ({error})"
@@ -320,7 +326,7 @@ def _in_threads(function: Callable[[T], R], items: Sequence[T], jobs: int) -> It
 
 
 def _check_against_cards(looked: Sequence[Wanted], registry: Registry, failed: set[Wanted]) -> list[Failure]:
-    """Return whole files that are not what the dataset's card says. They stay: another copy would be the same."""
+    """Return whole files that cannot be used with the dataset's card. They stay: another copy would be the same."""
     mismatches = []
     for one in looked:
         card = registry.cards.get(one.dataset)
@@ -333,7 +339,7 @@ def _check_against_cards(looked: Sequence[Wanted], registry: Registry, failed: s
                 with WellFile(one.path, card):
                     pass
         except UserError as error:
-            mismatches.append((one, f"is whole and was kept, but is not what the card says: {error}"))
+            mismatches.append((one, f"is whole and was kept, but cannot be used with the card: {error}"))
     return mismatches
 
 

@@ -248,7 +248,7 @@ class WellFile:
         """Return the time between stored frames of one trajectory; None if it differs, 0 if there is a single frame."""
         times = self.times(trajectory)
         if not np.isfinite(times).all():
-            raise UserError(f"{self._where}: trajectory {trajectory}: dimensions/time is not finite")
+            raise UserError(f"{self._where}: trajectory {trajectory}: times are not finite; write them anew")
         step = even_step(times) if len(times) > 1 else 0.0
         return step if step is not None and step >= 0 else None
 
@@ -317,7 +317,7 @@ class WellFile:
                     raise UserError(f"{self._where}: scalar {name} varies in time; only constant scalars are supported")
                 scalars[name] = float(data[trajectory] if flags(data, "sample_varying")[0] else data[()])
         if not np.isfinite(list(scalars.values())).all():
-            raise UserError(f"{self._where}: trajectory {trajectory}: a scalar is not finite: {scalars}")
+            raise UserError(f"{self._where}: trajectory {trajectory}: a scalar is not finite: {scalars}; write it anew")
         return scalars
 
     def _group(self, name: str) -> h5py.Group:

@@ -81,6 +81,12 @@ def hdf5_errors(where: str) -> Iterator[None]:
 
 def hdf5_cause(error: OSError | RuntimeError) -> str:
     """Return why HDF5 could not read a file, and what to do."""
+    text = " ".join(str(error).split())
+    return hdf5_obstacle(error) or f"cannot be read, so it is truncated or no HDF5 file ({text}); get it again"
+
+
+def hdf5_obstacle(error: OSError | RuntimeError) -> str | None:
+    """Return what keeps HDF5 from reading a file that may be whole, and what to do; None if the file is damaged."""
     number, text = getattr(error, "errno", None), " ".join(str(error).split())
     if "unable to lock file" in text:
         if number in (errno.EAGAIN, errno.EACCES):
@@ -98,7 +104,7 @@ def hdf5_cause(error: OSError | RuntimeError) -> str:
         return f"its disk or file system failed ({os.strerror(number)}): the file may be whole, so try again"
     if "required filter" in text or "can't open directory" in text:  # of the plugins that are looked for
         return f"a filter that it is compressed with is not installed here ({text}): {_GET_FILTER}"
-    return f"cannot be read, so it is truncated or no HDF5 file ({text}); get it again"
+    return None
 
 
 _GET_FILTER = (

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import UserError, brief
-from data_pipeline.files import atomic_file
+from data_pipeline.files import atomic_file, inside
 from fm.evaluation.protocol import Protocol
 
 FORMAT = 3  # 3: the linear stencil; 2: the grid of each dataset
@@ -211,7 +211,7 @@ def find_errors(place: Path) -> Path:
     """Return the error file of a run, of a report's folder, or the file itself; UserError if there is none."""
     if place.is_file():
         return place
-    candidates = [place / ERRORS_FILE, place / "report" / ERRORS_FILE]
+    candidates = [inside(place, name) for name in (ERRORS_FILE, f"report/{ERRORS_FILE}")]
     for candidate in candidates:
         if candidate.is_file():
             return candidate

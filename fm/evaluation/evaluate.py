@@ -113,7 +113,7 @@ def _is_complete(
 
     One of an older format, or without the linear stencil of a dataset that has train and valid shards, is not.
     """
-    if not (out / SCORES_FILE).is_file():
+    if not inside(out, SCORES_FILE).is_file():
         return False
     scores = Scores.load(out / SCORES_FILE)
     try:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import UserError
-from data_pipeline.files import atomic_file, inside, write_whole
+from data_pipeline.files import atomic_file, inside, load_json, write_whole
 from data_pipeline.windows.reader import ShardReader
 from fm.evaluation.errors import DAMAGED, read_arrays
 from fm.evaluation.measure import FrameErrors, one_step_windows, rollout_batches, rollout_steps
@@ -153,7 +153,7 @@ class PartFolder:
 
     def _read_identity(self) -> dict[str, Any] | None:
         try:
-            found = json.loads((self.folder / IDENTITY).read_text())
+            found = load_json((self.folder / IDENTITY).read_text())
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None

@@ -11,14 +11,16 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, brief
 from data_pipeline.files import inside
+from data_pipeline.schema import MAX_COUNT
 from fm.checkpoint import look_at_newest, read_state
 from fm.config import read_recipe
 from fm.training.runlog import is_alive, parse_lines, read_process
 
 NUM_RATE_LINES = 20  # pace lines of the present process that the rate is measured over
 QUIET_SECONDS = 600  # without a new line, a run on another machine may have ended, or be in a validation
+LONGEST_SECONDS = 1e10  # three centuries: calendars have an end
 NUM_EVENTS = 8
 SHOWN_KINDS = ("start", "guard", "shares", "warning", "message", "end")
 LOG_TAIL_BYTES = 1 << 16  # of log.jsonl, of which only the last line is needed
@@ -164,8 +166,9 @@ def _read_recipe(file: Path, problems: list[str]) -> dict[str, Any]:
     try:
         document = read_recipe(file)
         sections = {name: part for name, part in document.items() if isinstance(part, dict)}
-        if type(sections["train"]["steps"]) is not int:
-            raise UserError(f"{file}: train.steps: expected a whole number")
+        steps = sections["train"]["steps"]
+        if type(steps) is not int or not 0 < steps <= MAX_COUNT:
+            raise UserError(f"{file}: train.steps: expected a whole number above 0, got {brief(steps)}")
     except (UserError, KeyError) as error:
         problems.append(f"recipe.yaml: cannot be read ({error}); the length of the run is not known")
         return {}
@@ -235,7 +238,8 @@ def _rate(present: list[dict[str, Any]], step: int, steps: int | None, *, runnin
     if running and steps is not None:
         # wall-clock time, which includes validations and saves
         elapsed = used[-1]["time"] - paces[0]["time"] if len(paces) > 1 else seconds
-        left = max(0.0, (steps - step) * elapsed / stepped)  # clocks are set back, and differ between machines
+        left = (steps - step) * elapsed / stepped
+        left = min(max(0.0, left), LONGEST_SECONDS)  # clocks are set back, and differ between machines
         ends = time.time() + left
     return Rate(stepped / seconds, sum(line["samples"] for line in used) / seconds, left, ends)
 

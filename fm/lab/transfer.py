@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from pydantic_core import to_json
 
 from data_pipeline.errors import UserError
-from data_pipeline.files import write_whole
+from data_pipeline.files import inside, write_whole
 from data_pipeline.tables import Cell, Document, Marked, Table, render
 from fm.checkpoint import load_pretrained, read_state, use_checkpoint
 from fm.config import Recipe, changed_settings, recipe_to_dict, resolve
@@ -55,7 +55,7 @@ def transfer(joint: Path, bespoke: Sequence[Path], out: Path | None = None, form
     comparisons = sorted((compare(together, run) for run in alone), key=lambda one: one.dataset)
     document = describe(together, comparisons)
     text = render(document, form)
-    out = out or joint / "report" / "transfer"
+    out = out or inside(joint, "report/transfer")
     figures = {"transfer": transfer_figure(together, comparisons)}
     if together.cosines:
         steps = [step for step, _ in together.cosines]

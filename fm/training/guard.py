@@ -1,9 +1,12 @@
-"""What may refuse a step or end a run: anomalous losses and gradients, and one-step accuracy lost in finetuning."""
+"""What may refuse a step or end a run: anomalous losses and gradients, and one-step accuracy lost in finetuning.
+
+`SlowSteps` refuses nothing: it finds where steps begin to take many times as long.
+"""
 
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -18,6 +21,9 @@ from fm.evaluation.scores import geometric_mean
 
 MIN_HISTORY = 16  # steps of a dataset before a value can be a spike
 MIN_SPREAD = 0.05  # of logarithms, so that variations of less than 5 % do not make small changes spikes
+SLOW_FACTOR = 10  # times the median of earlier steps of the same kind, from which on a step is slow
+NUM_SLOW_STEPS = 3  # in a row, so that a pause of the machine is no finding
+MIN_EARLIER_STEPS, MAX_EARLIER_STEPS = 3, 50  # of a kind, whose median a step is compared with
 TINY = 1e-30  # in place of zero, for logarithms and ratios
 _ORDER = itemgetter("diverged", "score")  # of the best validations
 
@@ -132,6 +138,50 @@ class AnomalyDetector:
 
 def _log(value: float) -> float:
     return math.log(max(value, TINY))
+
+
+class SlowSteps:
+    """Finds where steps begin to take SLOW_FACTOR times as long as earlier steps of the same kind, once a process.
+
+    The first step of a kind may include a compilation, so the median of the earlier steps is taken. Slow steps are not
+    among them.
+    """
+
+    def __init__(self) -> None:
+        self._history: dict[Hashable, deque[float]] = {}  # kind -> the latest durations
+        self._factors: list[float] = []  # of the slow steps in a row that end with the latest step
+        self._found = False
+
+    def find(self, kind: Hashable, seconds: float) -> float | None:
+        """Add a step; if the last NUM_SLOW_STEPS are slow, return how many times as long they took (median), else None.
+
+        `kind` is equal for steps with the same work. `seconds` may be in any unit that is the same for all of a kind.
+        """
+        past = self._history.setdefault(kind, deque(maxlen=MAX_EARLIER_STEPS))
+        usual = statistics.median(past) if len(past) >= MIN_EARLIER_STEPS else 0.0
+        if usual > 0 and seconds >= SLOW_FACTOR * usual:
+            self._factors.append(seconds / usual)
+        else:
+            past.append(seconds)
+            if usual > 0:
+                self._factors.clear()
+        if self._found or len(self._factors) < NUM_SLOW_STEPS:
+            return None
+        self._found = True
+        return statistics.median(self._factors)
+
+
+def slow_steps_warning(factor: float, threads: int, processes: int, device: str) -> str:
+    """Return the warning of steps that take `factor` times as long as before: the likely cause, and what to set."""
+    cause = "other programs use the cores" if device == "cpu" else "other programs use the GPU or the cores"
+    if threads > 1:
+        cause += f", and the {threads} threads of each process wait for each other"
+        remedy = "set OMP_NUM_THREADS=1"
+    elif processes > 1:
+        remedy = f"start fewer processes (--processes, now {processes})"
+    else:
+        remedy = "end those programs (this run has one process of one thread, so OMP_NUM_THREADS does not help)"
+    return f"steps take {factor:.0f} times as long as before. Likely cause: {cause}. What to do: {remedy}"
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,20 @@ directory gets recipe.yaml, the logs (fm/training/runlog.py) and TensorBoard's f
 """
 
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
+
+import torch
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_file, sha256
+from data_pipeline.schema import validate
 from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Schedule
 from fm.config import Recipe, ValidationSettings, dump_recipe, recipe_to_dict
@@ -25,7 +29,7 @@ from fm.evaluation.protocol import load_protocol
 from fm.model.surrogate import Surrogate
 from fm.training.console import Console, print_quietly
 from fm.training.flops import forward_flops, forward_passes
-from fm.training.guard import RefusedStep
+from fm.training.guard import RefusedStep, SlowSteps, slow_steps_warning
 from fm.training.objective import unroll_length
 from fm.training.optim import part_rates
 from fm.training.runlog import EventLog, JsonLog, environment, write_process
@@ -36,6 +40,8 @@ from fm.training.tensorboard import Dashboard, flat_settings, start_trackers
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step, over all processes. A step may consist of several draws (train.draws)."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # for `validate`; a loss may be NaN
 
     step: int  # optimizer steps done, this one included
     datasets: tuple[str, ...]  # one per draw
@@ -119,6 +125,7 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         self._recipe, self._schedule, self._step = recipe, schedule, step
         self._stops_on_failure = recipe.checkpoint.on_error == "stop"
         self._warned: set[str] = set()  # datasets with a warning of too many passes
+        self._slow_steps, self._device = SlowSteps(), next(model.parameters()).device
         resolved = replace(recipe, **{model.section: model.config})
         directory, names = recipe.run.directory, sorted(schedule.shares)
         directory.mkdir(parents=True, exist_ok=True)
@@ -127,8 +134,11 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         write_process(directory / "run.json", spread)
         self._log = JsonLog(directory / "log.jsonl", lambda line: line["step"] <= step, self._report_failure)
         self._events = EventLog(directory / "events.jsonl", step, self._report_failure)
-        pending = self._events.saved["pending"] if step else ()
-        self._meter = Meter(model, recipe, [StepResult(**saved) for saved in pending])
+        where = f"{directory / 'events.jsonl'}: damaged line of kind save at step {step}, remove it: pending"
+        pending: tuple[StepResult, ...] = ()
+        if step:
+            pending = validate(tuple[StepResult, ...], self._events.saved["pending"], where)
+        self._meter = Meter(model, recipe, pending)
 
         settings = flat_settings(recipe_to_dict(resolved), names)
         others = recipe.tracking.log_with or ()
@@ -138,7 +148,7 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         saved = self._events.saved
         self._board = Dashboard(folder, names, windows, step, saved, settings, trackers, self._report_failure)
         self._board.text("recipe", f"```yaml\n{dump_recipe(resolved)}```", step)
-        facts = environment(next(model.parameters()).device, spread)
+        facts = environment(self._device, spread)
         rows = [f"| | from step {step} |", "|:--|:--|", *(f"| {name} | {fact} |" for name, fact in facts.items())]
         self._board.text("environment", "\n".join(rows), step)
         if step:
@@ -197,6 +207,7 @@ class RunRecord(AbstractContextManager["RunRecord"]):
         self._log.write({**entry, "loss": loss, "lr": result.lr})
         self._meter.results.append(result)
         self._step = result.step
+        self._warn_of_slow_steps(result)
         self._console.update_losses(result.step, dict(zip(result.datasets, result.losses, strict=True)))
         if result.step % self._recipe.tracking.every == 0 or result.step == self._recipe.train.steps:
             self._log_scalars(result.step)
@@ -284,6 +295,19 @@ class RunRecord(AbstractContextManager["RunRecord"]):
                     warning = f"at the present shares, {warning}"
                 self._write_text("warning", warning, step)
                 self.print(f"warning: {warning}")
+
+    def _warn_of_slow_steps(self, result: StepResult) -> None:
+        """Warn once if steps suddenly take much longer than steps of the same datasets and unroll lengths did.
+
+        Steps of several draws rarely have equal work, so the time of a token is compared. Waits for data do not count.
+        """
+        kind = (result.datasets, result.model_calls) if len(result.datasets) == 1 else len(result.datasets)
+        factor = self._slow_steps.find(kind, max(result.seconds - result.data_seconds, 0.0) / result.tokens)
+        if factor is not None:
+            processes = int(os.environ.get("WORLD_SIZE", "1"))
+            warning = slow_steps_warning(factor, torch.get_num_threads(), processes, self._device.type)
+            self._write_text("warning", warning, result.step)
+            self.print(f"step {result.step}: warning: {warning}")
 
 
 class Meter:

@@ -24,13 +24,21 @@ from typing import Annotated, Any
 import psutil
 import torch
 
-from data_pipeline.files import atomic_file, read_json
+from data_pipeline.files import atomic_file, inside, load_json, read_json
 from data_pipeline.schema import Strict, at_least, checked, sealed, unsealed, validate
 from fm.distributed import accelerate_settings
 
 KINDS_OF_A_PROCESS = ("start", "end")  # kept, whatever step a later process continues from
 # written after the checkpoint of their step, and written again by a run that continues from that checkpoint
 KINDS_AFTER_A_SAVE = ("validation", "gate", "cosine", "shares", "warning")
+
+
+def check_run_folder(directory: Path) -> Path:
+    """Return a run directory. UserError if a link in it would make training read, write or delete outside it."""
+    logs = ("recipe.yaml", "run.json", "log.jsonl", "events.jsonl", "tensorboard", "trackers")
+    for name in (*logs, "checkpoints", "best", "incidents"):
+        inside(directory, name)
+    return directory
 
 
 def _is_time(value: Any) -> bool:
@@ -208,7 +216,7 @@ class EventLog(JsonLog):
         super().__init__(file, lambda line: _is_past(line, resume_step), report)
         saves = [line for line in self.lines if line.get("kind") == "save" and line["step"] == resume_step]
         self.saved: Mapping[str, Any] = saves[-1] if saves else {"scalars": {}, "texts": [], "pending": []}
-        validations = [line for line in self.lines if line.get("kind") == "validation"]
+        validations = [line for line in self.lines if line.get("kind") == "validation" and "datasets" in line]
         self.scores: Mapping[str, Any] = validations[-1]["datasets"] if validations else {}
         texts = [line["text"] for line in self.lines if line.get("kind") == "guard" and line["step"] == resume_step]
         self.refusals = [text for text in texts if ["events", text] not in self.saved["texts"]]
@@ -220,8 +228,9 @@ def _is_past(line: Mapping[str, Any], resume_step: int) -> bool:
     return kind in KINDS_OF_A_PROCESS or step < resume_step or before_save
 
 
-def lacks_validation(file: Path, step: int) -> bool:
-    """Return whether an events.jsonl exists and has no validation after `step` steps."""
+def lacks_validation(run: Path, step: int) -> bool:
+    """Return whether a run has an events.jsonl without a validation after `step` steps: it was killed in it."""
+    file = run / "events.jsonl"
     if not file.is_file():
         return False
     lines, _ = parse_lines(file.read_text(errors="replace"))
@@ -234,14 +243,66 @@ def seconds_spent(pace: Mapping[str, Any]) -> float:
 
 
 def parse_lines(text: str) -> tuple[list[dict[str, Any]], int]:
-    """Return the lines of a log that are JSON objects with a step, and the number of other lines."""
+    """Return the lines of a log that are what this file writes, and the number of other lines.
+
+    Keys that this file does not know are not looked at. A line may lack keys that earlier versions did not write.
+    """
     lines, num_damaged = [], 0
     for line in text.splitlines():
         try:
-            entry = json.loads(line)
-            if not isinstance(entry["step"], int):
-                raise TypeError
+            entry = load_json(line)
+            if not _is_entry(entry):
+                raise ValueError
             lines.append(entry)
-        except (ValueError, KeyError, TypeError, IndexError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             num_damaged += 1
     return lines, num_damaged
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_tagged_text(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_text, value))
+
+
+def _is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e15
+
+
+def _is_score(value: Any) -> bool:
+    return value is None or type(value) is float or (type(value) is int and abs(value) < 2**53)
+
+
+_TESTS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("kind", "text", "state", "dataset"), _is_text),
+    **dict.fromkeys(("seconds", "samples", "cpu_seconds"), _is_amount),
+    **dict.fromkeys(("loss", "mean_ratio"), _is_score),
+    "step": _is_count,
+    "steps": lambda value: _is_count(value) and value > 0,
+    "time": _is_time,
+}
+_KEYS = {None: {"dataset", "loss"}, "pace": {"steps", "seconds", "time"}, "guard": {"text"}}  # kind -> needed ones
+
+
+def _is_entry(entry: Any) -> bool:
+    """Return whether a line of log.jsonl (without a kind) or events.jsonl can be one; errors mean that it cannot."""
+    kind = entry.get("kind")
+    if not {"step", *_KEYS.get(kind, ())} <= entry.keys():
+        return False
+    if kind == "validation" and "datasets" in entry:
+        cells = [cell[key] for cell in entry["datasets"].values() for key in ("vrmse", "over_persistence")]
+        if "mean_ratio" not in entry or not all(map(_is_score, cells)):
+            return False
+    if kind == "save":
+        texts, pending = entry["texts"], entry["pending"]
+        if not all(map(_is_score, entry["scalars"].values())) or None in entry["scalars"].values():
+            return False
+        if not (isinstance(texts, list) and isinstance(pending, list) and all(map(_is_tagged_text, texts))):
+            return False
+    return all(test(entry[key]) for key, test in _TESTS.items() if key in entry)

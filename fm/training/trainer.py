@@ -37,7 +37,7 @@ from fm.training.mixing import Mixing
 from fm.training.objective import unroll_length
 from fm.training.optim import learns_alone
 from fm.training.record import NullRecord, RunRecord, StepResult, is_validated, validation_settings
-from fm.training.runlog import lacks_validation
+from fm.training.runlog import check_run_folder, lacks_validation
 from fm.training.state import TrainingState
 from fm.training.step import PendingStep, PendingSteps, StepMetrics, train_step
 from fm.training.tensorboard import check_trackers
@@ -106,7 +106,7 @@ class Trainer:
     ) -> None:
         self.accelerator = accelerator
         self.record: RunRecord | NullRecord = NullRecord()
-        self.directory = recipe.run.directory
+        self.directory = check_run_folder(recipe.run.directory)
         self.registry = load_registry(recipe.data.registry)
         self.checkpoints = self.directory / "checkpoints"
         self.writer = CheckpointWriter(self.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
@@ -122,7 +122,8 @@ class Trainer:
         self.changes: list[str] = []  # settings that differ from those the run began with
         model = build_model(recipe, self.readers, self.registry, accelerator.print)
         if checkpoint is None and recipe.checkpoint.resume == "auto":
-            checkpoint = broadcast_from_main(accelerator, partial(newest_checkpoint, self.checkpoints, accelerator.print))
+            newest = partial(newest_checkpoint, self.checkpoints, accelerator.print)
+            checkpoint = broadcast_from_main(accelerator, newest)
         self.state = TrainingState(recipe, model, self.accelerator, checkpoint)
         if checkpoint is not None and self.state.facts is not None:
             self._restore(checkpoint, self.state.facts)
@@ -136,8 +137,8 @@ class Trainer:
         self._judges_first = not self.state.parallel.takes_found_inf or recipe.guard.spike is not None
         self._read_every = recipe.train.read_every or (1 if accelerator.device.type == "cpu" else READ_EVERY)
         ended = self.step == recipe.train.steps and is_validated(self.step, recipe)
-        log = self.directory / "events.jsonl"  # lacks its last validation if the run was killed in it
-        self.validation_pending = broadcast_from_main(accelerator, lambda: ended and lacks_validation(log, self.step))
+        lacks = partial(lacks_validation, self.directory, self.step)
+        self.validation_pending = ended and broadcast_from_main(accelerator, lacks)
 
     @property
     def step(self) -> int:
@@ -146,10 +147,9 @@ class Trainer:
 
     def nothing_to_do(self) -> str | None:
         """Return why no step is left to take, for the user, or None."""
-        stop_at = self.recipe.run.stop_at
         if self.step >= self.recipe.train.steps and not self.validation_pending:
             return f"{self.directory} is finished at step {self.step}; nothing to train."
-        if stop_at is not None and self.step >= stop_at:
+        if (stop_at := self.recipe.run.stop_at) is not None and self.step >= stop_at:
             return f"{self.directory} is at step {self.step}, where run.stop_at ends it."
         if self.regression_limit.ends_run:
             return f"{self.directory} was ended by finetune.gate at step {self.step}; raise it to go on."
@@ -389,8 +389,8 @@ class Trainer:
         limit = self.regression_limit
         best = newest_checkpoint(self.directory / "best", self.accelerator.print) if limit.active else None
         limit.restore(facts["gate"], read_state(best)["gate"] if best else None, self.step)
-        before = resolve(facts["recipe"], str(checkpoint / "state.json"))
-        then = {**recipe_to_dict(before), "symmetries": facts.get("symmetries", {})}
+        before = recipe_to_dict(resolve(facts["recipe"], str(checkpoint / "state.json")))
+        then = {**before, "symmetries": facts.get("symmetries", {})}
         self.changes = changed_settings(then, {**recipe_to_dict(self.recipe), "symmetries": self.state.symmetries})
 
     def _needs_state(self, step: int) -> bool:

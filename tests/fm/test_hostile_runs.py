@@ -7,6 +7,7 @@ import copy
 import io
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +16,11 @@ import pytest
 import torch
 from error_files import dataset_errors
 from fuzzing import CHANGES, EDITS, cases, edited, mutated
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from whole_runs import DATASETS, small
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import summary
+from whole_runs import DATASETS, fm, small, written
 
 from data_pipeline.errors import UserError
 from data_pipeline.registry import load_registry
@@ -31,7 +34,7 @@ from fm.evaluation.scores import score
 from fm.lab.status import read_status, status_text
 from fm.training.guard import AnomalyDetector, RegressionLimit
 from fm.training.mixing import Mixing
-from fm.training.runlog import read_process, write_process
+from fm.training.runlog import EventLog, parse_lines, read_process, write_process
 
 T = TypeVar("T")
 OLD, NEW = 40, 60  # steps of the checkpoints
@@ -165,6 +168,76 @@ def test_a_run_json_of_other_values_ends_in_a_problem_at_worst(root: Path, chang
     file.write_text(json.dumps(sealed(content)))
     assert status_text(read_status(run))
     write_process(file, "one process")
+
+
+EVENTS: list[dict[str, Any]] = [
+    {"kind": "start", "step": 0, "time": 1e9, "text": "started"},
+    {"kind": "pace", "step": 4, "time": 1e9 + 2, "steps": 4, "seconds": 1.5, "samples": 16, "cpu_seconds": 1.4},
+    {"kind": "pace", "step": 8, "time": 1e9 + 4, "steps": 4, "seconds": 1.5, "samples": 16},
+    {"kind": "guard", "step": 8, "time": 1e9 + 5, "text": "refused", "refused": 8, "reason": "r", "windows": {}},
+    {"kind": "save", "step": 8, "time": 1e9 + 6, "scalars": {"train/loss": 0.5}, "texts": [["events", "a"]]}
+    | {"pending": []},
+    {"kind": "validation", "step": 8, "time": 1e9 + 7, "mean_ratio": 0.5}
+    | {"datasets": {name: {"vrmse": 0.5, "over_persistence": None} for name in DATASETS}},
+    {"kind": "gate", "step": 8, "time": 1e9 + 8, "text": "within"},
+    {"kind": "end", "step": 8, "time": 1e9 + 9, "state": "finished", "text": "finished after step 8"},
+]
+LOG = [{"step": step, "dataset": DATASETS[0], "windows": "a", "loss": 0.5, "lr": 1e-3} for step in range(1, 9)]
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder for logs; its process has no run.json, and is taken for one of another machine."""
+    run = tmp_path_factory.mktemp("logged")
+    (run / "recipe.yaml").write_text("run: {name: logged}\ntrain: {steps: 1000000000000}")
+    return run
+
+
+@cases(80)
+@given(line=st.integers(0, len(EVENTS) - 1), change=CHANGES, edits=st.none() | EDITS, in_log=st.booleans())
+@example(line=1, change=[(2, "set", 1e308)], edits=None, in_log=False)
+@example(line=4, change=[(175, "set", "")], edits=None, in_log=False)
+def test_altered_lines_of_the_logs_are_left_out_or_lines_that_can_be(
+    logged: Path, line: int, change: list, edits: list | None, in_log: bool
+) -> None:
+    """Whatever a line says, `fm status` has an answer, and a run that continues opens its record."""
+    lines = {"events.jsonl": [json.dumps(one) for one in EVENTS], "log.jsonl": [json.dumps(one) for one in LOG]}
+    name, kept = ("log.jsonl", LOG) if in_log else ("events.jsonl", EVENTS)
+    changed = mutated(kept[line], change)
+    whole = json.dumps(changed) if edits is None else edited(json.dumps(kept[line]).encode(), edits).decode("latin1")
+    lines[name][line] = whole.replace("\n", " ")
+    for file, texts in lines.items():
+        (logged / file).write_text("\n".join(texts) + "\n")
+    status = read_status(logged)
+    assert status_text(status)
+    with closing(EventLog(logged / "events.jsonl", 8, print)) as events:
+        for tag, value in events.saved["scalars"].items():
+            Summary.Value(tag=tag, simple_value=value)
+        for tag, body in events.saved["texts"]:
+            summary.text(tag, body)
+    if edits is None and whole != json.dumps(kept[line]) and not in_log:
+        assert any("damaged" in problem for problem in status.problems) or changed in parse_lines(whole)[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 50_000, '{"step": ' + "9" * 5000 + "}", '{"step": NaN}', "[1]"]
+)
+def test_lines_of_endless_depth_or_digits_are_damaged(logged: Path, text: str) -> None:
+    for name, lines in (("events.jsonl", EVENTS), ("log.jsonl", LOG)):
+        (logged / name).write_text("".join(f"{json.dumps(one)}\n" for one in lines) + text + "\n")
+    assert [problem for problem in read_status(logged).problems if "1 damaged line" in problem]
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "tensorboard", "checkpoints", "best", "incidents", "report"])
+def test_a_link_in_a_run_leads_training_and_reports_nowhere(tmp_path: Path, name: str) -> None:
+    outside, run = tmp_path / "outside", tmp_path / "run"
+    outside.mkdir()
+    run.mkdir()
+    (run / name).symlink_to(outside)
+    command = ["score", str(run)] if name == "report" else ["train", str(written(small(Path("shards"), run)))]
+    done = fm(*command)
+    assert (done.returncode, list(outside.iterdir())) == (2, [])
+    assert f"{run}: expected paths inside it, got '{name}" in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -216,6 +216,18 @@ def test_missing_shards_end_in_one_message_and_exit_code_2(tmp_path: Path) -> No
     assert "data-pipeline simulate" in done.stderr
 
 
+def test_the_last_words_before_accelerates_traceback_say_whose_it_is(tmp_path: Path) -> None:
+    """accelerate ends so for every exit code but 0; what it starts cannot keep it from that."""
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1", "--cpu"]
+    command = [*launcher, RECIPES[0].parent / "fm_pretrain.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    ours, _, theirs = done.stderr.partition("Traceback (most recent call last)")
+    assert "CalledProcessError" in theirs
+    last = ours.splitlines()[-1]
+    assert last.startswith("A traceback above or below this line is accelerate's")
+    assert "`fm train RECIPE`" in last
+
+
 def _specs(names: list[str] | None) -> list[DatasetSpec]:
     """Specifications with unit statistics, from the registry's cards."""
     specs = []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
+from data_pipeline.files import inside
 from data_pipeline.miniwell.twins import twin_distance
 from data_pipeline.progress import progress_bar
 from data_pipeline.registry import Card
@@ -62,6 +63,7 @@ def diagnose_run(
     if trajectories < 1:
         raise UserError(f"--trajectories: expected at least 1, got {trajectories}")
     trained = TrainedModel.open(run)
+    out = out or inside(trained.report.parent, f"{trained.report.name}/diagnosis")
     model = trained.model
     if dataset not in model.specs:
         raise UserError(f"--dataset: expected one that {run} was trained on, {', '.join(model.specs)}; got {dataset!r}")
@@ -81,7 +83,7 @@ def diagnose_run(
                 raise
             print(f"without twins of the true flow: {error}")
     diagnosis = diagnose(subject, train, trained.registry().card(dataset), chosen, twins, origin)
-    return write_diagnosis(diagnosis, out or trained.report / "diagnosis")
+    return write_diagnosis(diagnosis, out)
 
 
 def diagnose(

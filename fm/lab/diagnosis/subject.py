@@ -4,7 +4,6 @@ A twin is a second simulation from an initial state that differs slightly. It ca
 datasets, whose simulations can be run again.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
+from data_pipeline.files import load_json
 from data_pipeline.miniwell.generate import file_name, load_system, split_rows
 from data_pipeline.miniwell.system import ParameterSet
 from data_pipeline.miniwell.twins import twin_states
@@ -94,10 +94,10 @@ def twins_of(reader: ShardReader, well: Path, trajectories: Sequence[int]) -> np
     """
     file = well / reader.dataset / "simulation.json"
     try:
-        marker: Any = json.loads(file.read_text())
+        marker: Any = load_json(file.read_text())
         preset, seed = marker["preset"], int(marker["seed"])
         sets = load_system(reader.dataset).presets[preset].parameter_sets
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{file}: expected what `data-pipeline simulate` writes, with preset and seed, got "
             f"{type(error).__name__}: {error}. Give --well the folder that `data-pipeline simulate --out` was given."

@@ -200,7 +200,7 @@ def test_a_whole_file_that_is_not_the_cards_stays(server: FaultyServer, tmp_path
         file["t0_fields"].move("A", "Z")
         file["t0_fields"].attrs["field_names"] = ["Z", "B"]
     for _ in range(2):
-        with pytest.raises(UserError, match=rf"{bad}: is whole and was kept, but is not what the card says"):
+        with pytest.raises(UserError, match=rf"{bad}: is whole and was kept, but cannot be used with the card"):
             get(server, tmp_path / "out")
     assert (tmp_path / "out" / "datasets" / bad).exists()
     assert server.requests[bad] == 1

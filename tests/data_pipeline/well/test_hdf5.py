@@ -1,19 +1,15 @@
 """HDF5 files are read by field name, as the_well reads them, and bad ones are refused by name."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import yaml
+from obstacles import compress_with_blosc, opened_for_writing, ordinary_user
 from the_well.data import WellDataset
 
 from data_pipeline.errors import UserError
@@ -231,31 +227,6 @@ def _replace(file: h5py.File, name: str, **options: object) -> None:
     file.create_dataset(name, **options).attrs.update(attributes)
 
 
-def _other_filter(file: h5py.File) -> None:
-    """Bytes as of a filter that only a plugin has (32001, blosc)."""
-    attributes, shape = dict(file["t0_fields/A"].attrs), file["t0_fields/A"].shape
-    del file["t0_fields/A"]
-    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    settings.set_chunk(shape)
-    settings.set_filter(32001, h5py.h5z.FLAG_OPTIONAL)
-    space = h5py.h5s.create_simple(shape)
-    made = h5py.h5d.create(file["t0_fields"].id, b"A", h5py.h5t.NATIVE_FLOAT, space, settings)
-    made.write_direct_chunk((0,) * len(shape), b"x" * 2**20)
-    file["t0_fields/A"].attrs.update(attributes)
-
-
-@contextmanager
-def ordinary_user() -> Iterator[None]:
-    """Root may read every file."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
-
-
 def test_causes_are_named_each_with_its_way_out(copy_of, tmp_path: Path) -> None:
     path = copy_of(CARD.name)
 
@@ -265,18 +236,14 @@ def test_causes_are_named_each_with_its_way_out(copy_of, tmp_path: Path) -> None
         assert str(path) in str(caught.value)
         return str(caught.value)
 
-    writing = "import h5py, sys; file = h5py.File(sys.argv[1], 'r+'); print(flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", writing, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
-        writer.stdout.readline()
+    with opened_for_writing(path):
         locked = complaint()
-        writer.stdin.close()
     path.chmod(0)
     with ordinary_user():
         forbidden = complaint()
     path.chmod(0o600)
     with h5py.File(path, "r+") as file:
-        _other_filter(file)
+        compress_with_blosc(file, "t0_fields/A")
     filtered = complaint()
     path.write_bytes(path.read_bytes()[:3000])
     cut = complaint()

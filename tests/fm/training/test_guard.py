@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from error_files import block_scores, dataset_scores, made_scores, window_scores
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from whole_runs import DATASETS, last_weights, log, small, spoil
+from whole_runs import DATASETS, finish, fork, last_weights, log, small, spoil
 
 from data_pipeline.errors import UserError
 from data_pipeline.shards.format import Manifest
@@ -20,7 +22,7 @@ from fm.cli import main
 from fm.config import FinetuneSettings, GuardSettings, Recipe, ValidationSettings
 from fm.evaluation.evaluate import ValidationResult
 from fm.lab.replay import replay
-from fm.training.guard import AnomalyDetector, RegressionLimit
+from fm.training.guard import AnomalyDetector, RegressionLimit, SlowSteps, slow_steps_warning
 from fm.training.trainer import train
 
 
@@ -312,3 +314,61 @@ def test_states_that_do_not_compare_are_refused() -> None:
     with pytest.raises(UserError, match="no trajectory of the valid split covers a window of the protocol thirds"):
         limited().judge(validated({"a": 0.1}, []))
     RegressionLimit(None, ValidationSettings()).restore(limited().state(), None, 5)  # no gate, nothing to restore
+
+
+def found(times: list[float], kind: str = "a", slow: SlowSteps | None = None) -> list[float | None]:
+    slow = slow or SlowSteps()
+    return [slow.find(kind, seconds) for seconds in times]
+
+
+def test_three_steps_in_a_row_that_take_ten_times_as_long_are_found_once() -> None:
+    usual = [9.0, 0.125, 0.125, 0.125]  # the first one was compiled
+    assert found([*usual, 1.25, 1.5, 2.0, 2.0, 2.0]) == [*[None] * 6, 12.0, None, None]
+    assert found([*usual, 1.25, 1.5, 0.125, 1.25, 1.5]) == [None] * 9  # pauses
+    assert found([*usual, 1.125, 1.125, 1.125, 1.125]) == [None] * 8  # nine times
+    assert found([0.125, 0.125, 2.0, 2.0, 2.0]) == [None] * 5  # two steps say nothing of the third
+    assert found([0.0] * 4 + [2.0] * 4) == [None] * 8  # all of their time was waiting for data
+
+
+def test_steps_are_compared_with_those_of_their_own_kind() -> None:
+    slow = SlowSteps()
+    assert found([0.125] * 4, "a", slow) + found([2.0] * 4, "b", slow) == [None] * 8
+    assert found([1.25, 1.5], "a", slow) + found([40.0], "b", slow) == [None, None, 12.0]
+
+
+def test_the_warning_of_slow_steps_names_what_to_set() -> None:
+    assert slow_steps_warning(14.2, threads=2, processes=1, device="cpu") == (
+        "steps take 14 times as long as before. Likely cause: other programs use the cores, and the 2 threads of each "
+        "process wait for each other. What to do: set OMP_NUM_THREADS=1"
+    )
+    assert "start fewer processes (--processes, now 4)" in slow_steps_warning(14.2, 1, 4, "cpu")
+    alone = slow_steps_warning(14.2, 1, 1, "cuda")
+    assert "other programs use the GPU or the cores. What to do: end those programs" in alone
+
+
+def test_a_run_whose_steps_become_slow_says_why_once(tiny_shards: Path, tmp_path: Path) -> None:
+    """The process is stopped most of the time, as one is whose core others use."""
+    run = tmp_path / "run"
+    endless = {"train": {"steps": 100_000}, "sampling": {"max_passes": None}}
+    process = fork(small(tiny_shards, run, data={"datasets": DATASETS[:1]}, **endless))
+
+    def events(kind: str) -> list[dict]:
+        lines = (run / "events.jsonl").read_text().split("\n")[:-1] if (run / "events.jsonl").exists() else []
+        return [line for line in map(json.loads, lines) if line["kind"] == kind]
+
+    while sum(line["steps"] for line in events("pace")) < 10:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    while not events("warning"):
+        assert process.poll() is None, process.communicate()
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process)
+    assert code == 130, output
+    (warning,) = events("warning")
+    assert "Likely cause: other programs use the cores" in warning["text"]
+    assert output.count("times as long as before") == 1
+    assert f"step {warning['step']}: warning: steps take " in output

@@ -1,6 +1,7 @@
 """`fm diagnose` on a real run, and its measurements against plain loops."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -150,6 +151,10 @@ def test_what_does_not_fit_is_explained(run: Path, tiny_shards: Path, tmp_path: 
         diagnose_run(run, "rayleigh_benard", out=tmp_path, well=tmp_path)
     with pytest.raises(UserError, match="no test shards under"):
         diagnose_run(run, "rayleigh_benard", shards=tmp_path)
+    linked = shutil.copytree(run, tmp_path / "linked", ignore=shutil.ignore_patterns("report"))
+    (linked / "report").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="got 'report/diagnosis', which leads out of it"):
+        diagnose_run(linked, "rayleigh_benard")
 
 
 def test_without_a_simulation_the_page_says_so(run: Path, tiny_shards: Path, tmp_path: Path) -> None:
