@@ -18,7 +18,7 @@ from data_pipeline.files import file_name
 from data_pipeline.schema import parse_yaml, read_text
 from data_pipeline.windows.streaming import StreamSettings
 from fm.model.baselines import BaselineConfig
-from fm.model.spec import STRICT, ModelConfig, from_plain
+from fm.model.spec import STRICT, ModelConfig, from_plain, written
 
 # A recipe is YAML that is also a Python program (fm/recipe.py), by these lines around it.
 FIRST_LINE = 'launch: 0; from fm.recipe import run; run(__file__); r"""'
@@ -361,7 +361,8 @@ def resolve(document: dict[str, Any], where: str) -> Recipe:
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as nested dicts of plain JSON types."""
-    return TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    plain = TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    return {**plain, "model": plain["model"] and written(plain["model"])}
 
 
 def changed_settings(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:

@@ -243,7 +243,7 @@ class Baseline(Surrogate):
             torch.default_generator.manual_seed(seed)
             self.network = build_network(config, len(self.slots) + len(self.specs), len(self.outputs))
 
-    def output(self, inputs: Tensor, spec: DatasetSpec) -> Tensor:
+    def output(self, inputs: Tensor, spec: DatasetSpec, scalars: Tensor | None = None) -> Tensor:
         """Return the network's output (B, C, H, W) for the dataset's state channels; see `Surrogate.output`."""
         height, width = inputs.shape[-2:]
         x = _padded(self._joint_input(inputs, spec), grid_multiple(self.config), spec.periodic)
