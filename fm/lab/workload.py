@@ -28,7 +28,7 @@ from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Schedule, Source
 from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.config import Recipe
-from fm.datasets import check_windows, dataset_specs, new_model, open_split
+from fm.datasets import check_windows, dataset_specs, new_model, open_split, with_scalars
 from fm.model.baselines import BaselineConfig
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.surrogate import Surrogate
@@ -93,16 +93,18 @@ def read_workload(recipe: Recipe, require_shards: bool = False) -> Workload:
     registry.select(recipe.data.datasets)  # raises UserError for an unknown name
     readers = _open_shards(recipe, registry, require_shards)
     check_windows(recipe, readers)
+    config, notes = _model_config(recipe)
     datasets = {}
     lengths = {name: recipe.window_length(name) for name in readers}
     for spec, source in zip(dataset_specs(readers, registry), sources(readers, lengths), strict=True):
+        if getattr(config, "condition", "none") == "scalars":
+            spec = with_scalars(spec, registry.card(spec.name), readers[spec.name])
         manifest = readers[spec.name].manifest
         window_bytes = lengths[spec.name] * manifest.frame_bytes + manifest.constants_bytes
         frames = max(trajectory.frames for trajectory in manifest.trajectories)
         datasets[spec.name] = WorkloadDataset(spec, source, manifest.grid, window_bytes, frames, published=False)
     missing = [name for name in recipe.data.datasets or () if name not in datasets]
     datasets |= {name: _published_dataset(recipe, registry.card(name)) for name in missing}
-    config, notes = _model_config(recipe)
     if missing:
         which = "no shards" if len(missing) == len(datasets) else f"no shards of {', '.join(missing)}"
         notes = [f"{which} in {recipe.data.shards}: grids and windows as published, from the cards", *notes]

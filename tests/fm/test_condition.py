@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from whole_runs import log, small
 
 from data_pipeline.errors import UserError
 from data_pipeline.registry import load_registry
+from data_pipeline.schema import canonical, digest
 from data_pipeline.well.hdf5 import WellFile, split_files
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import find_checkpoint, load_pretrained
@@ -26,6 +28,7 @@ from fm.evaluation.errors import ERROR_NAMES
 from fm.evaluation.measure import measure_rollouts, measure_windows
 from fm.evaluation.protocol import load_protocol
 from fm.lab.diagnosis.subject import Subject
+from fm.lab.workload import read_workload
 from fm.model.surrogate import Surrogate
 from fm.model.wavelit import WaveLiTFM
 from fm.share.export import step_program
@@ -61,8 +64,8 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def test_training_learns_from_scalars_that_differ_and_continues_bit_for_bit(tiny_shards: Path, tmp_path: Path) -> None:
     sections: dict[str, Any] = {
-        "train": {"steps": 4, "draws": 2, "optimizer": "muon", "warmup_steps": 0},
-        "tracking": {"every": 2, "progress": False, "gradient_cosine_every": 4},
+        "train": {"steps": 6, "draws": 2, "optimizer": "muon", "warmup_steps": 0},
+        "tracking": {"every": 2, "progress": False, "gradient_cosine_every": 6},
     }
     whole = recipe(tiny_shards, tmp_path / "whole", **sections)
     assert train(whole) == 0
@@ -70,7 +73,7 @@ def test_training_learns_from_scalars_that_differ_and_continues_bit_for_bit(tiny
     moved = {name for name, one in trained.items() if name.startswith("scalars.rows.") and one.any()}
     assert moved == {f"scalars.rows.{name}" for name in ("F", "Rayleigh", "Schmidt", "k")}
     assert "scalars.rows.dt" in trained  # the same in all trajectories
-    cut = dataclasses.replace(whole, run=dataclasses.replace(whole.run, dir=str(tmp_path / "cut"), stop_at=2))
+    cut = dataclasses.replace(whole, run=dataclasses.replace(whole.run, dir=str(tmp_path / "cut"), stop_at=3))
     assert train(cut) == 0
     assert train(dataclasses.replace(cut, run=dataclasses.replace(cut.run, stop_at=None))) == 0
     again = weights(tmp_path / "cut")
@@ -78,7 +81,9 @@ def test_training_learns_from_scalars_that_differ_and_continues_bit_for_bit(tiny
     assert [line["loss"] for line in log(tmp_path / "cut")] == [line["loss"] for line in log(tmp_path / "whole")]
 
 
-def test_specifications_take_the_cards_scalars_from_the_train_split(tiny_shards: Path, model: WaveLiTFM) -> None:
+def test_specifications_take_the_cards_scalars_from_the_train_split(
+    tiny_shards: Path, model: WaveLiTFM, tmp_path: Path
+) -> None:
     reader = open_readers(tiny_shards, [GRAY], "train")[GRAY]
     values = [one.scalars["F"] for one in reader.manifest.trajectories]
     stats = model.specs[GRAY].scalars
@@ -87,10 +92,19 @@ def test_specifications_take_the_cards_scalars_from_the_train_split(tiny_shards:
     assert (stats["dt"].mean, stats["dt"].std) == (40.0, 0.0)
     card = CARDS.card(GRAY)
     plain = dataclasses.replace(model.specs[GRAY], scalars={})
+    planned = read_workload(recipe(tiny_shards, tmp_path / "planned")).model()
+    assert planned.num_parameters() == model.num_parameters()
     assert list(with_scalars(plain, dataclasses.replace(card, scalars=("k",)), reader).scalars) == ["dt", "k"]
-    reader._scalars["keys"] = reader._scalars["F"]
+
+    copy = tmp_path / GRAY / "train"
+    shutil.copytree(reader.folder, copy)
+    content = json.loads((copy / "manifest.json").read_text())
+    content.pop("digest")
+    content["trajectories"][0]["scalars"]["keys"] = 1.0
+    (copy / "manifest.json").write_bytes(canonical(content | {"digest": digest(content)}))
+    other = open_readers(tmp_path, [GRAY], "train")[GRAY]
     with pytest.raises(UserError, match=r"the scalar 'keys' has the name of a method of torch.*Leave it out"):
-        with_scalars(plain, dataclasses.replace(card, scalars=("keys",)), reader)
+        with_scalars(plain, dataclasses.replace(card, scalars=("keys",)), other)
 
 
 def test_off_no_file_of_a_run_names_the_option(tiny_shards: Path, tmp_path: Path) -> None:
