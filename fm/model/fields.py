@@ -149,12 +149,10 @@ def given_fields(
 def _given_scalars(spec: DatasetSpec, scalars: Scalars, dt: float | None, batch: tuple[int, ...]) -> dict[str, Tensor]:
     """Return the scalars as float64, () or (B,), where `batch` is (B,) if states have such an axis; else ()."""
     if unknown := [name for name in scalars if name not in spec.scalars]:
-        takes = (
-            f"its model takes {', '.join(spec.scalars)}"
-            if spec.scalars
-            else ("its model takes none, since it was trained without model.condition=scalars")
+        known = ", ".join(spec.scalars) or "none, since it was trained without model.condition=scalars"
+        raise ValueError(
+            f"dataset {spec.name}: unknown scalars {', '.join(map(str, unknown))}: its model takes {known}"
         )
-        raise ValueError(f"dataset {spec.name}: unknown scalars {', '.join(map(str, unknown))}: {takes}")
     given = dict(scalars)
     if dt is not None and TIME_STEP in spec.scalars:
         given.setdefault(TIME_STEP, dt)

@@ -18,6 +18,8 @@ from pydantic import ConfigDict, NonNegativeFloat
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from data_pipeline.errors import UserError
+
 Scalars: TypeAlias = Mapping[str, Any]  # name -> number, or (B,) numbers as array or tensor; raw, NaN where missing
 TIME_STEP = "dt"  # the name of the time between frames among the scalars
 WIDE = 10.0  # highest over lowest value from which on the logarithm is taken: Rayleigh numbers run from 1e6 to 1e10
@@ -69,13 +71,16 @@ def normalized(values: Tensor, stats: Iterable[ScalarStats]) -> Tensor:
 def normalized_scalars(scalars: Scalars, stats: Mapping[str, ScalarStats], batch: int, device: torch.device) -> Tensor:
     """Return the scalars named in `stats`, normalized, (B, P) float32 on `device`, where `batch` is B.
 
-    Others are not used, and missing ones become 0. ValueError for a value up to 0 where the logarithm is taken.
+    Others are not used, and missing ones become 0. UserError for a value up to 0 where the logarithm is taken.
     """
     columns = []
     for name, one in stats.items():
         values = torch.as_tensor(scalars.get(name, nan), dtype=torch.float64, device="cpu")
         if one.log and bool((values <= 0).any()):
-            raise ValueError(f"scalar {name}: expected values above 0, as in the training data, got {values.min():g}")
+            raise UserError(
+                f"scalar {name}: expected values above 0, as in the training data, since logarithms are taken; got "
+                f"{values.min():g}"
+            )
         columns.append(values.expand(batch))
     made = normalized(torch.stack(columns, dim=1), stats.values()).float()
     if device.type == "cuda":  # a GPU copies without making the host wait only from page-locked memory

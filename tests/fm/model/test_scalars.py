@@ -13,6 +13,7 @@ import pytest
 import torch
 from handmade import make_inputs, make_spec, stir
 
+from data_pipeline.errors import UserError
 from fm.model.fields import FieldsWarning
 from fm.model.scalars import ScalarStats
 from fm.model.spec import DatasetSpec, ModelConfig
@@ -72,6 +73,8 @@ def test_a_value_that_is_missing_or_never_differed_changes_no_bit(model: WaveLiT
     torch.testing.assert_close(both[1], absent[1])
     torch.testing.assert_close(step({"F": 0.01})[0], both[0])
     assert not torch.equal(step({"Ra": 1e6}), absent)
+    with pytest.raises(UserError, match="scalar Ra: expected values above 0, as in the training data"):
+        step({"Ra": torch.tensor([1e6, -1.0])})
 
 
 def test_rows_belong_to_names_and_begin_without_effect() -> None:
