@@ -200,6 +200,7 @@ def export(options: Namespace) -> None:
     arg("--start", type=int, metavar="T", help="last frame given, counted from 0 (default: the first possible)"),
     arg("--registry", metavar="FOLDER", help="folder of your own cards (default: the model's cards)"),
     arg("--force", action="store_true", help="replace PRED if it exists"),
+    arg("--scalar", action="append", default=[], metavar="NAME=VALUE", help="PDE parameter; may be repeated"),
 )
 def rollout(options: Namespace) -> None:
     """Predict from the states of a file, into a file.
@@ -207,16 +208,15 @@ def rollout(options: Namespace) -> None:
     The input is one frame of a Well HDF5, netCDF (.nc) or zarr file. The output, in the format of its suffix, holds
     that frame and the predicted ones. `fm evaluate PRED --truth FILE` scores a Well file.
     """
-    from fm.share.rollout import RolloutRequest, predict_file
+    from fm.share.rollout import RolloutRequest, parse_scalars, predict_file
 
     words, trajectories = options.trajectory or ["all"], None
     if words != ["all"]:
         if not all(word.isdecimal() for word in words):
             raise UserError(f"--trajectory: expected numbers from 0 on, or all; got {' '.join(words)}")
         trajectories = tuple(map(int, words))
-    request = RolloutRequest(
-        options.input, options.out, options.steps, options.dataset, trajectories, options.start, options.force
-    )
+    given = options.dataset, trajectories, options.start, options.force, parse_scalars(options.scalar)
+    request = RolloutRequest(options.input, options.out, options.steps, *given)
     print(predict_file(options.model, request, options.registry))
 
 

@@ -20,7 +20,7 @@ from data_pipeline.windows.streaming import StreamSettings
 from fm.model.baselines import BaselineConfig
 from fm.model.imports import EitherForm, ImportedOptimizer, ImportSettings
 from fm.model.network import ImportedConfig
-from fm.model.spec import STRICT, ModelConfig, from_plain
+from fm.model.spec import STRICT, ModelConfig, from_plain, written
 
 # A recipe is YAML that is also a Python program (fm/recipe.py), by these lines around it.
 FIRST_LINE = 'launch: 0; from fm.recipe import run; run(__file__); r"""'
@@ -58,8 +58,7 @@ class DataSettings:
     cache: str | None = None  # folder for what a URL gave; null means $XDG_CACHE_HOME/wavelit, or ~/.cache/wavelit
     cache_gb: Annotated[float, Field(ge=0, lt=1e9)] = 40.0  # limit of that folder; 0 keeps nothing (shuffle: global)
     prefetch: NonNegativeInt = 64  # draws ahead of their use whose data are fetched from a URL, as far as there is room
-    # dataset -> number of trajectories of its train split to use: those of `data-pipeline shard --restrict N`
-    trajectories: dict[str, PositiveInt] = field(default_factory=dict)
+    trajectories: dict[str, PositiveInt] = field(default_factory=dict)  # used of a train split, as by shard --restrict
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -361,7 +360,8 @@ def resolve(document: dict[str, Any], where: str) -> Recipe:
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as nested dicts of plain JSON types."""
-    return TypeAdapter(Recipe).dump_python(recipe, mode="json", by_alias=True)
+    plain = TypeAdapter(Recipe).dump_python(recipe, mode="json", by_alias=True)
+    return {**plain, "model": plain["model"] and written(plain["model"])}
 
 
 def changed_settings(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:

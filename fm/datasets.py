@@ -24,6 +24,7 @@ from fm.model.constraints import Constraints
 from fm.model.files import is_exported
 from fm.model.imports import ImportSettings, allow_imports
 from fm.model.network import ImportedConfig, ImportedModel
+from fm.model.scalars import TIME_STEP, ScalarStats
 from fm.model.spec import DatasetSpec, ModelConfig, explain
 from fm.model.surrogate import MIN_GRID, STD_FLOOR, Surrogate
 from fm.model.wavelit import WaveLiTFM
@@ -147,6 +148,24 @@ def with_constraints(
     return kept
 
 
+def with_scalars(spec: DatasetSpec, card: Card, reader: ShardReader) -> DatasetSpec:
+    """Return the specification with the scalars of its card that the train split of `reader` has, and the time step.
+
+    UserError for a scalar with the name of a method of torch, and for values whose spread is not finite.
+    """
+    found = {}
+    for name, values in reader.scalars().items():
+        present = values[~np.isnan(values)]
+        if not present.size or name not in (*card.scalars, TIME_STEP):
+            continue
+        _check_attribute_name(card, "scalar", name, "Leave it out of the card's scalars.")
+        try:
+            found[name] = ScalarStats.of(present.tolist())
+        except ValueError as error:
+            raise UserError(f"{reader.folder}: scalar {name}: {error}") from error
+    return replace(spec, scalars=found)
+
+
 def _places(frames: int) -> list[int]:
     """Return the first frames of at most three pairs of neighbors, spread over a trajectory but for its start."""
     return sorted({max(0, min(round(frames * part), frames - 2)) for part in (0.25, 0.5, 0.75)})
@@ -180,11 +199,13 @@ def _check_attribute_names(card: Card) -> None:
     """Raise UserError for a dataset or channel with the name of a method of torch: parts of the model are named so."""
     for what, names in (("dataset", (card.name,)), ("channel", card.state_channels + card.constant_channels)):
         for name in names:
-            if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name == "training":
-                raise UserError(
-                    f"{card.name}: the {what} {name!r} has the name of a method of torch's modules. Rename it in the "
-                    "card and make the shards again with `data-pipeline shard`."
-                )
+            remedy = "Rename it in the card and make the shards again with `data-pipeline shard`."
+            _check_attribute_name(card, what, name, remedy)
+
+
+def _check_attribute_name(card: Card, what: str, name: str, remedy: str) -> None:
+    if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name == "training":
+        raise UserError(f"{card.name}: the {what} {name!r} has the name of a method of torch's modules. {remedy}")
 
 
 def open_split(recipe: Recipe, registry: Registry, split: str) -> dict[str, ShardReader]:
@@ -255,6 +276,8 @@ def build_model(
             spec if spec.name in known else with_constraints(spec, registry.card(spec.name), readers[spec.name], log)
             for spec in specs
         ]
+    if getattr(pretrained.config if pretrained else config, "condition", "none") == "scalars":
+        specs = [with_scalars(spec, registry.card(spec.name), readers[spec.name]) for spec in specs]
     if finetune is None or pretrained is None:
         return new_model(config, specs, recipe.run.seed, recipe.data.context)
     check_context(recipe, pretrained, finetune.pretrained)

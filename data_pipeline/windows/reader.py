@@ -12,9 +12,9 @@ import weakref
 import zlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +27,8 @@ from data_pipeline.hashing import nested_choice
 from data_pipeline.remote import RemoteFolder
 from data_pipeline.shards.format import MANIFEST_NAME, Manifest, Range, trajectory_key
 from data_pipeline.shards.tar import check_shard, map_shard
+
+TIME_STEP = "dt"  # the name of the time between frames among a trajectory's scalars
 
 
 class WindowIndex:
@@ -69,9 +71,11 @@ class Batch:
     constants: torch.Tensor  # (B, K, H, W) float32; K may be 0
     windows: torch.Tensor  # (B,) int64, the window ids
     draw: int = -1  # index of the schedule's draw; -1 if it came from none
+    # name -> (B,) float64 on the CPU: numbers of the windows' trajectories, as `ShardReader.scalars` returns them
+    scalars: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Return the same batch on another device."""
+        """Return the same batch with its fields on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
@@ -279,8 +283,23 @@ class ShardReader:
             for place, (trajectory, first) in enumerate(zip(windows.trajectories, windows.firsts, strict=True)):
                 self._fill_frames(fields[place], trajectory, first)
                 self._fill_constants(constants[place], trajectory)
-        ids = np.array(window_ids, np.int64)
-        return Batch(self.dataset, torch.from_numpy(fields), torch.from_numpy(constants), torch.from_numpy(ids), draw)
+        ids = torch.from_numpy(np.array(window_ids, np.int64))
+        scalars = {name: torch.from_numpy(values) for name, values in self.scalars(windows.trajectories).items()}
+        return Batch(self.dataset, torch.from_numpy(fields), torch.from_numpy(constants), ids, draw, scalars)
+
+    @cached_property
+    def _scalars(self) -> dict[str, np.ndarray]:
+        every = [{TIME_STEP: one.dt, **one.scalars} for one in self.manifest.trajectories]
+        names = sorted({name for one in every for name in one})
+        return {name: np.array([one.get(name) for one in every], np.float64) for name in names}  # None becomes NaN
+
+    def scalars(self, trajectories: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+        """Return the constant scalars of trajectories, None for all, by name: (n,) float64, NaN where one has none.
+
+        `dt`, the time between frames, is one of them.
+        """
+        chosen = slice(None) if trajectories is None else list(trajectories)
+        return {name: values[chosen] for name, values in self._scalars.items()}
 
     def trajectory_frames(self, trajectory: int, first: int, length: int) -> np.ndarray:
         """Return a copy of frames [first, first + length) of a trajectory, (T, C, H, W) float32.

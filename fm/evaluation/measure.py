@@ -143,7 +143,7 @@ def measure_windows(
             reader.prefetch(batches[number + 1], length)  # from a URL it is downloaded while the model works
         batch = reader.batch(ids, length).to(device)
         frames, target = batch.fields[:, :-1], batch.fields[:, -1]
-        (prediction,) = model.iterate(frames, batch.constants, reader.manifest.dataset, 1)
+        (prediction,) = model.iterate(frames, batch.constants, reader.manifest.dataset, 1, batch.scalars)
         trajectories, first = reader.index(length).locate(ids)
         given = first + model.context - 1  # the last input frame
         linear = next(stencil.predict(reader, trajectories.tolist(), given.tolist())) if stencil else None
@@ -175,7 +175,8 @@ def measure_rollouts(
     initial = _stack([reader.trajectory_frames(index, first, context) for index in trajectories], device)
     constants = _stack([reader.constants(index) for index in trajectories], device)
     parts, fields = [], []
-    predictions = model.iterate(initial, constants, reader.manifest.dataset, steps[0])
+    scalars = reader.scalars(trajectories)
+    predictions = model.iterate(initial, constants, reader.manifest.dataset, steps[0], scalars)
     linear = stencil.predict(reader, trajectories, [given] * len(trajectories)) if stencil else None
     for step, prediction in enumerate(predictions, start=1):
         going = sum(length >= step for length in steps)  # the longest rollouts are the first ones

@@ -141,7 +141,9 @@ def _statistics(trainer: Trainer, draw: Draw, loss: float) -> DrawStatistics:
     batch = trainer.state.augmented(batch, np.arange(len(draw.windows)))
     fields = model.normalize(batch.fields, draw.dataset)
     target = fields[:, context]  # (B, C, H, W)
-    prediction = model(fields[:, :context], model.normalize_constants(batch.constants, draw.dataset), draw.dataset)
+    constants = model.normalize_constants(batch.constants, draw.dataset)
+    scalars = model.normalize_scalars(batch.scalars, draw.dataset, len(fields), fields.device)
+    prediction = model(fields[:, :context], constants, draw.dataset, scalars)
     squared = (prediction - target).square()  # (B, C, H, W)
     predicted = model.denormalize(prediction, draw.dataset)
     parts = {

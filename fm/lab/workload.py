@@ -35,6 +35,7 @@ from fm.datasets import (
     new_model,
     open_split,
     with_available_datasets,
+    with_scalars,
 )
 from fm.model.imports import ImportedOptimizer
 from fm.model.network import ImportedConfig
@@ -110,16 +111,18 @@ def read_workload(recipe: Recipe, require_shards: bool = False) -> Workload:
     registry.select(recipe.data.datasets)  # raises UserError for an unknown name
     readers = _open_shards(recipe, registry, require_shards)
     check_windows(recipe, readers)
+    config, notes = _model_config(recipe)
     datasets = {}
     lengths = {name: recipe.window_length(name) for name in readers}
     for spec, source in zip(dataset_specs(readers, registry), sources(readers, lengths), strict=True):
+        if getattr(config, "condition", "none") == "scalars":
+            spec = with_scalars(spec, registry.card(spec.name), readers[spec.name])
         manifest = readers[spec.name].manifest
         window_bytes = lengths[spec.name] * manifest.frame_bytes + manifest.constants_bytes
         frames = max(trajectory.frames for trajectory in manifest.trajectories)
         datasets[spec.name] = WorkloadDataset(spec, source, manifest.grid, window_bytes, frames, published=False)
     missing = [name for name in recipe.data.datasets or () if name not in datasets]
     datasets |= {name: _published_dataset(recipe, registry.card(name)) for name in missing}
-    config, notes = _model_config(recipe)
     if isinstance(recipe.train.optimizer, ImportedOptimizer):
         notes = [*notes, f"{recipe.train.optimizer.import_} counts as AdamW: two moments, no products"]
     if missing:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fm.model.scalars import SAME, TIME_STEP, Scalars
 from fm.model.spec import DatasetSpec
 
 Fields: TypeAlias = Any  # dict[str, np.ndarray] | dict[str, torch.Tensor] | xarray.Dataset
@@ -37,6 +38,7 @@ class GivenFields:
     constants: Tensor  # (B, K, H, W) float32
     batched: bool  # whether the given fields had an axis B
     given: Fields
+    scalars: Scalars  # float64 () or (B,)
 
     def frame(self, state: Tensor, step: int) -> Fields:
         """Return a state (B, C, H, W), `step` steps after the last given one, in the given form."""
@@ -95,11 +97,13 @@ def given_fields(
     dt: float | None = None,
     context: int = 1,
     spacing: tuple[float, float] | None = None,
+    scalars: Scalars | None = None,
 ) -> GivenFields:
     """Check fields against the dataset's specification, and stack them for a model of `context` input frames.
 
-    ValueError for missing or unknown channels, another number of frames, shapes that do not fit together, and values
-    that are not finite; FieldsWarning if the grid, `dt`, `spacing` (by default that of a Dataset's axes x and y) or
+    `scalars` are the numbers that condition the model; `dt` is one of them, unless they name it. ValueError for missing
+    or unknown channels, unknown scalars, another number of frames, shapes that do not fit together, and values that are
+    not finite; FieldsWarning if the grid, `dt`, `spacing` (by default that of a Dataset's axes x and y), a scalar or
     probably the units differ from the training data.
     """
     names = spec.channels
@@ -135,9 +139,53 @@ def given_fields(
     frames = state.reshape(size, context, *state.shape[-3:])
     rows = [arrays[name].expand(size, *shape[-2:]) for name in spec.constant_channels]
     constants = torch.stack(rows, dim=1) if rows else state.new_zeros(size, 0, *shape[-2:])
-    for text in _differences(spec, arrays, dt, spacing or _spacing(fields)):
+    numbers = _given_scalars(spec, scalars or {}, dt, batch)
+    doubts = [*_differences(spec, arrays, dt, spacing or _spacing(fields)), *_scalar_doubts(spec, numbers)]
+    for text in doubts:
         warnings.warn(text, FieldsWarning, stacklevel=3)
-    return GivenFields(spec, frames, constants, bool(batch), fields)
+    return GivenFields(spec, frames, constants, bool(batch), fields, numbers)
+
+
+def _given_scalars(spec: DatasetSpec, scalars: Scalars, dt: float | None, batch: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return the scalars as float64, () or (B,), where `batch` is (B,) if states have such an axis; else ()."""
+    if unknown := [name for name in scalars if name not in spec.scalars]:
+        known = ", ".join(spec.scalars) or "none, since it was trained without model.condition=scalars"
+        raise ValueError(
+            f"dataset {spec.name}: unknown scalars {', '.join(map(str, unknown))}: its model takes {known}"
+        )
+    given = dict(scalars)
+    if dt is not None and TIME_STEP in spec.scalars:
+        given.setdefault(TIME_STEP, dt)
+    made = {}
+    for name, value in given.items():
+        numbers = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+        if numbers.dtype.kind not in "iuf" or not np.isfinite(numbers).all() or numbers.shape not in ((), batch):
+            expected = f", or {batch[0]} of them, one per state" if batch else ""
+            raise ValueError(f"dataset {spec.name}: scalar {name}: expected a finite number{expected}, got {value}")
+        if spec.scalars[name].log and (numbers <= 0).any():
+            raise ValueError(f"dataset {spec.name}: scalar {name}: expected a number above 0, got {numbers.min():g}")
+        made[name] = torch.from_numpy(numbers.astype(np.float64))
+    return made
+
+
+def _scalar_doubts(spec: DatasetSpec, scalars: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield a sentence for scalars outside the training data, and one for those that are not given."""
+    for name, values in scalars.items():
+        known = spec.scalars[name]
+        margin = SAME * max(abs(known.lowest), abs(known.highest))
+        outside = values[(values < known.lowest - margin) | (values > known.highest + margin)]
+        if outside.numel() and known.std > 0:
+            ran = f"in the training data it ran from {known.lowest:g} to {known.highest:g}"
+            yield f"dataset {spec.name}: {name} is {outside[0]:g}, {ran}"
+        elif outside.numel():
+            ran = f"in the training data it was always {known.lowest:g}"
+            yield f"dataset {spec.name}: {name} is {outside[0]:g}, {ran}, so the model cannot follow it"
+    missing = [name for name, known in spec.scalars.items() if name not in scalars and known.std > 0]
+    if missing:
+        yield (
+            f"dataset {spec.name}: no value of {', '.join(missing)}, which condition the model: it predicts as for the "
+            "mean of the training data"
+        )
 
 
 def _array(fields: Fields, name: str, spec: DatasetSpec, context: int) -> Tensor:

@@ -291,6 +291,20 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
 
 
+def compare_shapes(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """ValueError, which begins with `what`, unless the weights of a file are a model's own, by name and shape."""
+    problems = [f"missing {name} {shape}" for name, shape in own.items() if name not in given]
+    problems += [f"unexpected {name} {shape}" for name, shape in given.items() if name not in own]
+    problems += [
+        f"{name} is {given[name]}, the model's is {shape}"
+        for name, shape in own.items()
+        if given.get(name, shape) != shape
+    ]
+    if problems:
+        listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"{what}: {listed}")
+
+
 def make_on_meta(make: Callable[[], Made], shapes: Mapping[str, tuple[int, ...]], context: int, where: str) -> Made:
     """Return the model that `make` returns, without memory for its parameters.
 

@@ -64,7 +64,7 @@ class NetworkSurrogate(Surrogate):
     def make_network(self, dim_in: int, dim_out: int) -> nn.Module:
         """Return a new network for the configuration. UserError if it cannot be made."""
 
-    def output(self, inputs: Tensor, spec: DatasetSpec) -> Tensor:
+    def output(self, inputs: Tensor, spec: DatasetSpec, scalars: Tensor | None = None) -> Tensor:
         """Return the network's output (B, C, H, W) for the dataset's state channels; see `Surrogate.output`."""
         height, width = inputs.shape[-2:]
         x = _padded(self._joint_input(inputs, spec), getattr(self.network, "grid_multiple", 1), spec.periodic)
@@ -142,10 +142,10 @@ class ImportedModel(NetworkSurrogate):
             )
         return network
 
-    def output(self, inputs: Tensor, spec: DatasetSpec) -> Tensor:
+    def output(self, inputs: Tensor, spec: DatasetSpec, scalars: Tensor | None = None) -> Tensor:
         """Return the network's output (B, C, H, W); UserError if the network changes its buffers while it trains."""
         before = self._buffer_versions() if self.training else None
-        output = super().output(inputs, spec)
+        output = super().output(inputs, spec, scalars)
         if before is not None and before != self._buffer_versions():
             raise UserError(
                 f"{self.config.import_}: its forward changes a buffer, and checkpoints hold parameters only, so a "

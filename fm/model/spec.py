@@ -23,6 +23,7 @@ from data_pipeline.errors import brief, shortened
 from data_pipeline.files import file_name
 from fm.model.block import BlockConfig
 from fm.model.imports import FORMS, IMPORT, SETTINGS, ImportSettings
+from fm.model.scalars import ScalarStats
 from fm.model.wavelets import Periodic
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)  # for every class of settings
@@ -51,9 +52,10 @@ class DatasetSpec:
     ranges: Mapping[str, tuple[float | None, float | None]] = dataclasses.field(default_factory=dict)  # by channel
     # From a grid point to the next along x and y, negative where the axis runs backward; a divergence needs it.
     spacing: tuple[float, float] | None = None
+    scalars: Mapping[str, ScalarStats] = dataclasses.field(default_factory=dict)  # that condition the model, by name
 
     def __post_init__(self) -> None:
-        for name in (self.name, *self.state_channels, *self.constant_channels):
+        for name in (self.name, *self.state_channels, *self.constant_channels, *self.scalars):
             if file_name(name) != name or "." in name:  # torch separates the parts of parameter names by dots
                 raise ValueError(f"dataset {brief(self.name)}: a name must be without dots, got {brief(name)}")
         if self.dt is not None and not 0 < self.dt < inf:
@@ -154,6 +156,9 @@ class ModelConfig:
     decoder_width: PositiveInt = 32  # feature maps, and channels between the two convolutions
     # Hold each prediction to the conserved quantities and ranges of the dataset's card. Not in the paper.
     constraints: bool = False
+    # scalars: the PDE parameters in the dataset's card and the time step of a trajectory condition the model
+    # (fm/model/scalars.py). Not in the paper.
+    condition: Literal["none", "scalars"] = "none"
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 4:
@@ -178,9 +183,14 @@ PRESETS = {
 }
 
 
-def to_json(value: Any) -> Any:
-    """Return a dataclass as plain lists, dicts, strings and numbers."""
-    return {_key(name): part for name, part in json.loads(json.dumps(dataclasses.asdict(value))).items()}
+# Keys that are written only where they differ from these values, so that models without them keep their files' bytes.
+UNWRITTEN: Mapping[str, Any] = {"condition": "none", "scalars": {}}
+
+
+def to_json(value: Any) -> dict[str, Any]:
+    """Return a dataclass as plain lists, dicts, strings and numbers, without what is UNWRITTEN."""
+    plain = json.loads(json.dumps(dataclasses.asdict(value)))
+    return written({_key(name): part for name, part in plain.items()})
 
 
 def _key(field: str) -> str:
@@ -188,16 +198,24 @@ def _key(field: str) -> str:
     return field.removesuffix("_")
 
 
+def written(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain values of a dataclass without what is UNWRITTEN."""
+    return {key: value for key, value in plain.items() if key not in UNWRITTEN or value != UNWRITTEN[key]}
+
+
 def from_json(cls: type[T], value: Any, where: str) -> T:
-    """Return the `cls` whose `to_json` is `value`.
+    """Return the `cls` whose `to_json` is `value`; what is UNWRITTEN gets the value that was not written.
 
     ValueError, naming `where`, for a wrong value, an unknown key, or a missing one: its default may change.
     """
+    names = {_key(f.name) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if isinstance(value, dict):
+        value = {**{key: default for key, default in UNWRITTEN.items() if key in names}, **value}
     try:
         made = from_plain(cls, value)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    missing = sorted({_key(f.name) for f in dataclasses.fields(cls)} - set(value))  # type: ignore[arg-type]
+    missing = sorted(names - set(value))
     if missing:
         raise ValueError(f"{where}: missing keys {missing}")
     return made

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fm.model import files
 from fm.model.constraints import Constraints
 from fm.model.fields import Fields, GivenFields, given_fields
+from fm.model.scalars import Scalars, normalized_scalars
 from fm.model.spec import DatasetSpec, from_json, to_json
 
 STD_FLOOR = 1e-4  # the_well's
@@ -106,23 +107,26 @@ class Surrogate(nn.Module, ABC):
         )
 
     @abstractmethod
-    def output(self, inputs: Tensor, spec: DatasetSpec) -> Tensor:
+    def output(self, inputs: Tensor, spec: DatasetSpec, scalars: Tensor | None = None) -> Tensor:
         """Return the network's output (B, C, H, W), float32, for inputs (B, n * C + K, H, W) as `inputs` returns them.
 
-        The output is the next state, or its change: the mean change subtracted, divided by `delta_scale`.
+        The output is the next state, or its change: the mean change subtracted, divided by `delta_scale`. `scalars` are
+        those of `forward`.
         """
 
-    def forward(self, frames: Tensor, constants: Tensor, dataset: str) -> Tensor:
+    def forward(self, frames: Tensor, constants: Tensor, dataset: str, scalars: Tensor | None = None) -> Tensor:
         """Return the next state (B, C, H, W), normalized, float32.
 
         frames (B, n, C, H, W), the oldest first, and constants (B, K, H, W) are normalized, with channels in the order
-        of the dataset's specification. A model of context 1 also takes its frame as (B, C, H, W). ValueError for
-        another number of frames or channels, an odd side, or one below 16.
+        of the dataset's specification. A model of context 1 also takes its frame as (B, C, H, W). `scalars` (B, P)
+        are what `normalize_scalars` returns; None has the effect of zeros. ValueError for another number of frames or
+        channels, an odd side, or one below 16.
         """
         spec = self._spec(dataset)
         frames = self._with_time(frames)
         self._check_inputs(spec, frames, constants)
-        state = self.output(self.inputs(frames, constants, dataset), spec)
+        given = () if scalars is None else (scalars,)  # so a network that no scalars condition need not know of them
+        state = self.output(self.inputs(frames, constants, dataset), spec, *given)
         last = frames[:, -1].float()
         if self.delta[dataset]:
             moments = self._moments(dataset)
@@ -194,6 +198,11 @@ class Surrogate(nn.Module, ABC):
         moments = self._moments(dataset)
         return (constants.float() - moments.constant_mean) / moments.constant_std
 
+    def normalize_scalars(self, raw: Scalars | None, dataset: str, batch: int, device: torch.device) -> Tensor | None:
+        """Return a dataset's scalars (B, P) for `forward`, by `normalized_scalars`; None if its model takes none."""
+        stats = self._spec(dataset).scalars
+        return normalized_scalars(raw or {}, stats, batch, device) if stats else None
+
     def residual_scale(self, dataset: str) -> Tensor:
         """Return the loss's factor (C, 1, 1) on errors of normalized next states: std / std_delta, or 1 for states."""
         return self._moments(dataset).delta_scale.reciprocal()
@@ -243,7 +252,9 @@ class Surrogate(nn.Module, ABC):
         config = to_json(self.config)
         return {"format": files.MODEL_FORMAT, "context": self.context, "config": config, "datasets": datasets}
 
-    def predict(self, fields: Fields, dataset: str, steps: int = 1, dt: float | None = None) -> Fields:
+    def predict(
+        self, fields: Fields, dataset: str, steps: int = 1, dt: float | None = None, scalars: Scalars | None = None
+    ) -> Fields:
         """Return the next `steps` states of one or many initial states, in physical units, by channel name.
 
         fields: the initial state and the constant fields, each under its canonical channel's name: a dictionary of
@@ -251,35 +262,45 @@ class Surrogate(nn.Module, ABC):
         most one more. A model of context n > 1 takes the last n frames, the oldest first: (n, H, W) or (B, n, H, W)
         for a state channel, or the dimension `time` of a Dataset. Returns the state channels in the same form:
         (steps, H, W) or (B, steps, H, W); in a Dataset the dimension `time` stands before x and y. `dt` is the time
-        between your frames, if you want it compared. ValueError for a dataset the model does not know, missing or
-        unknown channels, another number of frames, shapes that do not fit, NaN; FieldsWarning where grid, dt or units
-        differ much from the training data.
+        between your frames, if you want it compared. `scalars` are PDE parameters of a model that they condition
+        (model.condition): numbers or (B,) by name. ValueError for a dataset the model does not know, missing or unknown
+        channels or scalars, another number of frames, shapes that do not fit, NaN; FieldsWarning where grid, dt, units
+        or scalars differ much from the training data.
         """
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")
-        given = given_fields(fields, self._spec(dataset), dt, self.context)
+        given = given_fields(fields, self._spec(dataset), dt, self.context, scalars=scalars)
         return given.series(torch.stack(list(self._iterate(given, dataset, steps)), dim=1))
 
     def rollout(
-        self, fields: Fields, dataset: str, steps: int | None = None, dt: float | None = None
+        self,
+        fields: Fields,
+        dataset: str,
+        steps: int | None = None,
+        dt: float | None = None,
+        scalars: Scalars | None = None,
     ) -> Iterator[Fields]:
         """Yield the states of `predict` one by one, (H, W) or (B, H, W), in constant memory; None: without end."""
-        given = given_fields(fields, self._spec(dataset), dt, self.context)
+        given = given_fields(fields, self._spec(dataset), dt, self.context, scalars=scalars)
         return (given.frame(state, step) for step, state in enumerate(self._iterate(given, dataset, steps), start=1))
 
-    def iterate(self, initial: Tensor, constants: Tensor, dataset: str, steps: int | None) -> Iterator[Tensor]:
+    def iterate(
+        self, initial: Tensor, constants: Tensor, dataset: str, steps: int | None, scalars: Scalars | None = None
+    ) -> Iterator[Tensor]:
         """Yield the next `steps` states (B, C, H, W) in raw units, without gradients; None: without end.
 
         initial, frames (B, n, C, H, W) with the oldest first, and constants (B, K, H, W) are in raw units; a model of
-        context 1 also takes its frame as (B, C, H, W). The state stays normalized from step to step. Nothing is
-        clipped: a diverging rollout yields the model's output, infinities included.
+        context 1 also takes its frame as (B, C, H, W). `scalars` as for `normalize_scalars`. The state stays normalized
+        from step to step. Nothing is clipped: a diverging rollout yields the model's output, infinities included.
         """
         with torch.no_grad():
             frames = self.normalize(self._with_time(initial), dataset)
             fixed = self.normalize_constants(constants, dataset)
+            numbers = self.normalize_scalars(scalars, dataset, len(initial), initial.device)
+            given = () if numbers is None else (numbers,)
         for _ in count() if steps is None else range(steps):
             with torch.no_grad():  # around each step alone, since the caller's code runs between them
-                state = self(frames, fixed, dataset)
+                state = self(frames, fixed, dataset, *given)
                 frames = next_frames(frames, state)
                 raw = self.denormalize(state, dataset)
             yield raw
@@ -287,7 +308,7 @@ class Surrogate(nn.Module, ABC):
     def _iterate(self, given: GivenFields, dataset: str, steps: int | None) -> Iterator[Tensor]:
         """Yield as `iterate` does, from the device of the fields to the model's and back."""
         own, theirs = next(self.parameters()).device, given.frames.device
-        for state in self.iterate(given.frames.to(own), given.constants.to(own), dataset, steps):
+        for state in self.iterate(given.frames.to(own), given.constants.to(own), dataset, steps, given.scalars):
             yield state.to(theirs)
 
     def save_pretrained(
@@ -342,8 +363,7 @@ class Surrogate(nn.Module, ABC):
         cls.check_origin(config, directory)
         subclass: Any = cls  # subclasses are made alike
         make = partial(subclass, config, specs, context=description["context"])
-        file = directory / weights
-        shapes = files.read_shapes(file)
+        shapes = files.read_shapes(file := directory / weights)
         model = cls.make_within(make, shapes, description["context"], file).eval()
         model.load_weights(file)
         model.origin = directory
@@ -373,16 +393,7 @@ class Surrogate(nn.Module, ABC):
     def check_shapes(self, given: Mapping[str, tuple[int, ...]], where: str) -> None:
         """ValueError, naming `where`, unless these are the names and shapes of the model's weights."""
         own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        problems = [f"missing {name} {shape}" for name, shape in own.items() if name not in given]
-        problems += [f"unexpected {name} {shape}" for name, shape in given.items() if name not in own]
-        problems += [
-            f"{name} is {given[name]}, the model's is {shape}"
-            for name, shape in own.items()
-            if given.get(name, shape) != shape
-        ]
-        if problems:
-            listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-            raise ValueError(f"{where} does not fit the model ({self._sizes()}): {listed}")
+        files.compare_shapes(own, given, f"{where} does not fit the model ({self._sizes()})")
 
     @abstractmethod
     def _sizes(self) -> str:

@@ -3,7 +3,8 @@
 What is special:
 - tokens are wavelet coefficients of the dataset's own channels, embedded by rows that belong to canonical channels;
 - every dataset has a task vector and an output head, and everything between is shared. All are keyed by name: the order
-  in which datasets are listed changes neither the initial weights nor an output;
+  in which datasets are listed changes neither the initial weights nor an output. PDE parameters may add to the task
+  vector (fm/model/scalars.py);
 - each block runs on a pyramid of token grids with the same weights, on any even grid from 16 x 16;
 - a bespoke WaveLiT is the same class with one dataset;
 - instead of the paper's linear heads, two convolutions at full resolution can make the output (`decoder: conv`).
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from fm.model.attention import Linear, linear
 from fm.model.block import Pyramid, pad_fields, pyramid_tables
+from fm.model.scalars import ScalarEmbedding
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.surrogate import Surrogate
 from fm.model.wavelets import NOT_PERIODIC, Periodic, analysis, patches, synthesis, unpatches
@@ -164,16 +166,19 @@ class WaveLiTFM(Surrogate):
         inputs = (name for spec in specs for name in spec.inputs(context))
         self.lifting = ChannelEmbedding(inputs, subbands, width)
         self.task_vectors = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name in self.specs})
+        self.scalars = ScalarEmbedding((name for spec in specs for name in spec.scalars), width)
         self.blocks = nn.ModuleList(Pyramid(config.block(), config.pyramid_levels) for _ in range(config.depth))
         self.heads = nn.ModuleDict({spec.name: Head(config, spec, context) for spec in specs})
         self.init_weights(seed)
 
-    def output(self, inputs: Tensor, spec: DatasetSpec) -> Tensor:
+    def output(self, inputs: Tensor, spec: DatasetSpec, scalars: Tensor | None = None) -> Tensor:
         """Return the output (B, C, H, W) of the dataset's head; see `Surrogate.output`."""
         config = self.config
         coefficients = self._tokenize(inputs, spec)  # wavelet transform: (B, n * C + K, S, h, w)
         x = self.lifting(coefficients, spec.inputs(self.context))  # embedding: (B, h, w, D)
         x = x + self.task_vectors[spec.name]
+        if scalars is not None:
+            x = x + self.scalars(scalars, list(spec.scalars))[:, None, None]  # (B, 1, 1, D)
         ropes = pyramid_tables(x.shape[1], x.shape[2], config.pyramid_levels, config.width // config.heads, x.device)
         periodic = spec.periodic if config.padding == "boundary" else NOT_PERIODIC
         for block in self.blocks:
@@ -212,7 +217,8 @@ class WaveLiTFM(Surrogate):
             if parameter.is_meta:  # of a model that is made for its shapes alone
                 continue
             drawn = self.config.decoder == "conv" and name.endswith((".linear.weight", ".mix"))
-            if (name.startswith("heads.") and not drawn) or name.endswith(("bias", "log_lambda")):
+            zero = name.endswith(("bias", "log_lambda")) or name.startswith("scalars.")
+            if zero or (name.startswith("heads.") and not drawn):
                 parameter.zero_()
             elif name.endswith("norm.weight"):
                 parameter.fill_(1.0)
@@ -236,6 +242,8 @@ class WaveLiTFM(Surrogate):
         if part == "lifting":
             channel = rest.removeprefix("rows.")
             return frozenset(name for name, spec in self.specs.items() if channel in spec.inputs(self.context))
+        if part == "scalars":
+            return frozenset(name for name, spec in self.specs.items() if rest.removeprefix("rows.") in spec.scalars)
         return frozenset({rest.partition(".")[0]} if part in ("task_vectors", "heads") else self.specs)
 
     def adapted_to(self, datasets: Sequence[DatasetSpec]) -> "WaveLiTFM":

@@ -36,6 +36,7 @@ from fm.model.files import (
     WEIGHTS_FILE,
     is_exported,
 )
+from fm.model.scalars import normalized
 from fm.model.surrogate import Surrogate
 from fm.share.model_card import ExportedModel, model_card
 
@@ -213,18 +214,20 @@ def report_files(report: Path, trained: TrainedModel) -> dict[str, bytes]:
 class DatasetStep(nn.Module):
     """The step of one dataset in physical units: frames and constants (B, K, H, W) to the next state (B, C, H, W).
 
-    frames is (B, n, C, H, W), or (B, C, H, W) for a model of one frame.
+    frames is (B, n, C, H, W), or (B, C, H, W) for a model of one frame. A model that scalars condition also takes them
+    as (B, P), in the order of the dataset's specification, NaN where one is not known.
     """
 
     def __init__(self, model: Surrogate, dataset: str) -> None:
         super().__init__()
         self.model, self.dataset = model, dataset
 
-    def forward(self, frames: Tensor, constants: Tensor) -> Tensor:
+    def forward(self, frames: Tensor, constants: Tensor, scalars: Tensor | None = None) -> Tensor:
         """Return the next state (B, C, H, W)."""
         model, dataset = self.model, self.dataset
-        normalized = model.normalize(frames, dataset), model.normalize_constants(constants, dataset)
-        return model.denormalize(model(*normalized, dataset), dataset)
+        numbers = None if scalars is None else normalized(scalars, model.specs[dataset].scalars.values())
+        inputs = model.normalize(frames, dataset), model.normalize_constants(constants, dataset)
+        return model.denormalize(model(*inputs, dataset, numbers), dataset)
 
 
 def step_program(model: Surrogate, dataset: str) -> bytes:
@@ -240,11 +243,13 @@ def step_program(model: Surrogate, dataset: str) -> bytes:
         raise UserError(f"--program {dataset}: the model does not know the grid of its training data; train it again")
     time = () if model.context == 1 else (model.context,)
     frames = spec.moment("mean", spec.state_channels).float().expand(2, *time, -1, *spec.grid).contiguous()
-    constants = torch.zeros(2, len(spec.constant_channels), *spec.grid)
+    inputs = [frames, torch.zeros(2, len(spec.constant_channels), *spec.grid)]
+    if spec.scalars:
+        inputs.append(torch.tensor([[(one.lowest + one.highest) / 2 for one in spec.scalars.values()]] * 2))
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():
         step = DatasetStep(copy.deepcopy(model), dataset).eval().requires_grad_(False)
-        program = torch.export.export(step, (frames, constants), dynamic_shapes=({0: batch}, {0: batch}))
+        program = torch.export.export(step, tuple(inputs), dynamic_shapes=tuple({0: batch} for _ in inputs))
     file = io.BytesIO()
     torch.export.save(program, file)
     return file.getvalue()

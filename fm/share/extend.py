@@ -24,7 +24,7 @@ from data_pipeline.schema import nearest
 from data_pipeline.tables import markdown
 from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
-from fm.datasets import dataset_specs, with_constraints
+from fm.datasets import dataset_specs, with_constraints, with_scalars
 from fm.evaluation.trained import TrainedModel
 from fm.model.spec import DatasetSpec
 from fm.model.surrogate import MIN_GRID, Surrogate
@@ -62,6 +62,8 @@ def extend(
         added = dataset_specs(readers, described)
         if model.config.constraints:
             added = [with_constraints(spec, described.card(spec.name), readers[spec.name]) for spec in added]
+        if model.config.condition == "scalars":
+            added = [with_scalars(spec, described.card(spec.name), readers[spec.name]) for spec in added]
         known = {name for spec in model.specs.values() for name in spec.channels}
         unseen = sorted({name for spec in added for name in spec.channels} - known)
         chosen = choose_rows(rows, unseen, known, described.channel_cards)
@@ -70,7 +72,7 @@ def extend(
         raise UserError(f"{shards}: {error}. Make the shards again with `data-pipeline shard`.") from error
     old_readers = open_readers(shards, None, "train", known=list(model.specs))
     proof = compare(model, extended, old_readers)
-    print(_summary(source, added, chosen, proof))
+    print(_summary(source, model, added, chosen, proof))
     proof.check()
     lineage = {
         "model": source,
@@ -273,8 +275,8 @@ def compare(old: Surrogate, extended: Surrogate, readers: Mapping[str, ShardRead
     changed = [name for name in before if name not in after or not same_bits(before[name], after[name])]
     steps = []
     for spec in old.specs.values():
-        fields, frames, constants = _initial_fields(spec, readers.get(spec.name), old.context)
-        predictions = [next(model.iterate(frames, constants, spec.name, 1)) for model in (old, extended)]
+        fields, frames, constants, scalars = _initial_fields(spec, readers.get(spec.name), old.context)
+        predictions = [next(model.iterate(frames, constants, spec.name, 1, scalars)) for model in (old, extended)]
         first, second = (sha256(prediction.contiguous().numpy().tobytes()) for prediction in predictions)
         steps.append(Agreement(spec.name, fields, predictions[0].numel(), first, second, first == second))
     return Proof(len(before), tuple(changed), tuple(steps))
@@ -285,8 +287,10 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     return torch.equal(first.contiguous().view(torch.int32), second.contiguous().view(torch.int32))
 
 
-def _initial_fields(spec: DatasetSpec, reader: ShardReader | None, context: int) -> tuple[str, Tensor, Tensor]:
-    """Return the source of the fields, frames (B, n, C, H, W) and constants (B, K, H, W) in physical units.
+def _initial_fields(
+    spec: DatasetSpec, reader: ShardReader | None, context: int
+) -> tuple[str, Tensor, Tensor, Mapping[str, Tensor]]:
+    """Return the source of the fields, frames (B, n, C, H, W), constants (B, K, H, W) and scalars in physical units.
 
     They are evenly spaced windows of the shards, or noise with the dataset's mean and spread on the trained grid.
     """
@@ -296,21 +300,27 @@ def _initial_fields(spec: DatasetSpec, reader: ShardReader | None, context: int)
         if (tuple(manifest.state_channels), tuple(manifest.constant_channels)) == channels:
             count = len(reader.index(context))
             batch = reader.batch(np.unique(np.linspace(0, count - 1, NUM_FIELDS).astype(np.int64)), context)
-            return f"{len(batch.fields)} windows", batch.fields, batch.constants
+            return f"{len(batch.fields)} windows", batch.fields, batch.constants, batch.scalars
     generator = torch.Generator().manual_seed(0)
     grid = spec.grid or (2 * MIN_GRID, 2 * MIN_GRID)
     drawn = []
     for names, time in zip(channels, ((context,), ()), strict=True):
         noise = torch.randn(NUM_FIELDS, *time, len(names), *grid, generator=generator, dtype=torch.float64)
         drawn.append((spec.moment("mean", names) + spec.moment("std", names) * noise).float())
-    return f"{NUM_FIELDS} random fields", drawn[0], drawn[1]
+    highest = {name: torch.tensor(one.highest, dtype=torch.float64) for name, one in spec.scalars.items()}
+    return f"{NUM_FIELDS} random fields", drawn[0], drawn[1], highest
 
 
-def _summary(source: str, added: Sequence[DatasetSpec], rows: Mapping[str, Rows], proof: Proof) -> str:
+def _summary(
+    source: str, model: Surrogate, added: Sequence[DatasetSpec], rows: Mapping[str, Rows], proof: Proof
+) -> str:
+    known = {name for spec in model.specs.values() for name in spec.scalars}
     lines = [f"{source}, extended by {', '.join(spec.name for spec in added)}:"]
     for spec in added:
         shared = ", ".join(name for name in spec.channels if name not in rows) or "none"
         lines.append(f"{spec.name}: a head of zeros and a drawn task vector; of its channels the model knows {shared}")
+        if unseen := [name for name in spec.scalars if name not in known]:
+            lines.append(f"{spec.name}: scalars that the model has not seen, with rows of zeros: {', '.join(unseen)}")
     if rows:
         table = markdown(["unseen channel", "lifting rows"], [[name, str(one)] for name, one in rows.items()])
         lines.append(f"\n{table}")

@@ -185,6 +185,11 @@ def _dataset_context(exported: ExportedModel, channels: Mapping[str, Mapping[str
         for name, card in cards.items()
         for spec in (specs[name],)
     ]
+    scalars = [
+        [f"`{spec.name}`", f"`{name}`", f"{one.lowest:g}" if one.std == 0 else f"{one.lowest:g} to {one.highest:g}"]
+        for spec in specs.values()
+        for name, one in spec.scalars.items()
+    ]
     meanings = [[f"`{name}`", one["description"], one["unit"]] for name, one in channels.items()]
     licenses: dict[str, list[str]] = {}
     for name, card in cards.items():
@@ -194,6 +199,8 @@ def _dataset_context(exported: ExportedModel, channels: Mapping[str, Mapping[str
         "num_datasets": len(specs),
         "other_grids": other_grids,
         "dataset_table": _text_table(["dataset", "system", "state", "constants", "grid", "dt", "ends of x / y"], rows),
+        "scalar_table": _text_table(["dataset", "scalar", "in the training data"], scalars) if scalars else "",
+        "scalar_example": next((name for spec in specs.values() for name in spec.scalars), ""),
         "channel_table": _text_table(["channel", "what", "unit"], meanings),
         "data_licenses": "; ".join(
             f"all under {license}" if len(licenses) == 1 else f"{listed(names)} under {license}"

@@ -11,14 +11,13 @@ Array legend: n trajectories, T input frames, C state channels, K constant chann
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data_pipeline.errors import UserError, disk_full_error, is_disk_full
 from data_pipeline.files import atomic_path
@@ -27,7 +26,8 @@ from data_pipeline.registry import Card, load_registry
 from data_pipeline.well.write import WellWriter
 from fm.distributed import StopSignal, precision
 from fm.evaluation.trained import TrainedModel
-from fm.model.fields import FieldsWarning, given_fields
+from fm.model.fields import FieldsWarning, GivenFields, given_fields
+from fm.model.scalars import TIME_STEP
 from fm.model.surrogate import MIN_GRID, Surrogate
 from fm.share.rollout_files import (
     ENGINES,
@@ -54,6 +54,7 @@ class RolloutRequest:
     trajectories: tuple[int, ...] | None = None  # None: all
     start: int | None = None  # last frame of the source that the model is given; None: the first that is possible
     force: bool = False  # replace a file at `out`
+    scalars: Mapping[str, float] = field(default_factory=dict)  # PDE parameters, in place of those in the file
 
 
 def predict_file(model: str, request: RolloutRequest, registry: str | None = None, progress: bool = True) -> Path:
@@ -68,11 +69,12 @@ def predict_file(model: str, request: RolloutRequest, registry: str | None = Non
     cards = trained.registry() if registry is None else load_registry(registry)
     context = trained.model.context
     initial = read_initial(request.source, cards, request.dataset, request.trajectories, request.start, context)
-    given, constants = _checked_fields(trained.model, initial, request.source)
+    given = _checked_fields(trained.model, initial, request)
+    initial = _with_scalars(initial, request.scalars)
     times = initial.predicted_times(request.steps, trained.model.specs[initial.setting.card.name].dt or 1.0)
     if out.suffix in ENGINES and not (times == times[0]).all():
         raise UserError(f"--out {out}: the trajectories have times of their own; write {WELL_SUFFIXES[0]}")
-    frames = _frames(trained.model, initial.setting.card, given, constants, request.steps)
+    frames = _frames(trained.model, initial.setting.card, given, request.steps)
     try:
         with (
             StopSignal().listen() as stop,
@@ -92,6 +94,23 @@ def predict_file(model: str, request: RolloutRequest, registry: str | None = Non
             file=sys.stderr,
         )
     return out
+
+
+def parse_scalars(texts: Sequence[str]) -> dict[str, float]:
+    """Return the numbers that NAME=VALUE texts give. UserError for another text, or a name that comes twice."""
+    scalars: dict[str, float] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = np.nan
+        if not (name and np.isfinite(number)) or name in scalars:
+            raise UserError(
+                f"--scalar {text}: expected NAME=VALUE with a finite number, such as F=0.03, each name once"
+            )
+        scalars[name] = number
+    return scalars
 
 
 def _check_request(request: RolloutRequest) -> None:
@@ -114,13 +133,13 @@ def _check_request(request: RolloutRequest) -> None:
         import_xarray()
 
 
-def _checked_fields(model: Surrogate, initial: InitialStates, source: Path) -> tuple[Tensor, Tensor]:
-    """Return frames (n, T, C, X, Y) and constants (n, K, X, Y) in the model's order; print doubts to stderr.
+def _checked_fields(model: Surrogate, initial: InitialStates, request: RolloutRequest) -> GivenFields:
+    """Return frames (n, T, C, X, Y), constants (n, K, X, Y) and scalars for the model; print doubts to stderr.
 
-    Raises UserError for a dataset that the model was not trained on, fields of another form, and values that are not
-    finite.
+    Raises UserError for a dataset that the model was not trained on, fields of another form, scalars that it does not
+    take, and values that are not finite.
     """
-    card, grid = initial.setting.card, initial.setting.grid
+    source, card, grid = request.source, initial.setting.card, initial.setting.grid
     if card.name not in model.specs:
         raise UserError(
             f"{source}: expected a dataset that the model knows ({', '.join(model.specs)}), got {card.name}: --dataset "
@@ -138,22 +157,38 @@ def _checked_fields(model: Surrogate, initial: InitialStates, source: Path) -> t
         print(f"warning: {source}: {doubt}", file=sys.stderr)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FieldsWarning)
+        spec, stored = model.specs[card.name], initial.setting.scalars
+        scalars = {**{name: stored[name] for name in stored if name in spec.scalars}, **request.scalars}
         try:
-            given = given_fields(fields, model.specs[card.name], initial.dt, model.context, initial.spacing)
+            given = given_fields(fields, spec, initial.dt, model.context, initial.spacing, scalars)
         except ValueError as error:
             raise UserError(f"{source}: {error}") from error
     for one in caught:
         print(f"warning: {source}: {one.message}", file=sys.stderr)
-    return given.frames, given.constants
+    return given
 
 
-def _frames(model: Surrogate, card: Card, given: Tensor, constants: Tensor, steps: int) -> Iterator[np.ndarray]:
+def _with_scalars(initial: InitialStates, scalars: Mapping[str, float]) -> InitialStates:
+    """Return the states with these scalars of all trajectories, which the prediction's file then holds.
+
+    The time step is none of the file's scalars: its times are.
+    """
+    numbers = {name: np.full(len(initial.trajectories), value) for name, value in scalars.items() if name != TIME_STEP}
+    setting = replace(initial.setting, scalars={**initial.setting.scalars, **numbers})
+    return replace(initial, setting=setting)
+
+
+def _frames(model: Surrogate, card: Card, given: GivenFields, steps: int) -> Iterator[np.ndarray]:
     """Yield the predicted states (n, C, X, Y) step by step, channels in the card's order; on a GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     order = [model.specs[card.name].state_channels.index(channel) for channel in card.state_channels]
-    batches = zip(given.to(device).split(BATCH), constants.to(device).split(BATCH), strict=True)
-    rollouts = [model.iterate(frames, fixed, card.name, steps) for frames, fixed in batches]
+    batches = zip(given.frames.to(device).split(BATCH), given.constants.to(device).split(BATCH), strict=True)
+    rollouts = []
+    for number, (frames, fixed) in enumerate(batches):
+        rows = slice(number * BATCH, number * BATCH + len(frames))
+        scalars = {name: values[rows] if values.ndim else values for name, values in given.scalars.items()}
+        rollouts.append(model.iterate(frames, fixed, card.name, steps, scalars))
     for parts in zip(*rollouts, strict=True):
         yield torch.cat([part[:, order].cpu() for part in parts]).numpy()
 

@@ -159,10 +159,13 @@ def _gradient(
     """Return the mean gradient of the one-step loss over some windows, all shared parameters in a row, (P,) float32."""
     batch = reader.batch(windows, length).to(device)
     forced = torch.ones(1, 1, dtype=torch.bool, device=device)
+    scalars = objective.model.normalize_scalars(batch.scalars, batch.dataset, len(windows), device)
     mean = torch.zeros(sum(parameter.numel() for parameter in shared), device=device)
     # One window at a time: no process of the run takes fewer at once, so this fits where the training fits.
-    for fields, constants in zip(batch.fields.split(1), batch.constants.split(1), strict=True):
-        loss = objective(fields, constants, forced, batch.dataset)["loss"]
+    for one in range(len(windows)):
+        window = slice(one, one + 1)
+        own = None if scalars is None else scalars[window]
+        loss = objective(batch.fields[window], batch.constants[window], forced, batch.dataset, scalars=own)["loss"]
         # backward() would add to .grad and make DDP and DeepSpeed exchange it.
         found = torch.autograd.grad(loss, shared, materialize_grads=True)
         mean += torch.cat([gradient.flatten() for gradient in found]) / len(windows)

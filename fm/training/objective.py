@@ -120,17 +120,24 @@ class Unroll(nn.Module):
         self.checkpoints = finetune is not None and finetune.checkpoint_activations
 
     def forward(
-        self, fields: Tensor, constants: Tensor, forced: Tensor, dataset: str, noise: Tensor | None = None
+        self,
+        fields: Tensor,
+        constants: Tensor,
+        forced: Tensor,
+        dataset: str,
+        noise: Tensor | None = None,
+        scalars: Tensor | None = None,
     ) -> Mapping[str, Tensor]:
         """Return the losses of one batch.
 
         fields (B, n + K, C, H, W) and constants (B, c, H, W) in raw units; forced (B, K) bool is True where the newest
-        input frame of a step is the truth; noise (B, n + K - 1, C, H, W), normalized, is added to true input frames.
+        input frame of a step is the truth; noise (B, n + K - 1, C, H, W), normalized, is added to true input frames;
+        scalars (B, P) as `Surrogate.normalize_scalars` returns them.
         Returns scalars: loss (with gradient), mse and wavelet_l1 (means over windows and model steps, detached).
         """
         # Autocast stands here and not around the caller, since DeepSpeed ends an autocast that it did not start.
         with torch.autocast(fields.device.type, self.autocast, enabled=self.autocast is not None):
-            terms = self._unrolled(fields, constants, forced, dataset, noise)
+            terms = self._unrolled(fields, constants, forced, dataset, noise, scalars)
         total = torch.stack([term.total for term in terms])  # (K, B), or (1, B) for pushforward
         if self.kind == "causal_bptt":
             total = total * causal_weights(total, self.causal_eps)
@@ -138,13 +145,20 @@ class Unroll(nn.Module):
         return {"loss": total.mean(), **parts}
 
     def _unrolled(
-        self, fields: Tensor, constants: Tensor, forced: Tensor, dataset: str, noise: Tensor | None
+        self,
+        fields: Tensor,
+        constants: Tensor,
+        forced: Tensor,
+        dataset: str,
+        noise: Tensor | None,
+        scalars: Tensor | None,
     ) -> list[LossTerms]:
         """Return the losses of the model steps that have one: all, or for pushforward the last."""
         fields = self.model.normalize(fields, dataset)
         constants = self.model.normalize_constants(constants, dataset)
         context, last = self.model.context, fields.shape[1] - self.model.context - 1
         inputs = fields[:, :-1] if noise is None else fields[:, :-1] + noise
+        given = () if scalars is None else (scalars,)
         terms: list[LossTerms] = []
         frames = inputs[:, :context]
         prediction = frames[:, -1]
@@ -154,12 +168,12 @@ class Unroll(nn.Module):
                 frames = next_frames(frames, torch.where(forced[:, k, None, None, None], truth, prediction))
             if self.kind == "pushforward" and k < last:
                 with torch.no_grad():
-                    prediction = self.model(frames, constants, dataset)
+                    prediction = self.model(frames, constants, dataset, *given)
                 continue
             if self.checkpoints:
-                prediction = checkpoint(self.model, frames, constants, dataset, use_reentrant=False)
+                prediction = checkpoint(self.model, frames, constants, dataset, *given, use_reentrant=False)
             else:
-                prediction = self.model(frames, constants, dataset)
+                prediction = self.model(frames, constants, dataset, *given)
             terms.append(self._loss(prediction, fields[:, context + k], self.model.residual_scale(dataset)))
         return terms
 

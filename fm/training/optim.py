@@ -63,7 +63,8 @@ def part_rates(adapt: AdaptSettings, step: int) -> dict[str, float]:
 
 def part_of(parameter: str) -> str:
     """Return the part of the model, one of PARTS, that the named parameter belongs to; a baseline is all trunk."""
-    return {"lifting": "embedding", "task_vectors": "embedding", "heads": "head"}.get(parameter.split(".")[0], "trunk")
+    parts = {"lifting": "embedding", "task_vectors": "embedding", "scalars": "embedding", "heads": "head"}
+    return parts.get(parameter.split(".")[0], "trunk")
 
 
 def parameter_group(

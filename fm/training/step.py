@@ -21,6 +21,7 @@ from data_pipeline.windows.reader import Batch
 from data_pipeline.windows.schedule import Draw
 from fm.config import Recipe
 from fm.distributed import autocast_dtype, precision
+from fm.model.surrogate import Surrogate
 from fm.training.objective import forcing_coins, forcing_prob, input_noise, unroll_length
 from fm.training.optim import learning_rate, learns_alone
 from fm.training.state import TrainingState
@@ -162,7 +163,7 @@ def train_step(
         end_phase("data")
         assert batch.draw == micro_batch.draw
         assert batch.dataset == division.schedule.source(batch.draw).name  # the shares are those the reader had
-        inputs = _objective_inputs(recipe, step, micro_batch, batch)
+        inputs = _objective_inputs(recipe, step, micro_batch, batch, parallel.model)
         # A window counts 1 / global_batch. Processes average their gradients, which divides by their number.
         weight = len(micro_batch.places) * accelerator.num_processes / recipe.train.global_batch
         with parallel.accumulate(last=number == len(micro_batches) - 1), precision(autocast):
@@ -187,8 +188,10 @@ def train_step(
     return PendingStep(step, draws, rate, started, cpu_started, data_seconds, metrics)
 
 
-def _objective_inputs(recipe: Recipe, step: int, micro_batch: MicroBatch, batch: Batch) -> dict[str, Any]:
-    """Return the objective's arguments: windows as long as the step's unroll, their coins and their noise."""
+def _objective_inputs(
+    recipe: Recipe, step: int, micro_batch: MicroBatch, batch: Batch, model: Surrogate
+) -> dict[str, Any]:
+    """Return the objective's arguments: windows as long as the step's unroll, their coins, noise and scalars."""
     seed, train, device = recipe.run.seed, recipe.train, batch.fields.device
     length = unroll_length(step, train.steps, recipe.finetune, batch.dataset)
     prob = forcing_prob(step, train.steps, recipe.finetune)
@@ -205,4 +208,5 @@ def _objective_inputs(recipe: Recipe, step: int, micro_batch: MicroBatch, batch:
         "forced": coins.to(device, non_blocking=True),
         "dataset": batch.dataset,
         "noise": noise,
+        "scalars": model.normalize_scalars(batch.scalars, batch.dataset, len(batch.fields), device),
     }

@@ -60,10 +60,12 @@ class Subject:
         """Return the map from states of these trajectories (B, n C, H, W), in their order, to the next states."""
         constants = torch.from_numpy(np.stack([self.reader.constants(index) for index in trajectories]))
         fixed = self.model.normalize_constants(constants.to(self.device), self.dataset)
+        given = self.reader.scalars(trajectories)
+        scalars = self.model.normalize_scalars(given, self.dataset, len(trajectories), self.device)
 
         def step(states: Tensor) -> Tensor:
             frames = states.unflatten(1, (self.context, -1))
-            return next_frames(frames, self.model(frames, fixed, self.dataset)).flatten(1, 2)
+            return next_frames(frames, self.model(frames, fixed, self.dataset, scalars)).flatten(1, 2)
 
         return step
 

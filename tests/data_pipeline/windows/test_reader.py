@@ -304,6 +304,29 @@ def _is_json(content: object) -> bool:
     return True
 
 
+def test_windows_carry_the_scalars_of_their_trajectories(tiny_shards: Path, tmp_path: Path) -> None:
+    dataset = "gray_scott_reaction_diffusion"
+    reader = ShardReader(tiny_shards, dataset, "train")
+    trajectories = reader.manifest.trajectories
+    ids = np.array([len(reader.index(3)) - 1, 0])
+    batch = reader.batch(ids, 3)
+    assert sorted(batch.scalars) == ["F", "dt", "k"]
+    assert batch.scalars["F"].tolist() == [trajectories[-1].scalars["F"], trajectories[0].scalars["F"]]
+    assert trajectories[-1].scalars["F"] != trajectories[0].scalars["F"]
+    assert batch.scalars["dt"].tolist() == [40.0, 40.0]
+    assert reader.scalars([1])["k"].tolist() == [trajectories[1].scalars["k"]]
+
+    folder = tmp_path / dataset / "train"
+    shutil.copytree(reader.folder, folder)
+    content = json.loads((folder / "manifest.json").read_text())
+    content.pop("digest")
+    content["trajectories"][0].update(scalars={"Re": 7.0}, dt=None)
+    (folder / "manifest.json").write_bytes(canonical(content | {"digest": digest(content)}))
+    mixed = ShardReader(tmp_path, dataset, "train").scalars()
+    assert np.isnan([mixed["F"][0], mixed["dt"][0], *mixed["Re"][1:]]).all()
+    assert (mixed["Re"][0], mixed["dt"][1]) == (7.0, 40.0)
+
+
 def test_batch_moves_as_a_whole() -> None:
     batch = Batch("shear_flow", torch.ones(1, 2, 4, 8, 8), torch.ones(1, 0, 8, 8), torch.tensor([5]), draw=3)
     moved = batch.to("meta")
