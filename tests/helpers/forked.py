@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fm.recipe", "torch._dynamo"])
+CONTEXT.set_forkserver_preload(["fm.recipe", "fm.evaluation.report", "fm.training.pictures", "torch._dynamo"])
 
 
 class Forked:
@@ -110,6 +110,18 @@ def forked_program(script: Path, folder: Path) -> Iterator[Path]:
             with Client(listener.address) as client:
                 client.send_bytes(b"")
             server.join()
+
+
+@contextmanager
+def forking_python(folder: Path) -> Iterator[Path]:
+    """Yield a Python for sys.executable that runs `-m fm` as Forked does, and all else in a fresh interpreter."""
+    root = Path(__file__).parents[2]
+    with forked_program(root / "fm" / "__main__.py", folder) as program:
+        python = folder / "python"
+        fresh = f'exec "{sys.executable}"'
+        python.write_text(f'#!/bin/sh\n[ "$1 $2" = "-m fm" ] || {fresh} "$@"\nshift 2\n{fresh} -IS "{program}" "$@"\n')
+        python.chmod(0o755)
+        yield python
 
 
 def _serve(listener: Listener, script: Path, folder: Path) -> None:
