@@ -11,13 +11,16 @@ import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from html.parser import HTMLParser
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urljoin, urlsplit
 
-import aiohttp
 import fsspec
 from fsspec.asyn import iothread, reset_lock, sync
 
 from data_pipeline.errors import UserError
+
+if TYPE_CHECKING:  # imported below where it is used, since local shards do not need it
+    import aiohttp
 
 EXTRAS = {"s3": "s3", "gs": "gcs"}  # scheme -> our extra that installs its package; the others need none
 _CHUNK_BYTES = 256 * 1024  # written at a time, at most
@@ -68,6 +71,8 @@ class _Http:
     """Requests over HTTP, each tried once; fsspec's event loop runs them in a thread of its own."""
 
     def __init__(self, timeout_seconds: float) -> None:
+        import aiohttp
+
         self._timeout_seconds = timeout_seconds
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_seconds, sock_read=timeout_seconds)
         client = {
@@ -131,14 +136,16 @@ class _Http:
         return _children(page.decode("utf-8", "replace"), url + "/")
 
     @contextmanager
-    def _request(self, method: str, url: str, span: Span | None = None) -> Iterator[aiohttp.ClientResponse]:
+    def _request(self, method: str, url: str, span: Span | None = None) -> "Iterator[aiohttp.ClientResponse]":
         """Yield a response with status 200 or 206. Failures of the network within the block become Transient.
 
         What was not read of the response at the end of the block is dropped.
         """
+        import aiohttp
+
         headers = {} if span is None else {"Range": f"bytes={span[0]}-{'' if span[1] is None else span[1] - 1}"}
 
-        async def send() -> aiohttp.ClientResponse:
+        async def send() -> "aiohttp.ClientResponse":
             session = await self._fs.set_session()
             return await session.request(method, self._fs.encode_url(url), headers=headers, allow_redirects=True)
 
@@ -158,7 +165,7 @@ class _Http:
             if response is not None:
                 self._fs.loop.call_soon_threadsafe(response.close)
 
-    def _read(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
+    def _read(self, response: "aiohttp.ClientResponse", limit: int) -> bytes:
         """Return the first `limit` bytes of the body; fewer if it is shorter."""
 
         async def read() -> bytes:
@@ -171,7 +178,7 @@ class _Http:
         return sync(self._fs.loop, read)
 
 
-def _check_status(response: aiohttp.ClientResponse, method: str, url: str, span: Span | None) -> None:
+def _check_status(response: "aiohttp.ClientResponse", method: str, url: str, span: Span | None) -> None:
     status, answer = response.status, f"the server answers {response.status} {response.reason or ''}".rstrip()
     if status == 200 or (status == 206 and span is not None):
         return
@@ -186,7 +193,7 @@ def _check_status(response: aiohttp.ClientResponse, method: str, url: str, span:
     raise UserError(f"{redact(url)}: {answer}; check the address and whether the file is open to you")
 
 
-def _content_range(response: aiohttp.ClientResponse) -> tuple[int | None, int | None]:
+def _content_range(response: "aiohttp.ClientResponse") -> tuple[int | None, int | None]:
     """Return the first byte and the total size of a Content-Range header; None for what it does not give."""
     header = response.headers.get("Content-Range", "")
     match = re.fullmatch(r"bytes (?:(\d{1,18})-\d{1,18}|\*)/(?:(\d{1,18})|\*)", header)
@@ -194,7 +201,7 @@ def _content_range(response: aiohttp.ClientResponse) -> tuple[int | None, int | 
     return None if first is None else int(first), None if total is None else int(total)
 
 
-def _check_start(response: aiohttp.ClientResponse, start: int) -> int | None:
+def _check_start(response: "aiohttp.ClientResponse", start: int) -> int | None:
     """Return the size of the file, None if the response does not give it. Transient for bytes from another place."""
     first, total = _content_range(response)
     if first != start:

@@ -12,22 +12,31 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Client, Listener
+from multiprocessing.reduction import DupFd
 from pathlib import Path
+from typing import Any
 
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fm.recipe", "torch._dynamo"])
+CONTEXT.set_forkserver_preload(["fm.recipe", "fm.evaluation.report", "fm.training.pictures", "torch._dynamo"])
 
 
 class Forked:
     """A script or recipe that runs, with the methods of subprocess.Popen that tests use.
 
-    It prints into files beside the script.
+    It prints into files beside the script, or on `terminal`, a descriptor that may be closed once it has begun.
     """
 
-    def __init__(self, script: Path, *arguments: str, environment: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self,
+        script: Path,
+        *arguments: str,
+        environment: Mapping[str, str] = os.environ,
+        terminal: int | None = None,
+    ) -> None:
         self._printed = script.with_suffix(".out"), script.with_suffix(".err")
+        streams = self._printed if terminal is None else Descriptor(terminal)
         command = [str(script), *arguments]
-        self._process = CONTEXT.Process(target=_run, args=(command, *self._printed, dict(environment)))
+        self._process = CONTEXT.Process(target=_run, args=(command, streams, dict(environment)))
         self._process.start()
         self.pid = self._process.pid or 0
         atexit.register(self.kill)  # of a test that failed
@@ -37,6 +46,10 @@ class Forked:
         return self._process.exitcode
 
     def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int | None:
+        self._process.join()
         return self._process.exitcode
 
     def kill(self) -> None:
@@ -51,6 +64,21 @@ class Forked:
             raise subprocess.TimeoutExpired(str(self._printed[0]), timeout or 0.0)
         out, err = (path.read_text() if path.exists() else "" for path in self._printed)
         return out, err
+
+
+class Descriptor:
+    """An open file that a new process gets, as the number that it has there."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _received, (DupFd(self._number),)
+
+
+def _received(duplicate: Any) -> int:
+    number: int = duplicate.detach()
+    return number
 
 
 CLIENT = """import json, os, sys
@@ -84,6 +112,18 @@ def forked_program(script: Path, folder: Path) -> Iterator[Path]:
             server.join()
 
 
+@contextmanager
+def forking_python(folder: Path) -> Iterator[Path]:
+    """Yield a Python for sys.executable that runs `-m fm` as Forked does, and all else in a fresh interpreter."""
+    root = Path(__file__).parents[2]
+    with forked_program(root / "fm" / "__main__.py", folder) as program:
+        python = folder / "python"
+        fresh = f'exec "{sys.executable}"'
+        python.write_text(f'#!/bin/sh\n[ "$1 $2" = "-m fm" ] || {fresh} "$@"\nshift 2\n{fresh} -IS "{program}" "$@"\n')
+        python.chmod(0o755)
+        yield python
+
+
 def _serve(listener: Listener, script: Path, folder: Path) -> None:
     count = 0
     while True:
@@ -99,11 +139,17 @@ def _serve(listener: Listener, script: Path, folder: Path) -> None:
             client.send_bytes(json.dumps([process.returncode, *printed]).encode())
 
 
-def _run(command: list[str], out: Path, err: Path, environment: Mapping[str, str]) -> None:
+def _run(command: list[str], streams: tuple[Path, Path] | int, environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    for path, stream in ((out, sys.stdout), (err, sys.stderr)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, stream.fileno())
+    if isinstance(streams, int):
+        for number in range(3):
+            os.dup2(streams, number)
+        os.close(streams)
+        sys.stdout.reconfigure(line_buffering=True)  # as Python does on a terminal
+    else:
+        for path, stream in zip(streams, (sys.stdout, sys.stderr), strict=True):
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, stream.fileno())
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")

@@ -19,6 +19,7 @@ from fm.lab.few_shot import few_shot_figure, plan_few_shot
 from fm.lab.sweep_file import plan
 from fm.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("forked_runs")
 NEW = "shear_flow"
 
 

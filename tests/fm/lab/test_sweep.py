@@ -23,6 +23,8 @@ from fm.lab.sweep import run_sweep
 from fm.lab.sweep_file import Sweep, Trial, check_same_data, load_sweep, plan, read_scores
 from fm.lab.sweep_table import sweep_document, sweep_results
 
+pytestmark = pytest.mark.usefixtures("forked_runs")
+PYTHON = sys.executable  # a fresh one
 BROKEN = "data.datasets: [shear_flaw]"
 
 
@@ -64,7 +66,7 @@ def sweep(folder: Path) -> Sweep:
 
 
 @pytest.fixture(scope="module")
-def done(folder: Path, sweep: Sweep) -> Path:
+def done(folder: Path, sweep: Sweep, forked_runs: None) -> Path:
     """The sweep, its two good variants run once."""
     assert run_sweep(sweep, folder / "done", only=["full", "no ridge"]) == 0
     return folder / "done"
@@ -284,7 +286,7 @@ def test_seconds_choose_the_steps_by_a_probe(folder: Path, tmp_path: Path) -> No
 
 
 def test_ctrl_c_saves_the_run_and_ends_the_sweep(folder: Path, sweep: Sweep, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fm", "sweep", str(sweep.file.with_suffix("")), "--out", str(tmp_path / "out")]
+    command = [PYTHON, "-m", "fm", "sweep", str(sweep.file.with_suffix("")), "--out", str(tmp_path / "out")]
     process = subprocess.Popen([*command, "train.steps=5000"], stderr=subprocess.PIPE, text=True)
     run = tmp_path / "out" / "full_seed0"
     whole_runs.wait_for(lambda: (run / "log.jsonl").is_file() and (run / "log.jsonl").stat().st_size, process)

@@ -336,10 +336,9 @@ def test_what_is_missing_is_named_with_the_command_that_installs_it() -> None:
         upstream_class("cno", "CNO")
 
 
-def test_training_wavelit_imports_no_baseline() -> None:
-    code = (
-        "import sys, fm.cli, fm.training.trainer; print([m for m in ('tltorch', 'timm', 'wandb') if m in sys.modules])"
-    )
+def test_training_wavelit_imports_no_baseline_and_no_http() -> None:
+    packages = ("tltorch", "timm", "wandb", "aiohttp")
+    code = f"import sys, fm.cli, fm.training.trainer; print([m for m in {packages} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

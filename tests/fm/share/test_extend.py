@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from handmade import make_spec, stir
 from handmade_export import exported
 from hub_server import HubServer
@@ -483,14 +482,14 @@ def test_what_lies_beside_the_weights_stays_with_them(exported_model: Path, exte
 def test_a_pushed_extension_takes_the_place_of_what_it_extended(
     exported_model: Path, extended: Path, tmp_path: Path
 ) -> None:
-    push = 'import sys; from fm import WaveLiTFM; WaveLiTFM.from_pretrained(sys.argv[1]).push_to_hub("me/model")'
+    script = tmp_path / "push.py"
+    script.write_text('import sys, fm; fm.WaveLiTFM.from_pretrained(sys.argv[1]).push_to_hub("me/model")')
     with HubServer() as hub:
         hub.repositories["me/model"] = [tree(exported_model)]
         environment = {**os.environ, **hub.environment(tmp_path / "cache")}
-        done = subprocess.run(
-            [sys.executable, "-c", push, str(extended)], capture_output=True, text=True, check=False, env=environment
-        )
-        assert done.returncode == 0, done.stderr
+        process = Forked(script, str(extended), environment=environment)
+        _, said = process.communicate()
+        assert process.returncode == 0, said
         assert hub.repositories["me/model"][-1] == tree(extended)
 
 

@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import h5netcdf
 import numpy as np
 import pytest
 import xarray
+from forked import Forked
 
 from data_pipeline.errors import UserError
 from data_pipeline.registry import load_registry
@@ -181,11 +180,13 @@ def test_in_python_a_dataset_is_enough(folder: str, predicted: tuple[Path, Path]
 
 
 def test_without_xarray_the_way_to_get_it_is_told(folder: str, maze: Path, tmp_path: Path) -> None:
-    command = "import sys; sys.modules['xarray'] = None; from fm.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = tmp_path / "fm.py"
+    script.write_text("import sys; sys.modules['xarray'] = None; from fm.cli import main; sys.exit(main(sys.argv[1:]))")
     arguments = ["rollout", folder, "--input", str(maze), "--steps", "1", "--out", str(tmp_path / "p.nc")]
-    done = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "install them with `launch/setup xarray`" in done.stderr
+    process = Forked(script, *arguments)
+    _, said = process.communicate()
+    assert process.returncode == 2
+    assert "install them with `launch/setup xarray`" in said
 
 
 @pytest.mark.parametrize(

@@ -22,15 +22,23 @@ PANEL_TOP = "╭─ small ─"
 
 
 class Terminal:
-    """A process on a pseudo-terminal, and the screen that its user sees, with what has scrolled off."""
+    """A script on a pseudo-terminal, and the screen that its user sees, with what has scrolled off.
 
-    def __init__(self, command: list[str], columns: int, rows: int, **environment: str) -> None:
+    A `fresh` Python runs it, or a process that has torch already.
+    """
+
+    def __init__(self, script: Path, columns: int, rows: int, fresh: bool = False) -> None:
         self.screen = pyte.HistoryScreen(columns, rows, history=10_000, ratio=1)
         self._stream = pyte.ByteStream(self.screen)
         self._master, slave = pty.openpty()
         self._resize(columns, rows)
-        variables = {**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1", **environment}
-        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=variables)
+        variables = {**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
+        self.process: subprocess.Popen[bytes] | Forked
+        if fresh:
+            command = [sys.executable, str(script)]
+            self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=variables)
+        else:
+            self.process = Forked(script, environment=variables, terminal=slave)
         os.close(slave)
 
     def read(self) -> bool:
@@ -46,7 +54,7 @@ class Terminal:
         self._resize(columns, rows)
         self.screen.resize(rows, columns)
 
-    def finish(self) -> int:
+    def finish(self) -> int | None:
         while self.read():
             pass
         return self.process.wait()
@@ -60,8 +68,8 @@ class Terminal:
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
 
-def on_terminal(recipe: Recipe, columns: int = 80, rows: int = 24) -> Terminal:
-    return Terminal([sys.executable, str(written(recipe))], columns, rows)
+def on_terminal(recipe: Recipe, columns: int = 80, rows: int = 24, fresh: bool = False) -> Terminal:
+    return Terminal(written(recipe), columns, rows, fresh)
 
 
 def shown(shards: Path, directory: Path, **sections: dict) -> Recipe:
@@ -74,7 +82,7 @@ def test_messages_scroll_above_one_whole_panel(tiny_shards: Path, tmp_path: Path
     recipe = shown(
         tiny_shards, tmp_path / "run", train={"steps": 40}, validation={"every": 2, "windows": 1, "rollouts": 0}
     )
-    terminal = on_terminal(recipe, columns)
+    terminal = on_terminal(recipe, columns, fresh=columns == 80)
     assert terminal.finish() == 0
     lines = [line for line in terminal.lines() if line]
     top = lines.index(next(line for line in lines if line.startswith(PANEL_TOP)))
@@ -105,7 +113,7 @@ def test_prints_of_other_processes_do_not_tear_the_panel(tmp_path: Path) -> None
         "rows.close(['panel at the end'])\n"
         "print('after')\n"
     )
-    terminal = Terminal([sys.executable, str(script)], 40, 10, PYTHONPATH=os.pathsep.join(sys.path))
+    terminal = Terminal(script, 40, 10)
     assert terminal.finish() == 0
     lines = [line for line in terminal.lines() if line]
     assert lines == [*(f"stranger {number}" for number in range(30)), "panel at the end", "after"]

@@ -1,7 +1,6 @@
 """Rollout finetuning on real shards: objectives, horizons, the rehearsal and the one-step gate, as whole runs."""
 
 import json
-import subprocess
 import sys
 import textwrap
 from dataclasses import replace
@@ -10,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from safetensors.torch import load_file
-from whole_runs import DATASETS, last_weights, log, small
+from whole_runs import DATASETS, finish, last_weights, log, small, written
 
 from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers
@@ -118,26 +118,23 @@ def test_the_rehearsal_takes_the_unroll_with_the_most_tokens(
 def test_what_does_not_fit_in_memory_fails_before_the_first_step(
     tiny_shards: Path, tmp_path: Path, pretrained: Path
 ) -> None:
-    script = textwrap.dedent(f"""
+    script = tmp_path / "limited.py"
+    program = """
         import resource, sys, torch
         from pathlib import Path
-        sys.path.insert(0, {str(Path(__file__).parents[2] / "helpers")!r})
-        from whole_runs import small
         from fm.recipe import main
-        from fm.config import dump_recipe
-        finetune = {{"pretrained": {str(pretrained)!r}, "unroll_steps": 6}}
-        recipe = small(Path({str(tiny_shards)!r}), Path({str(tmp_path / "run")!r}), finetune=finetune,
-                       train={{"global_batch": 2048}})
-        Path({str(tmp_path / "recipe.yaml")!r}).write_text(dump_recipe(recipe))
         torch.set_num_threads(1)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 1_500_000_000,) * 2)
-        sys.exit(main({str(tmp_path / "recipe.yaml")!r}, []))
-    """)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2, done.stderr
-    assert "not enough memory for 6 model steps of 2048 windows of" in done.stderr
-    assert "finetune.checkpoint_activations=true" in done.stderr
+        sys.exit(main(sys.argv[1], []))
+    """
+    script.write_text(textwrap.dedent(program))
+    finetune = {"unroll_steps": 6}
+    large = recipe(tiny_shards, tmp_path / "run", pretrained, finetune=finetune, train={"global_batch": 2048})
+    code, said = finish(Forked(script, str(written(large))))
+    assert code == 2, said
+    assert "not enough memory for 6 model steps of 2048 windows of" in said
+    assert "finetune.checkpoint_activations=true" in said
     assert not log(tmp_path / "run")
 
 

@@ -123,6 +123,14 @@ def stopped(spoilt: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return directory, len(log(directory)) + 1
 
 
+@pytest.fixture(scope="module")
+def skipped(spoilt: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose refused steps were skipped. Read only."""
+    directory = tmp_path_factory.mktemp("skipped") / "run"
+    assert train(guarded(spoilt, directory, "skip")) == 0
+    return directory
+
+
 def test_a_spike_stops_the_run_and_says_which_windows(spoilt: Path, stopped: tuple[Path, int]) -> None:
     directory, step = stopped
     assert 8 < step < 40
@@ -164,11 +172,12 @@ def test_skipped_steps_leave_the_weights_alone(spoilt: Path, tmp_path: Path, sto
     assert [line["step"] for line in log(directory)] == list(range(1, 41))
 
 
-def test_a_roll_back_passes_the_step_over_and_says_so(spoilt: Path, tmp_path: Path, stopped: tuple[Path, int]) -> None:
+def test_a_roll_back_passes_the_step_over_and_says_so(
+    spoilt: Path, tmp_path: Path, stopped: tuple[Path, int], skipped: Path
+) -> None:
     """The end is that of a run which skips: the state before a refused step is the same either way."""
-    assert train(guarded(spoilt, tmp_path / "back", "rollback")) == 0
-    assert train(guarded(spoilt, tmp_path / "skip", "skip")) == 0
-    back, skip = tmp_path / "back", tmp_path / "skip"
+    back, skip = tmp_path / "back", skipped
+    assert train(guarded(spoilt, back, "rollback")) == 0
     assert [event["refused"] for event in lines_of(back, "guard")] == [
         event["refused"] for event in lines_of(skip, "guard")
     ]
@@ -191,19 +200,24 @@ def test_a_roll_back_needs_checkpoints_to_return_to(tmp_path: Path) -> None:
         guarded(tmp_path, tmp_path / "run", "rollback", checkpoint={"resume": "never"})
 
 
-def test_a_roll_back_before_the_first_checkpoint_begins_again(spoilt: Path, tmp_path: Path) -> None:
-    assert train(guarded(spoilt, tmp_path / "run", "rollback", checkpoint={"every": 1000})) == 0
-    assert lines_of(tmp_path / "run", "guard")[0]["step"] == 0
-    assert [line["step"] for line in log(tmp_path / "run")] == list(range(1, 41))
+def test_a_roll_back_before_the_first_checkpoint_begins_again(spoilt: Path, tmp_path: Path, skipped: Path) -> None:
+    """Twice, until the second refused step is passed over, too."""
+    first, second, *_ = (event["refused"] for event in lines_of(skipped, "guard"))
+    sections = {"checkpoint": {"every": 1000}, "run": {"stop_at": second + 1}}
+    assert train(guarded(spoilt, tmp_path / "run", "rollback", **sections)) == 0
+    told = [(event["refused"], event["step"]) for event in lines_of(tmp_path / "run", "guard")]
+    assert told == [(first, 0), (second, 0)]
+    assert [line["step"] for line in log(tmp_path / "run")] == list(range(1, second + 2))
 
 
-def test_a_guarded_run_in_parts_is_the_whole_run(spoilt: Path, tmp_path: Path, stopped: tuple[Path, int]) -> None:
+def test_a_guarded_run_in_parts_is_the_whole_run(
+    spoilt: Path, tmp_path: Path, stopped: tuple[Path, int], skipped: Path
+) -> None:
     """What is usual, and what was refused, are in the checkpoint."""
-    assert train(guarded(spoilt, tmp_path / "whole", "skip")) == 0
     for stop_at in (stopped[1] - 1, stopped[1], stopped[1] + 3, None):
         assert train(guarded(spoilt, tmp_path / "parts", "skip", run={"stop_at": stop_at})) == 0
-    assert log(tmp_path / "parts") == log(tmp_path / "whole")
-    assert last_weights(tmp_path / "parts") == last_weights(tmp_path / "whole")
+    assert log(tmp_path / "parts") == log(skipped)
+    assert last_weights(tmp_path / "parts") == last_weights(skipped)
 
 
 def test_a_refused_step_is_replayed_from_its_incident(
