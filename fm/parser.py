@@ -30,6 +30,9 @@ _SUBPARSERS = PARSER.add_subparsers(required=True, metavar="command", parser_cla
 COMMANDS = _SUBPARSERS.choices  # name -> parser
 
 
+MODEL_HELP = "run directory, checkpoint, exported model, or hf://organization/name"
+
+
 def arg(*names: str, **parameters: Any) -> Argument:
     """Return an argument of a command; its default, if it has one, is added to the help."""
     if "default" in parameters:

@@ -1,10 +1,34 @@
-"""The command `fm figure`, declared as those of fm/cli.py are."""
+"""Commands that make something of a trained model: a larger model, a figure. Declared as those of fm/cli.py are."""
 
 from argparse import Namespace
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from fm.parser import arg, command
+from fm.parser import MODEL_HELP, arg, command
+
+
+@command(
+    arg("model", metavar="MODEL", help=MODEL_HELP),
+    arg("--dataset", action="append", required=True, metavar="NAME_OR_CARD", help="name or card; may be repeated"),
+    arg("--shards", required=True, metavar="DIR", help="folder or URL with shards of their train split"),
+    arg("--out", type=Path, required=True, metavar="DIR", help="folder to write, whole or not at all"),
+    arg("--rows", default="nearest", metavar="zero|nearest|drawn|NEW=OLD,...", help="rows of new channels, see above"),
+    arg("--seed", type=int, default=0, help="seed of what is drawn"),
+    arg("--registry", metavar="DIR", help="folders of your own cards (default: WAVELIT_REGISTRY)"),
+)
+def extend(options: Namespace) -> None:
+    """Add datasets and their channels to a trained model.
+
+    A dataset is the name of a card, or the card itself: FOLDER/datasets/NAME.yaml. On the datasets that the model
+    knows, its predictions stay the same bit for bit. This is checked with one step on each of them, and if a bit
+    differs nothing is written. The added datasets begin at persistence or the mean. DIR is an exported model:
+    finetune.pretrained=DIR trains it. --rows sets the embedding of channels that are new to the model: zeros, the row
+    of the nearest channel (same unit, similar name), random rows as in a new model, or the rows of channels that you
+    name. Channels without a nearest channel that you do not name get random rows.
+    """
+    from fm.share.extend import extend
+
+    extend(options.model, options.dataset, options.shards, options.out, options.rows, options.seed, options.registry)
 
 
 @command(
