@@ -16,7 +16,7 @@ from typing import Any
 import fm.cli_model  # noqa: F401  declares its commands
 from data_pipeline.errors import UserError, run_command
 from data_pipeline.files import write_whole
-from fm.parser import MODEL_HELP, PARSER, arg, command
+from fm.parser import MODEL_HELP, OVERRIDES, PARSER, arg, command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +41,6 @@ def _write_results(content: dict[str, Any], file: Path | None) -> None:
         write_whole(file, (json.dumps(content, indent=1) + "\n").encode())
 
 
-OVERRIDES = arg("overrides", nargs="*", help="section.key=value")
 JSON_FILE = arg("--json", type=Path, metavar="FILE", help="also write every number to this file")
 PROCESSES = arg("--processes", type=int, default=1, metavar="N", help="number of processes, of one thread each")
 LAUNCH_CONFIG = arg("--launch-config", type=Path, metavar="FILE", help="configuration of accelerate launch")

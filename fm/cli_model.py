@@ -1,10 +1,14 @@
 """Commands that make something of a trained model: a larger model, a figure. Declared as those of fm/cli.py are."""
 
+import re
+import sys
 from argparse import Namespace
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from fm.parser import MODEL_HELP, arg, command
+from fm.parser import MODEL_HELP, OVERRIDES, arg, command
+
+OVERRIDE = re.compile(r"[a-z_]+(\.\w+)+=")  # among the values of --data, which takes all words that follow it
 
 
 @command(
@@ -29,6 +33,44 @@ def extend(options: Namespace) -> None:
     from fm.share.extend import extend
 
     extend(options.model, options.dataset, options.shards, options.out, options.rows, options.seed, options.registry)
+
+
+@command(
+    arg("model", metavar="MODEL", help=MODEL_HELP),
+    OVERRIDES,
+    arg("--data", nargs="+", required=True, metavar="DIR", help="folders or URLs of shards with the new datasets"),
+    arg("--replay", metavar="SHARDS", help="folder or URL with the model's old datasets, to train on them too"),
+    arg("--freeze", metavar="PART,...", help="parts that keep their weights: embedding, trunk, head"),
+    arg("--out", type=Path, metavar="DIR", help="run directory (default: runs/finetune_NAME)"),
+    arg("--windows", type=int, metavar="N", help="number of one-step windows to score (default: the protocol's)"),
+    arg("--registry", metavar="FOLDER", help="folder of your own cards (default: the run's, or WAVELIT_REGISTRY)"),
+    usage="fm finetune [-h] MODEL --data DIR [DIR ...] [options] [section.key=value ...]",
+)
+def finetune(options: Namespace) -> int:
+    """Teach a trained model the datasets in DIR that it does not know, and print its scores before and after.
+
+    The model is extended as by `fm extend`, trained with the loss and optimizer of its own recipe for 500 steps
+    (train.steps), one step ahead, and scored. First the parts that only the new datasets use are trained, then all that
+    are not frozen. With --replay, three of four draws are of the model's old datasets, so that it keeps them; without,
+    the finetuned model knows only the new datasets. The same command continues what was interrupted.
+    """
+    from fm.distributed import EXIT_INTERRUPTED
+    from fm.share.finetune import finetune, plan_finetuning
+
+    options.overrides += [word for word in options.data if OVERRIDE.match(word)]
+    data = [word for word in options.data if not OVERRIDE.match(word)]
+    if not data:
+        raise UserError("--data: expected folders or URLs of shards, got none")
+    if options.windows is not None and options.windows < 1:
+        raise UserError(f"--windows: expected at least 1 one-step window per dataset, got {options.windows}")
+    freeze = options.freeze.split(",") if options.freeze is not None else []
+    places = (data, options.replay, freeze, options.out, options.registry)
+    plan = plan_finetuning(options.model, *places, options.overrides)
+    try:
+        return finetune(plan, options.windows)
+    except KeyboardInterrupt:
+        print("\ninterrupted; what is finished is kept: the same command goes on", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
 
 
 @command(

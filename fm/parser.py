@@ -50,6 +50,7 @@ class AllowImport(argparse.Action):
         allow_imports([values])
 
 
+OVERRIDES = arg("overrides", nargs="*", help="section.key=value")
 WITHOUT_MODEL = ("status", "score", "compare", "transfer")  # commands that read scores and logs only
 ALLOW_IMPORT = arg(
     "--allow-import",

@@ -120,7 +120,7 @@ def open_readers(
     roots = _roots(shards, stream)
     wanted, found = _find_shards(roots, datasets, split, known)
     if (datasets is None and not found) or (datasets is not None and len(found) < len(wanted)):
-        raise UserError(_no_shards(roots, datasets and wanted, list(found), split))
+        raise UserError(_no_shards(roots, wanted, list(found), split))
     remote = {name: root / name / split for name, root in found.items() if isinstance(root, RemoteFolder)}
     opened = open_remote_shards(remote, stream) if remote else {}
     return {

@@ -62,6 +62,7 @@ def evaluate_run(
     split: str | None = None,
     windows: int | None = None,
     datasets: Sequence[str] | None = None,
+    quiet: bool = False,
 ) -> Path:
     """Score the averaged weights of a run or an exported model, print the table, and return the report's folder.
 
@@ -69,7 +70,7 @@ def evaluate_run(
     `split` to the protocol's, `out` to <run>/report, for an exported model to <name>_report in the current folder. With
     `windows`, only so many one-step windows of each dataset are scored, and with `datasets` only these of the model's;
     shards of others are not needed. A report of the same weights, data and protocol is not made again; an interrupted
-    one is continued. UserError if there is no checkpoint, the model lacks a dataset, or there are no shards.
+    one is continued. With `quiet` nothing is printed. UserError if checkpoint, datasets or shards are missing.
     """
     if windows is not None and windows < 1:
         raise UserError(f"--windows: expected at least 1 one-step window per dataset, got {windows}")
@@ -80,7 +81,7 @@ def evaluate_run(
     out = out or inside(trained.report.parent, trained.report.name)
     with detect_lost_processes(), StopSignal().listen(at_once=True):
         accelerator = make_accelerator(trained.recipe.train.clip)  # nothing is clipped, but DeepSpeed needs the value
-        log = print if accelerator.is_main_process else lambda text: None
+        log = print if accelerator.is_main_process and not quiet else lambda text: None
         fit_readers = trained.fit_readers(sorted(readers), shards, log)
         if broadcast_from_main(accelerator, lambda: _is_complete(out, trained, chosen, readers, fit_readers)):
             if accelerator.is_main_process:
