@@ -16,7 +16,7 @@ from typing import Any
 import fm.cli_model  # noqa: F401  declares its commands
 from data_pipeline.errors import UserError, run_command
 from data_pipeline.files import write_whole
-from fm.parser import MODEL_HELP, OVERRIDES, PARSER, arg, command
+from fm.parser import MODEL_HELP, OVERRIDES, PARSER, arg, check_above_zero, command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,11 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(run)
 
 
-def _check_above_zero(option: str, value: float | None, quantity: str = "a number") -> None:
-    if value is not None and not 0 < value < float("inf"):
-        raise UserError(f"{option}: expected {quantity} above 0, got {value}")
-
-
 def _write_results(content: dict[str, Any], file: Path | None) -> None:
     if file is not None:
         write_whole(file, (json.dumps(content, indent=1) + "\n").encode())
@@ -43,7 +38,6 @@ def _write_results(content: dict[str, Any], file: Path | None) -> None:
 
 JSON_FILE = arg("--json", type=Path, metavar="FILE", help="also write every number to this file")
 PROCESSES = arg("--processes", type=int, default=1, metavar="N", help="number of processes, of one thread each")
-LAUNCH_CONFIG = arg("--launch-config", type=Path, metavar="FILE", help="configuration of accelerate launch")
 
 
 @command(
@@ -67,9 +61,9 @@ def plan(options: Namespace) -> None:
 
     if not 0 < options.utilisation <= 1:
         raise UserError(f"--utilisation: expected a share in (0, 1], got {options.utilisation}")
-    _check_above_zero("--probe-seconds", options.probe_seconds, "seconds")
-    _check_above_zero("--processes", options.processes)
-    _check_above_zero("--network", options.network, "GB/s")
+    check_above_zero("--probe-seconds", options.probe_seconds, "seconds")
+    check_above_zero("--processes", options.processes)
+    check_above_zero("--network", options.network, "GB/s")
     overrides = [*options.overrides, *([f"data.shards={options.shards}"] if options.shards else [])]
     shared = {"processes": options.processes, "require_shards": options.shards is not None}
     recipe = load_own_recipe(options.recipe, overrides)
@@ -103,8 +97,8 @@ def benchmark(options: Namespace) -> None:
     from fm.lab.benchmark import BenchmarkOptions, benchmark, floors
     from fm.lab.benchmark_tables import benchmark_text
 
-    _check_above_zero("--seconds", options.seconds)
-    _check_above_zero("--step-ms", options.step_ms)
+    check_above_zero("--seconds", options.seconds)
+    check_above_zero("--step-ms", options.step_ms)
     for option, file in (("--json", options.json), ("--markdown", options.markdown)):
         if file is not None and not file.parent.is_dir():
             raise UserError(f"{option}: no folder {file.parent}; make it first")
@@ -323,7 +317,7 @@ def diagnose(options: Namespace) -> None:
     arg("--out", type=Path, metavar="DIR", help="folder of the runs (default: runs/sweeps/<file>)"),
     arg("--only", action="append", metavar="VARIANT", help="run only this variant; may be repeated"),
     arg("--seconds", type=float, metavar="S", help="seconds to train each variant (default: the file's time or steps)"),
-    LAUNCH_CONFIG,
+    arg("--launch-config", type=Path, metavar="FILE", help="configuration of accelerate launch"),
     usage="fm sweep [-h] [options] FILE [section.key=value ...]",
 )
 def sweep(options: Namespace) -> int:
@@ -332,36 +326,11 @@ def sweep(options: Namespace) -> int:
     from fm.lab.sweep_file import load_sweep
 
     sweep = load_sweep(options.file)
-    _check_above_zero("--seconds", options.seconds, "seconds of training")
+    check_above_zero("--seconds", options.seconds, "seconds of training")
     if options.seconds is not None:
         sweep = replace(sweep, seconds=options.seconds)
     out = options.out or Path("runs/sweeps") / sweep.file.stem
     return run_sweep(sweep, out, options.overrides, options.only or [], options.launch_config)
-
-
-@command(
-    arg("recipe", type=Path, help="a recipe with the section finetune, such as extend_finetune.yaml"),
-    arg("overrides", nargs="*", help="section.key=value, for all runs"),
-    arg("--dataset", required=True, metavar="NAME", help="the dataset to learn; no other is drawn"),
-    arg("--trajectories", default="1,4,16,all", metavar="N,...", help="numbers of trajectories to train on"),
-    arg("--scratch-learning-rate", type=float, metavar="RATE", help="peak from scratch (default: the other arm's)"),
-    arg("--out", type=Path, metavar="DIR", help="folder (default: runs/few_shot/NAME)"),
-    LAUNCH_CONFIG,
-    usage="fm few-shot [-h] --dataset NAME [options] RECIPE [section.key=value ...]",
-)
-def few_shot(options: Namespace) -> int:
-    """Measure the error on a dataset for few training trajectories, pretrained and from scratch.
-
-    Train on 1, 4, 16 and all trajectories of a dataset, each time from the pretrained model of the recipe and from
-    scratch, with the same steps and windows, and score on the test split. Finished parts are kept: if the command is
-    interrupted, the same command continues.
-    """
-    from fm.lab.few_shot import run_few_shot
-
-    _check_above_zero("--scratch-learning-rate", options.scratch_learning_rate)
-    out = options.out or Path("runs/few_shot") / options.dataset
-    settings = (options.overrides, options.scratch_learning_rate, options.launch_config)
-    return run_few_shot(options.recipe, options.dataset, options.trajectories, out, *settings)
 
 
 @command(

@@ -6,8 +6,9 @@ from argparse import Namespace
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from fm.parser import MODEL_HELP, OVERRIDES, arg, command
+from fm.parser import MODEL_HELP, OVERRIDES, arg, check_above_zero, command
 
+PEAK_RATES = ("train.learning_rate=", "train.muon_learning_rate=")
 OVERRIDE = re.compile(r"[a-z_]+(\.\w+)+=")  # among the values of --data, which takes all words that follow it
 
 
@@ -40,7 +41,11 @@ def extend(options: Namespace) -> None:
     OVERRIDES,
     arg("--data", nargs="+", required=True, metavar="DIR", help="folders or URLs of shards with the new datasets"),
     arg("--replay", metavar="SHARDS", help="folder or URL with the model's old datasets, to train on them too"),
-    arg("--freeze", metavar="PART,...", help="parts that keep their weights: embedding, trunk, head"),
+    arg("--freeze", metavar="PART,...", help="parts that keep their weights: embedding, trunk"),
+    arg(
+        "--few-shot", metavar="N,...", help="also compare with training from scratch on N trajectories, such as 2,8,all"
+    ),
+    arg("--scratch-learning-rate", type=float, metavar="RATE", help="peak from scratch (default: the other arm's)"),
     arg("--out", type=Path, metavar="DIR", help="run directory (default: runs/finetune_NAME)"),
     arg("--windows", type=int, metavar="N", help="number of one-step windows to score (default: the protocol's)"),
     arg("--registry", metavar="FOLDER", help="folder of your own cards (default: the run's, or WAVELIT_REGISTRY)"),
@@ -52,11 +57,19 @@ def finetune(options: Namespace) -> int:
     The model is extended as by `fm extend`, trained with the loss and optimizer of its own recipe for 500 steps
     (train.steps), one step ahead, and scored. First the parts that only the new datasets use are trained, then all that
     are not frozen. With --replay, three of four draws are of the model's old datasets, so that it keeps them; without,
-    the finetuned model knows only the new datasets. The same command continues what was interrupted.
+    the finetuned model knows only the new datasets. With --few-shot, the extended model and one from scratch are also
+    trained on some trajectories of each new dataset alone, for as many steps, all parts at the model's own learning
+    rate, and a table and a page with both curves are made. The same command continues what was interrupted.
     """
-    from fm.distributed import EXIT_INTERRUPTED
+    from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED
+    from fm.lab.few_shot import check_few_shot, run_few_shot
     from fm.share.finetune import finetune, plan_finetuning
 
+    check_above_zero("--scratch-learning-rate", options.scratch_learning_rate)
+    if options.scratch_learning_rate is not None and options.few_shot is None:
+        raise UserError(
+            "--scratch-learning-rate: expected --few-shot beside it, whose runs from scratch have this rate"
+        )
     options.overrides += [word for word in options.data if OVERRIDE.match(word)]
     data = [word for word in options.data if not OVERRIDE.match(word)]
     if not data:
@@ -66,8 +79,18 @@ def finetune(options: Namespace) -> int:
     freeze = options.freeze.split(",") if options.freeze is not None else []
     places = (data, options.replay, freeze, options.out, options.registry)
     plan = plan_finetuning(options.model, *places, options.overrides)
+    studied = plan.new if options.few_shot is not None else ()
+    for name in studied:
+        check_few_shot(plan.recipe, name, options.few_shot)
     try:
-        return finetune(plan, options.windows)
+        code = finetune(plan, options.windows)
+        for name in studied:
+            if code == EXIT_DONE:
+                rates = [word for word in options.overrides if word.startswith(PEAK_RATES)]
+                settings = (rates, options.scratch_learning_rate, options.windows)
+                run, out = plan.out / "recipe.yaml", plan.out / "few_shot" / name
+                code = run_few_shot(run, name, options.few_shot, out, *settings)
+        return code
     except KeyboardInterrupt:
         print("\ninterrupted; what is finished is kept: the same command goes on", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED

@@ -24,13 +24,13 @@ from fm.evaluation.tables import about, vrmse_cell
 from fm.evaluation.trained import TrainedModel
 from fm.model.files import is_exported
 from fm.share.extend import extend
-from fm.training.optim import OWN_PARTS, PARTS
 from fm.training.trainer import train
 
 STEPS = 500  # optimizer steps unless train.steps is given
 RATE = 0.25  # of the peak learning rates that the model was trained with
 TRUNK_RATE = 0.25  # factor on the trunk's rate while old datasets are replayed
 SHARE = 0.25  # of the draws goes to the new datasets while old ones are replayed
+FREEZABLE = ("embedding", "trunk")  # parts of the model, as in adapt.rates
 EXTENDED, BEFORE = "extended", "before"  # folders in the run's: the model that training starts from, and its report
 OURS = ("run", "model", "baseline", "data.shards", "data.datasets", "data.registry", "finetune.pretrained")
 
@@ -62,13 +62,16 @@ def plan_finetuning(
 ) -> Finetuning:
     """Return the run that teaches the model at `source` all datasets in the places `data` that it does not know.
 
-    `replay` is a folder or URL with shards of datasets that the model knows, which are then trained on too. Parts of
-    the model in `freeze` (PARTS) keep their weights. The run takes loss, optimizer and protocol of the model's recipe;
+    `replay` is a folder or URL with shards of datasets that the model knows, which are then trained on too. The parts
+    `freeze`, of FREEZABLE, keep their weights. Loss, optimizer and protocol are those of the model's recipe;
     `overrides` are "section.key=value". Raises UserError for what does not fit together.
     """
     for part in freeze:
-        if part not in PARTS:
-            raise UserError(f"--freeze: expected some of {', '.join(PARTS)}, got {part!r}. {nearest(part, PARTS)}")
+        if part not in FREEZABLE:
+            why = "the heads of new datasets begin at zero and must learn. " if part == "head" else ""
+            raise UserError(
+                f"--freeze: expected some of {', '.join(FREEZABLE)}, got {part!r}: {why}{nearest(part, FREEZABLE)}"
+            )
     trained = TrainedModel.open(source)
     registry = registry or (None if is_exported(trained.checkpoint) else trained.recipe.data.registry)
     known = sorted(trained.model.specs)
@@ -125,7 +128,7 @@ def _document(
     rates = {"trunk": TRUNK_RATE if replayed else 1.0} | dict.fromkeys(freeze, 0.0)
     document["adapt"] = {
         "datasets": new,
-        "alone_steps": 0 if set(OWN_PARTS) <= set(freeze) else steps // 5,
+        "alone_steps": steps // 5,
         "share": SHARE if replayed else None,
         "rates": rates,
     }
@@ -169,6 +172,8 @@ def _extend(plan: Finetuning) -> None:
     """Write the extended model, unless an earlier call has written it."""
     folder, data = plan.out / EXTENDED, plan.recipe.data
     if not folder.exists():
+        if (plan.out / "checkpoints").exists():
+            raise UserError(f"--out {plan.out}: expected a new folder, found another run; choose another folder")
         extend(plan.source, plan.new, data.shards, folder, "nearest", plan.recipe.run.seed, data.registry)
         return
     lineage = TrainedModel.open(folder).lineage

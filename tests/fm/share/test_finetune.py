@@ -1,5 +1,6 @@
 """`fm finetune`: a trained model learns new datasets in one command, and what does not fit is refused at once."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ QUICK = ["train.steps=4", "adapt.alone_steps=2", "validation.every=0", "--window
 
 @pytest.fixture(scope="module")
 def run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two datasets. Read only."""
+    """A run on two datasets, of two frames, with Muon. Read only."""
     folder = tmp_path_factory.mktemp("pretrained") / "run"
-    assert train(small(tiny_shards, folder, train={"steps": 2})) == 0
+    muon = {"steps": 2, "optimizer": "muon", "learning_rate": 2e-3, "muon_learning_rate": 3e-2}
+    assert train(small(tiny_shards, folder, data={"datasets": DATASETS, "context": 2}, train=muon)) == 0
     return folder
 
 
@@ -73,8 +75,31 @@ def test_a_new_dataset_is_learned_beside_the_old_ones_and_scored_before_and_afte
     written = (out / "report" / "scores.json").stat().st_mtime_ns
     assert fm(command) == 0  # what is done is kept
     assert (out / "report" / "scores.json").stat().st_mtime_ns == written
+    assert fm(["finetune", str(out), f"--out={run}", "--data", str(old)]) == 2
+    assert f"--out {run}: expected a new folder, found another run" in capsys.readouterr().err
     assert fm([*command, f"--data={old}"]) == 2
     assert f"--out {out}: expected a new folder, or the run of an earlier call" in capsys.readouterr().err
+
+
+def test_few_trajectories_are_compared_with_training_from_scratch(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "tuned"
+    command = ["finetune", str(run), "--data", str(data), *QUICK, "--few-shot=1", f"--out={out}"]
+    assert fm([*command, "train.learning_rate=0.004"]) == 0
+    printed = capsys.readouterr().out
+    assert set(load_pretrained(find_checkpoint(out)).specs) == {NEW}
+    assert f"The finetuned model does not know {', '.join(DATASETS)}: not replayed (--replay)." in printed
+    study = json.loads((out / "few_shot" / NEW / "few_shot.json").read_text())
+    assert (study["counts"], study["steps"]) == ([1], 4)
+    assert study["pretrained"] == str(out / "extended")
+    text = (out / "few_shot" / NEW / "few_shot.md").read_text()  # the rate given, and the model's own
+    assert "peak learning rate 0.004, Muon's 0.03. From scratch: peak learning rate 0.004, Muon's 0.03" in text
+    models = [load_pretrained(out / "few_shot" / NEW / f"{arm}_1_seed0") for arm in ("pretrained", "from_scratch")]
+    assert [model.context for model in models] == [2, 2]
+    pretrained, scratch = (study["vrmse"][arm]["one step"][0] for arm in ("pretrained", "from scratch"))
+    assert f"{pretrained:.4f} |" in printed
+    assert f"{scratch:.4f} |" in printed
 
 
 def test_settings_follow_the_models_recipe_and_the_number_of_steps(run: Path, data: Path, tmp_path: Path) -> None:
@@ -86,9 +111,9 @@ def test_settings_follow_the_models_recipe_and_the_number_of_steps(run: Path, da
     assert (chosen.train.steps, chosen.train.warmup_steps, chosen.validation.every) == (100, 4, 50)
     assert chosen.adapt is not None
     assert (chosen.adapt.alone_steps, chosen.adapt.share, chosen.adapt.rates.trunk) == (20, None, 1.0)
-    frozen = plan_finetuning(str(run), [str(data)], freeze=["embedding", "head"]).recipe.adapt
+    frozen = plan_finetuning(str(run), [str(data)], freeze=["embedding", "trunk"]).recipe.adapt
     assert frozen is not None
-    assert (frozen.alone_steps, frozen.rates.embedding, frozen.rates.head) == (0, 0.0, 0.0)
+    assert (frozen.rates.embedding, frozen.rates.trunk, frozen.rates.head) == (0.0, 0.0, 1.0)
     assert not (tmp_path / "x").exists()
 
 
@@ -106,11 +131,19 @@ def test_settings_follow_the_models_recipe_and_the_number_of_steps(run: Path, da
         (["RUN", "--data", "DATA", "--replay", "DATA"], "--replay DATA: expected shards of datasets that RUN knows"),
         (
             ["RUN", "--data", "DATA", "--freeze", "trunc"],
-            "--freeze: expected some of embedding, trunk, head, got 'trunc'",
+            "--freeze: expected some of embedding, trunk, got 'trunc'",
         ),
-        (["RUN", "--data", "DATA", "--freeze", "trunk,embedding,head"], "expected one factor above 0 at least"),
+        (["RUN", "--data", "DATA", "--freeze", "trunk,head"], "got 'head': the heads of new datasets begin at zero"),
         (["RUN", "--data", "DATA", "--windows", "0"], "--windows: expected at least 1 one-step window per dataset"),
         (["RUN", "--data", "TRAIN"], f"no test shards under TRAIN: expected, and did not find,\n  TRAIN/{NEW}/test/"),
+        (["RUN", "--data", "DATA", "--few-shot", "1,99"], f"--few-shot: {NEW} has 2 training trajectories, expected"),
+        (["RUN", "--data", "DATA", "--few-shot", "none"], "--few-shot: expected numbers above 0, or all"),
+        (
+            ["RUN", "--data", "DATA", "--few-shot", "1", "finetune.unroll_steps=2"],
+            f"few-shot {NEW}: expected a recipe that goes on from a pretrained model one step at a time",
+        ),
+        (["RUN", "--data", "DATA", "--scratch-learning-rate=0"], "--scratch-learning-rate: expected a number above 0"),
+        (["RUN", "--data", "DATA", "--scratch-learning-rate=1"], "--scratch-learning-rate: expected --few-shot beside"),
         (["RUN", "--data", "DATA", "run.seed=3"], "override 'run.seed=3': fm finetune sets run.seed itself"),
         (["RUN", "--data", "DATA", "train.stepz=3"], "unknown key train.stepz (value 3); did you mean train.steps?"),
     ],
