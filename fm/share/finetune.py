@@ -197,7 +197,7 @@ def _table(plan: Finetuning, before: Scores, after: Scores) -> Document:
             change = reached / old - 1 if old and reached is not None else None
             role = "new" if name in plan.new else "replayed"
             rows.append([name, role, block, ours.persistence, *cells, change])
-    head = ["dataset", "", "score", "persistence", "before", "finetuned", "change"]
+    head = ["dataset", "role", "score", "persistence", "before", "finetuned", "change"]
     rest = sorted(plan.trained.model.specs.keys() - set(plan.replayed))
     notes = [f"Before: {plan.source}, extended by {', '.join(plan.new)}."]
     if rest:
