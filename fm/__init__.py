@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data_pipeline.windows.dataset import Windows
+    from data_pipeline.windows.loader import ShardPlaces
     from fm.evaluation.scores import Scores
     from fm.model.surrogate import Surrogate
     from fm.model.wavelit import WaveLiTFM
@@ -58,7 +59,7 @@ def train(recipe: "Path | str | Mapping[str, Any]", overrides: Sequence[str] = (
 
 def evaluate(
     model: "Surrogate | Path | str",
-    shards: "Path | str",
+    shards: "ShardPlaces",
     datasets: Sequence[str] | None = None,
     protocol: str = "wavelit",
     split: str | None = None,
@@ -66,9 +67,9 @@ def evaluate(
 ) -> "Scores":
     """Return the scores of a model on shards: one step, rollouts, and the baselines. Nothing is written.
 
-    `model` is a model or what `load` opens; `datasets` are some of its datasets, by default those in `shards`. The
-    protocol's split is scored unless `split` is given, and with `windows` only so many one-step windows of each
-    dataset. UserError if model, shards and protocol do not fit together.
+    `model` is a model or what `load` opens; `shards` is a folder or URL, or a list of them; `datasets` are some of the
+    model's datasets, by default those in `shards`. The protocol's split is scored unless `split` is given, and with
+    `windows` only so many one-step windows of each dataset. UserError where model, shards and protocol do not fit.
     """
     from fm.evaluation.evaluate import score_model
 

@@ -13,10 +13,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import fm.cli_figure  # noqa: F401  declares its command
+import fm.cli_model  # noqa: F401  declares its commands
 from data_pipeline.errors import UserError, run_command
 from data_pipeline.files import write_whole
-from fm.parser import PARSER, arg, command
+from fm.parser import MODEL_HELP, OVERRIDES, PARSER, arg, check_above_zero, command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,21 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(run)
 
 
-def _check_above_zero(option: str, value: float | None, quantity: str = "a number") -> None:
-    if value is not None and not 0 < value < float("inf"):
-        raise UserError(f"{option}: expected {quantity} above 0, got {value}")
-
-
 def _write_results(content: dict[str, Any], file: Path | None) -> None:
     if file is not None:
         write_whole(file, (json.dumps(content, indent=1) + "\n").encode())
 
 
-OVERRIDES = arg("overrides", nargs="*", help="section.key=value")
-MODEL_HELP = "run directory, checkpoint, exported model, or hf://organization/name"
 JSON_FILE = arg("--json", type=Path, metavar="FILE", help="also write every number to this file")
 PROCESSES = arg("--processes", type=int, default=1, metavar="N", help="number of processes, of one thread each")
-LAUNCH_CONFIG = arg("--launch-config", type=Path, metavar="FILE", help="configuration of accelerate launch")
 
 
 @command(
@@ -69,9 +61,9 @@ def plan(options: Namespace) -> None:
 
     if not 0 < options.utilisation <= 1:
         raise UserError(f"--utilisation: expected a share in (0, 1], got {options.utilisation}")
-    _check_above_zero("--probe-seconds", options.probe_seconds, "seconds")
-    _check_above_zero("--processes", options.processes)
-    _check_above_zero("--network", options.network, "GB/s")
+    check_above_zero("--probe-seconds", options.probe_seconds, "seconds")
+    check_above_zero("--processes", options.processes)
+    check_above_zero("--network", options.network, "GB/s")
     overrides = [*options.overrides, *([f"data.shards={options.shards}"] if options.shards else [])]
     shared = {"processes": options.processes, "require_shards": options.shards is not None}
     recipe = load_own_recipe(options.recipe, overrides)
@@ -105,8 +97,8 @@ def benchmark(options: Namespace) -> None:
     from fm.lab.benchmark import BenchmarkOptions, benchmark, floors
     from fm.lab.benchmark_tables import benchmark_text
 
-    _check_above_zero("--seconds", options.seconds)
-    _check_above_zero("--step-ms", options.step_ms)
+    check_above_zero("--seconds", options.seconds)
+    check_above_zero("--step-ms", options.step_ms)
     for option, file in (("--json", options.json), ("--markdown", options.markdown)):
         if file is not None and not file.parent.is_dir():
             raise UserError(f"{option}: no folder {file.parent}; make it first")
@@ -221,33 +213,10 @@ def rollout(options: Namespace) -> None:
 
 
 @command(
-    arg("model", metavar="MODEL", help=MODEL_HELP),
-    arg("--dataset", action="append", required=True, metavar="NAME_OR_CARD", help="name or card; may be repeated"),
-    arg("--shards", required=True, metavar="DIR", help="folder or URL with shards of their train split"),
-    arg("--out", type=Path, required=True, metavar="DIR", help="folder to write, whole or not at all"),
-    arg("--rows", default="nearest", metavar="zero|nearest|drawn|NEW=OLD,...", help="rows of new channels, see above"),
-    arg("--seed", type=int, default=0, help="seed of what is drawn"),
-    arg("--registry", metavar="DIR", help="folders of your own cards (default: WAVELIT_REGISTRY)"),
-)
-def extend(options: Namespace) -> None:
-    """Add datasets and their channels to a trained model.
-
-    A dataset is the name of a card, or the card itself: FOLDER/datasets/NAME.yaml. On the datasets that the model
-    knows, its predictions stay the same bit for bit. This is checked with one step on each of them, and if a bit
-    differs nothing is written. The added datasets begin at persistence or the mean. DIR is an exported model:
-    finetune.pretrained=DIR trains it. --rows sets the embedding of channels that are new to the model: zeros, the row
-    of the nearest channel (same unit, similar name), random rows as in a new model, or the rows of channels that you
-    name. Channels without a nearest channel that you do not name get random rows.
-    """
-    from fm.share.extend import extend
-
-    extend(options.model, options.dataset, options.shards, options.out, options.rows, options.seed, options.registry)
-
-
-@command(
     arg("run", help=f"{MODEL_HELP}; with --truth a .hdf5"),
     arg("--truth", type=Path, metavar="FILE", help="the Well HDF5 that holds what was predicted"),
-    arg("--shards", help="folder or URL of the shards to score on (default: the recipe's)"),
+    arg("--shards", action="append", help="folder or URL of the shards (default: the recipe's); may be repeated"),
+    arg("--datasets", metavar="A,B", help="some of the model's datasets; others need no shards (default: all)"),
     arg("--out", type=Path, help="folder of the report (default: RUN/report; NAME_report of a model or file NAME)"),
     arg("--protocol", help="name, or .yaml file with a protocol (default: the recipe's validation.protocol; thirds)"),
     arg("--split", help="split to score (default: the protocol's, test)"),
@@ -264,7 +233,7 @@ def evaluate(options: Namespace) -> int:
     if options.truth is not None or Path(options.run).suffix in (".hdf5", ".h5", ".nc", ".zarr"):
         from fm.share.predictions import evaluate_prediction
 
-        others = [name for name in ("shards", "split", "windows") if getattr(options, name) is not None]
+        others = [name for name in ("shards", "datasets", "split", "windows") if getattr(options, name) is not None]
         if others:
             raise UserError(f"--{others[0]}: is of an evaluation of a run; with --truth the two files say all")
         evaluate_prediction(Path(options.run), options.truth, options.protocol, options.out)
@@ -273,11 +242,13 @@ def evaluate(options: Namespace) -> int:
     from fm.evaluation.evaluate import evaluate_run
 
     if options.processes != 1:
-        names = {"shards", "out", "protocol", "split", "windows"}
+        names = {"datasets", "out", "protocol", "split", "windows"}
         given = [f"--{name}={value}" for name, value in vars(options).items() if name in names and value is not None]
+        given += [f"--shards={place}" for place in options.shards or ()]
         return launch(options.processes, ["evaluate", options.run, *given])
+    settings = (options.shards, options.out, options.protocol, options.split, options.windows)
     try:
-        evaluate_run(options.run, options.shards, options.out, options.protocol, options.split, options.windows)
+        evaluate_run(options.run, *settings, options.datasets.split(",") if options.datasets is not None else None)
     except KeyboardInterrupt:
         print("\ninterrupted; what is finished is kept: the same command goes on", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
@@ -346,7 +317,7 @@ def diagnose(options: Namespace) -> None:
     arg("--out", type=Path, metavar="DIR", help="folder of the runs (default: runs/sweeps/<file>)"),
     arg("--only", action="append", metavar="VARIANT", help="run only this variant; may be repeated"),
     arg("--seconds", type=float, metavar="S", help="seconds to train each variant (default: the file's time or steps)"),
-    LAUNCH_CONFIG,
+    arg("--launch-config", type=Path, metavar="FILE", help="configuration of accelerate launch"),
     usage="fm sweep [-h] [options] FILE [section.key=value ...]",
 )
 def sweep(options: Namespace) -> int:
@@ -355,36 +326,11 @@ def sweep(options: Namespace) -> int:
     from fm.lab.sweep_file import load_sweep
 
     sweep = load_sweep(options.file)
-    _check_above_zero("--seconds", options.seconds, "seconds of training")
+    check_above_zero("--seconds", options.seconds, "seconds of training")
     if options.seconds is not None:
         sweep = replace(sweep, seconds=options.seconds)
     out = options.out or Path("runs/sweeps") / sweep.file.stem
     return run_sweep(sweep, out, options.overrides, options.only or [], options.launch_config)
-
-
-@command(
-    arg("recipe", type=Path, help="a recipe with the section finetune, such as extend_finetune.yaml"),
-    arg("overrides", nargs="*", help="section.key=value, for all runs"),
-    arg("--dataset", required=True, metavar="NAME", help="the dataset to learn; no other is drawn"),
-    arg("--trajectories", default="1,4,16,all", metavar="N,...", help="numbers of trajectories to train on"),
-    arg("--scratch-learning-rate", type=float, metavar="RATE", help="peak from scratch (default: the other arm's)"),
-    arg("--out", type=Path, metavar="DIR", help="folder (default: runs/few_shot/NAME)"),
-    LAUNCH_CONFIG,
-    usage="fm few-shot [-h] --dataset NAME [options] RECIPE [section.key=value ...]",
-)
-def few_shot(options: Namespace) -> int:
-    """Measure the error on a dataset for few training trajectories, pretrained and from scratch.
-
-    Train on 1, 4, 16 and all trajectories of a dataset, each time from the pretrained model of the recipe and from
-    scratch, with the same steps and windows, and score on the test split. Finished parts are kept: if the command is
-    interrupted, the same command continues.
-    """
-    from fm.lab.few_shot import run_few_shot
-
-    _check_above_zero("--scratch-learning-rate", options.scratch_learning_rate)
-    out = options.out or Path("runs/few_shot") / options.dataset
-    settings = (options.overrides, options.scratch_learning_rate, options.launch_config)
-    return run_few_shot(options.recipe, options.dataset, options.trajectories, out, *settings)
 
 
 @command(

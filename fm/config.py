@@ -20,7 +20,7 @@ from data_pipeline.windows.streaming import StreamSettings
 from fm.model.baselines import BaselineConfig
 from fm.model.imports import EitherForm, ImportedOptimizer, ImportSettings
 from fm.model.network import ImportedConfig
-from fm.model.spec import STRICT, ModelConfig, from_plain, written
+from fm.model.spec import STRICT, ModelConfig, OneOrMore, from_plain, written
 
 # A recipe is YAML that is also a Python program (fm/recipe.py), by these lines around it.
 FIRST_LINE = 'launch: 0; from fm.recipe import run; run(__file__); r"""'
@@ -48,7 +48,7 @@ class RunSettings:
 class DataSettings:
     """Which shards are read, and how."""
 
-    shards: str  # folder or URL (https://, s3://, gs://, hf://) with <dataset>/<split>/manifest.json
+    shards: OneOrMore  # folder or URL (https://, s3://, gs://, hf://) with <dataset>/<split>/manifest.json, or a list
     # official names; null: every dataset in the folder; [available, ...]: those of the others with shards at the start
     datasets: list[str] | None = None
     context: Annotated[int, Field(ge=1, le=64)] = 1  # input frames n of a model step; the paper's models see one

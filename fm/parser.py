@@ -8,6 +8,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from data_pipeline.errors import UserError
+
 Run = Callable[[argparse.Namespace], int | None]  # returns the exit code, None for 0
 Argument = tuple[tuple[str, ...], dict[str, Any]]  # names and parameters for ArgumentParser.add_argument
 
@@ -30,11 +32,20 @@ _SUBPARSERS = PARSER.add_subparsers(required=True, metavar="command", parser_cla
 COMMANDS = _SUBPARSERS.choices  # name -> parser
 
 
+MODEL_HELP = "run directory, checkpoint, exported model, or hf://organization/name"
+
+
 def arg(*names: str, **parameters: Any) -> Argument:
     """Return an argument of a command; its default, if it has one, is added to the help."""
     if "default" in parameters:
         parameters["help"] += " (default: %(default)s)"
     return names, parameters
+
+
+def check_above_zero(option: str, value: float | None, quantity: str = "a number") -> None:
+    """Raise UserError for the value of an option that is given and not above 0, or not finite."""
+    if value is not None and not 0 < value < float("inf"):
+        raise UserError(f"{option}: expected {quantity} above 0, got {value}")
 
 
 class AllowImport(argparse.Action):
@@ -47,6 +58,7 @@ class AllowImport(argparse.Action):
         allow_imports([values])
 
 
+OVERRIDES = arg("overrides", nargs="*", help="section.key=value")
 WITHOUT_MODEL = ("status", "score", "compare", "transfer")  # commands that read scores and logs only
 ALLOW_IMPORT = arg(
     "--allow-import",

@@ -24,10 +24,8 @@ SMALL = ["model.width=16", "model.depth=1", "model.heads=2", "train.steps=8", "v
 SMALL += ["train.warmup_steps=2", "validation.windows=2", "checkpoint.every=3", "checkpoint.keep=3"]
 SMALL += ["tracking.every=2", "tracking.progress=false"]
 STEPS = "train.steps=2 train.warmup_steps=1 validation.every=2 validation.windows=2 validation.rollouts=0"
-ALONE = "adapt.alone_steps=1"
 PROGRAMS = {
-    "fm": f'-IS "$(dirname "$0")/forked_fm.py" "$@" '
-    f'$([[ $1 != train ]] || echo {STEPS}) $([[ "$*" != train*extend_finetune* ]] || echo {ALONE})',
+    "fm": f'-IS "$(dirname "$0")/forked_fm.py" "$@" $([[ $1 != train && $1 != finetune ]] || echo {STEPS})',
     "data-pipeline": '-m data_pipeline "${@/#mini/tiny}"',
     "python": '"$@"',
 }

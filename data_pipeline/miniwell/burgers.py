@@ -92,7 +92,7 @@ SYSTEM = System(
     name="burgers",
     tensor_orders={"tracer": 0, "velocity": 1},
     presets={
-        # 16 to train on: how many of them does a model need? (`fm few-shot`)
+        # 16 to train on: how many of them does a model need? (`fm finetune --few-shot`)
         "mini": Preset((64, 64), 28, 0.04, (_set(0.005, 3, 1, 3), _set(0.01, 1, 1, 2), _set(0.007, 12, 0, 3))),
         "tiny": Preset((32, 32), 9, 0.1, (_set(0.01, 1, 1, 1), _set(0.02, 1, 0, 1))),
     },

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import islice
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -25,6 +26,8 @@ from data_pipeline.workers import Threads
 PREFETCH_FACTOR = 2  # batches that each thread reads ahead
 
 Lengths = int | Mapping[str, int]  # frames of a window, for all datasets or by name
+ShardPlaces: TypeAlias = str | Path | Sequence[str | Path]  # a folder or URL with shards, or several
+Root: TypeAlias = Path | RemoteFolder
 
 
 def scheduled_batches(
@@ -94,8 +97,13 @@ def _micro_batches(division: Division, start: int, stop: int) -> Iterator[tuple[
             yield draw, micro_batch.places
 
 
+def shard_places(shards: ShardPlaces) -> list[str]:
+    """Return the folders and URLs of shards as a list, of one element if a single place is given."""
+    return [str(shards)] if isinstance(shards, str | Path) else [str(place) for place in shards]
+
+
 def open_readers(
-    shards: str | Path,
+    shards: ShardPlaces,
     datasets: Sequence[str] | None,
     split: str,
     verify: bool = False,
@@ -104,22 +112,25 @@ def open_readers(
 ) -> dict[str, ShardReader]:
     """Return a reader for each dataset, by name; None means all that have shards of this split.
 
-    `shards` is a folder or a URL. A server need not list its folders, so None there tries the `known` names; `stream`
-    sets how to read from it. Raises UserError if shards are missing, with the commands that make them.
+    `shards` is a folder or a URL, or several, which hold different datasets. A server need not list its folders, so
+    None there tries the `known` names; `stream` sets how to read from it. Raises UserError if shards are missing, with
+    the commands that make them, and if a dataset is in two places.
     """
     stream = stream or StreamSettings()
-    root = RemoteFolder(str(shards), stream.retries) if is_url(shards) else Path(shards)
-    wanted, found = _find_shards(root, datasets, split, known)
+    roots = _roots(shards, stream)
+    wanted, found = _find_shards(roots, datasets, split, known)
     if (datasets is None and not found) or (datasets is not None and len(found) < len(wanted)):
-        raise UserError(_no_shards(root, datasets and wanted, found, split))
-    if isinstance(root, RemoteFolder):
-        remote = open_remote_shards(root, found, split, stream)
-        return {name: ShardReader(remote[name], name, split, verify) for name in found}
-    return {name: ShardReader(root, name, split, verify) for name in found}
+        raise UserError(_no_shards(roots, wanted, list(found), split))
+    remote = {name: root / name / split for name, root in found.items() if isinstance(root, RemoteFolder)}
+    opened = open_remote_shards(remote, stream) if remote else {}
+    return {
+        name: ShardReader(opened[name] if isinstance(root, RemoteFolder) else root, name, split, verify)
+        for name, root in found.items()
+    }
 
 
 def datasets_with_shards(
-    shards: str | Path,
+    shards: ShardPlaces,
     datasets: Sequence[str] | None,
     splits: Sequence[str],
     stream: StreamSettings | None = None,
@@ -129,31 +140,63 @@ def datasets_with_shards(
 
     Raises UserError if none has.
     """
-    root = RemoteFolder(str(shards), (stream or StreamSettings()).retries) if is_url(shards) else Path(shards)
-    there = [set(_find_shards(root, datasets, split, known)[1]) for split in splits]
+    roots = _roots(shards, stream or StreamSettings())
+    there = [set(_find_shards(roots, datasets, split, known)[1]) for split in splits]
     found = sorted(set.intersection(*there))
     if not found:
         lacking = next((split for split, names in zip(splits, there, strict=True) if not names), splits[0])
-        raise UserError(_no_shards(root, datasets and sorted(set(datasets)), [], lacking))
+        raise UserError(_no_shards(roots, datasets and sorted(set(datasets)), [], lacking))
     return found
 
 
+def _roots(shards: ShardPlaces, stream: StreamSettings) -> list[Root]:
+    places = shard_places(shards)
+    return [RemoteFolder(place, stream.retries) if is_url(place) else Path(place) for place in places]
+
+
 def _find_shards(
-    root: Path | RemoteFolder, datasets: Sequence[str] | None, split: str, known: Sequence[str]
-) -> tuple[list[str], list[str]]:
-    """Return the datasets that are looked for, and those of them that have shards of the split, both by name."""
+    roots: Sequence[Root], datasets: Sequence[str] | None, split: str, known: Sequence[str]
+) -> tuple[list[str], dict[str, Root]]:
+    """Return the datasets that are looked for, and the roots of those that have shards of the split, both by name.
+
+    Raises UserError if two roots hold the same dataset. Folders hold it even if they have different splits of it.
+    """
+    holders: dict[str, Root] = {}  # of any split
+    found: dict[str, Root] = {}
+    for root in roots:
+        for name, here in _splits_there(root, datasets, split, known).items():
+            if name in holders:
+                raise UserError(
+                    f"{name}: expected its shards in one place, got them in two: {holders[name]} and {root}. Leave one "
+                    f"of the places out, or remove {name} from one"
+                )
+            holders[name] = root
+            if here:
+                found[name] = root
+    wanted = sorted(set(datasets if datasets is not None else [*found]))
+    if datasets is None and any(isinstance(root, RemoteFolder) for root in roots):
+        wanted = sorted({*known, *found})
+    return wanted, {name: found[name] for name in wanted if name in found}
+
+
+def _splits_there(root: Root, datasets: Sequence[str] | None, split: str, known: Sequence[str]) -> dict[str, bool]:
+    """Return those of the datasets that `root` holds, and whether it holds this split of them."""
     if isinstance(root, RemoteFolder):
-        wanted = sorted(set(known if datasets is None else datasets))
-        return wanted, [name for name in wanted if (root / name / split).file(MANIFEST_NAME).exists()]
-    present = {path.parts[-3] for path in root.glob(f"*/{split}/{MANIFEST_NAME}")}
-    wanted = sorted(present if datasets is None else set(datasets))
-    return wanted, [name for name in wanted if name in present]
+        tried = sorted(set(known if datasets is None else datasets))
+        return {name: True for name in tried if (root / name / split).file(MANIFEST_NAME).exists()}
+    there: dict[str, bool] = {}
+    for path in sorted(root.glob(f"*/*/{MANIFEST_NAME}")):
+        name = path.parts[-3]
+        if datasets is None or name in datasets:
+            there[name] = there.get(name, False) or path.parts[-2] == split
+    return there
 
 
-def _no_shards(root: Path | RemoteFolder, wanted: Sequence[str] | None, found: Sequence[str], split: str) -> str:
+def _no_shards(roots: Sequence[Root], wanted: Sequence[str] | None, found: Sequence[str], split: str) -> str:
     """Return the message for shards that are missing: those `wanted` (None: any dataset) that are not `found`."""
+    root = roots[0]
     missing = [name for name in wanted or ["<dataset>"] if name not in found]
-    lines = [f"no {split} shards under {root}: expected, and did not find,"]
+    lines = [f"no {split} shards under {' or '.join(map(str, roots))}: expected, and did not find,"]
     lines += [f"  {root}/{name}/{split}/{MANIFEST_NAME}" for name in missing]
     if found:
         lines += [

@@ -54,15 +54,12 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wavelit"
 
 
-def open_remote_shards(
-    root: RemoteFolder, datasets: Sequence[str], split: str, settings: StreamSettings
-) -> "Mapping[str, RemoteShards]":
-    """Return the shards of some datasets under `root`, by name; they share threads, memory and the cache.
+def open_remote_shards(folders: Mapping[str, RemoteFolder], settings: StreamSettings) -> "Mapping[str, RemoteShards]":
+    """Return the shards in the folder of each dataset's split, by name; they share threads, memory and the cache.
 
     Raises UserError if a manifest is missing or damaged, or if the cache cannot hold a block of shards of each dataset.
     """
     cache, ahead = BlobCache(settings.cache or default_cache(), settings.cache_bytes), settings.draws_ahead
-    folders = {name: root / name / split for name in datasets}
     if settings.shuffle == "global":
         fetcher, some = Fetcher(THREADS, HELD_BYTES), cache if settings.cache_bytes else None
         return {name: RangeShards(folder, fetcher, some, ahead) for name, folder in folders.items()}

@@ -21,7 +21,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import inside, only_process, sha256
 from data_pipeline.progress import progress_bar
 from data_pipeline.registry import Domain, Registry
-from data_pipeline.windows.loader import open_readers
+from data_pipeline.windows.loader import ShardPlaces, open_readers
 from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.streaming import default_cache
 from fm.config import ValidationSettings
@@ -56,29 +56,32 @@ VALIDATION_STEPS_SHOWN = 16  # of one rollout, for TensorBoard's pictures
 
 def evaluate_run(
     run: Path | str,
-    shards: str | Path | None = None,
+    shards: ShardPlaces | None = None,
     out: Path | None = None,
     protocol: str | None = None,
     split: str | None = None,
     windows: int | None = None,
+    datasets: Sequence[str] | None = None,
+    quiet: bool = False,
 ) -> Path:
     """Score the averaged weights of a run or an exported model, print the table, and return the report's folder.
 
     Under a launcher all processes share the work. `shards` and `protocol` (a name or a file) default to the recipe's,
     `split` to the protocol's, `out` to <run>/report, for an exported model to <name>_report in the current folder. With
-    `windows`, only so many one-step windows of each dataset are scored. A report of the same weights, data and protocol
-    is not made again; an interrupted one is continued. UserError if there is no checkpoint or there are no shards.
+    `windows`, only so many one-step windows of each dataset are scored, and with `datasets` only these of the model's;
+    shards of others are not needed. A report of the same weights, data and protocol is not made again; an interrupted
+    one is continued. With `quiet` nothing is printed. UserError if checkpoint, datasets or shards are missing.
     """
     if windows is not None and windows < 1:
         raise UserError(f"--windows: expected at least 1 one-step window per dataset, got {windows}")
     trained = TrainedModel.open(run)
     chosen = load_protocol(protocol or trained.recipe.validation.protocol).for_context(trained.model.context)
     chosen = replace(chosen, split=split or chosen.split, one_step_windows=windows or chosen.one_step_windows)
-    readers = trained.readers(sorted(trained.model.specs), chosen.split, shards)
+    readers = trained.readers(trained.select(datasets), chosen.split, shards)
     out = out or inside(trained.report.parent, trained.report.name)
     with detect_lost_processes(), StopSignal().listen(at_once=True):
         accelerator = make_accelerator(trained.recipe.train.clip)  # nothing is clipped, but DeepSpeed needs the value
-        log = print if accelerator.is_main_process else lambda text: None
+        log = print if accelerator.is_main_process and not quiet else lambda text: None
         fit_readers = trained.fit_readers(sorted(readers), shards, log)
         if broadcast_from_main(accelerator, lambda: _is_complete(out, trained, chosen, readers, fit_readers)):
             if accelerator.is_main_process:
@@ -364,7 +367,7 @@ def _measured(
 
 def score_model(
     model: Surrogate,
-    shards: str | Path,
+    shards: ShardPlaces,
     datasets: Sequence[str] | None = None,
     protocol: str = "wavelit",
     split: str | None = None,

@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 
 from data_pipeline.errors import UserError
 from data_pipeline.registry import Registry, load_folders, packaged_folder, user_folders
-from data_pipeline.windows.loader import open_readers
+from data_pipeline.schema import nearest
+from data_pipeline.windows.loader import ShardPlaces, open_readers
 from data_pipeline.windows.reader import ShardReader
 from fm.checkpoint import load_pretrained, use_checkpoint, verify_model
 from fm.config import Recipe, load_recipe, resolve
@@ -65,12 +66,20 @@ class TrainedModel:
         """Return the cards; UserError if they are missing."""
         return load_folders(self.card_folders())
 
-    def readers(self, datasets: Sequence[str], split: str, shards: str | Path | None = None) -> dict[str, ShardReader]:
+    def select(self, datasets: Sequence[str] | None) -> list[str]:
+        """Return the names of the model's datasets, or these of them, sorted; UserError for one that it lacks."""
+        known = sorted(self.model.specs)
+        for name in datasets or ():
+            if name not in known:
+                raise UserError(f"--datasets: expected datasets of the model, got {name!r}. {nearest(name, known)}")
+        return sorted({*datasets}) if datasets is not None else known
+
+    def readers(self, datasets: Sequence[str], split: str, shards: ShardPlaces | None = None) -> dict[str, ShardReader]:
         """Return readers of `shards`, the recipe's by default; UserError if there are none."""
         return open_readers(shards or self.recipe.data.shards, datasets, split, stream=self.recipe.stream())
 
     def fit_readers(
-        self, datasets: Sequence[str], shards: str | Path | None, log: Callable[[str], object]
+        self, datasets: Sequence[str], shards: ShardPlaces | None, log: Callable[[str], object]
     ) -> FitReaders:
         """Return readers of the train and valid split of `shards`; a dataset that lacks one is left out and noted."""
         found, missing = {}, dict[str, str]()

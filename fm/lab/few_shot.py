@@ -9,7 +9,7 @@ and, if so requested, in the learning rates. A sweep runs them (fm/lab/sweep.py)
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -86,16 +86,17 @@ def run_few_shot(
     out: Path,
     overrides: Sequence[str] = (),
     scratch_rate: float | None = None,
-    launch_config: Path | None = None,
+    windows: int | None = None,
 ) -> int:
     """Train and score the runs that are not finished, print the table, write the report; return the exit code.
 
-    0: done, 1: a run failed, 130: interrupted. Raises UserError, before anything runs, for settings that do not fit
-    together.
+    0: done, 1: a run failed, 130: interrupted. With `windows`, only so many one-step windows are scored. Raises
+    UserError, before anything runs, for settings that do not fit together.
     """
     study = plan_few_shot(file, dataset, trajectories, overrides, scratch_rate)
+    study = replace(study, sweep=replace(study.sweep, windows=windows))
     trials = plan(study.sweep, out)
-    failed = finish_trials(study.sweep, trials, out, launch_config, f"few-shot {dataset}")
+    failed = finish_trials(study.sweep, trials, out, None, f"few-shot {dataset}")
     if failed is None:
         return EXIT_INTERRUPTED
     results = sweep_results(study.sweep, trials, failed)
@@ -108,16 +109,11 @@ def plan_few_shot(
 ) -> FewShot:
     """Return the study with its runs. `trajectories` are numbers, or all, separated by commas."""
     recipe = load_own_recipe(file, overrides)
-    if recipe.finetune is None or recipe.finetune.unroll_of(dataset) != 1:
-        raise UserError(
-            f"{file}: expected a recipe that goes on from a pretrained model one step at a time (finetune.pretrained, "
-            "finetune.unroll_steps=1), since training from scratch takes one step at a time too"
-        )
+    reader, counts = check_few_shot(recipe, dataset, trajectories)
+    assert recipe.finetune is not None
     given = _checked_overrides(overrides)
     pretrained = load_pretrained(recipe.finetune.pretrained)
     check_context(recipe, pretrained, recipe.finetune.pretrained)
-    reader = open_readers(recipe.data.shards, [dataset], "train")[dataset]
-    counts = parse_counts(trajectories, reader)
     peaks = _peak_rates(recipe, recipe.finetune.pretrained, given)
     rates = {PRETRAINED: peaks, SCRATCH: dict(peaks)}
     if scratch_rate is not None:  # Muon's keeps its ratio to AdamW's
@@ -154,6 +150,17 @@ def plan_few_shot(
     )
 
 
+def check_few_shot(recipe: Recipe, dataset: str, trajectories: str) -> tuple[ShardReader, tuple[int, ...]]:
+    """Return the reader of the dataset's train split, and the numbers of trajectories; UserError if they do not fit."""
+    if recipe.finetune is None or recipe.finetune.unroll_of(dataset) != 1:
+        raise UserError(
+            f"few-shot {dataset}: expected a recipe that goes on from a pretrained model one step at a time "
+            "(finetune.pretrained, finetune.unroll_steps=1), since training from scratch takes one step at a time too"
+        )
+    reader = open_readers(recipe.data.shards, [dataset], "train", stream=recipe.stream())[dataset]
+    return reader, parse_counts(trajectories, reader)
+
+
 def _peak_rates(recipe: Recipe, pretrained: str, given: Mapping[str, Any]) -> dict[str, float]:
     """Return the peak learning rates by key: AdamW's, and Muon's if the recipe trains with Muon.
 
@@ -179,17 +186,17 @@ def variant_name(arm: str, count: int) -> str:
 
 
 def parse_counts(text: str, reader: ShardReader) -> tuple[int, ...]:
-    """Return numbers of trajectories, ascending, each once; larger ones than the dataset has are left out, printed."""
+    """Return numbers of trajectories, ascending, each once. UserError for none, or more than the dataset has."""
     total, words = reader.num_trajectories, [word.strip() for word in text.split(",")]
     if not all(word == "all" or (word.isdecimal() and int(word) > 0) for word in words):
-        raise UserError(f"--trajectories: expected numbers above 0, or all, with commas between, got {text!r}")
-    requested = {total if word == "all" else int(word) for word in words}
-    counts = tuple(sorted(count for count in requested if count <= total))
-    if missing := sorted(requested - set(counts)):
-        print(f"{reader.dataset} has {total} training trajectories: {', '.join(map(str, missing))} left out")
-    if not counts:
-        raise UserError(f"--trajectories: {reader.dataset} has {total}, expected one number that is not above, or all")
-    return counts
+        raise UserError(f"--few-shot: expected numbers above 0, or all, with commas between, got {text!r}")
+    counts = sorted({total if word == "all" else int(word) for word in words})
+    if counts[-1] > total:
+        raise UserError(
+            f"--few-shot: {reader.dataset} has {total} training trajectories, expected numbers up to {total}, or all; "
+            f"got {counts[-1]}"
+        )
+    return tuple(counts)
 
 
 def _checked_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import only_process, write_whole
 from data_pipeline.progress import progress_bar
 from data_pipeline.tables import render
+from data_pipeline.windows.loader import shard_places
 from fm.checkpoint import find_checkpoint
 from fm.config import recipe_to_dict
 from fm.distributed import EXIT_DONE, EXIT_INTERRUPTED, Interrupted, StopSignal
@@ -129,7 +130,8 @@ class Runner:
                 self._train(trial)
         if read_scores(trial, self.sweep) is None:
             command = [sys.executable, "-m", "fm", "evaluate", str(trial.model), "--out", str(trial.report)]
-            command += ["--shards", trial.recipe.data.shards, "--protocol", self.sweep.protocol]
+            places = [word for place in shard_places(trial.recipe.data.shards) for word in ("--shards", place)]
+            command += [*places, "--protocol", self.sweep.protocol]
             command += ["--windows", str(self.sweep.windows)] if self.sweep.windows is not None else []
             self._run(command, trial.directory / "evaluate.out", lambda: f"{trial.name}, evaluation")
 

@@ -30,6 +30,7 @@ from data_pipeline.schema import (
     validate,
 )
 from data_pipeline.shards.format import MANIFEST_NAME, Manifest
+from data_pipeline.windows.loader import shard_places
 from fm.checkpoint import look_at_newest, use_checkpoint, verify_checkpoint, weights_digest
 from fm.config import Recipe, changed_settings, recipe_to_dict, resolve
 from fm.datasets import load_own_recipe, with_available_datasets
@@ -227,7 +228,7 @@ def plan(sweep: Sweep, out: Path, overrides: Sequence[str] = ()) -> list[Trial]:
             own = {"run.name": directory.name, "run.dir": str(directory), "run.seed": seed, "tracking.progress": False}
             nearer = _overrides({**sweep.overrides, **variant.overrides})
             trials.append(_trial(variant, seed, directory, (*nearer, *overrides, *_overrides(own))))
-    shards = {trial.recipe.data.shards: trial.name for trial in trials}
+    shards = {", ".join(shard_places(trial.recipe.data.shards)): trial.name for trial in trials}
     if len(shards) > 1:
         which = ", ".join(f"{name} {place}" for place, name in shards.items())
         raise UserError(f"{sweep.file}: expected one folder of shards for all variants, got {which}: give data.shards")
@@ -317,15 +318,16 @@ def read_scores(trial: Trial, sweep: Sweep) -> Scores | None:
     file = trial.report / "scores.json"
     if not file.is_file():
         return None
-    scores, shards = Scores.load(file), trial.recipe.data.shards
+    scores, places = Scores.load(file), shard_places(trial.recipe.data.shards)
     wanted = sweep.scored_protocol().for_context(trial.recipe.data.context)
     weights = use_checkpoint(trial.model, weights_digest)
     if scores.protocol != wanted or scores.origin.get("weights") != weights:
         return None
-    for name, part in scores.datasets.items() if not is_url(shards) else ():
-        manifest = Path(shards) / name / wanted.split / MANIFEST_NAME
-        if manifest.is_file() and Manifest.load(manifest).digest != part.data_digest:
-            return None
+    for place in places:
+        for name, part in scores.datasets.items() if not is_url(place) else ():
+            manifest = Path(place) / name / wanted.split / MANIFEST_NAME
+            if manifest.is_file() and Manifest.load(manifest).digest != part.data_digest:
+                return None
     return scores
 
 

@@ -23,7 +23,7 @@ from data_pipeline.registry import Card, Registry, load_registry
 from data_pipeline.remote import is_url
 from data_pipeline.schema import nearest
 from data_pipeline.shards.format import MANIFEST_NAME
-from data_pipeline.windows.loader import open_readers, sources
+from data_pipeline.windows.loader import open_readers, shard_places, sources
 from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Schedule, Source
 from fm.checkpoint import find_checkpoint, load_pretrained
@@ -127,7 +127,8 @@ def read_workload(recipe: Recipe, require_shards: bool = False) -> Workload:
         notes = [*notes, f"{recipe.train.optimizer.import_} counts as AdamW: two moments, no products"]
     if missing:
         which = "no shards" if len(missing) == len(datasets) else f"no shards of {', '.join(missing)}"
-        notes = [f"{which} in {recipe.data.shards}: grids and windows as published, from the cards", *notes]
+        places = ", ".join(shard_places(recipe.data.shards))
+        notes = [f"{which} in {places}: grids and windows as published, from the cards", *notes]
     return Workload(recipe, dict(sorted(datasets.items())), config, tuple(notes))
 
 
@@ -153,9 +154,11 @@ def sized_workload(recipe: Recipe, size: GridSize, names: Sequence[str] | None =
 def _open_shards(recipe: Recipe, registry: Registry, required: bool) -> dict[str, ShardReader]:
     """Open the training shards that exist."""
     data = recipe.data
-    if required or data.datasets is None or is_url(data.shards):
+    places = shard_places(data.shards)
+    if required or data.datasets is None or any(map(is_url, places)):
         return open_split(recipe, registry, "train")
-    found = [name for name in data.datasets if (Path(data.shards) / name / "train" / MANIFEST_NAME).exists()]
+    there = {name for place in places for name in data.datasets if (Path(place, name, "train", MANIFEST_NAME)).exists()}
+    found = [name for name in data.datasets if name in there]
     return open_readers(data.shards, found, "train") if found else {}
 
 
@@ -164,8 +167,9 @@ def _published_dataset(recipe: Recipe, card: Card) -> WorkloadDataset:
     length = recipe.window_length(card.name)
     windows = sum(trajectories * max(0, frames - length + 1) for trajectories, frames in card.train)
     if not windows:
+        places = ", ".join(shard_places(recipe.data.shards))
         raise UserError(
-            f"{card.name}: no shards in {recipe.data.shards}, and its card states no published training split with "
+            f"{card.name}: no shards in {places}, and its card states no published training split with "
             f"windows of {length} frames; make shards with `data-pipeline shard`, or write `train` into the card"
         )
     names = card.state_channels + card.constant_channels

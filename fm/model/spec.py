@@ -11,10 +11,10 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from math import inf, isfinite
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import torch
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, Field, PositiveFloat, PositiveInt, Tag, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic_core import to_json as to_json_text
 from torch import Tensor
@@ -187,6 +187,15 @@ PRESETS = {
 UNWRITTEN: Mapping[str, Any] = {"condition": "none", "scalars": {}}
 
 
+ONE, MORE = "<one>", "<more>"  # how pydantic's errors name the two types of OneOrMore
+TAGS = (*FORMS, ONE, MORE)  # parts of an error's path that are no keys
+# A text, or a list of one or more texts.
+OneOrMore: TypeAlias = Annotated[
+    Annotated[str, Tag(ONE)] | Annotated[list[str], Field(min_length=1), Tag(MORE)],
+    Discriminator(lambda value: MORE if isinstance(value, list) else ONE),
+]
+
+
 def to_json(value: Any) -> dict[str, Any]:
     """Return a dataclass as plain lists, dicts, strings and numbers, without what is UNWRITTEN."""
     plain = json.loads(json.dumps(dataclasses.asdict(value)))
@@ -241,7 +250,7 @@ def explain(error: ValidationError, cls: Any) -> str:
 
 
 def _explained(fault: Any, cls: Any) -> str:
-    key, value = ".".join(str(part)[:64] for part in fault["loc"] if part not in FORMS), fault["input"]
+    key, value = ".".join(str(part)[:64] for part in fault["loc"] if part not in TAGS), fault["input"]
     if fault["type"] == "missing":
         return f"{key} is missing"
     if fault["type"] == "unexpected_keyword_argument":

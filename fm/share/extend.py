@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from difflib import SequenceMatcher
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from data_pipeline.files import sha256
 from data_pipeline.registry import Channel, load_folders, packaged_folder, user_folders
 from data_pipeline.schema import nearest
 from data_pipeline.tables import markdown
-from data_pipeline.windows.loader import open_readers
+from data_pipeline.windows.loader import ShardPlaces, open_readers, shard_places
 from data_pipeline.windows.reader import ShardReader
 from fm.datasets import dataset_specs, with_constraints, with_scalars
 from fm.evaluation.trained import TrainedModel
@@ -39,7 +40,13 @@ NUM_FIELDS = 4  # initial states of each dataset in the proof
 
 
 def extend(
-    source: str, datasets: Sequence[str], shards: str, out: Path, rows: str, seed: int = 0, registry: str | None = None
+    source: str,
+    datasets: Sequence[str],
+    shards: ShardPlaces,
+    out: Path,
+    rows: str,
+    seed: int = 0,
+    registry: str | None = None,
 ) -> "Proof":
     """Write the model at `source`, with the datasets added, as an exported model; print and return the proof.
 
@@ -69,7 +76,9 @@ def extend(
         chosen = choose_rows(rows, unseen, known, described.channel_cards)
         extended = extend_model(model, added, chosen, seed)
     except ValueError as error:  # moments that are missing or not finite, a boundary that is periodic at one end
-        raise UserError(f"{shards}: {error}. Make the shards again with `data-pipeline shard`.") from error
+        raise UserError(
+            f"{', '.join(shard_places(shards))}: {error}. Make the shards again with `data-pipeline shard`."
+        ) from error
     old_readers = open_readers(shards, None, "train", known=list(model.specs))
     proof = compare(model, extended, old_readers)
     print(_summary(source, model, added, chosen, proof))
@@ -83,10 +92,11 @@ def extend(
         "proof": asdict(proof),
         "earlier": dict(trained.lineage) or None,
     }
+    places: Any = str(shards) if isinstance(shards, str | Path) else shard_places(shards)
     recipe = replace(
         trained.recipe,
         run=replace(trained.recipe.run, name=out.name, dir=None),
-        data=replace(trained.recipe.data, shards=shards, datasets=list(extended.specs)),
+        data=replace(trained.recipe.data, shards=places, datasets=list(extended.specs)),
     )
     digests = {**trained.shards, **{name: reader.manifest.digest for name, reader in readers.items()}}
     license = trained.license or LICENSE

@@ -12,6 +12,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.hashing import stream_key, uniform
 from data_pipeline.registry import Registry
 from data_pipeline.windows.division import Division
+from data_pipeline.windows.loader import shard_places
 from data_pipeline.windows.reader import ShardReader
 from data_pipeline.windows.schedule import Schedule
 from fm.checkpoint import newest_checkpoint, read_state
@@ -95,9 +96,10 @@ def check_size(
             lines.append(f"  {passes[name]:,.0f} times over {name}: {pairs:,} pairs of frames of {grid}{published}")
     if lines:
         listed, fewer = "\n".join(lines), int(steps * limit / max(passes.values()))
+        places = ", ".join(shard_places(recipe.data.shards))
         raise UserError(
             f"is this meant? {steps:,} steps (train.steps) pass\n{listed}\nNothing was trained. If it is not meant, "
-            f"put the whole data into {recipe.data.shards}, or train fewer steps: train.steps={fewer} passes at most "
+            f"put the whole data into {places}, or train fewer steps: train.steps={fewer} passes at most "
             f"{limit:g} times; for the mini-Well there is recipes/quickstart.yaml. If it is, add\n"
             "  sampling.max_passes=null"
         )

@@ -79,6 +79,9 @@ def test_the_resolved_recipe_is_again_a_recipe(recipe_file: Path, tmp_path: Path
         ("--steps=3", "expected section.key=value"),
         ("train.steps.x=3", "steps is not a section"),
         ("train=3", "train"),
+        ("data.shards=3", "data.shards: Input should be a valid string (got 3)"),
+        ("data.shards=[]", "data.shards: List should have at least 1 item after validation, not 0 (got [])"),
+        ("data.shards=[a, 3]", "data.shards.1: Input should be a valid string (got 3)"),
         ("run.name=[", "override 'run.name=[': expected plain YAML in UTF-8, got something else"),
         ("run.name=../outside", "run.name: expected a name that a folder can have, got '../outside'"),
         ("run.name=\x1b[31m", "expected plain YAML in UTF-8"),
@@ -149,7 +152,7 @@ def test_a_recipe_that_would_run_other_code_is_refused(
 ) -> None:
     middle = recipe_file.read_text().split("\n", 1)[1].rpartition("\n# ")[0]
     recipe_file.write_text(f"{first}\n{middle}{body}\n{last}\n", newline="")
-    for command in (["plan"], ["train"], ["few-shot", "--dataset", "x"], ["benchmark", "--recipe"]):
+    for command in (["plan"], ["train"], ["benchmark", "--recipe"]):
         assert main([*command, str(recipe_file)]) == 2
         error = capsys.readouterr().err
         assert message in error

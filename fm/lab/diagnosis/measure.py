@@ -67,14 +67,14 @@ def diagnose_run(
     model = trained.model
     if dataset not in model.specs:
         raise UserError(f"--dataset: expected one that {run} was trained on, {', '.join(model.specs)}; got {dataset!r}")
-    shards = shards or trained.recipe.data.shards
-    test, train = (trained.readers([dataset], split, shards)[dataset] for split in ("test", "train"))
+    places = shards or trained.recipe.data.shards
+    test, train = (trained.readers([dataset], split, places)[dataset] for split in ("test", "train"))
     spec = model.specs[dataset]
     check_channels(test, spec.state_channels, spec.constant_channels, "the model was trained on")
     subject = Subject(model, test, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     chosen = choose_trajectories(test, trajectories)
     origin = {"checkpoint": str(trained.checkpoint), "step": trained.step, "data": test.manifest.digest[:12]}
-    simulated, twins = well or sibling_well(shards), None
+    simulated, twins = well or sibling_well(places), None
     if simulated is not None:
         try:
             twins = twins_of(test, simulated, chosen)

@@ -19,6 +19,7 @@ from data_pipeline.miniwell.system import ParameterSet
 from data_pipeline.miniwell.twins import twin_states
 from data_pipeline.progress import progress_bar
 from data_pipeline.remote import is_url
+from data_pipeline.windows.loader import ShardPlaces, shard_places
 from data_pipeline.windows.reader import ShardReader
 from fm.evaluation.samples import evenly_spaced
 from fm.lab.diagnosis.growth import Step
@@ -82,10 +83,10 @@ def choose_trajectories(reader: ShardReader, count: int) -> tuple[int, ...]:
     return tuple(longest[place] for place in evenly_spaced(len(longest), count))
 
 
-def sibling_well(shards: str | Path) -> Path | None:
-    """Return the folder `well` beside the shards' folder, where the quickstart simulates, if there is one."""
-    well = Path(shards).parent / "well"
-    return well if not is_url(shards) and well.is_dir() else None
+def sibling_well(shards: ShardPlaces) -> Path | None:
+    """Return the folder `well` beside a folder of the shards, where the quickstart simulates, if there is one."""
+    wells = [Path(place).parent / "well" for place in shard_places(shards) if not is_url(place)]
+    return next((well for well in wells if well.is_dir()), None)
 
 
 def twins_of(reader: ShardReader, well: Path, trajectories: Sequence[int]) -> np.ndarray:

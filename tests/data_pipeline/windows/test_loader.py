@@ -1,16 +1,19 @@
 """Ranks and workers share one sequence of global batches."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from faulty_server import FaultyServer
 
 from data_pipeline.errors import UserError
 from data_pipeline.windows.division import Division
-from data_pipeline.windows.loader import open_readers, scheduled_batches, sources
+from data_pipeline.windows.loader import datasets_with_shards, open_readers, scheduled_batches, sources
 from data_pipeline.windows.reader import Batch, ShardReader
 from data_pipeline.windows.schedule import Schedule
+from data_pipeline.windows.streaming import StreamSettings
 
 NAMES = ["active_matter", "helmholtz_staircase", "shear_flow"]
 
@@ -92,3 +95,32 @@ def test_missing_shards_end_in_the_commands_that_make_them(tmp_path: Path, datas
     assert f"data-pipeline download --out WELL --datasets {names}" in message
     assert f"data-pipeline shard --well WELL --out {tmp_path} --datasets {names}" in message
     assert "data-pipeline shard --well data/mini/well --out data/mini/shards" in message  # never where The Well belongs
+
+
+def test_batches_from_a_folder_and_a_url_are_those_of_one_folder(
+    readers: dict[str, ShardReader], tiny_shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / NAMES[1]).symlink_to(tiny_shards / NAMES[1])
+    for name in (NAMES[0], NAMES[2]):
+        shutil.copytree(tiny_shards / name, tmp_path / "far" / name)
+    stream = StreamSettings(cache=tmp_path / "cache")
+    with FaultyServer(tmp_path / "far") as server:
+        both = [tmp_path / "one", server.url]
+        divided = open_readers(both, None, "train", stream=stream, known=NAMES)
+        assert list(divided) == NAMES
+        for one, other in zip(load(divided, workers=1), load(readers), strict=True):
+            assert_same(one, other)
+        assert datasets_with_shards(both, None, ["train", "valid"], stream, NAMES) == NAMES
+        with pytest.raises(UserError, match=rf"no train shards under {tmp_path}/one or {server.url}"):
+            open_readers(both, [*NAMES, "rayleigh_benard"], "train", stream=stream)
+
+
+def test_a_dataset_in_two_places_is_refused_with_both(tiny_shards: Path, tmp_path: Path) -> None:
+    split = tmp_path / NAMES[0] / "test"  # not even the split that is opened
+    shutil.copytree(tiny_shards / NAMES[0] / "test", split)
+    message = rf"{NAMES[0]}: expected its shards in one place, got them in two: {tiny_shards} and {tmp_path}\."
+    for datasets in (None, NAMES):
+        with pytest.raises(UserError, match=message):
+            open_readers([tiny_shards, tmp_path], datasets, "train")
+    assert list(open_readers([tiny_shards, tmp_path], NAMES[1:], "train")) == NAMES[1:]

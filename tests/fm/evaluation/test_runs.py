@@ -144,6 +144,23 @@ def test_a_subset_of_windows_from_a_url_says_that_it_is_not_the_full_score(
         evaluate_run(run, windows=0)
 
 
+def test_some_datasets_are_scored_without_shards_of_the_others(run: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    chosen, other = DATASETS
+    for name in (chosen, "shear_flow"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).symlink_to(tiny_shards / name)
+    places = [f"--shards={tmp_path / name}" for name in (chosen, "shear_flow")]
+    out = tmp_path / "report"
+    assert main(["evaluate", str(run), *places, f"--datasets={chosen}", f"--out={out}"]) == 0
+    scores, whole = (Scores.load(folder / "scores.json") for folder in (out, evaluate_run(run)))
+    assert list(scores.datasets) == [chosen]
+    assert scores.datasets[chosen] == whole.datasets[chosen]
+    with pytest.raises(UserError, match=rf"(?s)no test shards under .*{other}"):
+        evaluate_run(run, [tmp_path / chosen], out)
+    with pytest.raises(UserError, match=r"--datasets: expected datasets of the model, got 'maze'"):
+        evaluate_run(run, datasets=["maze"])
+
+
 def test_compare_puts_two_runs_side_by_side(run: Path) -> None:
     evaluate_run(run)
     done = fm("compare", str(run), str(run))

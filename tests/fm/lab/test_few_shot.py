@@ -13,9 +13,8 @@ from whole_runs import DATASETS, log, small
 from data_pipeline.errors import UserError
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import find_checkpoint, load_pretrained
-from fm.cli import main as fm
 from fm.config import dump_recipe
-from fm.lab.few_shot import few_shot_figure, plan_few_shot
+from fm.lab.few_shot import few_shot_figure, plan_few_shot, run_few_shot
 from fm.lab.sweep_file import plan
 from fm.training.trainer import train
 
@@ -49,8 +48,7 @@ def test_both_arms_see_the_same_windows_and_the_study_is_written(
 ) -> None:
     monkeypatch.setattr("data_pipeline.progress.LINE_SECONDS", 0.0)
     out = tmp_path / "study"
-    command = ["few-shot", str(recipe), "--dataset", NEW, "--trajectories", "1", "--out", str(out)]
-    assert fm(command) == 0
+    assert run_few_shot(recipe, NEW, "1", out) == 0
     printed, progress = capsys.readouterr()
     assert re.search(rf"^few-shot {NEW}: 0 of 2 runs in .*, pretrained_1_seed0, step 3/3$", progress, re.MULTILINE)
     assert re.search(
@@ -80,7 +78,7 @@ def test_both_arms_see_the_same_windows_and_the_study_is_written(
     assert len(page.of("img")) == 1
     assert Image.open(out / "few_shot.png").size[0] > 500
     times = {path: path.stat().st_mtime_ns for path in out.rglob("log.jsonl")}
-    assert fm(command) == 0  # what is done is kept
+    assert run_few_shot(recipe, NEW, "1", out) == 0  # what is done is kept
     assert {path: path.stat().st_mtime_ns for path in out.rglob("log.jsonl")} == times
 
 
@@ -131,22 +129,16 @@ def test_a_model_of_two_frames_trained_with_muon_lends_both_rates_and_its_window
     assert plan_few_shot(file, NEW, "1").windows == (frames - 2,)  # two given frames and one to predict
     with pytest.raises(UserError, match=r"data\.context: the recipe has 1 input frames, but .* trained with 2"):
         plan_few_shot(file, NEW, "1", ["data.context=1"])
-    out = tmp_path / "study"
-    assert fm(["few-shot", str(file), "--dataset", NEW, "--trajectories", "1", "--out", str(out)]) == 0
-    assert "peak learning rate 0.002, Muon's 0.03. From scratch" in (out / "few_shot.md").read_text()
-    assert [load_pretrained(out / f"{arm}_1_seed0").context for arm in ("pretrained", "from_scratch")] == [2, 2]
 
 
-def test_more_trajectories_than_there_are_are_left_out(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan_few_shot(recipe, NEW, "1,4000").counts == (1,)
-    assert "training trajectories: 4000 left out" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"--trajectories: shear_flow has \d+, expected one number that is not above"):
-        plan_few_shot(recipe, NEW, "4000")
+def test_more_trajectories_than_there_are_are_refused(recipe: Path) -> None:
+    with pytest.raises(UserError, match=r"--few-shot: shear_flow has (\d+) training .* up to \1, or all; got 4000"):
+        plan_few_shot(recipe, NEW, "1,4000")
 
 
 @pytest.mark.parametrize("text", ["0", "one", "", "1,,2", "-1"])
 def test_numbers_of_trajectories_are_numbers(recipe: Path, text: str) -> None:
-    with pytest.raises(UserError, match="--trajectories: expected numbers above 0, or all, with commas between, got"):
+    with pytest.raises(UserError, match="--few-shot: expected numbers above 0, or all, with commas between, got"):
         plan_few_shot(recipe, NEW, text)
 
 
@@ -158,15 +150,14 @@ def test_numbers_of_trajectories_are_numbers(recipe: Path, text: str) -> None:
         (["run.seed=3"], "override 'run.seed=3': few-shot names and places its runs"),
         (["data.datasets=[shear_flow]"], "few-shot names and places its runs, chooses their data itself"),
         (["adapt.rates.trunk=0.5"], "and lets all parts of the model move"),
-        (["--scratch-learning-rate=0"], "--scratch-learning-rate: expected a number above 0, got 0.0"),
         (["finetune.pretrained=nowhere"], "no checkpoint found"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_runs(
-    recipe: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
-    assert fm(["few-shot", str(recipe), "--dataset", NEW, "--out", str(tmp_path / "out"), *options]) == 2
-    assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match=re.escape(message)):
+        run_few_shot(recipe, NEW, "1", tmp_path / "out", options)
     assert not (tmp_path / "out").exists()
 
 
