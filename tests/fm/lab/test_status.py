@@ -93,13 +93,13 @@ def test_the_text_says_the_same(unbroken: Path) -> None:
 
 def test_a_run_that_trains_and_is_killed_before_its_first_checkpoint(tiny_shards: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    recipe = small(tiny_shards, directory, train={"steps": 100_000}, checkpoint={"every": 100_000})
+    recipe = small(tiny_shards, directory, train={"steps": 50_000}, checkpoint={"every": 50_000})
     process = fork(recipe)
     wait_for(lambda: len([line for line in events(directory) if line["kind"] == "pace"]) > 3, process)
     status = read_status(directory)
     assert status.state == "running"
     assert f"process {process.pid} on " in status.why
-    assert 6 < status.step < status.steps == 100_000
+    assert 6 < status.step < status.steps == 50_000
     assert status.rate is not None
     assert status.rate.seconds_left is not None
     assert status.rate.seconds_left > 100
@@ -122,7 +122,7 @@ def test_a_run_that_trains_and_is_killed_before_its_first_checkpoint(tiny_shards
 
 
 def test_a_stopped_and_a_failed_run_leave_a_last_word(tiny_shards: Path, tmp_path: Path) -> None:
-    process = fork(small(tiny_shards, tmp_path / "asked", train={"steps": 100_000}, checkpoint={"every": 100_000}))
+    process = fork(small(tiny_shards, tmp_path / "asked", train={"steps": 50_000}, checkpoint={"every": 50_000}))
     wait_for(lambda: len([line for line in events(tmp_path / "asked") if line["kind"] == "pace"]) > 1, process)
     process.send_signal(signal.SIGTERM)
     assert finish(process)[0] == 130
