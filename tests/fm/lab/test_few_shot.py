@@ -50,7 +50,7 @@ def test_both_arms_see_the_same_windows_and_the_study_is_written(
     out = tmp_path / "study"
     assert run_few_shot(recipe, NEW, "1", out) == 0
     printed, progress = capsys.readouterr()
-    assert re.search(rf"^few-shot {NEW}: 0 of 2 runs in .*, pretrained_1_seed0, step [123]/3$", progress, re.MULTILINE)
+    assert re.search(rf"^few-shot {NEW}: 0 of 2 runs in .*, pretrained_1_seed0, step \d/3$", progress, re.MULTILINE)
     assert re.search(
         rf"^few-shot {NEW}: 1 of 2 runs in .* left, from_scratch_1_seed0, evaluation$", progress, re.MULTILINE
     )
