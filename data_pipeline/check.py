@@ -1,6 +1,6 @@
 """`data-pipeline check`: all that is found about datasets in one table, with or without cards, and whether to use them.
 
-Headers are checked as by `register` and `shard` (well/check.py), and every frame is read once, as by `audit`.
+Headers are checked as by `register` and `shard` (well/headers.py), and every frame is read once, as by `audit`.
 """
 
 import os
@@ -12,9 +12,9 @@ from data_pipeline.errors import UserError
 from data_pipeline.registry import Card, Channel, Registry
 from data_pipeline.remote import is_url
 from data_pipeline.shards.review import audit, count_severities, findings_table
-from data_pipeline.well.check import Place, check_headers, usable
 from data_pipeline.well.findings import Finding
 from data_pipeline.well.hdf5 import SPLITS, WellFile, dataset_folders, split_files
+from data_pipeline.well.headers import Place, check_headers, usable
 from data_pipeline.well.register import NotWell
 from data_pipeline.well.survey import provisional_card, read_header
 
@@ -35,7 +35,7 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """Return the counts, and whether the dataset can be used as it is."""
+        """Return the numbers of errors and warnings, and whether the dataset can be used without changes."""
         counts = count_severities(self.findings) or "no findings"
         where = f"{self.num_trajectories} trajectories, {self.num_frames} frames"
         return f"{self.dataset}: {counts} in {where}. {usable(self.findings)}"

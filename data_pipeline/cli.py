@@ -62,7 +62,7 @@ def _download(options: argparse.Namespace) -> int:
 
 def _register(options: argparse.Namespace) -> int:
     from data_pipeline.importer.suggest import with_import_command
-    from data_pipeline.well.check import usable
+    from data_pipeline.well.headers import usable
     from data_pipeline.well.register import register
 
     with with_import_command(options.source, options.name):
@@ -94,7 +94,7 @@ def _import(options: argparse.Namespace) -> int:
         return 0
     from data_pipeline.importer.convert import import_files
     from data_pipeline.registry import VARIABLE
-    from data_pipeline.well.check import usable
+    from data_pipeline.well.headers import usable
 
     made = import_files(plan, options.registry)
     for path in (made.folder, made.preview, *made.card.paths):

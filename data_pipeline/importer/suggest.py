@@ -47,7 +47,7 @@ def import_command(source: Path, name: str | None) -> str:
 
 
 def _name(source: Path) -> str:
-    """Return a dataset's name from that of its folder or file."""
+    """Return the name for a dataset, made from the name of its folder or file."""
     stem = Path(os.path.abspath(source)).stem
     try:
         return plain_name(stem) if not NAME.fullmatch(stem) else stem

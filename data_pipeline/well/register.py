@@ -30,9 +30,9 @@ from data_pipeline.registry import (
 )
 from data_pipeline.schema import NAME
 from data_pipeline.symmetries import possible_symmetries
-from data_pipeline.well.check import check_headers, sampled_copies, usable
 from data_pipeline.well.findings import Finding, condense, left_out_findings
 from data_pipeline.well.hdf5 import SPLITS, dataset_folders, divide_names, left_out_names, split_files
+from data_pipeline.well.headers import check_headers, sampled_copies, usable
 from data_pipeline.well.layout import child_names
 from data_pipeline.well.match import near_channel, shared_fields
 from data_pipeline.well.survey import COMPONENTS, Survey, provisional_card, read_header, survey

@@ -1,7 +1,7 @@
 """The windows of one dataset as a map-style torch Dataset, for a DataLoader and a training loop of your own.
 
-The project's own training does not use it: its steps draw from several datasets by a schedule (schedule.py), and
-threads read ahead (loader.py).
+The project's own training does not use this class: its steps draw from several datasets by a schedule (schedule.py),
+and threads read ahead (loader.py).
 """
 
 import os
@@ -16,23 +16,23 @@ from data_pipeline.windows.loader import open_readers
 from data_pipeline.windows.reader import ShardReader
 
 
-class Window(TypedDict):
+class WindowTensors(TypedDict):
     """Consecutive frames of a trajectory, in the dataset's channels and physical units."""
 
     fields: torch.Tensor  # (T, C, H, W) float32
     constants: torch.Tensor  # (K, H, W) float32; K may be 0
 
 
-class Windows(Dataset[Window]):
+class Windows(Dataset[WindowTensors]):
     """All windows of `length` consecutive frames of one dataset and split, by number.
 
     `shards` is a folder or a URL. A DataLoader may use any number of worker processes, forked or spawned: each of them
-    opens the shards by itself. UserError if there are no such shards, or no trajectory is that long.
+    opens the shards by itself. UserError if there are no such shards, or no trajectory has `length` frames.
     """
 
     def __init__(self, shards: Path | str, dataset: str, length: int, split: str = "train") -> None:
         self.shards, self.dataset, self.length, self.split = str(shards), dataset, length, split
-        self._opened: tuple[int, ShardReader] | None = None  # the process that opened it, and its reader
+        self._opened: tuple[int, ShardReader] | None = None  # process that opened the shards, and its reader
         self._count = len(self._reader().index(length))
         manifest = self._reader().manifest
         self.state_channels: tuple[str, ...] = tuple(manifest.state_channels)  # the C of fields
@@ -44,7 +44,7 @@ class Windows(Dataset[Window]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, number: int) -> Window:
+    def __getitem__(self, number: int) -> WindowTensors:
         """Return window `number`. IndexError outside of 0 ... len - 1."""
         batch = self._reader().batch(np.array([number]), self.length)
         return {"fields": batch.fields[0], "constants": batch.constants[0]}

@@ -9,7 +9,7 @@ from handmade_well import spread
 
 from data_pipeline.cli import main
 from data_pipeline.registry import VARIABLE, load_registry
-from data_pipeline.well.check import MODEL_GRID
+from data_pipeline.well.headers import MODEL_GRID
 from data_pipeline.windows.loader import open_readers
 from fm.datasets import dataset_specs
 from fm.model.spec import ModelConfig
