@@ -97,16 +97,21 @@ def _import(options: argparse.Namespace) -> int:
     from data_pipeline.well.headers import usable
 
     made = import_files(plan, options.registry)
-    for path in (made.folder, made.preview, *made.card.paths):
+    for path in (made.folder, made.preview, *(made.card.paths if made.card else ())):
         print(f"{path}: written")
-    print(f"Look at the preview: x points right and y up. {usable(made.card.findings)} Please check:", end="")
-    print("", *made.card.decisions, sep="\n  - ")
+    print("Look at the preview: x points right and y up.", end=" ")
+    if made.card is None:
+        print(f"The package has the card {options.name}, and it describes these fields.")
+    else:
+        print(usable(made.card.findings), "Please check:", end="")
+        print("", *made.card.decisions, sep="\n  - ")
     shards = options.shards or options.out / "shards"
     command = ["shard", "--well", str(options.out), "--out", str(shards), "--datasets", options.name]
     if options.shards is None:
-        print(f"Next:\n  export {VARIABLE}={shlex.quote(str(made.cards))}\n  {shlex.join(['data-pipeline', *command])}")
+        export = f"  export {VARIABLE}={shlex.quote(str(made.cards))}\n" if made.cards else ""
+        print(f"Next:\n{export}  {shlex.join(['data-pipeline', *command])}")
         return 0
-    return main([*command, "--registry", str(made.cards)])
+    return main([*command, *(["--registry", str(made.cards)] if made.cards else [])])
 
 
 def _shard(options: argparse.Namespace) -> int:
@@ -237,7 +242,7 @@ COMMANDS: tuple[tuple[Any, ...], ...] = (
         *("simulate", "simulate the mini-Well: all eight systems, small, no download", _simulate),
         _arg("--preset", "mini: 1 minute; tiny: for tests", required=True, choices=("mini", "tiny")),
         _arg("--out", "folder for the HDF5 files", required=True, type=Path, metavar="DIR"),
-        _datasets("the eight if left out. Extras: burgers, euler_multi_quadrants_periodicBC"),
+        _datasets("the eight if left out. Extras: burgers, euler_multi_quadrants_periodicBC, pdearena_navier_stokes"),
         _arg("--seed", "same seed, same arrays (default 0)", type=int, default=0),
         _JOBS,
         _arg("--contact-sheet", "also draw a picture of all systems", type=Path, metavar="FILE.png"),

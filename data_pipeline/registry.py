@@ -2,9 +2,8 @@
 
 A canonical channel is one physical quantity under one name for all datasets (paper section 3.5). A card describes one
 dataset: it maps the fields of the HDF5 files to canonical channels and holds what is known about the data. `Card` is
-also the format of the YAML file: `datasets/<name>.yaml` has the same keys, `channels.yaml` has the channels.
-
-The package brings the cards of the eight datasets. Folders of the user add channels and cards, and redefine none.
+also the format of the YAML file: `datasets/<name>.yaml` has the same keys, `channels.yaml` has the channels. The
+package has cards of the eight datasets and of extras. The user's folders add channels and cards, and redefine none.
 """
 
 import os
@@ -191,6 +190,7 @@ class Card(Strict):
     conserved: tuple[Conserved, ...] = ()
     quirks: tuple[Line, ...] = ()
     published: tuple[PublishedTable, ...] = ()
+    extra: bool = False  # beyond the paper's eight: "all datasets" leaves it out
     source: Line = ""  # where the data come from
     citation: Line = ""
     license: Line = ""
@@ -324,8 +324,9 @@ class Registry:
         return self.cards[name]
 
     def select(self, names: Sequence[str] | None) -> list[Card]:
-        """Return the named cards, each once, sorted by name; None means all."""
-        return [self.card(name) for name in sorted(set(self.cards if names is None else names))]
+        """Return the named cards, each once, sorted by name; None means all but the extras."""
+        cards = map(self.card, sorted(set(self.cards if names is None else names)))
+        return [card for card in cards if names is not None or not card.extra]
 
     def snapshot(self) -> dict[str, Any]:
         """Return what a trained model depends on, as JSON: channels, fields, boundaries, without prose and counts."""
@@ -333,8 +334,7 @@ class Registry:
             name: {"fields": list(map(astuple, card.fields)), "boundary": card.boundary}
             for name, card in self.cards.items()
         }
-        made: dict[str, Any] = to_jsonable_python({"channels": self.channels, "cards": cards})
-        return made
+        return dict(to_jsonable_python({"channels": self.channels, "cards": cards}))
 
 
 def load_registry(directory: str | Path | None = None) -> Registry:

@@ -17,7 +17,7 @@ from data_pipeline.importer.plan import ImportPlan, stamp
 from data_pipeline.importer.preview import PREVIEW, draw_preview
 from data_pipeline.importer.trajectories import StoredTrajectory
 from data_pipeline.progress import progress_bar
-from data_pipeline.registry import named_folders
+from data_pipeline.registry import Card, load_folders, named_folders, packaged_folder
 from data_pipeline.well.dataset import Trajectories, whole_folder, write_dataset
 from data_pipeline.well.hdf5 import block_frames
 from data_pipeline.well.match import check_share
@@ -30,30 +30,52 @@ class Imported:
 
     folder: Path  # of the dataset
     preview: Path
-    card: Registered
-    cards: Path  # folder of the card
+    card: Registered | None  # the draft; None where a card that was there describes the data
+    cards: Path | None  # the folder of the draft
 
 
 def import_files(plan: ImportPlan, registry: Path | None) -> Imported:
     """Write the dataset of a plan, whole or not at all, and draft its card.
 
-    The card goes to `registry`, by default the first folder that WAVELIT_REGISTRY names, else <out>/cards. UserError
-    for values that are not finite, for files that change meanwhile, and for a folder that cannot be written.
+    The card goes to `registry`, by default the first folder that WAVELIT_REGISTRY names, else <out>/cards. None is
+    drafted if the package has a card of this name and it describes the data. UserError for values that are not finite,
+    for files that change meanwhile, and for a folder that cannot be written.
     """
     options = plan.options
     cards = registry or next(iter(named_folders(None)), options.out / "cards")
-    check_name(options.name, cards)
-    check_share([one.field for one in plan.fields], draft_folder(cards)[1], options.share)
+    known = draft_folder(cards)[1]
+    packaged = load_folders([packaged_folder()]).cards.get(options.name)
+    if packaged is None:
+        check_name(options.name, cards, known)
+    else:
+        _check_packaged(packaged, plan)
+    check_share([one.field for one in plan.fields], known, options.share)
     folder = options.out / options.name
     with whole_folder(options.out, options.name) as target:
         write_files(plan, target)
         draw_preview(target, plan, target / PREVIEW)
+    if packaged is not None:
+        return Imported(folder, folder / PREVIEW, None, None)
     try:
         card = register(folder, options.name, cards, options.share)
     except UserError:
         remove(folder)
         raise
     return Imported(folder, folder / PREVIEW, card, cards)
+
+
+def _check_packaged(card: Card, plan: ImportPlan) -> None:
+    """Raise UserError unless a card of the package has the fields, the boundary and the parameters of a plan."""
+    fields, scalars = [one.field for one in plan.fields], plan.trajectories[0].scalars
+    described, given = ({(one.name, one.order, one.role) for one in some} for some in (card.fields, fields))
+    if (described, card.boundary, set(card.scalars)) != (given, plan.boundary, set(scalars)):
+        raise UserError(
+            f"{card.name}: there is a card {card.name!r} already, and it describes other data: fields "
+            f"{', '.join(one.name for one in card.fields)}, boundary {card.boundary}, parameters "
+            f"{', '.join(card.scalars) or 'none'}; got {', '.join(one.name for one in fields)}, {plan.boundary}, "
+            f"{', '.join(scalars) or 'none'}. Choose another --name, or name the "
+            "fields so with --map and --vector"
+        )
 
 
 def write_files(plan: ImportPlan, target: Path) -> None:

@@ -35,7 +35,7 @@ class Layout:
     how: str  # one line for the user: what was recognized
     runs: tuple[str, ...]  # prefixes of the keys, one for each group that holds trajectories; ("",) for a whole file
     dims: Mapping[str, Dims]  # key -> its axes, where they are known
-    coordinates: Mapping[str, str]  # axis t, x, y -> key
+    coordinates: Mapping[str, str]  # axis t, x, y -> key; `unused` -> a key that is no field either
     fields: Mapping[str, tuple[str, ...]]  # name -> expressions of its components; as `--map` and `--vector` give them
     boundary: Mapping[str, str] = field(default_factory=dict)  # axis -> type, or types of its ends as wall:open
     domain: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # axis -> (lower, upper end)
@@ -67,9 +67,7 @@ def _recognize(source: ArrayFile, pattern: str | None) -> Layout:
     known = {key: axes for key in names if (axes := _named_dims(arrays[key]))}
     made = Layout("arrays", f"{source.kind} arrays whose axes have no names", runs, {}, coordinates, {})
     if set(runs) <= {f"{split}/" for split in SPLITS} and four:
-        how = "PDEArena: groups train, valid or test of arrays (trajectory, time, x, y)"
-        splits = {run: run.rstrip("/") for run in runs}
-        made = Layout("pdearena", how, runs, {**four, **per_run}, coordinates, _whole(four), splits=splits)
+        made = _pdearena(runs, four, per_run, coordinates)
     elif "data" in arrays and runs != ("",) and all(run.rstrip("/").isdecimal() for run in runs):
         shape = arrays["data"].shape
         code, order = ("shallow-water", "txyc") if shape[-1] == 1 else ("reaction-diffusion", "tyxc")
@@ -115,6 +113,32 @@ def _named_dims(array: Array) -> Dims | None:
     """Return the axes of an array if the names of its dimensions tell all of them."""
     axes = [axis_of(name) for name in array.dims or ()]
     return tuple(axis for axis in axes if axis) if axes and None not in axes else None
+
+
+def _pdearena(
+    runs: tuple[str, ...], four: Mapping[str, Dims], per_run: Mapping[str, Dims], coordinates: Mapping[str, str]
+) -> Layout:
+    """Return the layout of PDEArena's HDF5 files. Those with the buoyancy buo_y are smoke in a box with walls."""
+    made = Layout(
+        name="pdearena",
+        how="PDEArena: groups train, valid or test of arrays (trajectory, time, x, y)",
+        runs=runs,
+        dims={**four, **per_run},
+        coordinates=coordinates,
+        fields=_whole(four),
+        splits={run: run.rstrip("/") for run in runs},
+    )
+    if set(four) != {"u", "vx", "vy"} or "buo_y" not in per_run:
+        return made
+    # The generator spreads the times of T frames over T - 1 intervals, so `t` is wrong and `dt` is right.
+    places = {axis if axis != "t" else "unused": key for axis, key in coordinates.items()}
+    return replace(
+        made,
+        how=f"{made.how}, of smoke that rises in a closed box",
+        coordinates=places,
+        fields={"smoke": ("u",), "velocity": ("vx", "vy")},
+        boundary={"x": "wall", "y": "wall"},
+    )
 
 
 def _fields(arrays: Mapping[str, Array], dims: Mapping[str, Dims]) -> dict[str, tuple[str, ...]]:

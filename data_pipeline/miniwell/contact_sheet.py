@@ -48,6 +48,7 @@ VIEWS: Mapping[str, View] = {
     "helmholtz_staircase": View("pressure_re", "pressure_re", "twilight_shifted", signed=True),
     "burgers": View("tracer", "tracer", "cividis"),
     "euler_multi_quadrants_periodicBC": View("density", "density", "magma"),
+    "pdearena_navier_stokes": View("smoke", "smoke", "viridis"),
 }
 
 

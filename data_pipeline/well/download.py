@@ -87,9 +87,9 @@ def download(
 ) -> None:
     """Fetch datasets into `out`/datasets/<name>/{stats.yaml,data/<split>/*.hdf5}, as the-well-download lays them out.
 
-    `datasets` None takes those with a card, `splits` None all. `first_only` takes one file of each split. `source` is a
-    URL with such folders below it; None takes the addresses in `urls`, a file in the form of the_well's registry.yaml,
-    or in that one. `jobs` files come at a time.
+    `datasets` None takes those with a card but the extras, `splits` None all. `first_only` takes one file of each
+    split. `source` is a URL with such folders below it; None takes the addresses in `urls`, a file in the form of
+    the_well's registry.yaml, or in that one. `jobs` files come at a time.
 
     Prints the estimate and a line per dataset; with `dry_run`, no more is done. UserError before the first byte when
     the disk is too small, and at the end, with all reasons, when files could not be had or are not what their card
@@ -99,7 +99,7 @@ def download(
         raise UserError(f"--jobs: expected at least 1, got {jobs}")
     chosen, retries, known = chosen_splits(splits), retries or Retries(), url_registry(urls)
     wanted: list[Wanted] = []
-    for name in sorted(set(registry.cards if datasets is None else datasets)):
+    for name in sorted({card.name for card in registry.select(None)} if datasets is None else set(datasets)):
         if source is None:
             stats, found = _from_urls(name, known, chosen, retries)
         else:

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as root:
-        model = WaveLiTFM(PRESETS["9.5M"], [spec_of(card) for card in load_registry().cards.values()])
+        model = WaveLiTFM(PRESETS["9.5M"], [spec_of(card) for card in load_registry().select(None)])
         plain, exported = Path(root) / "plain", Path(root) / "exported"
         for folder in (plain, exported):
             model.save_pretrained(folder)

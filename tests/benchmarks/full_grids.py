@@ -69,8 +69,8 @@ def main() -> int:
     parser.add_argument("--splits", default="train")
     parser.add_argument("--run", action="store_true", help="run the commands on them")
     options = parser.parse_args()
-    cards, well, shards = load_registry().cards, options.folder / "well", options.folder / "shards"
-    for card in cards.values():
+    cards, well, shards = load_registry().select(None), options.folder / "well", options.folder / "shards"
+    for card in cards:
         for split in options.splits.split(","):
             path = write_dataset(well, card, split, options.trajectories, options.frames)
             print(f"{path}: {card.grid[0]}x{card.grid[1]}, {path.stat().st_size / 1e6:.1f} MB", flush=True)

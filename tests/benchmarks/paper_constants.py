@@ -13,7 +13,10 @@ from pathlib import Path
 from data_pipeline.tables import markdown
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-PAPER = ("fm_pretrain", "fm_finetune", "bespoke_1m", "bespoke_1m_finetune", "bespoke_9m", "bespoke_9m_finetune")
+PAPER = (
+    *("fm_pretrain", "fm_finetune", "bespoke_1m", "bespoke_1m_finetune", "bespoke_9m", "bespoke_9m_finetune"),
+    "pdearena_1m",
+)
 LINE = re.compile(
     r"^(?:  (?P<comment>#   )?)(?P<key>[\w ]+):(?P<value> .*?)? +# (?P<origin>paper|inferred)[,:] (?P<why>.+)$"
 )

@@ -24,7 +24,7 @@ def packaged() -> Registry:
 
 
 def test_eight_cards_have_the_published_windows_tokens_and_frames(packaged: Registry) -> None:
-    found = {card.abbreviation: (card.windows, card.tokens, card.num_frames) for card in packaged.cards.values()}
+    found = {card.abbreviation: (card.windows, card.tokens, card.num_frames) for card in packaged.select(None)}
     assert found == {
         "AM": (14000, 16384, (81,)),
         "GS": (960000, 4096, (1001,)),
@@ -38,7 +38,7 @@ def test_eight_cards_have_the_published_windows_tokens_and_frames(packaged: Regi
 
 
 def test_state_channels_are_in_the_order_of_the_wells_reader(packaged: Registry) -> None:
-    channels = {card.abbreviation: " ".join(card.state_channels) for card in packaged.cards.values()}
+    channels = {card.abbreviation: " ".join(card.state_channels) for card in packaged.select(None)}
     assert channels == {
         "AM": "concentration velocity_x velocity_y D_xx D_xy D_yx D_yy E_xx E_xy E_yx E_yy",
         "GS": "A B",
@@ -49,12 +49,12 @@ def test_state_channels_are_in_the_order_of_the_wells_reader(packaged: Registry)
         "ASM": "pressure velocity_x velocity_y",
         "HS": "pressure_re pressure_im",
     }
-    constants = {card.abbreviation: card.constant_channels for card in packaged.cards.values() if card.constant}
+    constants = {card.abbreviation: card.constant_channels for card in packaged.select(None) if card.constant}
     assert constants == {"ASM": ("density", "speed_of_sound"), "HS": ("mask",)}
 
 
 def test_canonical_channels_are_the_union_of_what_the_datasets_use(packaged: Registry) -> None:
-    used = {channel for card in packaged.cards.values() for channel in card.state_channels + card.constant_channels}
+    used = {channel for card in packaged.select(None) for channel in card.state_channels + card.constant_channels}
     assert len(packaged.channels) == 26
     assert used == set(packaged.channels)
     twins = {name: channel.duplicate_of for name, channel in packaged.channel_cards.items() if channel.duplicate_of}
@@ -65,7 +65,7 @@ def test_boundaries_are_those_the_wells_reader_finds(packaged: Registry) -> None
     codes = {"WALL": "0", "OPEN": "1", "PERIODIC": "2"}
     found = {
         card.abbreviation: "".join(codes[side] for axis in card.boundary for side in axis)
-        for card in packaged.cards.values()
+        for card in packaged.select(None)
     }
     assert found == {
         "AM": "2222",
@@ -91,9 +91,9 @@ def test_published_scores_by_protocol_and_window(packaged: Registry) -> None:
     assert published_scores(card, "wavelit", "21:60")["Walrus"] == 0.8648
     assert published_scores(card, "well", "one_step")["CNextU-net"] == 0.1956
     assert published_scores(card, "well", "21:60") == {}
-    contexts = {(table.protocol, table.context) for each in packaged.cards.values() for table in each.published}
+    contexts = {(table.protocol, table.context) for each in packaged.select(None) for table in each.published}
     assert contexts == {("wavelit", 1), ("well", 4)}
-    joint = [published_scores(each, "wavelit", "one_step")["joint 1.2M sqrt"] for each in packaged.cards.values()]
+    joint = [published_scores(each, "wavelit", "one_step")["joint 1.2M sqrt"] for each in packaged.select(None)]
     assert sum(sorted(joint)[3:5]) / 2 == pytest.approx(0.0285, abs=5e-5)  # the median that Table 10 prints
 
 
@@ -104,9 +104,12 @@ def test_unknown_dataset_names_the_nearest(packaged: Registry) -> None:
         packaged.select(["shear_flow", "zzz"])
 
 
-def test_select_sorts_and_defaults_to_all(packaged: Registry) -> None:
+def test_select_sorts_and_defaults_to_all_but_the_extras(packaged: Registry) -> None:
     assert [card.name for card in packaged.select(["shear_flow", "active_matter"])] == ["active_matter", "shear_flow"]
-    assert [card.name for card in packaged.select(None)] == sorted(packaged.cards)
+    assert [card.name for card in packaged.select(None)] == sorted(set(packaged.cards) - {"pdearena_navier_stokes"})
+    (extra,) = packaged.select(["pdearena_navier_stokes"])
+    assert extra.extra
+    assert (extra.windows, extra.tokens) == (5200 * 13, 4096)
 
 
 def test_snapshot_is_json_and_ignores_prose(packaged: Registry) -> None:
@@ -195,7 +198,7 @@ def test_taken_abbreviations_and_folders_without_cards(tmp_path: Path, monkeypat
 
 
 def test_packaged_cards_are_complete_and_have_ranges(packaged: Registry) -> None:
-    for card in packaged.cards.values():
+    for card in packaged.select(None):
         assert card.train, card.name
         assert card.source.startswith("https://"), card.name
         assert card.citation, card.name
@@ -210,7 +213,7 @@ def test_packaged_cards_are_complete_and_have_ranges(packaged: Registry) -> None
 
 def test_the_mini_wells_data_lie_within_the_ranges(packaged: Registry, tiny_well: Path) -> None:
     checked = set()
-    for card in packaged.cards.values():
+    for card in packaged.select(None):
         for path in sorted((tiny_well / card.name).glob("data/*/*.hdf5")):
             with WellFile(path, card) as file:
                 for trajectory in range(file.num_trajectories):
@@ -222,12 +225,12 @@ def test_the_mini_wells_data_lie_within_the_ranges(packaged: Registry, tiny_well
                         assert lowest is None or values[name].min() >= lowest, (path, name)
                         assert highest is None or values[name].max() <= highest, (path, name)
                         checked.add((card.name, name))
-    assert checked == {(card.name, name) for card in packaged.cards.values() for name in card.ranges}
+    assert checked == {(card.name, name) for card in packaged.select(None) for name in card.ranges}
 
 
 def test_the_mini_wells_data_conserve_what_the_cards_say(packaged: Registry, tiny_well: Path) -> None:
     kinds = set()
-    for card in packaged.cards.values():
+    for card in packaged.select(None):
         path = sorted((tiny_well / card.name).glob("data/test/*.hdf5"))[0]
         with WellFile(path, card) as file:
             state = file.read(0, 0, file.num_frames).astype(np.float64)

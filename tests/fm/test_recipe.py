@@ -169,7 +169,7 @@ def test_every_shipped_recipe_loads_builds_its_model_and_is_a_program(file: Path
     assert recipe.run.name == file.stem
     model = WaveLiTFM(recipe.model or ModelConfig(), _specs(recipe.data.datasets), context=recipe.data.context)
     assert model.num_parameters() > 0
-    sizes = {"fm_pretrain": 9.4e6, "fm_best": 9.8e6, "bespoke_1m": 1.2e6, "bespoke_9m": 9.5e6}
+    sizes = {"fm_pretrain": 9.4e6, "fm_best": 9.8e6, "bespoke_1m": 1.2e6, "bespoke_9m": 9.5e6, "pdearena_1m": 1.2e6}
     if file.stem in sizes:
         assert model.num_parameters() == pytest.approx(sizes[file.stem], rel=0.03)
 
@@ -187,9 +187,12 @@ def test_the_papers_recipes_say_what_the_paper_says() -> None:
         assert recipe.finetune.pretrained == f"runs/{'fm_pretrain' if name[0] == 'f' else name[:10]}"
         assert (recipe.train.steps, recipe.finetune.unroll_steps) == (50_000, 8)
         assert [forcing_prob(step, 50_000, recipe.finetune) for step in (0, 49_999)] == [1, 0]
+    smoke, bespoke = (load_recipe(folder / f"{name}_1m.yaml") for name in ("pdearena", "bespoke"))
+    assert (smoke.data.datasets, smoke.train.steps) == (["pdearena_navier_stokes"], 200_000)  # Table 13
+    assert (smoke.model, smoke.loss) == (bespoke.model, bespoke.loss)
     joint = load_recipe(folder / "fm_pretrain.yaml")
     assert joint.sampling.scheme == "sqrt"
-    assert joint.data.datasets == sorted(load_registry().cards)
+    assert joint.data.datasets == [card.name for card in load_registry().select(None)]
     assert joint.model == load_recipe(folder / "bespoke_9m.yaml").model  # paper, section 4.2: one architecture
 
 

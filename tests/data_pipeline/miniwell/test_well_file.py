@@ -47,6 +47,7 @@ EXPECTED: dict[str, tuple[list[str], list[str], list[str], list[list[int]]]] = {
     ),
     "gray_scott_reaction_diffusion": (["A", "B"], [], ["F", "k"], PERIODIC_BOX),
     "helmholtz_staircase": (["pressure_re", "pressure_im"], ["mask"], ["omega"], [[OPEN, OPEN], [OPEN, OPEN]]),
+    "pdearena_navier_stokes": (["smoke", "velocity_x", "velocity_y"], [], ["buo_y"], [[WALL, WALL], [WALL, WALL]]),
     "rayleigh_benard": (
         ["buoyancy", "pressure", "velocity_x", "velocity_y"],
         [],

@@ -16,12 +16,13 @@ from faulty_server import PAGE, FaultyServer
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import only_process
-from data_pipeline.registry import load_registry
+from data_pipeline.registry import Registry, load_registry
 from data_pipeline.remote import Retries
 from data_pipeline.shards.build import build_shards
 from data_pipeline.well.download import download, url_registry
 
 REGISTRY = load_registry()
+EIGHT = [card.name for card in REGISTRY.select(None)]
 NAME = "gray_scott_reaction_diffusion"
 QUICK = Retries(attempts=3, first_wait_seconds=0.01, timeout_seconds=2)
 ALWAYS = float("inf")
@@ -222,7 +223,7 @@ def start_download(server: FaultyServer, out: Path) -> subprocess.Popen:
     program = f"""
 from pathlib import Path
 from data_pipeline.well.download import download
-from data_pipeline.registry import load_registry
+from data_pipeline.registry import Registry, load_registry
 download(Path({str(out)!r}), load_registry(), [{NAME!r}], source={server.url!r})
 """
     command = [sys.executable, "-c", program]
@@ -266,7 +267,7 @@ import resource
 from pathlib import Path
 from data_pipeline.well.download import download
 from data_pipeline.errors import UserError
-from data_pipeline.registry import load_registry
+from data_pipeline.registry import Registry, load_registry
 resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))
 try:
     download(Path({str(out)!r}), load_registry(), [{NAME!r}], ["train"], source={server.url!r})
@@ -321,10 +322,20 @@ def test_addresses_of_a_registry(server: FaultyServer, tmp_path: Path) -> None:
         get(server, tmp_path / "out", source=None, urls=urls, datasets=["shear_flow"])
 
 
+def test_extras_are_left_out_unless_they_are_named(server: FaultyServer, tmp_path: Path) -> None:
+    """The server has no folder of PDEArena's data: asking for it fails."""
+    extra = "pdearena_navier_stokes"
+    two = Registry(REGISTRY.channel_cards, {name: REGISTRY.card(name) for name in (extra, NAME)})
+    download(tmp_path / "out", two, source=server.url, retries=QUICK)
+    assert [path.name for path in (tmp_path / "out" / "datasets").iterdir()] == [NAME]
+    with pytest.raises(UserError, match=extra):
+        download(tmp_path / "out", two, [extra], source=server.url, retries=QUICK)
+
+
 def test_the_wells_registry_is_as_expected() -> None:
     """Of the package that is installed: the counts of the Well's file list for the eight datasets."""
     known = url_registry(None)
-    counts = {split: sum(len(known[name][split]) for name in REGISTRY.cards) for split in ("train", "valid", "test")}
+    counts = {split: sum(len(known[name][split]) for name in EIGHT) for split in ("train", "valid", "test")}
     assert counts == {"train": 162, "valid": 119, "test": 124}
     assert all(address.startswith("https://") for name in known for address in known[name]["train"])
 

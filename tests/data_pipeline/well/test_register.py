@@ -15,7 +15,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.registry import VARIABLE, Card, load_registry
 from data_pipeline.well.register import Registered, register
 
-EIGHT = sorted(load_registry().cards)
+EIGHT = [card.name for card in load_registry().select(None)]
 FRAMES, GRID = 5, (16, 32)
 
 

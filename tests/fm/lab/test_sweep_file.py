@@ -67,6 +67,19 @@ def test_the_papers_ablations_carry_the_papers_numbers() -> None:
     assert list(load_sweep(ROOT / "recipes" / "ablations" / "table11").published_windows) == ["2:8", "9:26", "27:56"]
 
 
+def test_the_ablations_of_pdearena_run_on_it_as_their_comments_say(tmp_path: Path) -> None:
+    """Tables 1, 2, 3 and 13: the two commands in the file make the shards that its trials read."""
+    files = [file for file in SHIPPED if "PDEArena" in (load_sweep(file).paper or "")]
+    assert [file.stem for file in files] == ["table1", "table13", "table2", "table3"]
+    for file in files:
+        commands = [line.removeprefix("#   ") for line in file.read_text().splitlines() if "#   data-pipeline" in line]
+        assert [command.split()[1] for command in commands] == ["simulate", "shard"], file
+        assert "--datasets pdearena_navier_stokes" in commands[0]
+        made = commands[1].split("--out ")[1]
+        assert {trial.recipe.data.shards for trial in plan(load_sweep(file), tmp_path)} == {made}
+        assert made == load_recipe(ROOT / "recipes" / "pdearena_1m.yaml").data.shards
+
+
 def test_what_is_nearer_wins(tmp_path: Path) -> None:
     file = write(
         tmp_path,
