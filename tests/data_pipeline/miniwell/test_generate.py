@@ -104,8 +104,8 @@ def test_data_of_other_settings_or_origin_is_not_reused(tmp_path: Path) -> None:
         ({"preset": "tiny", "datasets": ["shear_flo"]}, "got 'shear_flo'. Did you mean shear_flow?"),
         (
             {"preset": "tiny", "datasets": ["navier_stokes"]},
-            "viscoelastic_instability, or the extras burgers, euler_multi_quadrants_periodicBC, pdearena_navier_stokes; "
-            "got 'navier_stokes'. Did you mean pdearena_navier_stokes?",
+            "viscoelastic_instability, or the extras burgers, euler_multi_quadrants_periodicBC, "
+            "pdearena_navier_stokes; got 'navier_stokes'. Did you mean pdearena_navier_stokes?",
         ),
         ({"preset": "minni"}, "expected a preset among mini, tiny; got 'minni'. Did you mean mini?"),
         ({"preset": "tiny", "seed": -1}, "expected a seed of 0 or more, got -1"),
