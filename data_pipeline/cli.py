@@ -107,11 +107,15 @@ def _import(options: argparse.Namespace) -> int:
         print("", *made.card.decisions, sep="\n  - ")
     shards = options.shards or options.out / "shards"
     command = ["shard", "--well", str(options.out), "--out", str(shards), "--datasets", options.name]
-    if options.shards is None:
-        export = f"  export {VARIABLE}={shlex.quote(str(made.cards))}\n" if made.cards else ""
-        print(f"Next:\n{export}  {shlex.join(['data-pipeline', *command])}")
-        return 0
-    return main([*command, *(["--registry", str(made.cards)] if made.cards else [])])
+    following = ["data-pipeline", *command]
+    if options.shards is not None:
+        if code := main([*command, *(["--registry", str(made.cards)] if made.cards else [])]):
+            return code
+        following = ["fm", "train", "recipes/quickstart.yaml"]
+        following += [f"data.shards={options.shards}", f"data.datasets=[{options.name}]"]
+    export = f"  export {VARIABLE}={shlex.quote(str(made.cards))}\n" if made.cards else ""
+    print(f"Next:\n{export}  {shlex.join(following)}")
+    return 0
 
 
 def _shard(options: argparse.Namespace) -> int:
