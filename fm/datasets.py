@@ -46,8 +46,13 @@ def load_own_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def allow_recipe(recipe: Recipe) -> None:
     """Allow the classes that a recipe imports (fm/model/imports.py)."""
+    allow_imports(imported_names(recipe))
+
+
+def imported_names(recipe: Recipe) -> list[str]:
+    """Return the names of the classes that a recipe imports."""
     sections = (recipe.model, recipe.loss, recipe.train.optimizer)
-    allow_imports(one.import_ for one in sections if isinstance(one, ImportSettings))
+    return [one.import_ for one in sections if isinstance(one, ImportSettings)]
 
 
 def dataset_specs(readers: Mapping[str, ShardReader], registry: Registry) -> list[DatasetSpec]:
