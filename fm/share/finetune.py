@@ -18,7 +18,7 @@ from data_pipeline.schema import nearest
 from data_pipeline.tables import Cell, Document, Table, render
 from data_pipeline.windows.loader import datasets_with_shards, open_readers
 from fm.config import Recipe, apply_override, dump_recipe, recipe_to_dict, resolve
-from fm.datasets import imported_names
+from fm.datasets import imported_sections
 from fm.distributed import EXIT_DONE, launch
 from fm.evaluation.evaluate import evaluate_run
 from fm.evaluation.protocol import load_protocol
@@ -102,8 +102,8 @@ def plan_finetuning(
     places = list(dict.fromkeys([*data, *([replay] if replay is not None else [])]))
     document = _document(trained.recipe, out, places, new, replayed, freeze, registry, overrides)
     recipe = resolve(document, f"fm finetune {source}")
-    for name in imported_names(recipe):  # most come from the model's files, which allow nothing
-        check_allowed(name, f"the recipe of {source}")
+    for section in imported_sections(recipe):  # most come from the model's files, which allow nothing
+        check_allowed(section, f"the recipe of {source}")
     protocol = load_protocol(recipe.validation.protocol)
     for split in ("train", *(["valid"] if recipe.validation.every else []), protocol.split):
         open_readers(places, [*new, *replayed], split, stream=recipe.stream())  # raises UserError for missing shards
