@@ -60,7 +60,7 @@ class AllowImport(argparse.Action):
 
 OVERRIDES = arg("overrides", nargs="*", help="section.key=value")
 PROCESSES = arg("--processes", type=int, default=1, metavar="N", help="number of processes, of one thread each")
-WITHOUT_MODEL = ("status", "score", "compare", "transfer")  # commands that read scores and logs only
+WITHOUT_MODEL = ("status", "score", "compare")  # commands that read scores and logs only
 ALLOW_IMPORT = arg(
     "--allow-import",
     action=AllowImport,
