@@ -37,7 +37,7 @@ from fm.model.spec import ModelConfig
 from fm.model.surrogate import Surrogate
 from fm.model.wavelit import WaveLiTFM
 from fm.share.export import export_run
-from fm.share.extend import Rows, choose_rows, compare, extend, extend_model, same_bits
+from fm.share.extend import Rows, choose_rows, compare, extend, extend_model, nearest_dataset, same_bits
 from fm.training.trainer import train
 
 OLD = ("acoustic_scattering_maze", "helmholtz_staircase", "shear_flow")
@@ -108,6 +108,7 @@ def files(folder: Path) -> dict[str, bytes]:
         {},
         {"pointwise": True, "extension": "boundary"},
         {"tokenizer": "conv", "levels": 2},
+        {"decoder": "conv", "decoder_width": 4},
         {"predict": "state", "predict_override": {"shear_flow": "delta", "rayleigh_benard": "delta"}},
     ],
 )
@@ -184,7 +185,41 @@ def test_rows_are_zero_drawn_or_those_named(tiny_shards: Path, tmp_path: Path, t
         assert torch.equal(named[rows], old[f"lifting.rows.{copied}"] if copied else drawn[rows])
     others = [name for name in zero if name not in old and not name.startswith("lifting.rows")]
     assert {name.split(".")[1] for name in others} == set(added)
-    assert all(torch.equal(tensor[name], fresh[name]) for tensor in (zero, drawn, named) for name in others)
+    for tensor in (zero, drawn, named):
+        assert all(torch.equal(tensor[name], fresh[name]) for name in others if name.startswith("heads."))
+        assert torch.equal(tensor["task_vectors.rayleigh_benard"], old["task_vectors.shear_flow"])
+    known = {"zero": fresh["task_vectors.gray_scott_reaction_diffusion"]}  # A and B are channels of no other
+    known |= {"drawn": known["zero"], "named": old["task_vectors.acoustic_scattering_maze"]}  # density is
+    for name, vector in known.items():
+        assert torch.equal(tensors(tmp_path / name)["task_vectors.gray_scott_reaction_diffusion"], vector)
+
+
+def test_the_features_of_a_new_head_are_copies_from_the_dataset_with_the_nearest_channels() -> None:
+    config = ModelConfig(16, 1, 2, wavelet="haar", decoder="conv", decoder_width=4, pointwise=True)
+    old, new = [make_spec(name) for name in ("acoustic_scattering_maze", "shear_flow")], make_spec("rayleigh_benard")
+    model = stir(WaveLiTFM(config, old, context=2))
+    extended = extend_model(model, [new], {"buoyancy": Rows("copy", "tracer")})
+    before, after = model.state_dict(), extended.state_dict()
+    assert torch.equal(after["task_vectors.rayleigh_benard"], before["task_vectors.shear_flow"])
+    head, donor = "heads.rayleigh_benard.", "heads.shear_flow."
+    for part in ("linear.weight", "linear.bias", "decoder.bias"):
+        assert torch.equal(after[head + part], before[donor + part])
+    assert not after[f"{head}decoder.out"].any()
+    assert not after[f"{head}pointwise"].any()
+    mix, known = after[f"{head}decoder.mix"], before[f"{donor}decoder.mix"]
+    theirs = {name: known[:, place] for place, name in enumerate(model.specs["shear_flow"].inputs(2))}
+    for place, name in enumerate(new.inputs(2)):
+        assert torch.equal(mix[:, place], theirs[name.replace("buoyancy", "tracer")])
+    assert torch.equal(mix[:, -4:], known[:, -4:])  # of the features
+    alone = extend_model(model, [new], {"buoyancy": Rows("drawn")}).state_dict()
+    drawn = WaveLiTFM(config, [*old, new], context=2).state_dict()
+    places = [place for place, name in enumerate(new.inputs(2)) if name.startswith("buoyancy")]
+    assert torch.equal(alone[f"{head}decoder.mix"][:, places], drawn[f"{head}decoder.mix"][:, places])
+    assert nearest_dataset(make_spec("gray_scott_reaction_diffusion"), model, {}) is None
+    assert nearest_dataset(make_spec("shear_flow"), extended, {}) == model.specs["shear_flow"]
+    twin = replace(new, name="convection")
+    assert nearest_dataset(twin, extended, {}) == model.specs["shear_flow"]  # rayleigh_benard has learned nothing yet
+    assert nearest_dataset(twin, stir(extended), {}) == extended.specs["rayleigh_benard"]
 
 
 def test_the_nearest_channel_has_the_same_unit_and_a_similar_name() -> None:
@@ -230,8 +265,10 @@ def test_a_dataset_of_ones_own_is_added_by_its_card(
     command = ["extend", str(trained), "--shards", shards, "--out", str(tmp_path / "ten"), "--rows", "nearest"]
     assert fm([*command, "--dataset", card, "--dataset", "rayleigh_benard"]) == 0
     said = capsys.readouterr().out
-    assert "rayleigh_benard: a head of zeros and a drawn task vector; of its channels the model knows pressure" in said
-    assert "burgers: a head of zeros and a drawn task vector; of its channels the model knows none" in said
+    start = "a head that gives zeros; its features and the task vector are from shear_flow, whose channels are nearest"
+    assert f"rayleigh_benard: {start}; of its channels the model knows pressure" in said
+    assert "burgers: a head that gives zeros; its features and the task vector are" in said
+    assert "of its channels the model knows none" in said
     assert "| burgers_velocity_x | copy of velocity_x (same unit, similarity of names 0.71) |" in said
     made, old = tensors(tmp_path / "ten"), tensors(trained)
     assert torch.equal(made["lifting.rows.burgers_velocity_x"], old["lifting.rows.velocity_x"])
