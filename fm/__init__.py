@@ -41,7 +41,8 @@ def train(recipe: "Path | str | Mapping[str, Any]", overrides: Sequence[str] = (
     UserError for what you can correct, KeyboardInterrupt after a signal, when the run has saved its state.
     """
     from fm.config import apply_override, resolve
-    from fm.datasets import allow_recipe, load_own_recipe
+    from fm.datasets import allow_recipe, imported_sections, load_own_recipe
+    from fm.model.imports import remember_imports
     from fm.training.trainer import train as run
 
     if isinstance(recipe, Mapping):
@@ -52,6 +53,7 @@ def train(recipe: "Path | str | Mapping[str, Any]", overrides: Sequence[str] = (
         allow_recipe(chosen)
     else:
         chosen = load_own_recipe(Path(recipe), overrides)
+    remember_imports(imported_sections(chosen))
     if run(chosen):
         raise KeyboardInterrupt(f"{chosen.run.directory} is saved; train it again to continue")
     return chosen.run.directory

@@ -16,7 +16,7 @@ from typing import Any
 import fm.cli_model  # noqa: F401  declares its commands
 from data_pipeline.errors import UserError, run_command
 from data_pipeline.files import write_whole
-from fm.parser import MODEL_HELP, OVERRIDES, PARSER, arg, check_above_zero, command
+from fm.parser import MODEL_HELP, OVERRIDES, PARSER, PROCESSES, arg, check_above_zero, command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +37,6 @@ def _write_results(content: dict[str, Any], file: Path | None) -> None:
 
 
 JSON_FILE = arg("--json", type=Path, metavar="FILE", help="also write every number to this file")
-PROCESSES = arg("--processes", type=int, default=1, metavar="N", help="number of processes, of one thread each")
 
 
 @command(

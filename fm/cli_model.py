@@ -6,10 +6,10 @@ from argparse import Namespace
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from fm.parser import MODEL_HELP, OVERRIDES, arg, check_above_zero, command
+from fm.parser import MODEL_HELP, OVERRIDES, PROCESSES, arg, check_above_zero, command
 
 PEAK_RATES = ("train.learning_rate=", "train.muon_learning_rate=")
-OVERRIDE = re.compile(r"[a-z_]+(\.\w+)+=")  # among the values of --data, which takes all words that follow it
+OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=")  # among the values of --data, which takes all words that follow it
 
 
 @command(
@@ -49,6 +49,7 @@ def extend(options: Namespace) -> None:
     arg("--out", type=Path, metavar="DIR", help="run directory (default: runs/finetune_NAME)"),
     arg("--windows", type=int, metavar="N", help="number of one-step windows to score (default: the protocol's)"),
     arg("--registry", metavar="FOLDER", help="folder of your own cards (default: the run's, or WAVELIT_REGISTRY)"),
+    PROCESSES,
     usage="fm finetune [-h] MODEL --data DIR [DIR ...] [options] [section.key=value ...]",
 )
 def finetune(options: Namespace) -> int:
@@ -66,12 +67,14 @@ def finetune(options: Namespace) -> int:
     from fm.share.finetune import finetune, plan_finetuning
 
     check_above_zero("--scratch-learning-rate", options.scratch_learning_rate)
+    check_above_zero("--processes", options.processes)
     if options.scratch_learning_rate is not None and options.few_shot is None:
         raise UserError(
             "--scratch-learning-rate: expected --few-shot beside it, whose runs from scratch have this rate"
         )
-    options.overrides += [word for word in options.data if OVERRIDE.match(word)]
-    data = [word for word in options.data if not OVERRIDE.match(word)]
+    overrides = [word for word in options.data if OVERRIDE.match(word) and not Path(word).exists()]
+    options.overrides += overrides
+    data = [word for word in options.data if word not in overrides]
     if not data:
         raise UserError("--data: expected folders or URLs of shards, got none")
     if options.windows is not None and options.windows < 1:
@@ -83,11 +86,11 @@ def finetune(options: Namespace) -> int:
     for name in studied:
         check_few_shot(plan.recipe, name, options.few_shot)
     try:
-        code = finetune(plan, options.windows)
+        code = finetune(plan, options.windows, options.processes)
         for name in studied:
             if code == EXIT_DONE:
                 rates = [word for word in options.overrides if word.startswith(PEAK_RATES)]
-                settings = (rates, options.scratch_learning_rate, options.windows)
+                settings = (rates, options.scratch_learning_rate, options.windows, options.processes)
                 run, out = plan.out / "recipe.yaml", plan.out / "few_shot" / name
                 code = run_few_shot(run, name, options.few_shot, out, *settings)
         return code

@@ -46,8 +46,13 @@ def load_own_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def allow_recipe(recipe: Recipe) -> None:
     """Allow the classes that a recipe imports (fm/model/imports.py)."""
+    allow_imports(one.import_ for one in imported_sections(recipe))
+
+
+def imported_sections(recipe: Recipe) -> list[ImportSettings]:
+    """Return the sections of a recipe that import a class."""
     sections = (recipe.model, recipe.loss, recipe.train.optimizer)
-    allow_imports(one.import_ for one in sections if isinstance(one, ImportSettings))
+    return [one for one in sections if isinstance(one, ImportSettings)]
 
 
 def dataset_specs(readers: Mapping[str, ShardReader], registry: Registry) -> list[DatasetSpec]:

@@ -59,7 +59,8 @@ class AllowImport(argparse.Action):
 
 
 OVERRIDES = arg("overrides", nargs="*", help="section.key=value")
-WITHOUT_MODEL = ("status", "score", "compare", "transfer")  # commands that read scores and logs only
+PROCESSES = arg("--processes", type=int, default=1, metavar="N", help="number of processes, of one thread each")
+WITHOUT_MODEL = ("status", "score", "compare")  # commands that read scores and logs only
 ALLOW_IMPORT = arg(
     "--allow-import",
     action=AllowImport,

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.errors import run_command
-from fm.datasets import load_own_recipe
+from fm.datasets import imported_sections, load_own_recipe
 from fm.distributed import EXIT_LOST, ProcessLost, explain_launcher_traceback, launch
+from fm.model.imports import remember_imports
 from fm.training.trainer import train
 
 
@@ -34,7 +35,10 @@ def _train(path: str, overrides: Sequence[str], processes: int) -> int:
         return 0
     try:
         recipe = load_own_recipe(Path(path), overrides)
-        return train(recipe) if processes == 1 else launch(processes, ["train", path, *overrides])
+        if processes != 1:
+            return launch(processes, ["train", path, *overrides])
+        remember_imports(imported_sections(recipe))
+        return train(recipe)
     except ProcessLost as lost:
         print(
             f"\nerror: {lost}.\nIts own last words are among the lines around this. What was saved is kept: the same "

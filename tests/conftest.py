@@ -41,6 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it; the user's caches stay as they are
         folder = tempfile.TemporaryDirectory(prefix="wavelit-tests-")
         os.environ["XDG_CACHE_HOME"] = folder.name
+        os.environ["XDG_STATE_HOME"] = os.path.join(folder.name, "state")
         config.add_cleanup(folder.cleanup)
     if config.getoption("--compile"):
         os.environ["WAVELIT_COMPILE"] = config.getoption("--compile")

@@ -391,7 +391,7 @@ def stored_card(path: Path, registry: Registry, dataset: str | None, attributes:
     name = dataset or attributes.get("dataset_name")
     if name is None:
         raise UserError(
-            f"{path}: it does not say which dataset it is of: write its name to the attribute dataset_name, or give it "
-            "with --dataset where you start a rollout from it"
+            f"{path}: it does not say which dataset it is of: write its name to the attribute dataset_name, or start "
+            "a rollout from it with `fm rollout --dataset NAME`"
         )
     return registry.card(texts(name)[0])

@@ -182,10 +182,11 @@ def _check_same_data(files: Sequence[Path], loaded: Sequence[ErrorFile]) -> None
         for name, part in errors.datasets.items():
             other, digest = first.setdefault(name, (file, part.data_digest))
             if part.data_digest != digest:
-                what, option = ("files", "--truth") if "prediction" in errors.origin else ("shards", "--shards")
+                what, option = ("files", "truth") if "prediction" in errors.origin else ("shards", "shards")
                 raise UserError(
                     f"compare: expected evaluations of the same {name} data, got {what} with digests {digest[:12]} in "
-                    f"{other} and {part.data_digest[:12]} in {file}: evaluate both with the same {option}"
+                    f"{other} and {part.data_digest[:12]} in {file}: evaluate both with the same "
+                    f"`fm evaluate --{option}`"
                 )
 
 

@@ -87,16 +87,17 @@ def run_few_shot(
     overrides: Sequence[str] = (),
     scratch_rate: float | None = None,
     windows: int | None = None,
+    processes: int = 1,
 ) -> int:
     """Train and score the runs that are not finished, print the table, write the report; return the exit code.
 
-    0: done, 1: a run failed, 130: interrupted. With `windows`, only so many one-step windows are scored. Raises
-    UserError, before anything runs, for settings that do not fit together.
+    0: done, 1: a run failed, 130: interrupted. With `windows`, only so many one-step windows are scored. `processes`
+    share each run. Raises UserError, before anything runs, for settings that do not fit together.
     """
     study = plan_few_shot(file, dataset, trajectories, overrides, scratch_rate)
     study = replace(study, sweep=replace(study.sweep, windows=windows))
     trials = plan(study.sweep, out)
-    failed = finish_trials(study.sweep, trials, out, None, f"few-shot {dataset}")
+    failed = finish_trials(study.sweep, trials, out, None, f"few-shot {dataset}", processes)
     if failed is None:
         return EXIT_INTERRUPTED
     results = sweep_results(study.sweep, trials, failed)

@@ -67,13 +67,17 @@ def run_sweep(
 
 
 def finish_trials(
-    sweep: Sweep, trials: Sequence[Trial], out: Path, launch_config: Path | None, title: str = "sweep"
+    sweep: Sweep,
+    trials: Sequence[Trial],
+    out: Path,
+    launch_config: Path | None,
+    title: str = "sweep",
+    processes: int = 1,
 ) -> set[str] | None:
     """Train and evaluate the trials that are not finished; return the names of those that failed, None if interrupted.
 
-    The progress on stderr is called `title`.
-
-    Raises UserError, before anything runs, if a pretrained model is missing or a run in `out` has other settings.
+    The progress on stderr is called `title`. `processes` share each trial, unless there is a `launch_config`. Raises
+    UserError, before anything runs, if a pretrained model is missing or a run in `out` has other settings.
     """
     for trial in trials:
         _check_startable(trial, sweep)
@@ -83,7 +87,7 @@ def finish_trials(
         StopSignal().listen() as stop,
         progress_bar(total=len(trials), desc=title, unit="run") as bar,
     ):
-        runner = Runner(sweep, launch_config, stop, bar)
+        runner = Runner(sweep, launch_config, stop, bar, processes)
         for trial in trials:
             try:
                 runner.finish(trial)
@@ -114,12 +118,15 @@ def _check_startable(trial: Trial, sweep: Sweep) -> None:
 class Runner:
     """Finish trials, each in processes of its own, which end when `stop` is received; `bar` shows where they are."""
 
-    def __init__(self, sweep: Sweep, launch_config: Path | None, stop: StopSignal, bar: Any) -> None:
+    def __init__(
+        self, sweep: Sweep, launch_config: Path | None, stop: StopSignal, bar: Any, processes: int = 1
+    ) -> None:
         self.sweep, self.stop, self.bar = sweep, stop, bar
         self.launcher = [sys.executable]
         if launch_config is not None:
             accelerate = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(launch_config)]
             self.launcher += accelerate
+        self.shared = ["--processes", str(processes)] if processes > 1 else []
 
     def finish(self, trial: Trial) -> None:
         """Train and evaluate a trial as far as needed. Raises ProcessFailed or Interrupted."""
@@ -133,6 +140,7 @@ class Runner:
             places = [word for place in shard_places(trial.recipe.data.shards) for word in ("--shards", place)]
             command += [*places, "--protocol", self.sweep.protocol]
             command += ["--windows", str(self.sweep.windows)] if self.sweep.windows is not None else []
+            command += self.shared
             self._run(command, trial.directory / "evaluate.out", lambda: f"{trial.name}, evaluation")
 
     def _probed_steps(self, trial: Trial, seconds: float) -> int:
@@ -158,7 +166,7 @@ class Runner:
         return probe.steps
 
     def _train(self, trial: Trial) -> None:
-        command = [*self.launcher, "-m", "fm", "train", str(trial.variant.base), *trial.overrides]
+        command = [*self.launcher, "-m", "fm", "train", str(trial.variant.base), *trial.overrides, *self.shared]
         folder, steps = trial.recipe.run.directory, trial.recipe.train.steps
         self._run(
             command, folder / "train.out", lambda: f"{trial.name}, step {_last_step(folder / 'log.jsonl')}/{steps}"

@@ -18,6 +18,7 @@ from pydantic_core import to_json
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import inside, write_whole
+from data_pipeline.progress import progress_bar
 from data_pipeline.tables import Cell, Document, Marked, Table, render
 from fm.checkpoint import load_pretrained, read_state, use_checkpoint
 from fm.config import Recipe, changed_settings, recipe_to_dict, resolve
@@ -51,7 +52,7 @@ def transfer(joint: Path, bespoke: Sequence[Path], out: Path | None = None, form
     Writes transfer.md, transfer.json, transfer.png and, if there are cosines, cosines.png into `out`, by default
     <joint>/report/transfer. Raises UserError if the runs cannot be compared.
     """
-    together, alone = read_run(joint), [read_run(path) for path in bespoke]
+    together, *alone = map(read_run, progress_bar([joint, *bespoke], desc="transfer", unit="run", leave=False))
     comparisons = sorted((compare(together, run) for run in alone), key=lambda one: one.dataset)
     document = describe(together, comparisons)
     text = render(document, form)

@@ -5,9 +5,14 @@ An import runs code, so a name is imported only if the user gave it on this mach
 `fm.load(..., allow_import=NAME)`. A name that stands in a run, an exported model or a repository of the Hugging Face
 Hub is no permission. Code is found in the installed packages and then in the current folder. It is never found in the
 folder of the model itself, even if the user allows the name.
+
+Training remembers what it imported, in a file of the user's (`remembered_file`): the name, the arguments, and the files
+that hold the code. All three must agree for a later command to import without being asked. So a model that someone else
+made can lead to nothing but a call that the user's own training has made, of the same code with the same arguments.
 """
 
 import inspect
+import json
 import os
 import sys
 import traceback
@@ -22,11 +27,13 @@ from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.errors import UserError, brief, shortened
+from data_pipeline.files import atomic_path, read_json
 
 VARIABLE = "WAVELIT_IMPORT"  # names that may be imported, separated by commas; processes that this one starts have it
 # The two forms of a section that either holds settings or imports a class, as pydantic's errors name them.
 SETTINGS, IMPORT = FORMS = ("<settings>", "<import>")
 MAX_NAME = 200  # characters
+MOST_REMEMBERED = 200  # imports, the newest
 T = TypeVar("T")
 Settings = TypeVar("Settings")
 Imported = TypeVar("Imported")
@@ -45,6 +52,11 @@ class ImportSettings:
 
     import_: Annotated[str, Field(alias="import"), AfterValidator(_class_name)]
     args: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def module(self) -> str:
+        """The module that holds the class."""
+        return self.import_.partition(":")[0]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -82,14 +94,61 @@ def allowed_imports() -> set[str]:
     return {name.strip() for name in os.environ.get(VARIABLE, "").split(",")} - {""}
 
 
-def check_allowed(name: str, where: str, folder: Path | None = None) -> None:
-    """Raise UserError unless the user allowed `name`, and its code lies outside `folder`. No code runs.
+def remembered_file() -> Path:
+    """Return the file of what training imported: $XDG_STATE_HOME/wavelit/imports.json, by default ~/.local/state."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "wavelit" / "imports.json"
+
+
+def remember_imports(imported: Iterable[ImportSettings]) -> None:
+    """Let later commands import what is allowed now, with the same arguments and from the same files.
+
+    Only the first process of a launch writes the file, which only the user can read. A note is printed if it cannot be
+    written. To revoke an entry, delete it from the file.
+    """
+    allowed, known = allowed_imports(), _remembered()
+    chosen = [one for one in imported if one.import_ in allowed and _module_files(one.module)]
+    added = [entry for entry in map(_remembered_as, chosen) if entry not in known]
+    if not added or os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        file = remembered_file()
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with atomic_path(file) as temporary:
+            temporary.touch(mode=0o600)
+            temporary.write_text(json.dumps({"imports": [*known, *added][-MOST_REMEMBERED:]}, indent=1) + "\n")
+    except (OSError, RuntimeError, ValueError) as error:  # no home, say
+        names = ", ".join(one.import_ for one in chosen)
+        print(f"{names}: not remembered, so later commands need --allow-import ({error})", file=sys.stderr)
+
+
+def _remembered() -> list[str]:
+    """Return the entries: none if another user could have written the file, or it is damaged."""
+    try:
+        file = remembered_file()
+        found = file.lstat()
+        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+            return []
+        imports = read_json(file).get("imports")
+    except (OSError, RuntimeError, UserError):
+        return []
+    return [one for one in imports if isinstance(one, str)] if isinstance(imports, list) else []
+
+
+def _remembered_as(settings: ImportSettings) -> str:
+    """Return the entry of an import, JSON with its name, its arguments, and the files that its code is in."""
+    files = list(map(str, _module_files(settings.module)))
+    return json.dumps({"import": settings.import_, "args": dict(settings.args), "files": files}, sort_keys=True)
+
+
+def check_allowed(settings: ImportSettings, where: str, folder: Path | None = None) -> None:
+    """Raise UserError unless the user allowed the import, and its code lies outside `folder`. No code runs.
 
     `where` is the file or the setting that gives the name, and `folder` holds the file.
     """
-    files = _module_files(name.partition(":")[0])
+    name = settings.import_
+    files = _module_files(settings.module)
     code = ", ".join(map(str, files)) or "which is not found here: install it, or change to the folder that holds it"
-    if name not in allowed_imports():
+    if name not in allowed_imports() and not (files and _remembered_as(settings) in _remembered()):
         raise UserError(
             f"{where}: {name} is no code of this project, and the files of a model or a run may not choose which code "
             f"runs here. If you trust this code ({code}), add --allow-import {name} to the command, set {VARIABLE}="
@@ -141,7 +200,7 @@ def import_class(settings: ImportSettings, base: type[T], key: str) -> type[T]:
     UserError if the name is not allowed, the module or the class is not found, or it is no subclass of `base`.
     """
     name = settings.import_
-    check_allowed(name, key)
+    check_allowed(settings, key)
     module_name, _, attribute = name.partition(":")
     package = module_name.partition(".")[0]
     if package not in sys.modules and _find_installed(package) is None:

@@ -161,7 +161,7 @@ class ImportedModel(NetworkSurrogate):
         """Raise UserError unless the user allowed the import that model.json in `directory` names."""
         is_of_run = directory.parent.name in ("checkpoints", "best", "incidents")
         folder = directory.parent.parent if is_of_run else directory
-        check_allowed(config.import_, str(directory / files.MODEL_FILE), folder)
+        check_allowed(config, str(directory / files.MODEL_FILE), folder)
 
     @classmethod
     def make_within(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import atomic_path, inside, read_plain_file, restore, sha256
+from data_pipeline.progress import progress_bar
 from data_pipeline.registry import Card, Channel, Registry, load_folders
 from fm.checkpoint import use_checkpoint
 from fm.config import dump_recipe
@@ -78,7 +79,8 @@ def export_run(
         if report is not None:
             raise
         print(f"exported without scores and pictures: {error}")
-    files |= {f"programs/{name}.pt2": step_program(trained.model, name) for name in dict.fromkeys(programs)}
+    for name in progress_bar(list(dict.fromkeys(programs)), desc="export", unit="program", leave=False):
+        files[f"programs/{name}.pt2"] = step_program(trained.model, name)
     exported = ExportedModel(
         trained.model, trained.recipe, cards.registry, trained.step, trained.shards, license, trained.lineage
     )

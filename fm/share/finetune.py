@@ -11,18 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
+from data_pipeline.files import inside, write_whole
 from data_pipeline.registry import load_registry
+from data_pipeline.remote import is_url
 from data_pipeline.schema import nearest
 from data_pipeline.tables import Cell, Document, Table, render
 from data_pipeline.windows.loader import datasets_with_shards, open_readers
-from fm.config import Recipe, apply_override, recipe_to_dict, resolve
-from fm.distributed import EXIT_DONE
+from fm.config import Recipe, apply_override, dump_recipe, recipe_to_dict, resolve
+from fm.datasets import imported_sections
+from fm.distributed import EXIT_DONE, launch
 from fm.evaluation.evaluate import evaluate_run
 from fm.evaluation.protocol import load_protocol
 from fm.evaluation.scores import SCORES_FILE, Scores
 from fm.evaluation.tables import about, vrmse_cell
 from fm.evaluation.trained import TrainedModel
-from fm.model.files import is_exported
+from fm.model.files import RECIPE_FILE, is_exported
+from fm.model.imports import check_allowed
 from fm.share.extend import extend
 from fm.training.trainer import train
 
@@ -72,6 +76,9 @@ def plan_finetuning(
             raise UserError(
                 f"--freeze: expected some of {', '.join(FREEZABLE)}, got {part!r}: {why}{nearest(part, FREEZABLE)}"
             )
+    for place in data:
+        if not is_url(place) and not Path(place).is_dir():
+            raise UserError(f"--data {place}: expected a folder of shards, or its URL; there is no such folder")
     trained = TrainedModel.open(source)
     registry = registry or (None if is_exported(trained.checkpoint) else trained.recipe.data.registry)
     known = sorted(trained.model.specs)
@@ -95,6 +102,8 @@ def plan_finetuning(
     places = list(dict.fromkeys([*data, *([replay] if replay is not None else [])]))
     document = _document(trained.recipe, out, places, new, replayed, freeze, registry, overrides)
     recipe = resolve(document, f"fm finetune {source}")
+    for section in imported_sections(recipe):  # most come from the model's files, which allow nothing
+        check_allowed(section, f"the recipe of {source}")
     protocol = load_protocol(recipe.validation.protocol)
     for split in ("train", *(["valid"] if recipe.validation.every else []), protocol.split):
         open_readers(places, [*new, *replayed], split, stream=recipe.stream())  # raises UserError for missing shards
@@ -149,14 +158,15 @@ def _document(
     return document
 
 
-def finetune(plan: Finetuning, windows: int | None = None) -> int:
+def finetune(plan: Finetuning, windows: int | None = None, processes: int = 1) -> int:
     """Extend, train and score the model; print the table; return the exit code of the training.
 
-    With `windows`, only so many one-step windows of each dataset are scored. Raises KeyboardInterrupt if the scoring is
-    interrupted, and UserError if the run's folder belongs to another model or training cannot begin.
+    With `windows`, only so many one-step windows of each dataset are scored. `processes` share the training. Raises
+    KeyboardInterrupt if the scoring is interrupted, and UserError if the run's folder belongs to another model or
+    training cannot begin.
     """
     _extend(plan)
-    code = train(plan.recipe)
+    code = train(plan.recipe) if processes == 1 else _train_in(processes, plan)
     if code != EXIT_DONE:
         return code
     names, data, protocol = [*plan.new, *plan.replayed], plan.recipe.data, plan.recipe.validation.protocol
@@ -166,6 +176,13 @@ def finetune(plan: Finetuning, windows: int | None = None) -> int:
         scores.append(Scores.load(report / SCORES_FILE))
     print(f"\n{render(_table(plan, *scores), 'md')}\n{plan.out}: the run; its report: {plan.out / 'report'}")
     return EXIT_DONE
+
+
+def _train_in(processes: int, plan: Finetuning) -> int:
+    """Train in new processes of this machine, which read the recipe from the run's folder; return the exit code."""
+    recipe = inside(plan.out, RECIPE_FILE)
+    write_whole(recipe, dump_recipe(plan.recipe).encode())
+    return launch(processes, ["train", str(recipe)])
 
 
 def _extend(plan: Finetuning) -> None:

@@ -138,8 +138,8 @@ def _adapt_protocol(protocol: Protocol, predicted: WellFile, true: WellFile, pai
         if pair.frames[0] != protocol.last_given:
             raise UserError(
                 f"{predicted.path}: its rollouts start from frame {pair.frames[0]} of {true.path}; protocol "
-                f"{protocol.name} starts from frame {protocol.last_given}: roll out with --start "
-                f"{protocol.last_given}, or score under a protocol with start: {pair.frames[0]}"
+                f"{protocol.name} starts from frame {protocol.last_given}: roll out with `fm rollout "
+                f"--start {protocol.last_given}`, or score under a protocol with start: {pair.frames[0]}"
             )
     folder = true.path.parent.name if isinstance(true.path, Path) else ""
     split = folder if folder in SPLITS else protocol.split
@@ -154,7 +154,8 @@ def _adapt_protocol(protocol: Protocol, predicted: WellFile, true: WellFile, pai
     if not windows:
         raise UserError(
             f"{predicted.path}: its rollouts of {steps} steps cover no window of protocol {protocol.name} "
-            f"({', '.join(protocol.windows)}): roll out with --steps {wanted}, or choose another --protocol"
+            f"({', '.join(protocol.windows)}): choose another --protocol, or roll "
+            f"out with `fm rollout --steps {wanted}`"
         )
     return replace(protocol, split=split, windows=windows, max_steps=steps)
 

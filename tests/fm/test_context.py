@@ -241,8 +241,12 @@ def test_a_rollout_of_a_file_is_given_the_frames_before_it(
     assert "the model reads 2 frames, the file has 1" in few.stderr
 
 
-def test_an_exported_model_has_its_context(run: Path, model: Surrogate, tmp_path: Path) -> None:
+def test_an_exported_model_has_its_context(
+    run: Path, model: Surrogate, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipeline.progress.LINE_SECONDS", 0.0)
     folder = export_run(run, tmp_path / "model", programs=[MAZE])
+    assert capsys.readouterr().err.startswith("export: 1 of 1 program in ")
     again = load_pretrained(folder)
     assert again.context == 2
     card = (folder / "README.md").read_text()

@@ -1,8 +1,11 @@
 """Classes that recipes import: which may be imported, and what is said where one cannot be used."""
 
 import json
+import shutil
 import sys
+from contextlib import redirect_stderr
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,15 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import sha256
 from fm.checkpoint import find_checkpoint
 from fm.config import Recipe, dump_recipe, load_recipe, recipe_to_dict, resolve
-from fm.datasets import load_own_recipe, new_model
-from fm.model.imports import VARIABLE, ImportedOptimizer, allow_imports, allowed_imports
+from fm.datasets import imported_sections, load_own_recipe, new_model
+from fm.model.imports import (
+    VARIABLE,
+    ImportedOptimizer,
+    allow_imports,
+    allowed_imports,
+    remember_imports,
+    remembered_file,
+)
 from fm.model.network import ImportedConfig
 from fm.share.export import export_run
 from fm.training.trainer import train
@@ -28,8 +38,9 @@ SPEC = make_spec("acoustic_scattering_maze")
 
 
 @pytest.fixture(autouse=True)
-def _nothing_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def _nothing_allowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
 def imported(shards: Path, directory: Path, name: str = NET, **sections: dict[str, Any]) -> Recipe:
@@ -92,6 +103,61 @@ def test_files_of_a_run_or_export_choose_no_import(folders: tuple[Path, Path], t
     (tmp_path / "copy.yaml").write_bytes((run / "recipe.yaml").read_bytes())
     load_own_recipe(tmp_path / "copy.yaml")
     assert allowed_imports() == {NET}
+
+
+def test_training_remembers_its_imports(tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later command opens the run; it opens no model with other arguments or of code in other files."""
+    code = (Path(__file__).parents[1] / "helpers" / "own_classes.py").read_text()
+    for name in ("own", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "remembered_net.py").write_text(code)
+    monkeypatch.chdir(tmp_path / "own")
+    name = "remembered_net:Net"
+    recipe = imported(tiny_shards, tmp_path / "own" / "run", name)
+    assert fm_command("train", str(written(recipe))).returncode == 0
+    file = remembered_file()
+    assert file == tmp_path / "state" / "wavelit" / "imports.json"
+    assert file.stat().st_mode & 0o777 == 0o600
+    content = file.read_bytes()
+
+    def opens(folder: Path = tmp_path / "own" / "run") -> bool:
+        """Whether a command of another process, in which nothing is allowed, opens a model."""
+        monkeypatch.setenv(VARIABLE, "")
+        sys.modules.pop("remembered_net", None)
+        monkeypatch.setattr(sys, "path", [place for place in sys.path if str(tmp_path) not in place])
+        try:
+            fm.load(folder)
+        except UserError as error:
+            assert f"{name} is no code of this project" in str(error)  # noqa: PT017
+            return False
+        return True
+
+    assert opens()
+    received = tmp_path / "received"
+    shutil.copytree(find_checkpoint(recipe.run.directory), received)
+    assert opens(received)
+    description = json.loads((received / "model.json").read_text())
+    description["config"]["args"] = {"width": 4}
+    (received / "model.json").write_text(json.dumps(description))
+    assert not opens(received)
+    monkeypatch.chdir(tmp_path / "other")
+    assert not opens()
+    monkeypatch.chdir(tmp_path / "own")
+    file.chmod(0o666)  # anyone could have written it
+    assert not opens()
+    file.chmod(0o600)
+    file.write_bytes(content[:-9])
+    assert not opens()
+    assert fm_command("train", str(written(recipe))).returncode == 0  # there is nothing to train
+    assert file.read_bytes() == content
+
+
+def test_what_cannot_be_remembered_is_told(tiny_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file, and no folder")
+    allow_imports([NET])
+    with redirect_stderr(StringIO()) as printed:
+        remember_imports(imported_sections(imported(tiny_shards, tmp_path / "run")))
+    assert f"{NET}: not remembered, so later commands need --allow-import" in printed.getvalue()
 
 
 def test_allowed_names_open_runs_and_exports(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from data_pipeline.schema import sealed, unsealed
 from data_pipeline.shards.format import Manifest
+from fm.checkpoint import list_checkpoints, verify_checkpoint
 from fm.cli import main
 from fm.config import Recipe, dump_recipe, resolve
 from fm.model.surrogate import Surrogate
@@ -147,6 +148,13 @@ class SignalInEvaluation:
             self.count += 1
             if self.count == self.call:
                 os.kill(os.getpid(), self.number)
+
+
+def saved_steps(root: Path) -> list[int]:
+    """Steps of the checkpoints, oldest first; each is whole."""
+    for path in list_checkpoints(root).values():
+        verify_checkpoint(path)
+    return sorted(list_checkpoints(root))
 
 
 def last_weights(directory: Path) -> dict[str, bytes]:

@@ -103,7 +103,8 @@ def twins_of(reader: ShardReader, well: Path, trajectories: Sequence[int]) -> np
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{file}: expected what `data-pipeline simulate` writes, with preset and seed, got "
-            f"{type(error).__name__}: {error}. Give --well the folder that `data-pipeline simulate --out` was given."
+            f"{type(error).__name__}: {error}. Give `fm diagnose --well` the folder that `data-pipeline "
+            "simulate --out` was given."
         ) from error
     pairs = []
     for index in progress_bar(trajectories, desc="simulate twins", unit="pair", leave=False):

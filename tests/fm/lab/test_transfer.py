@@ -169,10 +169,14 @@ def test_curves_are_the_validations_against_the_windows_drawn(runs: Path) -> Non
     assert together.parameters > maze.parameters > 0
 
 
-def test_the_command_prints_the_table_and_writes_the_report(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_table_and_writes_the_report(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipeline.progress.LINE_SECONDS", 0.0)
     arguments = ["transfer", *(str(runs / name) for name in ("together", "waves", "maze"))]
     assert fm(arguments) == 0
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
+    assert progress.startswith("transfer: 1 of 3 runs in ")
     folder = runs / "together/report/transfer"
     assert printed in (folder / "transfer.md").read_text()
     assert {path.name for path in folder.iterdir()} == {"transfer.md", "transfer.json", "transfer.png", "cosines.png"}

@@ -5,11 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from extensions import CARD, CHANNELS, saved
 from handmade import stir
 from handmade_export import exported
 from whole_runs import rewrite_state, small
 
+from data_pipeline.miniwell.generate import simulate
 from data_pipeline.registry import load_registry
+from data_pipeline.shards.build import build_shards
 from data_pipeline.well.hdf5 import split_files
 from data_pipeline.windows.loader import open_readers
 from fm.datasets import dataset_specs
@@ -76,3 +79,23 @@ def folder(model: WaveLiTFM, tiny_shards: Path, tmp_path_factory: pytest.TempPat
 def maze(tiny_well: Path) -> Path:
     """The train file of acoustic_scattering_maze: two trajectories of 9 frames. Read only."""
     return split_files(tiny_well / PREDICTED[0], "train")[0]
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model of three datasets. Read only."""
+    return saved(tiny_shards, tmp_path_factory.mktemp("trained") / "model")
+
+
+@pytest.fixture(scope="session")
+def burgers(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`cards` of burgers, in channels of its own, and `shards`: burgers', beside the eight's. Read only."""
+    root = tmp_path_factory.mktemp("burgers")
+    (root / "cards" / "datasets").mkdir(parents=True)
+    (root / "cards" / "channels.yaml").write_text(CHANNELS)
+    (root / "cards" / "datasets" / "burgers.yaml").write_text(CARD)
+    simulate(root / "well", preset="tiny", datasets=["burgers"], jobs=1)
+    build_shards(root / "well", root / "shards", jobs=1, registry=load_registry(root / "cards"))
+    for folder in tiny_shards.iterdir():
+        (root / "shards" / folder.name).symlink_to(folder)
+    return root

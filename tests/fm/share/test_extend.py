@@ -1,8 +1,6 @@
 """Extending a trained model on real shards: the old bits stay, the new part trains, the result is an exported model."""
 
 import json
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,83 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forked import Forked
-from handmade import make_spec, stir
-from handmade_export import exported
-from hub_server import HubServer
-from huggingface_hub import ModelCard
+from extensions import CONFIG, OLD, refused, saved, tensors
 from safetensors.torch import load_file
-from whole_runs import DATASETS, small
+from whole_runs import small
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import sha256
-from data_pipeline.miniwell.generate import simulate
-from data_pipeline.registry import VARIABLE, Channel, load_folders, load_registry
-from data_pipeline.shards.build import build_shards
-from data_pipeline.shards.format import MANIFEST_NAME, Manifest
+from data_pipeline.registry import VARIABLE, load_folders, load_registry
 from data_pipeline.well.hdf5 import WellFile, split_files
 from data_pipeline.windows.loader import open_readers
 from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.cli import main as fm
-from fm.datasets import dataset_specs
-from fm.evaluation.evaluate import evaluate_run
-from fm.evaluation.trained import TrainedModel
-from fm.model.baselines import Baseline, BaselineConfig
 from fm.model.files import verify_exported
-from fm.model.spec import ModelConfig
 from fm.model.surrogate import Surrogate
-from fm.model.wavelit import WaveLiTFM
 from fm.share.export import export_run
-from fm.share.extend import Rows, choose_rows, compare, extend, extend_model, same_bits
+from fm.share.extend import compare, extend, same_bits
 from fm.training.trainer import train
-
-OLD = ("acoustic_scattering_maze", "helmholtz_staircase", "shear_flow")
-CONFIG = ModelConfig(16, 1, 2, wavelet="haar")
-CHANNELS = """
-burgers_tracer: {description: passive tracer, unit: that of velocity_x at the start}
-burgers_velocity_x: {description: velocity along x, unit: dimensionless}
-burgers_velocity_y: {description: velocity along y, unit: unknown}
-"""
-CARD = """
-name: burgers
-description: Burgers turbulence, in channels of its own
-state:
-  t0: {tracer: [burgers_tracer]}
-  t1: {velocity: [burgers_velocity_x, burgers_velocity_y]}
-scalars: [nu]
-boundary: {x: [PERIODIC, PERIODIC], y: [PERIODIC, PERIODIC]}
-grid: [32, 32]
-dt: 0.04
-"""
-
-
-def saved(shards: Path, folder: Path, config: ModelConfig = CONFIG) -> Path:
-    """An exported model of OLD whose every parameter is something."""
-    specs = dataset_specs(open_readers(shards, OLD, "train"), load_registry())
-    return exported(stir(WaveLiTFM(config, specs)), folder, shards)
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tiny_shards, tmp_path_factory.mktemp("trained") / "model")
-
-
-@pytest.fixture(scope="module")
-def burgers(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `cards` of burgers, in channels of its own, and `shards`: burgers', beside the eight's."""
-    root = tmp_path_factory.mktemp("burgers")
-    (root / "cards" / "datasets").mkdir(parents=True)
-    (root / "cards" / "channels.yaml").write_text(CHANNELS)
-    (root / "cards" / "datasets" / "burgers.yaml").write_text(CARD)
-    simulate(root / "well", preset="tiny", datasets=["burgers"], jobs=1)
-    build_shards(root / "well", root / "shards", jobs=1, registry=load_registry(root / "cards"))
-    for folder in tiny_shards.iterdir():
-        (root / "shards" / folder.name).symlink_to(folder)
-    return root
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 def one_step(model: Surrogate, shards: Path, dataset: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,6 +45,7 @@ def files(folder: Path) -> dict[str, bytes]:
         {},
         {"pointwise": True, "extension": "boundary"},
         {"tokenizer": "conv", "levels": 2},
+        {"decoder": "conv", "decoder_width": 4},
         {"predict": "state", "predict_override": {"shear_flow": "delta", "rayleigh_benard": "delta"}},
     ],
 )
@@ -169,40 +107,6 @@ def test_the_proof_finds_one_changed_bit(tiny_shards: Path, trained: Path) -> No
     assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
 
 
-def test_rows_are_zero_drawn_or_those_named(tiny_shards: Path, tmp_path: Path, trained: Path) -> None:
-    added = ["gray_scott_reaction_diffusion", "rayleigh_benard"]
-    for name, rows in (("zero", "zero"), ("drawn", "drawn"), ("named", "buoyancy=tracer,B=density")):
-        extend(str(trained), added, str(tiny_shards), tmp_path / name, rows, seed=3)
-    old = tensors(trained)
-    zero, drawn, named = (tensors(tmp_path / name) for name in ("zero", "drawn", "named"))
-    specs = dataset_specs(open_readers(tiny_shards, [*OLD, *added], "train"), load_registry())
-    fresh = WaveLiTFM(CONFIG, specs, seed=3).state_dict()
-    for channel, copied in (("A", None), ("B", "density"), ("buoyancy", "tracer")):
-        rows = f"lifting.rows.{channel}"
-        assert not zero[rows].any()
-        assert torch.equal(drawn[rows], fresh[rows])
-        assert torch.equal(named[rows], old[f"lifting.rows.{copied}"] if copied else drawn[rows])
-    others = [name for name in zero if name not in old and not name.startswith("lifting.rows")]
-    assert {name.split(".")[1] for name in others} == set(added)
-    assert all(torch.equal(tensor[name], fresh[name]) for tensor in (zero, drawn, named) for name in others)
-
-
-def test_the_nearest_channel_has_the_same_unit_and_a_similar_name() -> None:
-    units = {"velocity_x": "m/s", "velocity_y": "m/s", "velocity_xx": "m", "energy": "J", "draft": "unknown"}
-    new = {"flow_velocity_y": "m/s", "speed": "m/s", "velocity": "m/s", "energies": "K", "drafts": "unknown"}
-    cards = {name: Channel(name, "", unit, None) for name, unit in (units | new).items()}
-    chosen = choose_rows("nearest", list(new), list(units), cards)
-    assert {name: str(rows) for name, rows in chosen.items()} == {
-        "drafts": "drawn (its unit is unknown)",
-        "energies": "drawn (no channel in the unit 'K')",
-        "flow_velocity_y": "copy of velocity_y (same unit, similarity of names 0.80)",
-        "speed": "drawn (in its unit, velocity_x has the most similar name, 0.13 < 0.6)",
-        "velocity": "copy of velocity_x (same unit, similarity of names 0.89)",
-    }
-    only_new = {name: cards[name] for name in new}  # the model's own channels are in no registry at hand
-    assert choose_rows("nearest", ["speed"], list(units), only_new)["speed"].origin == "drawn"
-
-
 def test_neither_the_order_nor_the_number_of_commands_matters(tiny_shards: Path, tmp_path: Path, trained: Path) -> None:
     one, two = "gray_scott_reaction_diffusion", "rayleigh_benard"
     for rows in ("zero", "drawn"):
@@ -230,8 +134,10 @@ def test_a_dataset_of_ones_own_is_added_by_its_card(
     command = ["extend", str(trained), "--shards", shards, "--out", str(tmp_path / "ten"), "--rows", "nearest"]
     assert fm([*command, "--dataset", card, "--dataset", "rayleigh_benard"]) == 0
     said = capsys.readouterr().out
-    assert "rayleigh_benard: a head of zeros and a drawn task vector; of its channels the model knows pressure" in said
-    assert "burgers: a head of zeros and a drawn task vector; of its channels the model knows none" in said
+    start = "a head that gives zeros; its features and the task vector are from shear_flow, whose channels are nearest"
+    assert f"rayleigh_benard: {start}; of its channels the model knows pressure" in said
+    assert "burgers: a head that gives zeros; its features and the task vector are" in said
+    assert "of its channels the model knows none" in said
     assert "| burgers_velocity_x | copy of velocity_x (same unit, similarity of names 0.71) |" in said
     made, old = tensors(tmp_path / "ten"), tensors(trained)
     assert torch.equal(made["lifting.rows.burgers_velocity_x"], old["lifting.rows.velocity_x"])
@@ -254,15 +160,6 @@ def test_a_dataset_of_ones_own_is_added_by_its_card(
     said = refused(tmp_path / "ten", Path(shards), tmp_path / "other", "gray_scott_reaction_diffusion")
     assert "burgers.yaml: expected" in said
     assert "no such file; fetch or export it again" in said
-
-
-def test_twins_of_channels_are_written_above_them(tiny_shards: Path, tmp_path: Path, trained: Path) -> None:
-    extend(str(trained), ["active_matter", "viscoelastic_instability"], str(tiny_shards), tmp_path / "new", "zero")
-    written, known = load_folders([tmp_path / "new" / "cards"]).channel_cards, load_registry().channel_cards
-    specs = load_pretrained(tmp_path / "new").specs.values()
-    assert set(written) == {name for spec in specs for name in (*spec.state_channels, *spec.constant_channels)}
-    assert all(channel == known[name] for name, channel in written.items())
-    assert written["C_yx"].duplicate_of == "C_xy"
 
 
 def test_an_extended_model_is_scored_and_predicts_with_nothing_else_at_hand(
@@ -315,195 +212,3 @@ def test_the_extended_model_trains(
     assert verify_exported(exported_run)["lineage"] == {"pretrained": str(tmp_path / "new")}
     assert load_folders([exported_run / "cards"]) == load_folders([tmp_path / "new" / "cards"])
     assert "Not trained yet" not in (exported_run / "README.md").read_text()
-
-
-def refused(trained: Path, shards: Path, out: Path, *datasets: str, rows: str = "zero", **options: Any) -> str:
-    """What is said of a wrong command; nothing may be left of it."""
-    with pytest.raises(UserError) as caught:
-        extend(str(trained), datasets, str(shards), out, rows, **options)
-    assert not [path for path in out.parent.glob("*") if out.name in path.name]
-    return str(caught.value)
-
-
-def test_wrong_datasets_are_refused(burgers: Path, tiny_shards: Path, tmp_path: Path, trained: Path) -> None:
-    out = tmp_path / "new"
-    assert f"--dataset shear_flow: expected a dataset that {trained} does not know" in (
-        said := refused(trained, tiny_shards, out, "rayleigh_benard", "shear_flow")
-    )
-    assert "acoustic_scattering_maze, helmholtz_staircase, shear_flow" in said
-    assert "Did you mean 'rayleigh_benard'?" in refused(trained, tiny_shards, out, "rayleigh_bernard")
-    assert "expected the name of a dataset, or its card" in refused(trained, tiny_shards, out, "cards/burgers.yaml")
-    loose = tmp_path / "burgers.yaml"
-    loose.write_text(CARD)
-    assert "got a card that is not in a folder datasets" in refused(trained, tiny_shards, out, str(loose))
-    registry = str(burgers / "cards")
-    said = refused(trained, tiny_shards, out, "burgers", registry=registry)
-    assert "no train shards under" in said
-    other = tmp_path / "cards" / "datasets"
-    other.mkdir(parents=True)
-    (other / "burgers.yaml").write_text(CARD.replace("burgers_", ""))
-    said = refused(trained, burgers / "shards", out, "burgers", registry=str(tmp_path / "cards"))
-    assert "the shards hold the state channels burgers_tracer" in said
-
-
-def test_wrong_rows_are_refused(tiny_shards: Path, tmp_path: Path, trained: Path) -> None:
-    for rows, said in {
-        "zeros": "expected zero, nearest, drawn, or NEW=OLD,... with each unseen channel once, got 'zeros'",
-        "buoyancy=": "got 'buoyancy='",
-        "buoyancy=tracer,buoyancy=density": "each unseen channel once",
-        "bouyancy=tracer": "expected a channel that the model has not seen, got 'bouyancy'. Did you mean 'buoyancy'?",
-        "pressure=tracer": "expected a channel that the model has not seen, got 'pressure'",
-        "buoyancy=trace": "expected a channel of the model, got 'trace'. Did you mean 'tracer'?",
-    }.items():
-        assert said in refused(trained, tiny_shards, tmp_path / "new", "rayleigh_benard", rows=rows)
-
-
-def test_a_folder_that_is_there_or_cannot_be_is_refused(tiny_shards: Path, tmp_path: Path, trained: Path) -> None:
-    (tmp_path / "taken").mkdir()
-    with pytest.raises(UserError, match="taken: expected a folder that is not there yet"):
-        extend(str(trained), ["rayleigh_benard"], str(tiny_shards), tmp_path / "taken", "zero")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written \(.*\); nothing was kept"):
-        extend(str(trained), ["rayleigh_benard"], str(tiny_shards), tmp_path / "file" / "new", "zero")
-
-
-def test_a_model_without_room_for_more_is_refused(tiny_shards: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ptwt")
-    config = BaselineConfig("wno", {"width": 8, "depth": 2, "levels": 3})
-    exported(Baseline(config, [make_spec("shear_flow")]), tmp_path / "wno", tiny_shards)
-    said = refused(tmp_path / "wno", tiny_shards, tmp_path / "new", "rayleigh_benard")
-    assert "expected a WaveLiT, got a baseline" in said
-    assert "(shear_flow)" in said
-    assert "no checkpoint found" in refused(tmp_path / "nothing", tiny_shards, tmp_path / "new", "rayleigh_benard")
-
-
-def test_shards_that_the_model_cannot_take_are_refused(tiny_shards: Path, tmp_path: Path, trained: Path) -> None:
-    shutil.copytree(tiny_shards / "rayleigh_benard" / "train", tmp_path / "shards" / "rayleigh_benard" / "train")
-    file = tmp_path / "shards" / "rayleigh_benard" / "train" / MANIFEST_NAME
-    replace(Manifest.load(file), boundary=(("PERIODIC", "WALL"), ("WALL", "WALL"))).save(file)
-    said = refused(trained, tmp_path / "shards", tmp_path / "new", "rayleigh_benard")
-    assert "dataset rayleigh_benard: x is periodic at one end only" in said
-    assert "Make the shards again" in said
-
-    model = load_pretrained(trained)
-    assert isinstance(model, WaveLiTFM)
-    bare = replace(make_spec("rayleigh_benard"), stats={})
-    with pytest.raises(ValueError, match="dataset rayleigh_benard: no statistic 'mean' for channels buoyancy"):
-        extend_model(model, [bare], {"buoyancy": Rows("zero")})
-
-
-NEW = "shear_flow"
-THREE = sorted([*DATASETS, NEW])
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-@pytest.fixture(scope="module")
-def extended(run: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run, extended by a dataset. Read only."""
-    folder = tmp_path_factory.mktemp("extended") / "models" / "three"
-    extend(str(run), [NEW], str(tiny_shards), folder, "nearest")
-    return folder
-
-
-def test_a_run_and_its_export_become_the_same_model(
-    run: Path, exported_model: Path, extended: Path, tiny_shards: Path, tmp_path: Path
-) -> None:
-    extend(str(exported_model), [NEW], str(tiny_shards), tmp_path / "three", "nearest")
-    of_run, of_export = tree(extended), tree(tmp_path / "three")
-    assert of_run.keys() == of_export.keys()
-    assert {name for name in of_run if of_run[name] != of_export[name]} == {"README.md", "artefact.json"}
-    ours, theirs = (verify_exported(folder) for folder in (extended, tmp_path / "three"))
-    assert (ours["lineage"].pop("model"), theirs["lineage"].pop("model")) == (str(run), str(exported_model))
-    assert {**ours, "files": None} == {**theirs, "files": None}
-
-
-def test_it_is_opened_as_an_exported_model(run: Path, extended: Path, tiny_shards: Path) -> None:
-    content = verify_exported(extended)
-    assert set(content["files"]) == set(tree(extended)) - {"artefact.json"}
-    source, trained = TrainedModel.open(run), TrainedModel.open(extended)
-    assert (content["name"], content["step"], content["licence"]) == ("three", 8, "MIT")
-    assert content["lineage"]["weights"] == source.weights
-    assert (content["lineage"]["added"], content["lineage"]["earlier"]) == ([NEW], None)
-    assert trained.report == Path("three_report")
-    assert (trained.recipe.data.shards, trained.recipe.data.datasets) == (str(tiny_shards), THREE)
-    assert trained.shards.items() > source.shards.items()
-    assert trained.shards[NEW] == trained.readers([NEW], "train")[NEW].manifest.digest
-    assert sorted(trained.registry().cards) == THREE
-    assert all(trained.registry().cards[name] == load_registry().cards[name] for name in THREE)
-
-
-def test_the_old_datasets_score_as_in_the_runs_report(run: Path, extended: Path, tmp_path: Path) -> None:
-    evaluate_run(extended, out=tmp_path / "report")
-    before, after = (json.loads((out / "scores.json").read_text()) for out in (run / "report", tmp_path / "report"))
-    assert {name: after["datasets"][name] for name in DATASETS} == before["datasets"]
-
-
-def test_its_card_says_what_was_added_and_not_trained(run: Path, extended: Path) -> None:
-    card = ModelCard.load(extended / "README.md")
-    assert card.data.license == "mit"
-    assert "# three" in card.text
-    assert f"It is `{run}`, extended by {NEW}. **Not trained yet: {NEW}.**" in card.text
-    assert f"it predicts for {NEW} the given state moved by the data's mean change." in card.text
-    assert "None are known" in card.text
-    assert f"Before it was extended by {NEW}: width 16" in card.text
-    assert '"helmholtz_staircase", steps=10' in card.text
-
-
-def test_another_extension_keeps_licence_and_lineage(run: Path, tiny_shards: Path, tmp_path: Path) -> None:
-    export_run(run, tmp_path / "one", license="CC-BY-4.0")
-    extend(str(tmp_path / "one"), [NEW], str(tiny_shards), tmp_path / "two", "zero")
-    extend(str(tmp_path / "two"), ["active_matter"], str(tiny_shards), tmp_path / "three", "zero")
-    content = verify_exported(tmp_path / "three")
-    assert content["licence"] == "CC-BY-4.0"
-    assert not (tmp_path / "three" / "LICENSE").exists()
-    assert content["lineage"]["earlier"] == verify_exported(tmp_path / "two")["lineage"]
-    text = (tmp_path / "three" / "README.md").read_text()
-    assert (
-        f"It is `{tmp_path / 'two'}`, extended by active_matter. **Not trained yet: active_matter and {NEW}.**" in text
-    )
-    with pytest.raises(UserError, match="is an exported model already"):
-        export_run(tmp_path / "three", tmp_path / "four")
-
-
-def test_what_lies_beside_the_weights_stays_with_them(exported_model: Path, extended: Path, tmp_path: Path) -> None:
-    model = WaveLiTFM.from_pretrained(extended)
-    shutil.copytree(exported_model, tmp_path / "copy")
-    model.save_pretrained(tmp_path / "copy")  # over an export with scores and pictures
-    assert tree(tmp_path / "copy") == tree(extended)
-    with torch.no_grad():
-        next(model.parameters()).add_(1)
-    model.save_pretrained(tmp_path / "copy")
-    assert set(tree(tmp_path / "copy")) == {"model.json", "model.safetensors"}
-
-
-def test_a_pushed_extension_takes_the_place_of_what_it_extended(
-    exported_model: Path, extended: Path, tmp_path: Path
-) -> None:
-    script = tmp_path / "push.py"
-    script.write_text('import sys, fm; fm.WaveLiTFM.from_pretrained(sys.argv[1]).push_to_hub("me/model")')
-    with HubServer() as hub:
-        hub.repositories["me/model"] = [tree(exported_model)]
-        environment = {**os.environ, **hub.environment(tmp_path / "cache")}
-        process = Forked(script, str(extended), environment=environment)
-        _, said = process.communicate()
-        assert process.returncode == 0, said
-        assert hub.repositories["me/model"][-1] == tree(extended)
-
-
-def test_a_card_that_says_something_else_now_is_not_extended(
-    of_other_cards: Path, tiny_shards: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=r"helmholtz_staircase\.yaml: fields or boundary are not those"):
-        extend(str(of_other_cards), [NEW], str(tiny_shards), tmp_path / "three", "zero")
-    assert [file.name for file in tmp_path.iterdir()] == ["run"]
-
-
-def test_a_model_without_a_recipe_is_not_extended(extended: Path, tiny_shards: Path, tmp_path: Path) -> None:
-    (tmp_path / "plain").mkdir()
-    for name in ("model.json", "model.safetensors"):
-        shutil.copy(extended / name, tmp_path / "plain")
-    with pytest.raises(UserError, match="plain: expected a run, one of its checkpoints, or an exported model"):
-        extend(str(tmp_path / "plain"), ["active_matter"], str(tiny_shards), tmp_path / "new", "zero")

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from whole_runs import DATASETS, log, small
+from forked import Forked
+from hub_server import HubServer
+from whole_runs import DATASETS, finish, log, small
 
 from fm.checkpoint import find_checkpoint, load_pretrained
 from fm.cli import main as fm
 from fm.evaluation.scores import Scores
+from fm.share.export import export_run
 from fm.share.finetune import plan_finetuning
 from fm.training.trainer import train
 
@@ -81,6 +84,7 @@ def test_a_new_dataset_is_learned_beside_the_old_ones_and_scored_before_and_afte
     assert f"--out {out}: expected a new folder, or the run of an earlier call" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("forked_runs")
 def test_few_trajectories_are_compared_with_training_from_scratch(
     run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,6 +104,22 @@ def test_few_trajectories_are_compared_with_training_from_scratch(
     pretrained, scratch = (study["vrmse"][arm]["one step"][0] for arm in ("pretrained", "from scratch"))
     assert f"{pretrained:.4f} |" in printed
     assert f"{scratch:.4f} |" in printed
+
+
+def test_two_processes_finetune_a_model_of_the_hub(run: Path, data: Path, tmp_path: Path) -> None:
+    model = export_run(run, tmp_path / "model")
+    files = {str(file.relative_to(model)): file.read_bytes() for file in model.rglob("*") if file.is_file()}
+    script = tmp_path / "finetune.py"
+    script.write_text("import sys; from fm.cli import main; sys.exit(main())")
+    with HubServer() as hub:
+        hub.repositories["me/model"] = [files]
+        command = ["finetune", "hf://me/model", "--data", str(data), f"--out={tmp_path / 'tuned'}"]
+        process = Forked(script, *command, *QUICK, "--processes=2", environment=hub.environment(tmp_path / "cache"))
+        assert finish(process)[0] == 0, process.communicate()
+    assert json.loads((tmp_path / "tuned" / "run.json").read_text())["world_size"] == 2
+    assert len(log(tmp_path / "tuned")) == 4
+    assert set(load_pretrained(find_checkpoint(tmp_path / "tuned")).specs) == {NEW}
+    assert json.loads((tmp_path / "tuned" / "extended" / "artefact.json").read_text())["lineage"]["model"] == command[1]
 
 
 def test_settings_follow_the_models_recipe_and_the_number_of_steps(run: Path, data: Path, tmp_path: Path) -> None:
@@ -144,6 +164,9 @@ def test_settings_follow_the_models_recipe_and_the_number_of_steps(run: Path, da
         ),
         (["RUN", "--data", "DATA", "--scratch-learning-rate=0"], "--scratch-learning-rate: expected a number above 0"),
         (["RUN", "--data", "DATA", "--scratch-learning-rate=1"], "--scratch-learning-rate: expected --few-shot beside"),
+        (["RUN", "--data", "DATA", "nowhere"], "--data nowhere: expected a folder of shards, or its URL; there is no"),
+        (["RUN", "--data", "DATA", "--processes=0"], "--processes: expected a number above 0, got 0"),
+        (["RUN", "--data", "DATA", "loss={import: a:B}"], "the recipe of RUN: a:B is no code of this project"),
         (["RUN", "--data", "DATA", "run.seed=3"], "override 'run.seed=3': fm finetune sets run.seed itself"),
         (["RUN", "--data", "DATA", "train.stepz=3"], "unknown key train.stepz (value 3); did you mean train.steps?"),
     ],

@@ -29,8 +29,9 @@ MOMENTUM = {"import": "own_classes:Momentum", "args": {"lr": 0.05}}
 
 
 @pytest.fixture(autouse=True)
-def _nothing_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def _nothing_allowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
 def own(

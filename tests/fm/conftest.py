@@ -1,4 +1,4 @@
-"""The studies of fm.lab, whose runs are processes of their own."""
+"""What tests of several packages of fm use."""
 
 import sys
 from collections.abc import Iterator
