@@ -1,9 +1,9 @@
 """Add datasets and their channels to a trained model, and prove that it is unchanged on its old datasets.
 
-All parameters of a model are keyed by name, so the old ones stay where they are. An added dataset gets a task vector
-and a head, drawn as for a new model (heads start at zero: the model predicts persistence, or the mean). A channel that
-the model has is shared, with its rows of the channel embedding (`lifting.rows`). The proof compares all tensors, and
-the predictions for each old dataset, bit for bit.
+All parameters of a model are keyed by name, so the old ones stay where they are. An added dataset gets a task vector,
+a head and, if the model has them, adapters, drawn as for a new model (heads start at zero: the model predicts
+persistence, or the mean). A channel that the model has is shared, with its rows of the channel embedding
+(`lifting.rows`). The proof compares all tensors, and the predictions for each old dataset, bit for bit.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -328,7 +328,10 @@ def _summary(
     lines = [f"{source}, extended by {', '.join(spec.name for spec in added)}:"]
     for spec in added:
         shared = ", ".join(name for name in spec.channels if name not in rows) or "none"
-        lines.append(f"{spec.name}: a head of zeros and a drawn task vector; of its channels the model knows {shared}")
+        adapters = ", adapters that start at zero" if model.config.adapter_rank else ""
+        lines.append(
+            f"{spec.name}: a head of zeros{adapters} and a drawn task vector; of its channels the model knows {shared}"
+        )
         if unseen := [name for name in spec.scalars if name not in known]:
             lines.append(f"{spec.name}: scalars that the model has not seen, with rows of zeros: {', '.join(unseen)}")
     if rows:
