@@ -334,7 +334,7 @@ def sweep(options: Namespace) -> int:
 
 @command(
     arg("joint", type=Path, metavar="FM_RUN", help="run directory of several datasets"),
-    arg("bespoke", type=Path, nargs="+", metavar="BESPOKE_RUN", help="run directories of one of its datasets each"),
+    arg("runs", type=Path, nargs="+", metavar="RUN", help="runs of one of them each, and joint runs of other seeds"),
     arg("--out", type=Path, help="folder of the report (default: FM_RUN/report/transfer)"),
     arg("--format", default="md", help="format of the printed table: md, csv, json or latex"),
 )
@@ -342,4 +342,4 @@ def transfer(options: Namespace) -> None:
     """Compare a joint run with runs of one dataset each: which datasets gain, and which lose."""
     from fm.lab.transfer import transfer
 
-    print(transfer(options.joint, options.bespoke, options.out, options.format), end="")
+    print(transfer(options.joint, options.runs, options.out, options.format), end="")

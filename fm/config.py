@@ -72,8 +72,7 @@ class SamplingSettings:
     draw: Literal["global", "per_rank"] = "global"
     temperature: PositiveFloat = 0.2  # tau of softmax(share / tau), for scheme: temperature
     weights: dict[str, float] | None = None  # dataset -> weight, for scheme: weights
-    # how strongly shares follow the scores, for scheme: adaptive; 0 is not at all
-    power: Annotated[float, Field(ge=0, le=10)] = 1.0
+    power: Annotated[float, Field(ge=0, le=10)] = 1.0  # how strongly shares follow the scores (adaptive); 0: not at all
     floor: Annotated[float, Field(ge=0, lt=1)] = 0.02  # least share of a dataset, for scheme: adaptive
     # passes over a dataset above which the run warns, null: never; the paper's 1M steps make at most 35
     max_passes: PositiveFloat | None = 40.0
@@ -156,6 +155,7 @@ class FinetuneSettings:
     """Rollout finetuning from a pretrained checkpoint (paper Appendix G)."""
 
     pretrained: str  # run, checkpoint, exported model or hf://organization/name; its EMA weights and architecture
+    adapter_rank: PositiveInt | None = None  # model.adapter_rank, which gives adapters to a pretrained model without
     # How a window's K model steps are trained (fm/training/objective.py). scheduled_sampling: an input is the truth
     # with a probability that falls during the run; bptt: only the first input is the truth; causal_bptt: as bptt, but
     # later steps weigh little until earlier ones are right; pushforward: as bptt, but only the last step has a gradient
@@ -204,7 +204,7 @@ class RateSettings:
 
     embedding: NonNegativeFloat = 1.0  # channel embedding and task vectors
     trunk: NonNegativeFloat = 1.0  # everything between
-    head: NonNegativeFloat = 1.0
+    head: NonNegativeFloat = 1.0  # heads and adapters
 
     def __post_init__(self) -> None:
         if not any(getattr(self, one.name) for one in fields(self)):

@@ -288,12 +288,41 @@ def build_model(
     check_context(recipe, pretrained, finetune.pretrained)
     for name in pretrained.specs.keys() & readers.keys():
         check_direction(readers[name], pretrained.specs[name])
-    if config is not None and config != pretrained.config:
+    found = finetuned_config(recipe, pretrained)
+    if not isinstance(pretrained, WaveLiTFM):
+        return pretrained.adapted_to(specs)
+    if found != pretrained.config:
+        log(f"{finetune.pretrained}: adapters of rank {found.adapter_rank} are added (finetune.adapter_rank)")
+    return pretrained.adapted_to(specs, found.adapter_rank)
+
+
+def finetuned_config(recipe: Recipe, pretrained: Surrogate) -> Any:
+    """Return the configuration of the pretrained model in a finetuning: its own, or that with added adapters.
+
+    Raises UserError if the recipe's architecture is another one, and for a model that adapters cannot be added to.
+    """
+    assert recipe.finetune is not None
+    source, rank, own = recipe.finetune.pretrained, recipe.finetune.adapter_rank, pretrained.config
+    found = own
+    if rank is not None:
+        if not isinstance(own, ModelConfig):
+            raise UserError(f"finetune.adapter_rank: expected a WaveLiT, {source} is another network; leave it out")
+        if own.adapter_rank not in (0, rank):
+            raise UserError(
+                f"finetune.adapter_rank: {source} has adapters of rank {own.adapter_rank}, got {rank}; leave it out to "
+                "train these"
+            )
+        try:
+            found = replace(own, adapter_rank=rank)
+        except ValidationError as error:
+            raise UserError(f"finetune.{explain(error, ModelConfig)}") from error
+    config = recipe.baseline or recipe.model
+    if config is not None and config not in (own, found):
         raise UserError(
-            f"model: the recipe's architecture is not that of {finetune.pretrained}.\n"
-            f"Recipe: {config}\nPretrained: {pretrained.config}\nLeave the section out to take the pretrained one."
+            f"model: the recipe's architecture is not that of {source}.\nRecipe: {config}\nPretrained: {own}\nLeave "
+            "the section out to take the pretrained one; finetune.adapter_rank adds adapters to it."
         )
-    return pretrained.adapted_to(specs)
+    return found
 
 
 def check_context(recipe: Recipe, pretrained: Surrogate, where: str) -> None:

@@ -21,6 +21,7 @@ from fm.evaluation.tables import Runs, compare_document, load_runs, vrmse_cell
 
 CARD_ONE_STEP = "one_step"  # as cards call it
 INFERRED = "inferred"
+JOINT, BESPOKE = "FM-PT", "9.5M-PT"  # models of the cards: one on all eight datasets, and one of its trunk on each
 
 
 def comparison(
@@ -99,6 +100,17 @@ def beside_published(runs: Runs, registry: Registry) -> tuple[list[Table], list[
         ]
     notes += [f"Source [{number}]: {source}." for source, number in sources.items()]
     return tables, notes
+
+
+def joint_over_bespoke(card: Card) -> Cell:
+    """Return the one-step VRMSE of JOINT over that of BESPOKE; marked if one was inferred, None if it is not known."""
+    for table in card.published:
+        inferred = table.inferred.get(CARD_ONE_STEP, {})
+        vrmse = {**table.vrmse.get(CARD_ONE_STEP, {}), **inferred}
+        if JOINT in vrmse and BESPOKE in vrmse:
+            ratio = vrmse[JOINT] / vrmse[BESPOKE]
+            return Marked(ratio, INFERRED) if {JOINT, BESPOKE} & inferred.keys() else ratio
+    return None
 
 
 def _block_tables(

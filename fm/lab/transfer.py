@@ -1,13 +1,12 @@
-"""Compare a run on several datasets together with runs on one dataset each: does training together help or hurt?
+"""Compare runs on several datasets together with runs on one dataset each: does training together help or hurt?
 
-A joint run and a bespoke run are compared after equal numbers of training windows of the bespoke run's dataset: the
-largest number that both have reached. The joint run has by then also trained on windows of the other datasets. The
-ratio of the two VRMSEs shows whether that helped.
+fm/lab/learning_curves.py reads the runs and compares them. This file makes the table and the figures. Several joint
+runs are of different seeds; each bespoke run is then compared with the joint run of its seed, and medians are given.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydantic_core import to_json
 
-from data_pipeline.errors import UserError
 from data_pipeline.files import inside, write_whole
 from data_pipeline.progress import progress_bar
+from data_pipeline.registry import load_registry
 from data_pipeline.tables import Cell, Document, Marked, Table, render
-from fm.checkpoint import load_pretrained, read_state, use_checkpoint
-from fm.config import Recipe, changed_settings, recipe_to_dict, resolve
+from fm.config import changed_settings, recipe_to_dict
 from fm.evaluation.cosines import Cosines, mean_cosines
 from fm.evaluation.plots import (
     BLUE,
@@ -36,206 +34,137 @@ from fm.evaluation.plots import (
     rasterize,
     style_panel,
 )
-from fm.evaluation.scores import geometric_mean
-from fm.training.runlog import parse_lines
+from fm.evaluation.published import BESPOKE, JOINT, joint_over_bespoke
+from fm.evaluation.scores import geometric_mean, spearman
+from fm.lab.learning_curves import (
+    HELPS,
+    HURTS,
+    VERDICTS,
+    Comparison,
+    LearningCurve,
+    Match,
+    TrainedRun,
+    compare_all,
+    read_run,
+)
 
 DPI = 160
-HELPS, HURTS = 0.97, 1.03  # joint VRMSE / bespoke VRMSE; a ratio between them counts as equal
-VERDICTS = ("helps", "equal", "hurts", "neither finite", "not comparable")
+TERA = 1e12
+MIN_AGREEMENT = 3  # datasets that a rank correlation needs
 # Settings that may differ without a note: they change what is written, not what is learned.
 UNREMARKABLE = ("run.name", "run.dir", "run.stop_at", "data.", "checkpoint.", "validation.", "tracking.", "guard.")
 
 
-def transfer(joint: Path, bespoke: Sequence[Path], out: Path | None = None, form: str = "md") -> str:
-    """Compare a run on several datasets with runs on one each; return the table in the format `form`.
+def transfer(joint: Path, others: Sequence[Path], out: Path | None = None, form: str = "md") -> str:
+    """Compare runs on several datasets with runs on one each; return the table in the format `form`.
 
-    Writes transfer.md, transfer.json, transfer.png and, if there are cosines, cosines.png into `out`, by default
-    <joint>/report/transfer. Raises UserError if the runs cannot be compared.
+    Those of `others` that are of several datasets are joint runs of other seeds than `joint`. Writes transfer.md,
+    transfer.json, transfer.png and, if there are cosines, cosines.png into `out`, by default <joint>/report/transfer.
+    Raises UserError if the runs cannot be compared.
     """
-    together, *alone = map(read_run, progress_bar([joint, *bespoke], desc="transfer", unit="run", leave=False))
-    comparisons = sorted((compare(together, run) for run in alone), key=lambda one: one.dataset)
-    document = describe(together, comparisons)
+    first, *rest = map(read_run, progress_bar([joint, *others], desc="transfer", unit="run", leave=False))
+    joints, comparisons = compare_all(first, rest)
+    document = describe(joints, comparisons)
     text = render(document, form)
     out = out or inside(joint, "report/transfer")
-    figures = {"transfer": transfer_figure(together, comparisons)}
-    if together.cosines:
-        steps = [step for step, _ in together.cosines]
-        title = f"mean of {len(steps)} measurements, steps {steps[0]} to {steps[-1]}"
-        figures["cosines"] = cosine_figure(mean_cosines([cosines for _, cosines in together.cosines]), title)
+    figures = {"transfer": transfer_figure(joints, comparisons)}
+    if measured := _cosines(joints):
+        steps = sorted({step for run in joints for step, _ in run.cosines})
+        title = f"mean of {len(measured)} measurements, steps {steps[0]} to {steps[-1]}"
+        figures["cosines"] = cosine_figure(mean_cosines(measured), title)
     # transfer.json is removed first and written last: a folder that has it is complete.
     (out / "transfer.json").unlink(missing_ok=True)
     for name, figure in figures.items():
         write_whole(out / f"{name}.png", encode(rasterize(figure, DPI)))
     pictures = "\n".join(f"![{name}]({name}.png)\n" for name in figures)
     write_whole(out / "transfer.md", f"# Transfer\n\n{render(document, 'md')}\n{pictures}".encode())
-    numbers = to_json(_numbers(together, comparisons), indent=1, inf_nan_mode="null", fallback=np.ndarray.tolist)
+    numbers = to_json(_numbers(joints, comparisons), indent=1, inf_nan_mode="null", fallback=np.ndarray.tolist)
     write_whole(out / "transfer.json", numbers + b"\n")
     return text
 
 
-@dataclass(frozen=True, eq=False)
-class LearningCurve:
-    """One-step VRMSE of a dataset's validations against the number of its windows that the run had trained on."""
-
-    windows: np.ndarray  # (n,), ascending, above 0
-    vrmse: np.ndarray  # (n,); inf if a prediction was not finite
-
-    def at(self, windows: float) -> float:
-        """Return the VRMSE after a number of windows between the first and the last validation.
-
-        Between validations it is linear in the logarithm of the number of windows.
-        """
-        assert self.windows[0] <= windows <= self.windows[-1]
-        return float(np.interp(np.log(windows), np.log(self.windows), self.vrmse))
+def _cosines(joints: Sequence[TrainedRun]) -> list[Cosines]:
+    return [cosines for run in joints for _, cosines in run.cosines]
 
 
-@dataclass(frozen=True, eq=False)
-class TrainedRun:
-    """The training of a run, as its directory records it."""
-
-    path: Path
-    recipe: Recipe
-    shards: Mapping[str, str]  # dataset -> digest of its training shards
-    parameters: int
-    curves: Mapping[str, LearningCurve]  # by dataset, of those with a validation after their first windows
-    cosines: Sequence[tuple[int, Cosines]]  # step and measurement
-
-
-def read_run(path: Path) -> TrainedRun:
-    """Read a run directory. Raises UserError if it is none, its logs have gaps, or it was never validated."""
-    for name in ("log.jsonl", "events.jsonl"):
-        if not (path / name).is_file():
-            raise UserError(f"{path}: not a run directory, it has no {name}. Expected one such as runs/quickstart")
-    state, model = use_checkpoint(path, lambda found: (read_state(found), load_pretrained(found)))
-    recipe = resolve(state["recipe"], f"state.json of the newest checkpoint in {path}")
-    events, _ = parse_lines((path / "events.jsonl").read_text(errors="replace"))
-    validations = {line["step"]: line for line in events if line.get("kind") == "validation"}
-    if not validations:
-        raise UserError(
-            f"{path}: expected validations in events.jsonl, found none; train it with validation.every > 0, several "
-            "times smaller than train.steps"
-        )
-    seen = _windows_seen(path / "log.jsonl", max(validations), recipe.train.batch)
-    try:
-        curves = _curves(validations, seen)
-        cosines = [(line["step"], Cosines.from_json(line)) for line in events if line.get("kind") == "cosine"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path / 'events.jsonl'}: a damaged line ({type(error).__name__}: {error}); remove it"
-        ) from error
-    return TrainedRun(path, recipe, state["shards"], model.num_parameters(), curves, cosines)
-
-
-def _windows_seen(log: Path, last: int, batch: int) -> dict[str, np.ndarray]:
-    """Return, by dataset, the number of windows drawn after 0, 1, ... `last` steps, (last + 1,)."""
-    lines, _ = parse_lines(log.read_text(errors="replace"))
-    lines = lines[:last]
-    if [line["step"] for line in lines] != list(range(1, last + 1)):
-        raise UserError(
-            f"{log}: expected a line for each of the steps 1 to {last}, the last validation's; lines are missing, so "
-            "what the run has seen cannot be counted. Restore the file from a copy"
-        )
-    drawn: dict[str, np.ndarray] = {}
-    for line in lines:
-        for name in line["dataset"].split("+"):  # one name per draw
-            drawn.setdefault(name, np.zeros(last + 1, np.int64))[line["step"]] += batch
-    return {name: np.cumsum(counts) for name, counts in drawn.items()}
-
-
-def _curves(validations: Mapping[int, Mapping[str, Any]], seen: Mapping[str, np.ndarray]) -> dict[str, LearningCurve]:
-    points: dict[str, list[tuple[int, float]]] = {}
-    for step, line in sorted(validations.items()):
-        for name, cell in line["datasets"].items():
-            if name in seen and seen[name][step]:
-                vrmse = cell["vrmse"]
-                points.setdefault(name, []).append((int(seen[name][step]), math.inf if vrmse is None else float(vrmse)))
-    return {name: LearningCurve(*np.array(found, np.float64).T) for name, found in points.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """One dataset in the joint run and in a bespoke run, after `windows` of its windows each."""
-
-    dataset: str
-    bespoke: TrainedRun
-    windows: int | None  # None: the two have no number of windows in common
-    joint_vrmse: float  # inf if a prediction was not finite, NaN if there is no common number
-    bespoke_vrmse: float
-
-    @property
-    def ratio(self) -> float:
-        """Joint over bespoke; NaN if neither is finite."""
-        return self.joint_vrmse / self.bespoke_vrmse
-
-    @property
-    def verdict(self) -> str:
-        """The effect of training together, one of VERDICTS."""
-        if self.windows is None:
-            return "not comparable"
-        if math.isnan(self.ratio):
-            return "neither finite"
-        return "helps" if self.ratio < HELPS else "hurts" if self.ratio > HURTS else "equal"
-
-
-def compare(joint: TrainedRun, bespoke: TrainedRun) -> Comparison:
-    """Compare the dataset of `bespoke` in both runs. Raises UserError if the two runs do not compare."""
-    if len(bespoke.shards) != 1:
-        raise UserError(
-            f"transfer: expected runs of one dataset after the first, got {bespoke.path} of "
-            f"{', '.join(sorted(bespoke.shards))}; make them with 'data.datasets=[NAME]' run.name=bespoke_NAME"
-        )
-    (dataset,) = bespoke.shards
-    if dataset not in joint.shards:
-        raise UserError(
-            f"transfer: expected a run of one of the datasets of {joint.path} ({', '.join(sorted(joint.shards))}), got "
-            f"{bespoke.path} of {dataset}; leave it out"
-        )
-    for key in ("windows", "protocol"):
-        ours, theirs = getattr(joint.recipe.validation, key), getattr(bespoke.recipe.validation, key)
-        if ours != theirs:
-            raise UserError(
-                f"transfer: expected the same validations, got validation.{key}={ours} in {joint.path} and {theirs} in "
-                f"{bespoke.path}; train one of them again with the other's"
-            )
-    if joint.shards[dataset] != bespoke.shards[dataset]:
-        raise UserError(
-            f"transfer: expected the same {dataset} data, got shards with digests {joint.shards[dataset][:12]} in "
-            f"{joint.path} and {bespoke.shards[dataset][:12]} in {bespoke.path}; train both on the same data.shards"
-        )
-    curves = [run.curves[dataset] for run in (joint, bespoke) if dataset in run.curves]
-    if len(curves) == 2:
-        windows = min(curve.windows[-1] for curve in curves)
-        if windows >= max(curve.windows[0] for curve in curves):  # else one ends before the other begins
-            return Comparison(dataset, bespoke, int(windows), *(curve.at(windows) for curve in curves))
-    return Comparison(dataset, bespoke, None, math.nan, math.nan)
-
-
-def describe(joint: TrainedRun, comparisons: Sequence[Comparison]) -> Document:
-    """Return the comparisons as a table, with notes."""
-    validation, measured = joint.recipe.validation, [cosines for _, cosines in joint.cosines]
+def describe(joints: Sequence[TrainedRun], comparisons: Sequence[Comparison]) -> Document:
+    """Return the comparisons as a table, medians over seeds as another, and notes."""
+    measured, paper = _cosines(joints), _paper_ratios(comparisons)
     last, mean = (measured[-1].with_others(), mean_cosines(measured).with_others()) if measured else ({}, {})
     rows = []
     for one in comparisons:
         columns: dict[str, Cell] = {
             "dataset": one.dataset,
+            **({"joint run": str(one.joint.path)} if len(joints) > 1 else {}),
             "bespoke run": str(one.bespoke.path),
-            "windows seen": one.windows,
-            "joint": _score(one.joint_vrmse),
-            "bespoke": _score(one.bespoke_vrmse),
-            "joint / bespoke": _finite(one.ratio),
-            "verdict": one.verdict,
+            "windows seen": None if one.windows.amount is None else int(one.windows.amount),
+            "joint": _score(one.windows.joint),
+            "bespoke": _score(one.windows.bespoke),
+            "joint / bespoke": _finite(one.windows.ratio),
+            "verdict": one.windows.verdict,
+            "TFLOP": None if one.flops.amount is None else one.flops.amount / TERA,
+            "joint / bespoke, equal FLOPs": _finite(one.flops.ratio),
+            "paper": paper[one.dataset],
             "bespoke parameters": one.bespoke.parameters,
         }
         if measured:
             columns |= {"cosine, last": _finite(last[one.dataset]), "cosine, mean": _finite(mean[one.dataset])}
         rows.append(columns)
+    first, validation = joints[0], joints[0].recipe.validation
+    which = f"{first.path}, {first.parameters} parameters, was"
+    if len(joints) > 1:
+        seeds = ", ".join(str(run.seed) for run in joints)
+        which = f"{len(joints)} runs of {first.parameters} parameters, seeds {seeds}, were"
     about = (
         f"Validation VRMSE, one step, averaged weights, {validation.windows} windows a dataset, protocol "
-        f"{validation.protocol}; lower is better. {joint.path}, {joint.parameters} parameters, was trained on "
-        f"{len(joint.shards)} datasets together; beside it runs of one dataset, after as many training windows of it."
+        f"{validation.protocol}; lower is better. {which} trained on {len(first.shards)} datasets together; beside "
+        "it runs of one dataset, after as many training windows of it, and after as many FLOPs."
     )
-    table = Table("Training together", list(rows[0]), [list(row.values()) for row in rows])
-    return Document(about, [table], _notes(joint, comparisons))
+    tables = [Table("Training together", list(rows[0]), [list(row.values()) for row in rows])]
+    groups = _over_seeds(comparisons)
+    if any(len(group) > 1 for group in groups.values()):
+        head = ["dataset", "bespoke steps", "runs", *(f"joint / bespoke, equal {what}" for what in AMOUNTS), "paper"]
+        body: list[list[Cell]] = [
+            [name, steps, len(group), *(_median_cell(group, of) for of in AMOUNTS.values()), paper[name]]
+            for (name, steps), group in groups.items()
+        ]
+        tables.append(Table("Medians over seeds", head, body))
+    return Document(about, tables, _notes(joints, comparisons, paper))
+
+
+AMOUNTS: Mapping[str, Callable[[Comparison], Match]] = {
+    "windows": lambda one: one.windows,
+    "FLOPs": lambda one: one.flops,
+}
+
+
+def _over_seeds(comparisons: Sequence[Comparison]) -> dict[tuple[str, int], list[Comparison]]:
+    """Return the comparisons by dataset and number of steps of the bespoke run."""
+    groups: dict[tuple[str, int], list[Comparison]] = {}
+    for one in comparisons:
+        groups.setdefault((one.dataset, one.bespoke.recipe.train.steps), []).append(one)
+    return groups
+
+
+def _ratios(comparisons: Sequence[Comparison], of: Callable[[Comparison], Match]) -> list[float]:
+    """Return joint / bespoke of the comparisons that have one; inf where only the joint run's is not finite."""
+    return [of(one).ratio for one in comparisons if not math.isnan(of(one).ratio)]
+
+
+def _median_cell(group: Sequence[Comparison], of: Callable[[Comparison], Match]) -> Cell:
+    """Return the median of joint / bespoke, with the lowest and the highest."""
+    ratios = _ratios(group, of)
+    if not ratios:
+        return None
+    return Marked(_finite(statistics.median(ratios)), f"{min(ratios):.3f} to {max(ratios):.3f}")
+
+
+def _paper_ratios(comparisons: Sequence[Comparison]) -> dict[str, Cell]:
+    """Return the paper's joint / bespoke by dataset; None where nothing is published."""
+    cards = load_registry().cards
+    return {
+        one.dataset: joint_over_bespoke(cards[one.dataset]) if one.dataset in cards else None for one in comparisons
+    }
 
 
 def _score(vrmse: float) -> Cell:
@@ -246,42 +175,65 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _notes(joint: TrainedRun, comparisons: Sequence[Comparison]) -> list[str]:
+def _notes(joints: Sequence[TrainedRun], comparisons: Sequence[Comparison], paper: Mapping[str, Cell]) -> list[str]:
+    measured = _cosines(joints)
     notes = [
         _summary(comparisons),
         f"joint / bespoke below {HELPS}: training together helps; above {HURTS}: it hurts. Between validations VRMSE "
-        "is linear in the logarithm of the windows seen; beyond them there is no comparison.",
+        "is linear in the logarithm of the windows seen, or of the FLOPs; beyond them there is no comparison.",
+        "FLOPs: of forward and backward passes, all datasets of a run together, counted from its log.",
+        *([_paper_note(comparisons, paper)] if any(cell is not None for cell in paper.values()) else []),
         f"cosine: of the dataset's gradient with the others', their mean, in the last and over all of "
-        f"{len(joint.cosines)} measurements."
-        if joint.cosines
+        f"{len(measured)} measurements."
+        if measured
         else "No cosines of gradients: the joint run has measured none (tracking.gradient_cosine_every).",
     ]
-    notes += [_ranges(joint, one) for one in comparisons if one.windows is None]
-    runs: dict[str, list[str]] = {}
-    for run in (one.bespoke for one in comparisons):
-        lines = changed_settings(recipe_to_dict(run.recipe), recipe_to_dict(joint.recipe))
+    notes += [_ranges(one) for one in comparisons if one.windows.amount is None and one.flops.amount is None]
+    runs: dict[tuple[str, str], list[str]] = {}
+    for one in comparisons:
+        lines = changed_settings(recipe_to_dict(one.bespoke.recipe), recipe_to_dict(one.joint.recipe))
         if different := "; ".join(line for line in lines if not line.startswith(UNREMARKABLE)):
-            runs.setdefault(different, []).append(str(run.path))
-    notes += [f"Settings of {', '.join(paths)} -> {joint.path}: {different}." for different, paths in runs.items()]
-    missing = sorted(joint.shards.keys() - {one.dataset for one in comparisons})
+            runs.setdefault((str(one.joint.path), different), []).append(str(one.bespoke.path))
+    notes += [f"Settings of {', '.join(paths)} -> {joint}: {different}." for (joint, different), paths in runs.items()]
+    missing = sorted(joints[0].shards.keys() - {one.dataset for one in comparisons})
     if missing:
         command = f"accelerate launch RECIPE 'data.datasets=[{missing[0]}]' run.name=bespoke_{missing[0]}"
         notes.append(f"No run of {', '.join(missing)} alone; `{command}` makes one.")
     return notes
 
 
+def _paper_note(comparisons: Sequence[Comparison], paper: Mapping[str, Cell]) -> str:
+    """Describe the paper's ratios, and how far our datasets are in their order."""
+    agreements = []
+    for what, of in AMOUNTS.items():
+        theirs, ours = [], []
+        for name, cell in paper.items():
+            published = cell.value if isinstance(cell, Marked) else cell
+            ratios = _ratios([one for one in comparisons if one.dataset == name], of)
+            if isinstance(published, float) and ratios:
+                theirs.append(published)
+                ours.append(statistics.median(ratios))
+        if len(ours) >= MIN_AGREEMENT and (found := spearman(ours, theirs)) is not None:
+            agreements.append(f"{found:.2f} at equal {what} over {len(ours)} datasets")
+    order = f" Spearman's rank correlation of ours with it: {', '.join(agreements)}." if agreements else ""
+    return (
+        f"paper: {JOINT} over {BESPOKE} of the WaveLiT paper, one step, test split, after 1,000,000 steps on eight "
+        f"datasets and 500,000 on one: neither equal windows nor equal FLOPs.{order}"
+    )
+
+
 def _summary(comparisons: Sequence[Comparison]) -> str:
-    verdicts = [one.verdict for one in comparisons]
+    verdicts = [one.windows.verdict for one in comparisons]
     counts = ", ".join(f"{verdict}: {verdicts.count(verdict)}" for verdict in VERDICTS if verdict in verdicts)
-    comparable = [one for one in comparisons if one.windows is not None]
-    diverged = [one.dataset for one in comparable if not 0 < one.ratio < math.inf]
+    comparable = [one for one in comparisons if one.windows.amount is not None]
+    diverged = [one.dataset for one in comparable if not 0 < one.windows.ratio < math.inf]
     if diverged:
         return f"{counts}. No mean of joint / bespoke, a score is not finite or 0: {', '.join(diverged)}."
-    mean = geometric_mean([one.ratio for one in comparable])
+    mean = geometric_mean([one.windows.ratio for one in comparable])
     return counts + (f". Geometric mean of joint / bespoke: {mean:.4f}." if mean is not None else ".")
 
 
-def _ranges(joint: TrainedRun, one: Comparison) -> str:
+def _ranges(one: Comparison) -> str:
     """Explain why two curves have no point in common."""
 
     def reach(run: TrainedRun) -> str:
@@ -289,23 +241,25 @@ def _ranges(joint: TrainedRun, one: Comparison) -> str:
         return f"after {curve.windows[0]:.0f} to {curve.windows[-1]:.0f} windows" if curve else "before any window"
 
     return (
-        f"{one.dataset}: validated {reach(joint)} of it in {joint.path}, {reach(one.bespoke)} in {one.bespoke.path}. "
-        "Train on the run that has seen less, or lower the other's validation.every."
+        f"{one.dataset}: validated {reach(one.joint)} of it in {one.joint.path}, {reach(one.bespoke)} in "
+        f"{one.bespoke.path}. Train on the run that has seen less, or lower the other's validation.every."
     )
 
 
-def transfer_figure(joint: TrainedRun, comparisons: Sequence[Comparison]) -> Figure:
-    """Draw VRMSE against windows of the dataset seen, a panel a dataset; a line marks where the two were compared."""
+def transfer_figure(joints: Sequence[TrainedRun], comparisons: Sequence[Comparison]) -> Figure:
+    """Draw VRMSE against windows of the dataset seen, a panel a dataset; a line marks where two were compared."""
     names = sorted({one.dataset for one in comparisons})
     figure, panels = panel_figure(len(names), 1.95, ("windows of it seen", "VRMSE"))
     legend: dict[str, Any] = {}
     for axes, name in zip(panels, names, strict=True):
         axes.set_title(name, fontsize=8)
-        if name in joint.curves:
-            _draw(axes, joint.curves[name], BLUE, "together")
+        for joint in joints:
+            if name in joint.curves:
+                _draw(axes, joint.curves[name], BLUE, "together")
         for one in (one for one in comparisons if one.dataset == name):
-            if one.windows is not None:
-                axes.axvline(one.windows, color=GRAY, linewidth=0.8, linestyle=DOTTED, label="compared here")
+            if one.windows.amount is not None:
+                label = "compared here"
+                axes.axvline(one.windows.amount, color=GRAY, linewidth=0.8, linestyle=DOTTED, label=label)
             if name in one.bespoke.curves:
                 _draw(axes, one.bespoke.curves[name], ORANGE, "alone")
         axes.set_xscale("log")
@@ -324,18 +278,30 @@ def _draw(axes: Axes, curve: LearningCurve, color: str, label: str) -> None:
     axes.plot(curve.windows, shown, "o-", color=color, markersize=2.5, linewidth=1.2, label=label)
 
 
-def _numbers(joint: TrainedRun, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def _numbers(joints: Sequence[TrainedRun], comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """Return the content of transfer.json."""
 
     def run(one: TrainedRun) -> dict[str, Any]:
-        return {"run": str(one.path), "parameters": one.parameters, "curves": one.curves}
+        return {"run": str(one.path), "seed": one.seed, "parameters": one.parameters, "curves": one.curves}
+
+    def match(one: Match) -> dict[str, Any]:
+        return {"amount": one.amount, "joint": one.joint, "bespoke": one.bespoke, "ratio": one.ratio}
 
     return {
-        "joint": run(joint),
+        "joints": [run(one) for one in joints],
         "comparisons": [
-            {**vars(one), "bespoke": run(one.bespoke), "ratio": one.ratio, "verdict": one.verdict}
+            {
+                "dataset": one.dataset,
+                "joint": str(one.joint.path),
+                "bespoke": run(one.bespoke),
+                "windows": match(one.windows),
+                "flops": match(one.flops),
+                "verdict": one.windows.verdict,
+            }
             for one in comparisons
         ],
         "thresholds": {"helps": HELPS, "hurts": HURTS},
-        "cosines": [{"step": step, **cosines.to_json()} for step, cosines in joint.cosines],
+        "cosines": [
+            {"run": str(run.path), "step": step, **cosines.to_json()} for run in joints for step, cosines in run.cosines
+        ],
     }

@@ -32,6 +32,7 @@ from fm.datasets import (
     AnyConfig,
     check_windows,
     dataset_specs,
+    finetuned_config,
     new_model,
     open_split,
     with_available_datasets,
@@ -193,15 +194,17 @@ def _mini_card(card: Card) -> Card:
 
 def _model_config(recipe: Recipe) -> tuple[AnyConfig, list[str]]:
     """Return the model's configuration, and a note if it was assumed because the pretrained model does not exist."""
-    config = recipe.baseline or recipe.model
+    config = recipe.baseline or recipe.model or ModelConfig()
     if recipe.finetune is None:
-        return config or ModelConfig(), []
+        return config, []
     try:
         find_checkpoint(recipe.finetune.pretrained)
     except UserError:
-        taken = "the recipe's" if config else "the defaults; model.KEY=value gives others"
-        return config or ModelConfig(), [f"no model in {recipe.finetune.pretrained} yet: sizes are {taken}"]
-    return load_pretrained(recipe.finetune.pretrained).config, []
+        taken = "the recipe's" if recipe.baseline or recipe.model else "the defaults; model.KEY=value gives others"
+        if isinstance(config, ModelConfig) and recipe.finetune.adapter_rank is not None:
+            config = replace(config, adapter_rank=recipe.finetune.adapter_rank)
+        return config, [f"no model in {recipe.finetune.pretrained} yet: sizes are {taken}"]
+    return finetuned_config(recipe, load_pretrained(recipe.finetune.pretrained)), []
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class Linear(nn.Linear):
     """nn.Linear by way of `linear`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., D_in) to (..., D_out)."""
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, update: Tensor | None = None) -> Tensor:
+        """Map (..., D_in) to (..., D_out); `update` (D_out, D_in) is added to the weight."""
+        return linear(x, self.weight if update is None else self.weight + update, self.bias)
 
 
 def rope_table(height: int, width: int, head_width: int, device: torch.device | str = "cpu") -> Tensor:
@@ -193,9 +193,12 @@ class LinearAttention(nn.Module):
             return self.query_key.weight.new_zeros(self.heads, dtype=torch.float32)
         return LAMBDA_INIT * self.log_lambda.float().exp()
 
-    def forward(self, z: Tensor, rope: Tensor) -> Tensor:
-        """Map tokens (B, N, D) and the grid's table (N, m/2, 2) to (B, N, D), before kernel gate and LePE."""
-        qk = self.query_key(z)
+    def forward(self, z: Tensor, rope: Tensor, update: Tensor | None = None) -> Tensor:
+        """Map tokens (B, N, D) and the grid's table (N, m/2, 2) to (B, N, D), before kernel gate and LePE.
+
+        `update` (2D, D) is added to the weight of queries and keys.
+        """
+        qk = self.query_key(z, update)
         with torch.autocast(z.device.type, enabled=False):
             qk = rotate(feature_map(qk.float()).unflatten(-1, (2 * self.heads, -1)), rope)  # (B, N, 2A, m)
             q, k = qk.unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4).contiguous()  # (B, A, N, m) each
@@ -215,9 +218,9 @@ class SoftmaxAttention(nn.Module):
         self.heads = heads
         self.query_key = Linear(width, 2 * width)
 
-    def forward(self, z: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, z: Tensor, rope: Tensor, update: Tensor | None = None) -> Tensor:
         """Map tokens (B, N, D) and the grid's table (N, m/2, 2) to (B, N, D), as `LinearAttention`."""
-        qk = self.query_key(z).float().unflatten(-1, (2 * self.heads, -1))
+        qk = self.query_key(z, update).float().unflatten(-1, (2 * self.heads, -1))
         q, k = rotate(qk, rope).to(z.dtype).unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4)  # (B, A, N, m) each
         v = z.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, A, N, m)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2).to(z.dtype)

@@ -11,12 +11,15 @@ same weights and sums with learned scalars a_l (WaveLiT's multi-scale wrapper):
     y = sum_l a_l Up_{2^l}( Block( AvgPool_{2^l}(x) ) )
 
 AvgPool averages the cells that exist at the upper edges (ceil mode), and Up repeats and crops, so any token grid works.
+A dataset's adapter adds low-rank updates to the block's matrices (`BlockAdapter`).
+
 Tokens stay (B, h, w, D) throughout, which is the memory of a channels-last image: the layout in which oneDNN's
 depthwise kernels are fastest forward and backward.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,8 @@ from torch.nn import functional as F
 
 from fm.model.attention import Linear, LinearAttention, SoftmaxAttention, rope_table
 from fm.model.wavelets import NOT_PERIODIC, Periodic
+
+Updates: TypeAlias = Mapping[str, Tensor]  # matrix of the block -> (D_out, D_in), see BlockAdapter
 
 
 @dataclass(frozen=True)
@@ -133,27 +138,61 @@ class Block(nn.Module):
         if config.lepe:
             self.lepe = DepthwiseConv(d)
 
-    def forward(self, x: Tensor, rope: Tensor, periodic: Periodic = NOT_PERIODIC) -> Tensor:
-        """Map tokens (B, h, w, D) to the same shape; `rope` is the table of this grid, (h*w, m/2, 2)."""
+    def forward(
+        self, x: Tensor, rope: Tensor, periodic: Periodic = NOT_PERIODIC, updates: Updates | None = None
+    ) -> Tensor:
+        """Map tokens (B, h, w, D) to the same shape; `rope` is the table of this grid, (h*w, m/2, 2).
+
+        `updates` are added to the matrices of their names; None: to none.
+        """
+        updates = updates or {}
         if self.config.cpe:
             x = x + self.cpe(x, periodic)
-        x = x + self._mix(self.norm(x), rope, periodic)
+        x = x + self._mix(self.norm(x), rope, periodic, updates)
         if self.config.cpe:
             x = x + self.cpe2(x, periodic)
-        return x + self.contract(F.gelu(self.expand(self.mlp_norm(x))))
+        hidden = F.gelu(self.expand(self.mlp_norm(x), updates.get("expand")))
+        return x + self.contract(hidden, updates.get("contract"))
 
-    def _mix(self, u: Tensor, rope: Tensor, periodic: Periodic) -> Tensor:
-        z = self.input(u)
+    def _mix(self, u: Tensor, rope: Tensor, periodic: Periodic, updates: Updates) -> Tensor:
+        z = self.input(u, updates.get("input"))
         if self.config.mila:
             z = F.silu(self.conv(z, periodic))
-        o = self.attention(z.flatten(1, 2), rope).view_as(z)
+        o = self.attention(z.flatten(1, 2), rope, updates.get("query_key")).view_as(z)
         if self.config.kernel_gate:
-            o = o * torch.sigmoid(self.gate(u))
+            o = o * torch.sigmoid(self.gate(u, updates.get("gate")))
         if self.config.lepe:
             o = o + self.lepe(z, periodic)
         if self.config.mila:
-            o = o * F.silu(self.activation(u))
-        return self.output(o)
+            o = o * F.silu(self.activation(u, updates.get("activation")))
+        return self.output(o, updates.get("output"))
+
+
+class BlockAdapter(nn.Module):
+    """Low-rank updates of one block's matrices for one dataset (LoRA, Hu et al. 2021, arXiv:2106.09685).
+
+        W' = W + B A,   A (r, D_in) drawn,   B (D_out, r) zero at first
+
+    So a model with new adapters starts as the model without them.
+    """
+
+    def __init__(self, block: Block, rank: int) -> None:
+        super().__init__()
+        # All seven linear maps have an update: a low rank in many matrices did better than a higher one in few (LoRA,
+        # section 7.1). B A is multiplied out before W meets the tokens, so an adapter costs no product with tokens, and
+        # leaving maps out would save parameters only. Convolutions and norms have few numbers, and stay shared.
+        matrices = {
+            name.rpartition(".")[2]: module.weight
+            for name, module in block.named_modules()
+            if isinstance(module, Linear)
+        }
+        self.down = nn.ParameterDict({n: nn.Parameter(torch.zeros(rank, w.shape[1])) for n, w in matrices.items()})
+        self.up = nn.ParameterDict({n: nn.Parameter(torch.zeros(w.shape[0], rank)) for n, w in matrices.items()})
+
+    def forward(self) -> dict[str, Tensor]:
+        """Return the updates B A (D_out, D_in) by the name of their matrix, float32 under autocast too."""
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            return {name: self.up[name] @ down for name, down in self.down.items()}
 
 
 def pool(x: Tensor, factor: int) -> Tensor:
@@ -182,12 +221,18 @@ class Pyramid(nn.Module):
         self.block = Block(config)
         self.level_weights = nn.Parameter(torch.zeros(levels + 1))
 
-    def forward(self, x: Tensor, ropes: Sequence[Tensor], periodic: Periodic = NOT_PERIODIC) -> Tensor:
-        """Map tokens (B, h, w, D) to the same shape; `ropes` are from `pyramid_tables`."""
+    def forward(
+        self,
+        x: Tensor,
+        ropes: Sequence[Tensor],
+        periodic: Periodic = NOT_PERIODIC,
+        updates: Updates | None = None,
+    ) -> Tensor:
+        """Map tokens (B, h, w, D) to the same shape; `ropes` are from `pyramid_tables`, `updates` the block's."""
         _, h, w, _ = x.shape
         a = self.level_weights.to(x.dtype).unbind()
-        y = a[0] * self.block(x, ropes[0], periodic)
+        y = a[0] * self.block(x, ropes[0], periodic, updates)
         for level in range(1, len(a)):
-            coarse = a[level] * self.block(pool(x, 2**level), ropes[level], periodic)
+            coarse = a[level] * self.block(pool(x, 2**level), ropes[level], periodic, updates)
             y = y + upsample(coarse, 2**level, h, w)
         return y

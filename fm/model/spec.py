@@ -14,7 +14,17 @@ from math import inf, isfinite
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import torch
-from pydantic import ConfigDict, Discriminator, Field, PositiveFloat, PositiveInt, Tag, TypeAdapter, ValidationError
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 from pydantic_core import to_json as to_json_text
 from torch import Tensor
@@ -159,12 +169,20 @@ class ModelConfig:
     # scalars: the PDE parameters in the dataset's card and the time step of a trajectory condition the model
     # (fm/model/scalars.py). Not in the paper.
     condition: Literal["none", "scalars"] = "none"
+    # Rank of each dataset's own updates to the blocks' matrices (fm/model/block.py, BlockAdapter); 0: no adapters. Not
+    # in the paper.
+    adapter_rank: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise ValueError(f"width / heads must be a multiple of 4 (2D RoPE), got {self.width} / {self.heads}")
         if self.attention == "softmax" and self.ridge != "none":
             raise ValueError(f"attention: softmax has no ridge, expected ridge: none, got {self.ridge}")
+        if self.adapter_rank > self.width:
+            raise ValueError(
+                f"adapter_rank: expected at most the width, which gives every update, {self.width}, got "
+                f"{self.adapter_rank}"
+            )
 
     @property
     def subbands(self) -> int:
@@ -184,7 +202,7 @@ PRESETS = {
 
 
 # Keys that are written only where they differ from these values, so that models without them keep their files' bytes.
-UNWRITTEN: Mapping[str, Any] = {"condition": "none", "scalars": {}}
+UNWRITTEN: Mapping[str, Any] = {"condition": "none", "scalars": {}, "adapter_rank": 0}
 
 
 ONE, MORE = "<one>", "<more>"  # how pydantic's errors name the two types of OneOrMore

@@ -5,6 +5,7 @@ What is special:
 - every dataset has a task vector and an output head, and everything between is shared. All are keyed by name: the order
   in which datasets are listed changes neither the initial weights nor an output. PDE parameters may add to the task
   vector (fm/model/scalars.py);
+- a dataset may also have low-rank updates of the blocks' matrices (`adapter_rank`), which start at zero;
 - each block runs on a pyramid of token grids with the same weights, on any even grid from 16 x 16;
 - a bespoke WaveLiT is the same class with one dataset;
 - instead of the paper's linear heads, two convolutions at full resolution can make the output (`decoder: conv`).
@@ -15,6 +16,7 @@ autocast state. Embedding and heads are about a thousandth of the products.
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from math import sqrt
 from typing import cast
 
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fm.model.attention import Linear, linear
-from fm.model.block import Pyramid, pad_fields, pyramid_tables
+from fm.model.block import Block, BlockAdapter, Pyramid, pad_fields, pyramid_tables
 from fm.model.scalars import ScalarEmbedding
 from fm.model.spec import DatasetSpec, ModelConfig
 from fm.model.surrogate import Surrogate
@@ -169,7 +171,16 @@ class WaveLiTFM(Surrogate):
         self.scalars = ScalarEmbedding((name for spec in specs for name in spec.scalars), width)
         self.blocks = nn.ModuleList(Pyramid(config.block(), config.pyramid_levels) for _ in range(config.depth))
         self.heads = nn.ModuleDict({spec.name: Head(config, spec, context) for spec in specs})
+        # The adapters stand outside the blocks, which FSDP gathers whole: a step needs those of one dataset.
+        self.adapters = nn.ModuleDict(
+            {name: self._new_adapters() for name in self.specs} if config.adapter_rank else {}
+        )
         self.init_weights(seed)
+
+    def _new_adapters(self) -> nn.ModuleList:
+        """Return one dataset's adapter of each block."""
+        blocks = (cast(Block, pyramid.block) for pyramid in self.blocks)
+        return nn.ModuleList(BlockAdapter(block, self.config.adapter_rank) for block in blocks)
 
     def output(self, inputs: Tensor, spec: DatasetSpec, scalars: Tensor | None = None) -> Tensor:
         """Return the output (B, C, H, W) of the dataset's head; see `Surrogate.output`."""
@@ -181,8 +192,9 @@ class WaveLiTFM(Surrogate):
             x = x + self.scalars(scalars, list(spec.scalars))[:, None, None]  # (B, 1, 1, D)
         ropes = pyramid_tables(x.shape[1], x.shape[2], config.pyramid_levels, config.width // config.heads, x.device)
         periodic = spec.periodic if config.padding == "boundary" else NOT_PERIODIC
-        for block in self.blocks:
-            x = block(x, ropes, periodic)
+        adapters = cast(nn.ModuleList, self.adapters[spec.name]) if config.adapter_rank else None
+        for place, block in enumerate(self.blocks):
+            x = block(x, ropes, periodic, adapters[place]() if adapters is not None else None)
         head = cast(Head, self.heads[spec.name])
         if head.decoder is None:
             output = self._untokenize(head(x), spec, inputs.shape[-2:])  # inverse transform: (B, C, H, W)
@@ -211,13 +223,14 @@ class WaveLiTFM(Surrogate):
         """Draw every parameter from a generator seeded by (seed, its own name), so that other parts do not matter.
 
         Heads, or the last convolutions of decoders, start at zero: an untrained model predicts persistence (delta) or
-        the mean (state).
+        the mean (state). So do adapters' matrices B.
         """
         for name, parameter in self.named_parameters():
             if parameter.is_meta:  # of a model that is made for its shapes alone
                 continue
             drawn = self.config.decoder == "conv" and name.endswith((".linear.weight", ".mix"))
             zero = name.endswith(("bias", "log_lambda")) or name.startswith("scalars.")
+            zero |= name.startswith("adapters.") and ".up." in name
             if zero or (name.startswith("heads.") and not drawn):
                 parameter.zero_()
             elif name.endswith("norm.weight"):
@@ -244,15 +257,16 @@ class WaveLiTFM(Surrogate):
             return frozenset(name for name, spec in self.specs.items() if channel in spec.inputs(self.context))
         if part == "scalars":
             return frozenset(name for name, spec in self.specs.items() if rest.removeprefix("rows.") in spec.scalars)
-        return frozenset({rest.partition(".")[0]} if part in ("task_vectors", "heads") else self.specs)
+        return frozenset({rest.partition(".")[0]} if part in ("task_vectors", "heads", "adapters") else self.specs)
 
-    def adapted_to(self, datasets: Sequence[DatasetSpec]) -> "WaveLiTFM":
+    def adapted_to(self, datasets: Sequence[DatasetSpec], adapter_rank: int | None = None) -> "WaveLiTFM":
         """Return a model for `datasets` with this one's weights wherever the names agree; the others are drawn anew.
 
-        A dataset that this model knows keeps its statistics, so its predictions do not change. ValueError if its
-        channels differ.
+        A dataset that this model knows keeps its statistics, so its predictions do not change. `adapter_rank` gives
+        adapters to a model that has none; they start at zero. ValueError if the channels of a known dataset differ.
         """
-        model = WaveLiTFM(self.config, self._adapted_specs(datasets), context=self.context)
+        config = self.config if adapter_rank is None else replace(self.config, adapter_rank=adapter_rank)
+        model = WaveLiTFM(config, self._adapted_specs(datasets), context=self.context)
         weights = self.state_dict()
         model.load_state_dict({name: weights.get(name, tensor) for name, tensor in model.state_dict().items()})
         return model

@@ -1,10 +1,11 @@
 """Add datasets and their channels to a trained model, and prove that it is unchanged on its old datasets.
 
-All parameters of a model are keyed by name, so the old ones stay where they are. An added dataset gets a task vector
-and a head, whose output is zero: the model predicts persistence, or the mean. The task vector and the features of the
-head are copies from the dataset with the nearest channels (`nearest_dataset`): drawn ones take hundreds of steps to
-learn. A channel that the model has is shared, with its rows of the channel embedding (`lifting.rows`). The proof
-compares all tensors, and the predictions for each old dataset, bit for bit.
+All parameters of a model are keyed by name, so the old ones stay where they are. An added dataset gets a task vector,
+a head, whose output is zero (the model predicts persistence, or the mean), and, if the model has them, adapters that
+start at zero. The task vector and the features of the head are copies from the dataset with the nearest channels
+(`nearest_dataset`): drawn ones take hundreds of steps to learn. A channel that the model has is shared, with its rows
+of the channel embedding (`lifting.rows`). The proof compares all tensors, and the predictions for each old dataset, bit
+for bit.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -382,9 +383,10 @@ def _summary(
         shared = ", ".join(name for name in spec.channels if name not in rows) or "none"
         donor = nearest_dataset(spec, model, rows)
         origin = "drawn" if donor is None else f"from {donor.name}, whose channels are nearest"
+        adapters = "adapters start at zero; " if model.config.adapter_rank else ""
         lines.append(
-            f"{spec.name}: a head that gives zeros; its features and the task vector are {origin}; of its channels the "
-            f"model knows {shared}"
+            f"{spec.name}: a head that gives zeros; its features and the task vector are {origin}; {adapters}of its "
+            f"channels the model knows {shared}"
         )
         if unseen := [name for name in spec.scalars if name not in known]:
             lines.append(f"{spec.name}: scalars that the model has not seen, with rows of zeros: {', '.join(unseen)}")

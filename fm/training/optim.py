@@ -63,7 +63,10 @@ def part_rates(adapt: AdaptSettings, step: int) -> dict[str, float]:
 
 def part_of(parameter: str) -> str:
     """Return the part of the model, one of PARTS, that the named parameter belongs to; a baseline is all trunk."""
-    parts = {"lifting": "embedding", "task_vectors": "embedding", "scalars": "embedding", "heads": "head"}
+    parts = {
+        **dict.fromkeys(("lifting", "task_vectors", "scalars"), "embedding"),
+        **dict.fromkeys(("heads", "adapters"), "head"),  # an adapter belongs to its dataset, as the head does
+    }
     return parts.get(parameter.split(".")[0], "trunk")
 
 
@@ -103,8 +106,9 @@ def parameter_groups(model: Surrogate, adapt: AdaptSettings | None) -> list[dict
 class GroupedOptimizer(ABC):
     """An optimizer that can skip parameter groups.
 
-    AdamW moves a parameter by its momentum even where the gradient is zero. Heads, task vectors and embedding rows of
-    datasets that a step does not draw must keep their values, and so must frozen parameters: their groups are skipped.
+    AdamW moves a parameter by its momentum even where the gradient is zero. Heads, adapters, task vectors and embedding
+    rows of datasets that a step does not draw must keep their values, and so must frozen parameters: their groups are
+    skipped.
     """
 
     param_groups: list[dict[str, Any]]
@@ -266,7 +270,7 @@ def newton_schulz_flops(rows: int, columns: int) -> int:
 def trunk_matrices(model: Surrogate) -> list[nn.Parameter]:
     """Return the parameters that Muon updates: the weight matrices of the trunk's linear layers. A baseline has none.
 
-    Channel embedding, task vectors, heads, biases, norms, depthwise convolutions and level weights are not among them.
+    Channel embedding, task vectors, heads, adapters, biases, norms, depthwise convolutions and level weights are not.
     """
     if not len(model.blocks):  # all of a baseline is trunk, its embedding and head included
         return []

@@ -34,6 +34,8 @@ from fm.model.wavelit import WaveLiTFM
         {"predict": "state"},
         {"pointwise": True},
         {"decoder": "conv", "levels": 2, "decoder_width": 6},
+        {"adapter_rank": 3},
+        {"adapter_rank": 1, "ridge": "none", "attention": "softmax", "kernel_gate": False, "mila": False},
     ],
 )
 @pytest.mark.parametrize("grid", [(16, 16), (18, 22)])
@@ -45,7 +47,8 @@ def test_every_switch_trains_on_any_even_grid(changes: dict, grid: tuple[int, in
         assert prediction.shape == state.shape
         wavelit_loss(prediction, torch.zeros_like(state), model.residual_scale(name)).total.mean().backward()
     for name, parameter in model.named_parameters():
-        absent = name.startswith(("heads.active_matter", "task_vectors.active_matter")) or name.split(".")[-1] in (
+        of_absent = tuple(f"{part}.active_matter" for part in ("heads", "task_vectors", "adapters"))
+        absent = name.startswith(of_absent) or name.split(".")[-1] in (
             set(model.specs["active_matter"].state_channels) - {"velocity_x", "velocity_y"}
         )
         assert (parameter.grad is None) == absent, name

@@ -87,7 +87,7 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     def adapting(name: str) -> Recipe:
         sections: dict[str, dict[str, Any]] = {
             "train": {"steps": ADAPT_STEPS, "draws": 2, "clip": CLIP, "weight_decay": 0.1},  # clipped at every step
-            "finetune": {"pretrained": str(folder / "pretrained"), "unroll_steps": 1},
+            "finetune": {"pretrained": str(folder / "pretrained"), "unroll_steps": 1, "adapter_rank": 2},
             "adapt": {
                 "datasets": [NEW],
                 "alone_steps": ALONE_STEPS,
@@ -118,6 +118,7 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             "run": {"seed": 3},
             "guard": {"action": "rollback", "spike": 20.0, "history": 8},
             "data": {"datasets": DATASETS[:1]},
+            "model": {"adapter_rank": 2},
             "train": {"steps": 14, "clip": CLIP},
             "checkpoint": {"every": 4, "keep": 100},
         }
@@ -138,7 +139,7 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
     def orthogonal(name: str) -> Recipe:
         """A run of the quickstart's kind."""
-        model = {**SECTIONS["model"], "pointwise": True, "decoder": "conv", "constraints": True}
+        model = {**SECTIONS["model"], "pointwise": True, "decoder": "conv", "constraints": True, "adapter_rank": 3}
         return recipe(name, model=model, train={**SECTIONS["train"], "steps": 6, "optimizer": "muon"})
 
     shared = {**SECTIONS["train"], "steps": 12, "global_batch": 12, "draws": 4}
