@@ -217,7 +217,7 @@ class AdaptSettings:
 
     datasets: list[str] = field(default_factory=list)  # the added ones; empty where only rates are given
     # optimizer steps at the beginning in which only the added datasets are drawn, and only their own parts move: heads,
-    # task vectors, embedding rows of channels that no other dataset of the run has
+    # adapters, task vectors, embedding rows of channels that no other dataset of the run has
     alone_steps: NonNegativeInt = 0
     # share of all later draws that goes to the added datasets; sampling.scheme divides it among them, and the rest
     # among the others. null: sampling.scheme divides all
