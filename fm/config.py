@@ -155,7 +155,7 @@ class FinetuneSettings:
     """Rollout finetuning from a pretrained checkpoint (paper Appendix G)."""
 
     pretrained: str  # run, checkpoint, exported model or hf://organization/name; its EMA weights and architecture
-    adapter_rank: PositiveInt | None = None  # model.adapter_rank, which gives adapters to a pretrained model without
+    adapter_rank: PositiveInt | None = None  # gives a pretrained model without adapters those of model.adapter_rank
     # How a window's K model steps are trained (fm/training/objective.py). scheduled_sampling: an input is the truth
     # with a probability that falls during the run; bptt: only the first input is the truth; causal_bptt: as bptt, but
     # later steps weigh little until earlier ones are right; pushforward: as bptt, but only the last step has a gradient
