@@ -155,7 +155,7 @@ class FinetuneSettings:
     """Rollout finetuning from a pretrained checkpoint (paper Appendix G)."""
 
     pretrained: str  # run, checkpoint, exported model or hf://organization/name; its EMA weights and architecture
-    adapter_rank: PositiveInt | None = None  # model.adapter_rank, which gives adapters to a pretrained model without
+    adapter_rank: PositiveInt | None = None  # gives a pretrained model without adapters those of model.adapter_rank
     # How a window's K model steps are trained (fm/training/objective.py). scheduled_sampling: an input is the truth
     # with a probability that falls during the run; bptt: only the first input is the truth; causal_bptt: as bptt, but
     # later steps weigh little until earlier ones are right; pushforward: as bptt, but only the last step has a gradient
@@ -217,7 +217,7 @@ class AdaptSettings:
 
     datasets: list[str] = field(default_factory=list)  # the added ones; empty where only rates are given
     # optimizer steps at the beginning in which only the added datasets are drawn, and only their own parts move: heads,
-    # task vectors, embedding rows of channels that no other dataset of the run has
+    # adapters, task vectors, embedding rows of channels that no other dataset of the run has
     alone_steps: NonNegativeInt = 0
     # share of all later draws that goes to the added datasets; sampling.scheme divides it among them, and the rest
     # among the others. null: sampling.scheme divides all

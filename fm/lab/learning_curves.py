@@ -124,6 +124,7 @@ class Match:
     amount: float | None = None  # of windows or FLOPs; None: the two have no amount in common
     joint: float = math.nan  # inf if a prediction was not finite, NaN if there is no common amount
     bespoke: float = math.nan
+    reach: float = 0.0  # the amount over the last one of the run that goes on longer: 1 if both end there
 
     @property
     def ratio(self) -> float:
@@ -149,8 +150,8 @@ def match(joint: tuple[np.ndarray, np.ndarray], bespoke: tuple[np.ndarray, np.nd
     known = not any(np.isnan(amounts).any() for amounts, _ in (joint, bespoke))
     if not known or amount < max(amounts[0] for amounts, _ in (joint, bespoke)):  # one ends before the other begins
         return Match()
-    scores = (float(np.interp(np.log(amount), np.log(amounts), vrmse)) for amounts, vrmse in (joint, bespoke))
-    return Match(float(amount), *scores)
+    ours, theirs = (float(np.interp(np.log(amount), np.log(amounts), vrmse)) for amounts, vrmse in (joint, bespoke))
+    return Match(float(amount), ours, theirs, float(amount / max(amounts[-1] for amounts, _ in (joint, bespoke))))
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,6 +51,10 @@ from fm.lab.learning_curves import (
 DPI = 160
 TERA = 1e12
 MIN_AGREEMENT = 3  # datasets that a rank correlation needs
+MEDIANS = (
+    "Medians: of several bespoke runs of a seed, such as a short and a long one, the run counts whose comparison is "
+    "closest to the ends of both runs, where their learning rates have decayed alike."
+)
 # Settings that may differ without a note: they change what is written, not what is learned.
 UNREMARKABLE = ("run.name", "run.dir", "run.stop_at", "data.", "checkpoint.", "validation.", "tracking.", "guard.")
 
@@ -121,12 +125,11 @@ def describe(joints: Sequence[TrainedRun], comparisons: Sequence[Comparison]) ->
         "it runs of one dataset, after as many training windows of it, and after as many FLOPs."
     )
     tables = [Table("Training together", list(rows[0]), [list(row.values()) for row in rows])]
-    groups = _over_seeds(comparisons)
-    if any(len(group) > 1 for group in groups.values()):
-        head = ["dataset", "bespoke steps", "runs", *(f"joint / bespoke, equal {what}" for what in AMOUNTS), "paper"]
-        body: list[list[Cell]] = [
-            [name, steps, len(group), *(_median_cell(group, of) for of in AMOUNTS.values()), paper[name]]
-            for (name, steps), group in groups.items()
+    if len(comparisons) > len(paper):
+        head = ["dataset", *(f"joint / bespoke, equal {what}" for what in AMOUNTS), "paper"]
+        body = [
+            [name, *(_median_cell(_ratios(comparisons, name, of)) for of in AMOUNTS.values()), paper[name]]
+            for name in paper
         ]
         tables.append(Table("Medians over seeds", head, body))
     return Document(about, tables, _notes(joints, comparisons, paper))
@@ -138,25 +141,25 @@ AMOUNTS: Mapping[str, Callable[[Comparison], Match]] = {
 }
 
 
-def _over_seeds(comparisons: Sequence[Comparison]) -> dict[tuple[str, int], list[Comparison]]:
-    """Return the comparisons by dataset and number of steps of the bespoke run."""
-    groups: dict[tuple[str, int], list[Comparison]] = {}
+def _ratios(comparisons: Sequence[Comparison], dataset: str, of: Callable[[Comparison], Match]) -> list[float]:
+    """Return joint / bespoke of a dataset, one for each seed that has one; inf where only the joint's is not finite.
+
+    MEDIANS says which of several bespoke runs of a seed counts.
+    """
+    chosen: dict[tuple[Path, int], Match] = {}
     for one in comparisons:
-        groups.setdefault((one.dataset, one.bespoke.recipe.train.steps), []).append(one)
-    return groups
+        key = (one.joint.path, one.bespoke.seed)
+        if one.dataset == dataset and not math.isnan(of(one).ratio):
+            chosen[key] = max(chosen.get(key, Match()), of(one), key=lambda match: match.reach)
+    return [match.ratio for match in chosen.values()]
 
 
-def _ratios(comparisons: Sequence[Comparison], of: Callable[[Comparison], Match]) -> list[float]:
-    """Return joint / bespoke of the comparisons that have one; inf where only the joint run's is not finite."""
-    return [of(one).ratio for one in comparisons if not math.isnan(of(one).ratio)]
-
-
-def _median_cell(group: Sequence[Comparison], of: Callable[[Comparison], Match]) -> Cell:
-    """Return the median of joint / bespoke, with the lowest and the highest."""
-    ratios = _ratios(group, of)
+def _median_cell(ratios: Sequence[float]) -> Cell:
+    """Return the median, marked with the number of seeds, the lowest and the highest."""
     if not ratios:
         return None
-    return Marked(_finite(statistics.median(ratios)), f"{min(ratios):.3f} to {max(ratios):.3f}")
+    mark = f"{len(ratios)} seeds, {min(ratios):.3f} to {max(ratios):.3f}" if len(ratios) > 1 else "1 seed"
+    return Marked(_finite(statistics.median(ratios)), mark)
 
 
 def _paper_ratios(comparisons: Sequence[Comparison]) -> dict[str, Cell]:
@@ -182,6 +185,7 @@ def _notes(joints: Sequence[TrainedRun], comparisons: Sequence[Comparison], pape
         f"joint / bespoke below {HELPS}: training together helps; above {HURTS}: it hurts. Between validations VRMSE "
         "is linear in the logarithm of the windows seen, or of the FLOPs; beyond them there is no comparison.",
         "FLOPs: of forward and backward passes, all datasets of a run together, counted from its log.",
+        *([MEDIANS] if len(comparisons) > len(paper) else []),
         *([_paper_note(comparisons, paper)] if any(cell is not None for cell in paper.values()) else []),
         f"cosine: of the dataset's gradient with the others', their mean, in the last and over all of "
         f"{len(measured)} measurements."
@@ -209,7 +213,7 @@ def _paper_note(comparisons: Sequence[Comparison], paper: Mapping[str, Cell]) ->
         theirs, ours = [], []
         for name, cell in paper.items():
             published = cell.value if isinstance(cell, Marked) else cell
-            ratios = _ratios([one for one in comparisons if one.dataset == name], of)
+            ratios = _ratios(comparisons, name, of)
             if isinstance(published, float) and ratios:
                 theirs.append(published)
                 ours.append(statistics.median(ratios))

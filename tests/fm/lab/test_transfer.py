@@ -106,22 +106,24 @@ def test_after_equal_flops_the_bespoke_run_has_seen_more_of_its_dataset() -> Non
 
 def test_several_joint_runs_are_paired_by_seed_and_medians_are_given() -> None:
     joints = [
-        run_of(f"fm{seed}", {MAZE: curve((10, level)), WAVES: curve((10, 1.0))}, run={"seed": seed})
+        run_of(f"fm{seed}", {MAZE: curve((5, level), (10, level)), WAVES: curve((10, 1.0))}, run={"seed": seed})
         for seed, level in enumerate((0.2, 0.9, 0.4))
     ]
-    alone = [run_of(f"a{seed}", {MAZE: curve((10, 0.1))}, run={"seed": seed}) for seed in (2, 0, 1)]
-    longer = run_of("longer", {MAZE: curve((10, 0.1), (20, 0.05))}, run={"seed": 1}, train={"steps": 20})
+    alone = [run_of(f"a{seed}", {MAZE: curve((10, 0.1))}, run={"seed": seed}) for seed in (2, 0)]
+    # Two of seed 1: the short run ends at the joint run's 10 windows, the longer one at its 10 TFLOP.
+    alone += [run_of("short", {MAZE: curve((10, 0.1), flops_of_a_window=6e11)}, run={"seed": 1})]
+    longer = run_of("longer", {MAZE: curve((10, 0.025), (80, 0.0125), flops_of_a_window=1.25e11)}, run={"seed": 1})
     found, comparisons = compare_all(joints[0], [*alone, *joints[1:], longer])
     assert found == joints
     assert [one.joint.path.name for one in comparisons] == ["fm2", "fm0", "fm1", "fm1"]
     document = describe(joints, comparisons)
     text = render(document, "md")
-    assert document.tables[1].head[1:3] == ["bespoke steps", "runs"]
-    assert [row[:3] for row in document.tables[1].rows] == [[MAZE, 8, 3], [MAZE, 20, 1]]
-    assert "4.0000 (2.000 to 9.000)" in text
+    expected = [Marked(4.0, "3 seeds, 2.000 to 9.000"), Marked(4.0, "3 seeds, 2.000 to 72.000")]
+    assert document.tables[1].rows[0][1:3] == expected
+    assert "4.0000 (3 seeds, 2.000 to 9.000)" in text
     assert "seeds 0, 1, 2, were trained" in text
     transfer_figure(joints, comparisons).draw_without_rendering()
-    assert len(describe(joints, comparisons[2:]).tables) == 1  # nothing to take a median of
+    assert len(describe(joints, comparisons[2:3]).tables) == 1  # nothing to take a median of
     with pytest.raises(UserError, match=r"got none of run\.seed=5 for b; leave it out"):
         compare(joints, run_of("b", {MAZE: curve((10, 0.1))}, run={"seed": 5}))
     with pytest.raises(UserError, match=r"different seeds, got run\.seed=0 in fm0 and in fm9; leave one of them out"):
