@@ -95,7 +95,6 @@ def is_text(statement: ast.stmt) -> bool:
 
 # The command that alone prints a hint, though others reach the definition that holds it.
 PRINTED_BY = {
-    ("data_pipeline.miniwell.generate", "simulate"): "data-pipeline simulate",
     ("data_pipeline.registry", "user_folders"): "those that were given --registry",
     ("data_pipeline.shards.build", "choose_windows"): "data-pipeline shard",
     ("data_pipeline.shards.build", "finished_manifest"): "data-pipeline shard",

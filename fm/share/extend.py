@@ -2,10 +2,9 @@
 
 All parameters of a model are keyed by name, so the old ones stay where they are. An added dataset gets a task vector,
 a head, whose output is zero (the model predicts persistence, or the mean), and, if the model has them, adapters that
-start at zero. The task vector and the features of the head are copies from the dataset with the nearest channels
-(`nearest_dataset`): drawn ones take hundreds of steps to learn. A channel that the model has is shared, with its rows
-of the channel embedding (`lifting.rows`). The proof compares all tensors, and the predictions for each old dataset, bit
-for bit.
+start at zero. The task vector and the features of the head are copies from a dataset of the model
+(fm/share/donors.py). A channel that the model has is shared, with its rows of the channel embedding (`lifting.rows`).
+The proof compares all tensors, and the predictions for each old dataset, bit for bit.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -32,6 +31,7 @@ from fm.evaluation.trained import TrainedModel
 from fm.model.spec import DatasetSpec
 from fm.model.surrogate import MIN_GRID, Surrogate
 from fm.model.wavelit import WaveLiTFM
+from fm.share.donors import start_from_donors
 from fm.share.export import LICENSE, find_cards, write_export
 from fm.share.model_card import ExportedModel
 
@@ -77,18 +77,21 @@ def extend(
         unseen = sorted({name for spec in added for name in spec.channels} - known)
         chosen = choose_rows(rows, unseen, known, described.channel_cards)
         extended = extend_model(model, added, chosen, seed)
+        aliases = {channel: one.copied for channel, one in chosen.items() if one.copied is not None}
+        donors = start_from_donors(extended, readers, aliases)
     except ValueError as error:  # moments that are missing or not finite, a boundary that is periodic at one end
         raise UserError(
             f"{', '.join(shard_places(shards))}: {error}. Make the shards again with `data-pipeline shard`."
         ) from error
     old_readers = open_readers(shards, None, "train", known=list(model.specs))
     proof = compare(model, extended, old_readers)
-    print(_summary(source, model, added, chosen, proof))
+    print(_summary(source, model, added, chosen, donors, proof))
     proof.check()
     lineage = {
         "model": source,
         "weights": trained.weights,
         "added": names,
+        "donors": donors,
         "rows": {channel: asdict(one) for channel, one in chosen.items()},
         "seed": seed,
         "proof": asdict(proof),
@@ -220,8 +223,7 @@ def extend_model(model: WaveLiTFM, added: Sequence[DatasetSpec], rows: Mapping[s
     """Return a model of the old datasets and the added ones; the tensors of `model` are copied, others drawn by `seed`.
 
     `rows` gives the rows of each unseen channel, for all input frames. Rows of an earlier frame are drawn where the
-    channel to copy has none, because it is constant. An added dataset takes its task vector and the features of its
-    head from `nearest_dataset`; the output of the head is zero. Raises ValueError for statistics that are missing.
+    channel to copy has none, because it is constant. Raises ValueError for statistics that are missing.
     """
     extended = WaveLiTFM(model.config, [*model.specs.values(), *added], seed, model.context).eval()
     old = model.state_dict()
@@ -233,58 +235,8 @@ def extend_model(model: WaveLiTFM, added: Sequence[DatasetSpec], rows: Mapping[s
                 weights[name] = old[copied]
             elif start.origin == "zero" and name in weights:
                 weights[name] = torch.zeros_like(weights[name])
-    for spec in added:
-        if (donor := nearest_dataset(spec, model, rows)) is not None:
-            weights |= _copied_features(weights, spec, donor, rows, model.context)
     extended.load_state_dict(weights)
     return extended
-
-
-def nearest_dataset(spec: DatasetSpec, model: WaveLiTFM, rows: Mapping[str, Rows]) -> DatasetSpec | None:
-    """Return the model's dataset with the largest share of channels in common, or None if none has one in common.
-
-    A channel whose rows are a copy counts as the channel that they are copied from. Datasets that were never trained,
-    whose heads give zeros, are left out. Of several datasets, the first one by name that is periodic on the same axes
-    is returned, or else the first one by name.
-    """
-    outputs = dict(model.heads.named_parameters())
-    last = "decoder.out" if model.config.decoder == "conv" else "linear.weight"
-    known = [one for one in model.specs.values() if outputs[f"{one.name}.{last}"].any()]
-    own = {_as_known(name, rows) for name in spec.channels}
-
-    def common(other: DatasetSpec) -> tuple[float, bool]:
-        return len(own & {*other.channels}) / len(own | {*other.channels}), other.periodic == spec.periodic
-
-    nearest = max(sorted(known, key=lambda one: one.name), key=common, default=None)
-    return nearest if nearest is not None and common(nearest)[0] else None
-
-
-def _as_known(channel: str, rows: Mapping[str, Rows]) -> str:
-    """Return the channel, or the one that its rows are a copy of; `channel` may have the suffix of an earlier frame."""
-    name, at, lag = channel.partition("@")
-    start = rows.get(name)
-    return f"{start.copied if start is not None and start.copied else name}{at}{lag}"
-
-
-def _copied_features(
-    weights: Mapping[str, Tensor], spec: DatasetSpec, donor: DatasetSpec, rows: Mapping[str, Rows], context: int
-) -> dict[str, Tensor]:
-    """Return the task vector and, of a head that convolves, all but its last convolution, from those of `donor`.
-
-    The weights of inputs that `donor` has not stay as they were drawn.
-    """
-    head, source = f"heads.{spec.name}.", f"heads.{donor.name}."
-    copied = {f"task_vectors.{spec.name}": weights[f"task_vectors.{donor.name}"]}
-    if f"{head}decoder.mix" not in weights:
-        return copied
-    copied |= {f"{head}{part}": weights[f"{source}{part}"] for part in ("linear.weight", "linear.bias", "decoder.bias")}
-    inputs, others = spec.inputs(context), donor.inputs(context)
-    mix, old = weights[f"{head}decoder.mix"].clone(), weights[f"{source}decoder.mix"]  # (F, inputs + F, 3, 3)
-    mix[:, len(inputs) :] = old[:, len(others) :]
-    for place, name in enumerate(inputs):
-        if (known := _as_known(name, rows)) in others:
-            mix[:, place] = old[:, others.index(known)]
-    return copied | {f"{head}decoder.mix": mix}
 
 
 @dataclass(frozen=True)
@@ -375,14 +327,18 @@ def _initial_fields(
 
 
 def _summary(
-    source: str, model: WaveLiTFM, added: Sequence[DatasetSpec], rows: Mapping[str, Rows], proof: Proof
+    source: str,
+    model: Surrogate,
+    added: Sequence[DatasetSpec],
+    rows: Mapping[str, Rows],
+    donors: Mapping[str, str],
+    proof: Proof,
 ) -> str:
     known = {name for spec in model.specs.values() for name in spec.scalars}
     lines = [f"{source}, extended by {', '.join(spec.name for spec in added)}:"]
     for spec in added:
         shared = ", ".join(name for name in spec.channels if name not in rows) or "none"
-        donor = nearest_dataset(spec, model, rows)
-        origin = "drawn" if donor is None else f"from {donor.name}, whose channels are nearest"
+        origin = f"from {donors[spec.name]}, whose head predicts it best" if spec.name in donors else "drawn"
         adapters = "adapters start at zero; " if model.config.adapter_rank else ""
         lines.append(
             f"{spec.name}: a head that gives zeros; its features and the task vector are {origin}; {adapters}of its "

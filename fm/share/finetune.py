@@ -31,8 +31,9 @@ from fm.share.extend import extend
 from fm.training.trainer import train
 
 STEPS = 500  # optimizer steps unless train.steps is given
-RATE = 0.25  # of the peak learning rates that the model was trained with
-TRUNK_RATE = 0.25  # factor on the trunk's rate while old datasets are replayed
+# While old datasets are replayed, so that the model keeps them: factor on the peak learning rates that the model was
+# trained with, and another one on the trunk's. Without old datasets, the rates are the model's own.
+RATE, TRUNK_RATE = 0.25, 0.25
 SHARE = 0.25  # of the draws goes to the new datasets while old ones are replayed
 FREEZABLE = ("embedding", "trunk")  # parts of the model, as in adapt.rates
 EXTENDED, BEFORE = "extended", "before"  # folders in the run's: the model that training starts from, and its report
@@ -134,7 +135,8 @@ def _document(
     document["data"] |= {"shards": places, "datasets": [*new, *replayed], "registry": registry, "trajectories": {}}
     document |= {"model": None, "baseline": None}
     document["finetune"] = {"pretrained": str(out / EXTENDED), "unroll_steps": 1}
-    rates = {"trunk": TRUNK_RATE if replayed else 1.0} | dict.fromkeys(freeze, 0.0)
+    rate, trunk_rate = (RATE, TRUNK_RATE) if replayed else (1.0, 1.0)
+    rates = {"trunk": trunk_rate} | dict.fromkeys(freeze, 0.0)
     document["adapt"] = {
         "datasets": new,
         "alone_steps": steps // 5,
@@ -144,8 +146,8 @@ def _document(
     document["sampling"] |= {"scheme": "sqrt", "weights": None}
     document["train"] |= {
         "steps": steps,
-        "learning_rate": RATE * train_settings.learning_rate,
-        "muon_learning_rate": RATE * train_settings.muon_learning_rate,
+        "learning_rate": rate * train_settings.learning_rate,
+        "muon_learning_rate": rate * train_settings.muon_learning_rate,
         "warmup_steps": steps // 25,
         "schedule": "cosine",
         "ema": min(train_settings.ema, 0.99),

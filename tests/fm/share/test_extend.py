@@ -134,10 +134,9 @@ def test_a_dataset_of_ones_own_is_added_by_its_card(
     command = ["extend", str(trained), "--shards", shards, "--out", str(tmp_path / "ten"), "--rows", "nearest"]
     assert fm([*command, "--dataset", card, "--dataset", "rayleigh_benard"]) == 0
     said = capsys.readouterr().out
-    start = "a head that gives zeros; its features and the task vector are from shear_flow, whose channels are nearest"
+    start = "a head that gives zeros; its features and the task vector are drawn"  # no head of random weights fits
     assert f"rayleigh_benard: {start}; of its channels the model knows pressure" in said
-    assert "burgers: a head that gives zeros; its features and the task vector are" in said
-    assert "of its channels the model knows none" in said
+    assert f"burgers: {start}; of its channels the model knows none" in said
     assert "| burgers_velocity_x | copy of velocity_x (same unit, similarity of names 0.71) |" in said
     made, old = tensors(tmp_path / "ten"), tensors(trained)
     assert torch.equal(made["lifting.rows.burgers_velocity_x"], old["lifting.rows.velocity_x"])

@@ -3,17 +3,20 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from extensions import CONFIG, OLD, tensors
 from handmade import make_spec, stir
 
 from data_pipeline.registry import Channel, load_folders, load_registry
 from data_pipeline.windows.loader import open_readers
+from data_pipeline.windows.reader import Batch
 from fm.checkpoint import load_pretrained
 from fm.datasets import dataset_specs
 from fm.model.spec import ModelConfig
 from fm.model.wavelit import WaveLiTFM
-from fm.share.extend import Rows, choose_rows, extend, extend_model, nearest_dataset
+from fm.share.donors import copied_features, head_errors
+from fm.share.extend import Rows, choose_rows, extend, extend_model
 
 
 def test_rows_are_zero_drawn_or_those_named(tiny_shards: Path, tmp_path: Path, trained: Path) -> None:
@@ -31,41 +34,55 @@ def test_rows_are_zero_drawn_or_those_named(tiny_shards: Path, tmp_path: Path, t
         assert torch.equal(named[rows], old[f"lifting.rows.{copied}"] if copied else drawn[rows])
     others = [name for name in zero if name not in old and not name.startswith("lifting.rows")]
     assert {name.split(".")[1] for name in others} == set(added)
-    for tensor in (zero, drawn, named):
-        assert all(torch.equal(tensor[name], fresh[name]) for name in others if name.startswith("heads."))
-        assert torch.equal(tensor["task_vectors.rayleigh_benard"], old["task_vectors.shear_flow"])
-    known = {"zero": fresh["task_vectors.gray_scott_reaction_diffusion"]}  # A and B are channels of no other
-    known |= {"drawn": known["zero"], "named": old["task_vectors.acoustic_scattering_maze"]}  # density is
-    for name, vector in known.items():
-        assert torch.equal(tensors(tmp_path / name)["task_vectors.gray_scott_reaction_diffusion"], vector)
+    assert all(torch.equal(tensor[name], fresh[name]) for tensor in (zero, drawn, named) for name in others)
 
 
-def test_the_features_of_a_new_head_are_copies_from_the_dataset_with_the_nearest_channels() -> None:
+def test_the_donor_is_the_dataset_whose_head_predicts_best() -> None:
+    """The twin's next frames are what the head of shear_flow predicts."""
     config = ModelConfig(16, 1, 2, wavelet="haar", decoder="conv", decoder_width=4, pointwise=True)
-    old, new = [make_spec(name) for name in ("acoustic_scattering_maze", "shear_flow")], make_spec("rayleigh_benard")
-    model = stir(WaveLiTFM(config, old, context=2))
+    old = [make_spec(name) for name in ("acoustic_scattering_maze", "shear_flow")]
+    model = stir(WaveLiTFM(config, old, context=2)).eval()
+    names = {"tracer": "dye"}
+    channels = tuple(names.get(name, name) for name in model.specs["shear_flow"].state_channels)
+    stats = {
+        key: {names.get(name, name): value for name, value in values.items()} for key, values in old[1].stats.items()
+    }
+    twin = replace(old[1], name="twin", state_channels=channels, stats=stats)
+    extended = extend_model(model, [twin], {"dye": Rows("copy", "tracer")})
+    frames = model.denormalize(torch.randn(3, 2, 4, 16, 20), "shear_flow")
+    constants = torch.zeros(3, 0, 16, 20)
+    following = next(model.iterate(frames, constants, "shear_flow", 1))
+    batch = Batch("twin", torch.cat([frames, following[:, None]], dim=1), constants, torch.zeros(3), {})
+    errors = head_errors(extended, "twin", batch, {"dye": "tracer"})
+    assert errors["shear_flow"] < 1e-3
+    assert errors["acoustic_scattering_maze"] > 0.1
+    assert head_errors(extended, "twin", batch, {})["shear_flow"] > 0.1  # the dye is not known then
+    untrained = extend_model(extended, [replace(twin, name="triplet")], {})
+    assert head_errors(untrained, "triplet", replace(batch, dataset="triplet"), {})["twin"] == pytest.approx(1)
+
+
+def test_the_features_of_a_head_are_copied_and_its_last_layer_is_zero() -> None:
+    config = ModelConfig(16, 1, 2, wavelet="haar", decoder="conv", decoder_width=4, pointwise=True)
+    new = make_spec("rayleigh_benard")
+    model = stir(WaveLiTFM(config, [make_spec("shear_flow")], context=2))
     extended = extend_model(model, [new], {"buoyancy": Rows("copy", "tracer")})
-    before, after = model.state_dict(), extended.state_dict()
-    assert torch.equal(after["task_vectors.rayleigh_benard"], before["task_vectors.shear_flow"])
-    head, donor = "heads.rayleigh_benard.", "heads.shear_flow."
-    for part in ("linear.weight", "linear.bias", "decoder.bias"):
-        assert torch.equal(after[head + part], before[donor + part])
-    assert not after[f"{head}decoder.out"].any()
-    assert not after[f"{head}pointwise"].any()
-    mix, known = after[f"{head}decoder.mix"], before[f"{donor}decoder.mix"]
-    theirs = {name: known[:, place] for place, name in enumerate(model.specs["shear_flow"].inputs(2))}
-    for place, name in enumerate(new.inputs(2)):
-        assert torch.equal(mix[:, place], theirs[name.replace("buoyancy", "tracer")])
-    assert torch.equal(mix[:, -4:], known[:, -4:])  # of the features
-    alone = extend_model(model, [new], {"buoyancy": Rows("drawn")}).state_dict()
-    drawn = WaveLiTFM(config, [*old, new], context=2).state_dict()
-    places = [place for place, name in enumerate(new.inputs(2)) if name.startswith("buoyancy")]
-    assert torch.equal(alone[f"{head}decoder.mix"][:, places], drawn[f"{head}decoder.mix"][:, places])
-    assert nearest_dataset(make_spec("gray_scott_reaction_diffusion"), model, {}) is None
-    assert nearest_dataset(make_spec("shear_flow"), extended, {}) == model.specs["shear_flow"]
-    twin = replace(new, name="convection")
-    assert nearest_dataset(twin, extended, {}) == model.specs["shear_flow"]  # rayleigh_benard has learned nothing yet
-    assert nearest_dataset(twin, stir(extended), {}) == extended.specs["rayleigh_benard"]
+    before = extended.state_dict()
+    head, donor = f"heads.{new.name}.", "heads.shear_flow."
+    for aliases in ({"buoyancy": "tracer"}, {}):
+        after = {**before, **copied_features(extended, new.name, "shear_flow", aliases)}
+        assert torch.equal(after[f"task_vectors.{new.name}"], before["task_vectors.shear_flow"])
+        for part in ("linear.weight", "linear.bias", "decoder.bias"):
+            assert torch.equal(after[head + part], before[donor + part])
+        assert not after[f"{head}decoder.out"].any()
+        assert not after[f"{head}pointwise"].any()
+        mix, known = after[f"{head}decoder.mix"], before[f"{donor}decoder.mix"]
+        theirs = {name: known[:, place] for place, name in enumerate(model.specs["shear_flow"].inputs(2))}
+        for place, name in enumerate(new.inputs(2)):
+            drawn = before[f"{head}decoder.mix"][:, place]
+            channel = name.partition("@")[0]
+            copied = theirs.get(name.replace(channel, aliases.get(channel, channel)), drawn)
+            assert torch.equal(mix[:, place], copied)
+        assert torch.equal(mix[:, -4:], known[:, -4:])  # of the features
 
 
 def test_the_nearest_channel_has_the_same_unit_and_a_similar_name() -> None:

@@ -122,15 +122,22 @@ def test_two_processes_finetune_a_model_of_the_hub(run: Path, data: Path, tmp_pa
     assert json.loads((tmp_path / "tuned" / "extended" / "artefact.json").read_text())["lineage"]["model"] == command[1]
 
 
-def test_settings_follow_the_models_recipe_and_the_number_of_steps(run: Path, data: Path, tmp_path: Path) -> None:
+def test_settings_follow_the_models_recipe_and_the_number_of_steps(
+    run: Path, data: Path, old: Path, tmp_path: Path
+) -> None:
     plan = plan_finetuning(str(run), [str(data)], out=tmp_path / "x", overrides=["train.steps=100"])
     source, chosen = plan.trained.recipe, plan.recipe
     assert (plan.new, plan.replayed) == ((NEW,), ())
     assert chosen.loss == source.loss
-    assert chosen.train.learning_rate == source.train.learning_rate / 4
+    assert chosen.train.learning_rate == source.train.learning_rate
     assert (chosen.train.steps, chosen.train.warmup_steps, chosen.validation.every) == (100, 4, 50)
     assert chosen.adapt is not None
     assert (chosen.adapt.alone_steps, chosen.adapt.share, chosen.adapt.rates.trunk) == (20, None, 1.0)
+    kept = plan_finetuning(str(run), [str(data)], str(old)).recipe  # old datasets are replayed, so that it keeps them
+    assert kept.train.learning_rate == source.train.learning_rate / 4
+    assert kept.train.muon_learning_rate == source.train.muon_learning_rate / 4
+    assert kept.adapt is not None
+    assert kept.adapt.rates.trunk == 0.25
     frozen = plan_finetuning(str(run), [str(data)], freeze=["embedding", "trunk"]).recipe.adapt
     assert frozen is not None
     assert (frozen.rates.embedding, frozen.rates.trunk, frozen.rates.head) == (0.0, 0.0, 1.0)
