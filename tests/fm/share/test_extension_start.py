@@ -14,8 +14,8 @@ from data_pipeline.windows.reader import Batch
 from fm.checkpoint import load_pretrained
 from fm.datasets import dataset_specs
 from fm.model.spec import ModelConfig
-from fm.model.wavelit import WaveLiTFM
-from fm.share.donors import copied_features, head_errors
+from fm.model.wavelit import POINTWISE_GAIN, WaveLiTFM
+from fm.share.donors import copied_features, head_errors, start_from_donors
 from fm.share.extend import Rows, choose_rows, extend, extend_model
 
 
@@ -59,6 +59,27 @@ def test_the_donor_is_the_dataset_whose_head_predicts_best() -> None:
     assert head_errors(extended, "twin", batch, {})["shear_flow"] > 0.1  # the dye is not known then
     untrained = extend_model(extended, [replace(twin, name="triplet")], {})
     assert head_errors(untrained, "triplet", replace(batch, dataset="triplet"), {})["twin"] == pytest.approx(1)
+
+
+def test_an_added_dataset_starts_from_its_donor(tiny_shards: Path) -> None:
+    """The head of shear_flow gives half the last change, all others give zeros."""
+    names = ["gray_scott_reaction_diffusion", "viscoelastic_instability"]
+    readers = open_readers(tiny_shards, [*OLD, *names], "train")
+    specs = {spec.name: spec for spec in dataset_specs(readers, load_registry())}
+    config = replace(CONFIG, pointwise=True)
+    model = WaveLiTFM(config, [specs[name] for name in OLD], context=2)
+    channels = len(specs["shear_flow"].state_channels)
+    with torch.no_grad():
+        pointwise = model.get_parameter("heads.shear_flow.pointwise")
+        pointwise[:, channels:] = torch.eye(channels) / (2 * POINTWISE_GAIN)
+    extended = extend_model(model, [specs[name] for name in names], {})
+    drawn = {name: tensor.clone() for name, tensor in extended.state_dict().items()}
+    donors = start_from_donors(extended, {name: readers[name] for name in names}, {})
+    assert donors == {"viscoelastic_instability": "shear_flow"}
+    changed = {name for name, tensor in extended.state_dict().items() if not torch.equal(tensor, drawn[name])}
+    assert changed == {"task_vectors.viscoelastic_instability"}  # the whole head is its last layer
+    vectors = [extended.get_parameter(f"task_vectors.{name}") for name in ("viscoelastic_instability", "shear_flow")]
+    assert torch.equal(*vectors)
 
 
 def test_the_features_of_a_head_are_copied_and_its_last_layer_is_zero() -> None:
