@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from forked import forking_ranks
+from forked import Forked, forking_ranks
 from safetensors.torch import load_file
-from whole_runs import DATASETS, ROOT, accelerate, finish, log, small, spoil, start
+from whole_runs import DATASETS, ROOT, accelerate, finish, log, small, spoil, start, written
 
 from data_pipeline.errors import UserError
 from fm.config import Recipe, dump_recipe
@@ -116,7 +116,7 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             finetune={**gate, **finetune},
             train=tuned,
             validation={"every": 3, "windows": 2, "rollouts": 1},
-            tracking={"every": 2, "progress": False, "pictures": 1},
+            tracking={"pictures": 1},
         )
 
     spoiled = spoil(tiny_shards, folder / "spoiled", lambda frames: np.multiply(frames, 1e3, out=frames))
@@ -345,11 +345,9 @@ def test_deepspeed_that_accelerate_would_leave_out_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_that_are_not_connected_are_refused(
-    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as left over from another launcher: no rank, no address
-    code, output = finish(start(small(tiny_shards, tmp_path / "run")))
+def test_processes_that_are_not_connected_are_refused(tiny_shards: Path, tmp_path: Path) -> None:
+    left_over = {**os.environ, "WORLD_SIZE": "2"}  # of another launcher: no rank, no address
+    code, output = finish(Forked(written(small(tiny_shards, tmp_path / "run")), environment=left_over))
     assert code == 2, output
     assert "2 process(es), as WORLD_SIZE says, cannot be connected" in output
     assert "Traceback" not in output
