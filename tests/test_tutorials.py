@@ -1,7 +1,7 @@
 """The tutorials run as they stand: their sh and python blocks, in order, in a copy of the project after a quickstart.
 
 Only the sizes are others: the mini-Well is the tiny one, and training, finetuning included, ends after a few steps.
-Commands of `fm` are forked from a process that has imported torch; python blocks begin as a user's do.
+Commands of `fm` and python blocks are forked from a process that has imported torch.
 """
 
 import os
@@ -22,13 +22,15 @@ TUTORIALS = sorted((ROOT / "recipes" / "tutorials").glob("*.md"))
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SMALL = ["model.width=16", "model.depth=1", "model.heads=2", "train.steps=8", "validation.every=4"]
 SMALL += ["train.warmup_steps=2", "validation.windows=2", "checkpoint.every=3", "checkpoint.keep=3"]
-SMALL += ["tracking.every=2", "tracking.progress=false"]
+SMALL += ["tracking.every=2", "tracking.progress=false", "tracking.pictures=0"]
 STEPS = "train.steps=2 train.warmup_steps=1 validation.every=2 validation.windows=2 validation.rollouts=0"
 PROGRAMS = {
     "fm": f'-IS "$(dirname "$0")/forked_fm.py" "$@" $([[ $1 != train && $1 != finetune ]] || echo {STEPS})',
     "data-pipeline": '-m data_pipeline "${@/#mini/tiny}"',
     "python": '"$@"',
+    "python_block": '-IS "$(dirname "$0")/../blocks/forked_blocks.py" "$(cat)"',
 }
+PYTHON_BLOCK = "import sys\nsys.path.insert(0, '')\nexec(sys.argv[1])\n"  # as `python -` does with what it reads
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,10 @@ def run(folder: Path, script: str) -> str:
         (shims / name).chmod(0o755)
     path = os.pathsep.join([str(shims), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with forked_program(ROOT / "fm" / "__main__.py", shims):
+    block = folder / "blocks" / "block.py"
+    block.parent.mkdir(exist_ok=True)
+    block.write_text(PYTHON_BLOCK)
+    with forked_program(ROOT / "fm" / "__main__.py", shims), forked_program(block, block.parent):
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],
             cwd=folder,
@@ -72,7 +77,7 @@ def as_script(text: str) -> str:
     """The blocks of a tutorial as one script, as one terminal would run them."""
     blocks = BLOCK.findall(text)
     assert blocks
-    return "\n".join(code if kind == "sh" else f"python - <<'END'\n{code}END" for kind, code in blocks)
+    return "\n".join(code if kind == "sh" else f"python_block <<'END'\n{code}END" for kind, code in blocks)
 
 
 @pytest.mark.parametrize("tutorial", TUTORIALS, ids=lambda file: file.stem)

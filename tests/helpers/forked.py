@@ -1,6 +1,7 @@
 """Scripts in processes of their own that need not import torch again: forked from a server that has imported it."""
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -10,8 +11,8 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from multiprocessing import get_context
-from multiprocessing.connection import Client, Listener
+from multiprocessing import get_context, set_start_method
+from multiprocessing.connection import Client, Connection, Listener
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
@@ -115,31 +116,53 @@ def forked_program(script: Path, folder: Path) -> Iterator[Path]:
 @contextmanager
 def forking_python(folder: Path) -> Iterator[Path]:
     """Yield a Python for sys.executable that runs `-m fm` as Forked does, and all else in a fresh interpreter."""
-    root = Path(__file__).parents[2]
-    with forked_program(root / "fm" / "__main__.py", folder) as program:
-        python = folder / "python"
-        fresh = f'exec "{sys.executable}"'
-        python.write_text(f'#!/bin/sh\n[ "$1 $2" = "-m fm" ] || {fresh} "$@"\nshift 2\n{fresh} -IS "{program}" "$@"\n')
-        python.chmod(0o755)
-        yield python
+    with forked_program(Path(__file__).parents[2] / "fm" / "__main__.py", folder) as program:
+        yield _program_for("-m fm", program, folder)
+
+
+@contextmanager
+def forking_ranks(script: Path, folder: Path) -> Iterator[Path]:
+    """Yield a Python for PYTHON_EXEC, with which torch's launcher starts ranks: `script` runs as Forked does."""
+    with forked_program(script, folder) as program:
+        yield _program_for(f"-u {script}", program, folder)
+
+
+def _program_for(command: str, program: Path, folder: Path) -> Path:
+    """Write a Python that runs `program` in place of a command of two words."""
+    python = folder / "python"
+    fresh = f'exec "{sys.executable}"'
+    python.write_text(f'#!/bin/sh\n[ "$1 $2" = "{command}" ] || {fresh} "$@"\nshift 2\n{fresh} -IS "{program}" "$@"\n')
+    python.chmod(0o755)
+    return python
 
 
 def _serve(listener: Listener, script: Path, folder: Path) -> None:
-    count = 0
+    threads: list[threading.Thread] = []
     while True:
-        with listener.accept() as client:
-            if not (request := client.recv_bytes()):
-                return
-            arguments, directory, environment = json.loads(request)
-            count += 1
-            copy = folder / f"command_{count}.py"
-            copy.write_text(f"import os\nos.chdir({directory!r})\n{script.read_text()}")
-            process = Forked(copy, *arguments, environment=environment)
-            printed = process.communicate()
-            client.send_bytes(json.dumps([process.returncode, *printed]).encode())
+        client = listener.accept()
+        if not (request := client.recv_bytes()):
+            client.close()
+            break
+        copy = folder / f"command_{len(threads) + 1}.py"
+        threads.append(threading.Thread(target=_answer, args=(client, request, script, copy)))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+
+
+def _answer(client: Connection, request: bytes, script: Path, copy: Path) -> None:
+    """Run the script as one client asks for; the ranks of one launch run beside each other."""
+    arguments, directory, environment = json.loads(request)
+    copy.write_text(f"import os\nos.chdir({directory!r})\n{script.read_text()}")
+    with client:
+        process = Forked(copy, *arguments, environment=environment)
+        printed = process.communicate()
+        client.send_bytes(json.dumps([process.returncode, *printed]).encode())
 
 
 def _run(command: list[str], streams: tuple[Path, Path] | int, environment: Mapping[str, str]) -> None:
+    gc.freeze()  # what was imported before: to look through it takes time, and copies of all its memory
+    set_start_method(None, force=True)  # of the processes that this one starts: the system's, as in a fresh process
     os.environ.clear()
     os.environ.update(environment)
     if isinstance(streams, int):

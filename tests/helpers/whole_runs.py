@@ -31,7 +31,7 @@ DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]
 
 
 def small(shards: Path, directory: Path, **sections: dict[str, Any]) -> Recipe:
-    """A run of seconds; keyword sections are merged into it."""
+    """A run of seconds that draws no pictures; keyword sections are merged into it."""
     document: dict[str, Any] = {
         "run": {"name": "small", "dir": str(directory)},
         "data": {"shards": str(shards), "datasets": DATASETS},
@@ -46,7 +46,7 @@ def small(shards: Path, directory: Path, **sections: dict[str, Any]) -> Recipe:
         },
         "checkpoint": {"every": 3},
         "validation": {"every": 0, "protocol": "thirds"},
-        "tracking": {"every": 2, "progress": False},
+        "tracking": {"every": 2, "progress": False, "pictures": 0},  # a picture takes as long as the steps
     }
     for name, section in sections.items():
         document[name] = {**(document.get(name) or {}), **section}

@@ -20,7 +20,7 @@ from fm.training.objective import Unroll
 from fm.training.sharded import FullySharded
 from fm.training.trainer import Trainer, train
 
-THREE = {"data": {"datasets": [*DATASETS, "shear_flow"]}, "tracking": {"gradient_cosine_every": 3}}
+THREE = {"data": {"datasets": [*DATASETS, "shear_flow"]}, "tracking": {"gradient_cosine_every": 3, "pictures": 40}}
 
 
 def events(directory: Path, kind: str) -> list[dict[str, Any]]:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from forked import Forked, forking_ranks
 from safetensors.torch import load_file
-from whole_runs import DATASETS, ROOT, accelerate, finish, log, small, spoil, start
+from whole_runs import DATASETS, ROOT, accelerate, finish, log, small, spoil, start, written
 
 from data_pipeline.errors import UserError
 from fm.config import Recipe, dump_recipe
@@ -60,15 +61,22 @@ class Runs:
 
 
 def launch(config: str, recipes: Sequence[Recipe]) -> str:
-    """Run recipes in two processes on this machine; return what was printed."""
+    """Run recipes in two processes on this machine; return what was printed.
+
+    The launcher begins as a user's does. Its ranks are forked from a process that has imported torch, but for ZeRO-2's.
+    """
     files = [recipe.run.directory.with_suffix(".yaml") for recipe in recipes]
     for file, recipe in zip(files, recipes, strict=True):
         file.write_text(dump_recipe(recipe))
-    script = str(ROOT / "tests" / "helpers" / "several_runs.py")
-    command = [*accelerate(config), script, str(CLIP), *map(str, files)]
+    script = ROOT / "tests" / "helpers" / "several_runs.py"
+    command = [*accelerate(config), str(script), str(CLIP), *map(str, files)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     environment[VARIABLE] = ":aot_eager"  # compiles faster than inductor
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)
+    (folder := files[0].parent / f"ranks_of_{config}").mkdir()
+    with forking_ranks(script, folder) as python:
+        if config != "deepspeed_zero2":
+            environment["PYTHON_EXEC"] = str(python)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -108,6 +116,7 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             finetune={**gate, **finetune},
             train=tuned,
             validation={"every": 3, "windows": 2, "rollouts": 1},
+            tracking={"pictures": 1},
         )
 
     spoiled = spoil(tiny_shards, folder / "spoiled", lambda frames: np.multiply(frames, 1e3, out=frames))
@@ -337,11 +346,9 @@ def test_deepspeed_that_accelerate_would_leave_out_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_that_are_not_connected_are_refused(
-    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as left over from another launcher: no rank, no address
-    code, output = finish(start(small(tiny_shards, tmp_path / "run")))
+def test_processes_that_are_not_connected_are_refused(tiny_shards: Path, tmp_path: Path) -> None:
+    left_over = {**os.environ, "WORLD_SIZE": "2"}  # of another launcher: no rank, no address
+    code, output = finish(Forked(written(small(tiny_shards, tmp_path / "run")), environment=left_over))
     assert code == 2, output
     assert "2 process(es), as WORLD_SIZE says, cannot be connected" in output
     assert "Traceback" not in output

@@ -21,7 +21,7 @@ from whole_runs import DATASETS, ROOT, fm, small
 from data_pipeline.errors import UserError
 from data_pipeline.registry import load_registry
 from data_pipeline.windows.schedule import Schedule, Source
-from fm.config import Recipe, dump_recipe, recipe_to_dict
+from fm.config import Recipe, TrackingSettings, dump_recipe, recipe_to_dict
 from fm.datasets import build_model, open_split
 from fm.evaluation.cosines import Cosines
 from fm.evaluation.pictures import GAP
@@ -208,7 +208,7 @@ def recorded_bytes(recipe: Recipe, steps: int) -> int:
 
 def test_a_million_steps_stay_below_200_mb(tmp_path: Path) -> None:
     """Eight datasets, scalars every 50 steps, and the worst case of all pictures: noise in every panel."""
-    tracking = {"every": 50}
+    tracking = {"every": 50, "pictures": TrackingSettings().pictures}
     recipes = [small(tmp_path, tmp_path / name, train={"steps": 10**6}, tracking=tracking) for name in ("a", "b")]
     few, many = (recorded_bytes(recipe, steps) for recipe, steps in zip(recipes, (100, 2100), strict=True))
     scalars = (many - few) / 2000 * 1e6
@@ -278,7 +278,7 @@ def test_settings_are_flat_and_plain(tmp_path: Path) -> None:
     assert all(isinstance(value, str | int | float | bool) for value in settings.values())
 
 
-TRACKED = {"tracking": {"log_with": ["tensorboard"]}}
+TRACKED = {"tracking": {"log_with": ["tensorboard"], "pictures": 40}}
 
 
 def curves(directory: Path) -> dict[str, list[tuple[int, float]]]:
@@ -345,7 +345,7 @@ def test_each_chart_of_a_dataset_has_the_curves_of_one_dataset(tmp_path: Path) -
 
 def test_only_some_validations_have_rollouts_and_the_last_is_one(tiny_shards: Path, tmp_path: Path) -> None:
     validation = {"every": 2, "windows": 1, "rollouts": 1, "rollout_every": 3}
-    recipe = small(tiny_shards, tmp_path / "run", train={"steps": 9}, validation=validation)
+    recipe = small(tiny_shards, tmp_path / "run", train={"steps": 9}, validation=validation, tracking={"pictures": 40})
     assert train(recipe) == 0
     board = board_of(tmp_path / "run" / "tensorboard")
     name = DATASETS[0]

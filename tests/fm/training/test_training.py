@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -23,7 +22,6 @@ from whole_runs import (
     log,
     rewrite_state,
     small,
-    start,
     wait_for,
     written,
 )
@@ -250,11 +248,12 @@ def test_a_disk_that_is_full(tiny_shards: Path, tmp_path: Path) -> None:
 def test_a_full_disk_during_a_save_keeps_the_checkpoints_before_it(tiny_shards: Path, tmp_path: Path) -> None:
     assert train(small(tiny_shards, tmp_path / "run", train={"steps": 3})) == 0
     limit = (tmp_path / "run/checkpoints/step_00000003/optimizer.safetensors").stat().st_size - 1
-    full = start(
-        small(tiny_shards, tmp_path / "run"),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    full = tmp_path / "full.py"
+    full.write_text(
+        f"import resource, runpy\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        f"runpy.run_path({str(written(small(tiny_shards, tmp_path / 'run')))!r}, run_name='__main__')\n"
     )
-    code, output = finish(full)
+    code, output = finish(Forked(full))
     assert code == 2, output
     assert "Traceback" not in output
     assert "could not save the checkpoint" in output
@@ -306,9 +305,9 @@ def test_an_altered_byte_is_found_at_the_read_when_asked_for(tiny_shards: Path, 
 def test_tensorboard_has_the_documented_tags_and_resuming_continues_the_curves(
     tiny_shards: Path, tmp_path: Path
 ) -> None:
-    validation = {"every": 4, "windows": 3, "rollouts": 1}
-    assert train(small(tiny_shards, tmp_path / "run", train={"steps": 4}, validation=validation)) == 0
-    assert train(small(tiny_shards, tmp_path / "run", train={"steps": 8}, validation=validation)) == 0
+    sections = {"validation": {"every": 4, "windows": 3, "rollouts": 1}, "tracking": {"pictures": 40}}
+    assert train(small(tiny_shards, tmp_path / "run", train={"steps": 4}, **sections)) == 0
+    assert train(small(tiny_shards, tmp_path / "run", train={"steps": 8}, **sections)) == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8]
