@@ -91,7 +91,7 @@ def test_the_walk_through_trains_and_scores_nine_datasets(tiny_shards: Path) -> 
     drawn = {json.loads(line)["dataset"] for line in Path("runs/nine/log.jsonl").read_text().splitlines()}
     assert NINTH in drawn
     scores = json.loads(Path("runs/nine/report/scores.json").read_text())
-    assert sorted(scores["datasets"]) == sorted([*EIGHT.cards, NINTH])
+    assert sorted(scores["datasets"]) == sorted([*(card.name for card in EIGHT.select(None)), NINTH])
     assert f"| {NINTH} " in Path("runs/nine/report/scores.md").read_text()
     assert Path(f"runs/nine/report/pictures/{NINTH}.png").is_file()
     checkpoint = find_checkpoint(Path("runs/nine"))

@@ -25,7 +25,7 @@ from data_pipeline.shards.plan import Settings
 from data_pipeline.well.hdf5 import split_files
 from data_pipeline.windows.reader import ShardReader
 
-CARDS = load_registry().cards
+CARDS = {card.name: card for card in load_registry().select(None)}  # of the eight
 SPLITS = ("train", "valid", "test")
 
 

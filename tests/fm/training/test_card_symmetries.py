@@ -12,6 +12,7 @@ from data_pipeline.miniwell import (
     euler,
     gray_scott,
     helmholtz,
+    pdearena_smoke,
     radiative_layer,
     rayleigh_benard,
     shear_flow,
@@ -30,7 +31,11 @@ BY = {
     "transpose": Transformation(transpose=True),
 }
 # Symmetries that the boundary types allow, and the equations do not: gravity, a driven flow.
-BROKEN = {"rayleigh_benard": "reflect_y", "viscoelastic_instability": "reflect_x"}
+BROKEN = {
+    "rayleigh_benard": "reflect_y",
+    "viscoelastic_instability": "reflect_x",
+    "pdearena_navier_stokes": "reflect_y",
+}
 
 
 def rng() -> np.random.Generator:
@@ -124,6 +129,21 @@ def rayleigh_benard_state() -> State:
     return np.stack([buoyancy, 0 * buoyancy, *swirl((32, 16))]), np.empty((0, 32, 16)), evolve
 
 
+def pdearena_smoke_state() -> State:
+    grid = pdearena_smoke.BoxGrid(16, 16, lx=pdearena_smoke.LENGTH, ly=pdearena_smoke.LENGTH)
+
+    def euler_step(state: Arrays) -> Arrays:
+        return pdearena_smoke.euler_step(state, grid, pdearena_smoke.NU, 0.5, 0.2)
+
+    def evolve(state: np.ndarray, constants: np.ndarray) -> np.ndarray:
+        current: Arrays = (state[0][None], *to_faces(grid, state[1:]))
+        for _ in range(5):
+            current = ssp_rk3(current, euler_step)
+        return np.stack([current[0][0], *np.moveaxis(grid.to_centers(*current[1:])[0], -1, 0)])
+
+    return np.stack([pdearena_smoke.start(grid, rng()), *swirl((16, 16))]), np.empty((0, 16, 16)), evolve
+
+
 def viscoelastic_state() -> State:
     grid = MacGrid(16, 12, lx=2 * np.pi, ly=2.0, y0=-1.0)
     fluid = viscoelastic.Fluid(Re=1000.0, Wi=10.0, beta=0.9, epsilon=4e-3, Lmax=70.0)
@@ -166,6 +186,7 @@ STATES: dict[str, Callable[[], State]] = {
     "rayleigh_benard": rayleigh_benard_state,
     "viscoelastic_instability": viscoelastic_state,
     "acoustic_scattering_maze": acoustic_maze_state,
+    "pdearena_navier_stokes": pdearena_smoke_state,
 }
 
 

@@ -38,7 +38,7 @@ def real_pass(objective: Unroll, windows: int, calls: int) -> torch.Tensor:
 
 
 def finetune(objective: str, **settings: int) -> FinetuneSettings:
-    return FinetuneSettings("nowhere", objective, **settings)  # type: ignore[arg-type]
+    return FinetuneSettings("nowhere", objective=objective, **settings)  # type: ignore[arg-type]
 
 
 def test_flops_are_those_of_a_real_forward_pass_for_real_and_fake_models() -> None:
