@@ -66,8 +66,10 @@ def test_values_arrive_where_they_were(case: str) -> None:
         assert list(file["scalars"]) == {"PDEArena": ["buo_y"], "PDEBench flow": ["eta", "zeta"]}.get(case, [])
 
 
-def test_one_command_writes_data_card_preview_and_shards() -> None:
+def test_one_command_writes_data_card_preview_and_shards(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(foreign.netcdf(Path("a.nc")), f"{VECTOR} --scalars nu=viscosity --shards shards") == 0
+    training = "fm train recipes/quickstart.yaml data.shards=shards 'data.datasets=[mine]'"
+    assert capsys.readouterr().out.endswith(f"Next:\n  export WAVELIT_REGISTRY=out/cards\n  {training}\n")
     card = load_registry(Path("out/cards")).card("mine")
     assert (card.grid, card.dt, card.scalars) == ((X, Y), 0.25, ("viscosity",))
     assert card.boundary == (("PERIODIC", "PERIODIC"), ("WALL", "WALL"))
