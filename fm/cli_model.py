@@ -1,4 +1,4 @@
-"""Commands that make something of a trained model: a larger model, a figure. Declared as those of fm/cli.py are."""
+"""The commands that start from a trained model: they extend it, finetune it, or draw a figure of its rollouts."""
 
 import re
 import sys

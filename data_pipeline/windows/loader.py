@@ -180,7 +180,7 @@ def _find_shards(
 
 
 def _splits_there(root: Root, datasets: Sequence[str] | None, split: str, known: Sequence[str]) -> dict[str, bool]:
-    """Return those of the datasets that `root` holds, and whether it holds this split of them."""
+    """Return the datasets that `root` holds, and for each of them whether `root` holds the split."""
     if isinstance(root, RemoteFolder):
         tried = sorted(set(known if datasets is None else datasets))
         return {name: True for name in tried if (root / name / split).file(MANIFEST_NAME).exists()}

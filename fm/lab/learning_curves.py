@@ -210,7 +210,7 @@ def _joint_of(joints: Sequence[TrainedRun], bespoke: TrainedRun) -> TrainedRun:
 
 
 def compare_all(first: TrainedRun, others: Sequence[TrainedRun]) -> tuple[list[TrainedRun], list[Comparison]]:
-    """Return the joint runs, which are `first` and those of several datasets, and the comparisons by dataset.
+    """Return the joint runs (`first`, and each other run of several datasets) and a comparison for each run of one.
 
     Raises UserError unless the joint runs are of the same datasets and of different seeds, and for no bespoke run.
     """

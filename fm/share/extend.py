@@ -21,11 +21,12 @@ from torch import Tensor
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import sha256
-from data_pipeline.registry import Channel, load_folders, packaged_folder, user_folders
+from data_pipeline.registry import Channel, Registry, load_folders, packaged_folder, user_folders
 from data_pipeline.schema import nearest
 from data_pipeline.tables import markdown
 from data_pipeline.windows.loader import ShardPlaces, open_readers, shard_places
 from data_pipeline.windows.reader import ShardReader
+from fm.config import Recipe
 from fm.datasets import dataset_specs, with_constraints, with_scalars
 from fm.evaluation.trained import TrainedModel
 from fm.model.spec import DatasetSpec
@@ -68,11 +69,7 @@ def extend(
     cards.check_unchanged(model.specs, trained)
     try:
         readers = open_readers(shards, names, "train")
-        added = dataset_specs(readers, described)
-        if model.config.constraints:
-            added = [with_constraints(spec, described.card(spec.name), readers[spec.name]) for spec in added]
-        if model.config.condition == "scalars":
-            added = [with_scalars(spec, described.card(spec.name), readers[spec.name]) for spec in added]
+        added = _added_specs(model, described, readers)
         known = {name for spec in model.specs.values() for name in spec.channels}
         unseen = sorted({name for spec in added for name in spec.channels} - known)
         chosen = choose_rows(rows, unseen, known, described.channel_cards)
@@ -97,18 +94,33 @@ def extend(
         "proof": asdict(proof),
         "earlier": dict(trained.lineage) or None,
     }
-    places: Any = str(shards) if isinstance(shards, str | Path) else shard_places(shards)
-    recipe = replace(
-        trained.recipe,
-        run=replace(trained.recipe.run, name=out.name, dir=None),
-        data=replace(trained.recipe.data, shards=places, datasets=list(extended.specs)),
-    )
+    recipe = _extended_recipe(trained.recipe, out, shards, list(extended.specs))
     digests = {**trained.shards, **{name: reader.manifest.digest for name, reader in readers.items()}}
     license = trained.license or LICENSE
     exported = ExportedModel(extended, recipe, cards.registry, trained.step, digests, license, lineage)
     write_export(out, exported, save(extended.state_dict()), cards.files())
     print(f"{out}: written; finetune.pretrained={out} trains it")
     return proof
+
+
+def _added_specs(model: WaveLiTFM, described: Registry, readers: Mapping[str, ShardReader]) -> list[DatasetSpec]:
+    """Return what the model has to know of each added dataset, with constraints and scalars if the model uses them."""
+    added = dataset_specs(readers, described)
+    if model.config.constraints:
+        added = [with_constraints(spec, described.card(spec.name), readers[spec.name]) for spec in added]
+    if model.config.condition == "scalars":
+        added = [with_scalars(spec, described.card(spec.name), readers[spec.name]) for spec in added]
+    return added
+
+
+def _extended_recipe(recipe: Recipe, out: Path, shards: ShardPlaces, datasets: list[str]) -> Recipe:
+    """Return the recipe of the trained model for the datasets of the extended one, and for their shards."""
+    places: Any = str(shards) if isinstance(shards, str | Path) else shard_places(shards)
+    return replace(
+        recipe,
+        run=replace(recipe.run, name=out.name, dir=None),
+        data=replace(recipe.data, shards=places, datasets=datasets),
+    )
 
 
 def _find_folders(datasets: Sequence[str], registry: str | None) -> tuple[list[Traversable], list[str]]:
