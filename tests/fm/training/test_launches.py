@@ -81,21 +81,24 @@ def launch(config: str, recipes: Sequence[Recipe]) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Every run in one process, and under the configurations in turn; `chain` goes from one to the next."""
-    folder = tmp_path_factory.mktemp("launches")
+@dataclass(frozen=True)
+class Recipes:
+    """The recipes of the runs, by the name of the run."""
 
-    def recipe(name: str, **sections: dict[str, Any]) -> Recipe:
-        return small(tiny_shards, folder / name, **{**SECTIONS, **sections})
+    folder: Path  # of the runs
+    shards: Path
+    spoiled: Path  # the same shards, some with frames a thousand times too large
 
-    def chain(stop_at: int) -> Recipe:
-        return recipe("chain", run={"stop_at": stop_at})
+    def recipe(self, name: str, **sections: dict[str, Any]) -> Recipe:
+        return small(self.shards, self.folder / name, **{**SECTIONS, **sections})
 
-    def adapting(name: str) -> Recipe:
+    def chain(self, stop_at: int) -> Recipe:
+        return self.recipe("chain", run={"stop_at": stop_at})
+
+    def adapting(self, name: str) -> Recipe:
         sections: dict[str, dict[str, Any]] = {
             "train": {"steps": ADAPT_STEPS, "draws": 2, "clip": CLIP, "weight_decay": 0.1},  # clipped at every step
-            "finetune": {"pretrained": str(folder / "pretrained"), "unroll_steps": 1, "adapter_rank": 2},
+            "finetune": {"pretrained": str(self.folder / "pretrained"), "unroll_steps": 1, "adapter_rank": 2},
             "adapt": {
                 "datasets": [NEW],
                 "alone_steps": ALONE_STEPS,
@@ -104,14 +107,14 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             },
             "checkpoint": {"every": ALONE_STEPS, "keep": 5},
         }
-        return recipe(name, **sections)
+        return self.recipe(name, **sections)
 
-    def finetuning(name: str) -> Recipe:
+    def finetuning(self, name: str) -> Recipe:
         """A growing unroll with noise and symmetries, checkpointed activations, and the gate's verdict on all."""
         finetune = {"objective": "causal_bptt", "unroll_steps": 3, "unroll_start": 2, "checkpoint_activations": True}
-        gate = {"pretrained": str(folder / "alone"), "gate": 1.5, "gate_action": "keep_best"}
+        gate = {"pretrained": str(self.folder / "alone"), "gate": 1.5, "gate_action": "keep_best"}
         tuned = {"steps": 6, "global_batch": 8, "draws": 2, "jitter": 0.02, "augment": True}
-        return recipe(
+        return self.recipe(
             name,
             finetune={**gate, **finetune},
             train=tuned,
@@ -119,9 +122,7 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             tracking={"pictures": 1},
         )
 
-    spoiled = spoil(tiny_shards, folder / "spoiled", lambda frames: np.multiply(frames, 1e3, out=frames))
-
-    def guarded(name: str) -> Recipe:
+    def guarded(self, name: str) -> Recipe:
         """A run that rolls back from steps 12 and 13, whose windows have frames a thousand times too large."""
         sections: dict[str, dict[str, Any]] = {
             "run": {"seed": 3},
@@ -131,64 +132,72 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             "train": {"steps": 14, "clip": CLIP},
             "checkpoint": {"every": 4, "keep": 100},
         }
-        return small(spoiled, folder / name, **sections)
+        return small(self.spoiled, self.folder / name, **sections)
 
-    def adaptive(name: str) -> Recipe:
+    def adaptive(self, name: str) -> Recipe:
         """A run whose shares change so far that a process with the shares of before draws another dataset."""
         sections: dict[str, dict[str, Any]] = {
             "sampling": {"scheme": "adaptive", "power": 10.0, "floor": 0.05},
             "train": {"steps": 12, "global_batch": 8, "draws": 2, "learning_rate": 1e-2, "ema": 0.0, "clip": CLIP},
             "validation": {"every": 3, "windows": 3, "rollouts": 0},
         }
-        return small(tiny_shards, folder / name, **sections)
+        return small(self.shards, self.folder / name, **sections)
 
-    def compiled(name: str, way: str) -> Recipe:
+    def compiled(self, name: str, way: str) -> Recipe:
         train = {"steps": 3, "clip": CLIP, "compile": way}
-        return small(tiny_shards, folder / name, data={"datasets": DATASETS[:1]}, train=train)
+        return small(self.shards, self.folder / name, data={"datasets": DATASETS[:1]}, train=train)
 
-    def orthogonal(name: str) -> Recipe:
+    def orthogonal(self, name: str) -> Recipe:
         """A run of the quickstart's kind."""
         model = {**SECTIONS["model"], "pointwise": True, "decoder": "conv", "constraints": True, "adapter_rank": 3}
-        return recipe(name, model=model, train={**SECTIONS["train"], "steps": 6, "optimizer": "muon"})
+        return self.recipe(name, model=model, train={**SECTIONS["train"], "steps": 6, "optimizer": "muon"})
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Every run in one process, and under the configurations in turn; `chain` goes from one to the next."""
+    folder = tmp_path_factory.mktemp("launches")
+    spoiled = spoil(tiny_shards, folder / "spoiled", lambda frames: np.multiply(frames, 1e3, out=frames))
+    made = Recipes(folder, tiny_shards, spoiled)
 
     shared = {**SECTIONS["train"], "steps": 12, "global_batch": 12, "draws": 4}
     compared = {"tracking": {"gradient_cosine_every": 6}}
-    per_rank = recipe(
+    per_rank = made.recipe(
         "per_rank",
         train={**shared, "micro_batch": 2, "read_every": 5},
         sampling={"draw": "per_rank"},
         **compared,
     )
-    alone = recipe("alone")
+    alone = made.recipe("alone")
     old = {"data": {"datasets": DATASETS}, "model": {"width": 32, "depth": 2}, "train": {"steps": 12}}
     for one in (
-        *(alone, finetuning("finetuned_alone"), recipe("whole_draws", train=shared, **compared)),
-        *(guarded("guarded_alone"), adaptive("adaptive_alone"), compiled("compiled_alone", "eager")),
-        orthogonal("muon_alone"),
+        *(alone, made.finetuning("finetuned_alone"), made.recipe("whole_draws", train=shared, **compared)),
+        *(made.guarded("guarded_alone"), made.adaptive("adaptive_alone"), made.compiled("compiled_alone", "eager")),
+        made.orthogonal("muon_alone"),
     ):
         assert train(one) == 0
     assert train(small(tiny_shards, folder / "pretrained", **old)) == 0
-    assert train(adapting("adapted_alone")) == 0
-    assert train(chain(stop_at=2)) == 0
+    assert train(made.adapting("adapted_alone")) == 0
+    assert train(made.chain(stop_at=2)) == 0
 
-    undivided = recipe("undivided", train={**SECTIONS["train"], "global_batch": 15, "draws": 1})
-    apart = recipe("apart", sampling={"draw": "per_rank"})
+    undivided = made.recipe("undivided", train={**SECTIONS["train"], "global_batch": 15, "draws": 1})
+    apart = made.recipe("apart", sampling={"draw": "per_rank"})
     extras = {
         "cpu2": [
-            *(finetuning("finetuned"), per_rank, undivided, adaptive("adaptive")),
-            *(compiled("compiled", "blocks"), orthogonal("muon")),
+            *(made.finetuning("finetuned"), per_rank, undivided, made.adaptive("adaptive")),
+            *(made.compiled("compiled", "blocks"), made.orthogonal("muon")),
         ],
-        "deepspeed_zero2": [adapting("adapted_deepspeed_zero2")],
-        "fsdp": [adapting("adapted_fsdp"), apart, guarded("guarded_fsdp"), orthogonal("muon_fsdp")],
-        "deepspeed_zero3": [guarded("guarded_deepspeed_zero3"), compiled("uncompiled", "blocks")],
+        "deepspeed_zero2": [made.adapting("adapted_deepspeed_zero2")],
+        "fsdp": [made.adapting("adapted_fsdp"), apart, made.guarded("guarded_fsdp"), made.orthogonal("muon_fsdp")],
+        "deepspeed_zero3": [made.guarded("guarded_deepspeed_zero3"), made.compiled("uncompiled", "blocks")],
         "deepspeed_zero1": [],
     }
     output = {}
     for stop_at, config in zip((4, 6, 10, 12, 14), SPREAD, strict=True):
         if config == "fsdp":  # takes up what one process saved
-            assert train(chain(stop_at=8)) == 0
+            assert train(made.chain(stop_at=8)) == 0
         whole = replace(alone, run=replace(alone.run, dir=str(folder / config)))
-        output[config] = launch(config, [whole, *extras[config], chain(stop_at)])
+        output[config] = launch(config, [whole, *extras[config], made.chain(stop_at)])
     return Runs(folder, output)
 
 
