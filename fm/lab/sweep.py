@@ -81,11 +81,12 @@ def finish_trials(
     """
     for trial in trials:
         _check_startable(trial, sweep)
+    scored = {trial.name for trial in trials if read_scores(trial, sweep) is not None}
     failed: set[str] = set()
     with (
         only_process(out, "sweep"),
         StopSignal().listen() as stop,
-        progress_bar(total=len(trials), desc=title, unit="run") as bar,
+        progress_bar(total=len(trials), initial=len(scored), desc=title, unit="run") as bar,
     ):
         runner = Runner(sweep, launch_config, stop, bar, processes)
         for trial in trials:
@@ -97,7 +98,7 @@ def finish_trials(
             except Interrupted:
                 bar.write("interrupted; the same command continues from here", file=sys.stderr)
                 return None
-            bar.update()
+            bar.update(trial.name not in scored)
     return failed
 
 

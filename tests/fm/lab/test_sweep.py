@@ -128,10 +128,13 @@ def test_what_is_done_is_kept(done: Path, sweep: Sweep) -> None:
 
 
 def test_a_run_that_fails_is_shown_and_passed_over(
-    done: Path, sweep: Sweep, capsys: pytest.CaptureFixture[str]
+    done: Path, sweep: Sweep, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("data_pipeline.progress.LINE_SECONDS", 0.0)
     assert run_sweep(sweep, done) == 1
     shown = capsys.readouterr()
+    assert "sweep: 2 of 3 runs in " in shown.err
+    assert " left" not in shown.err  # the two runs of an earlier sweep say nothing about the time of the third
     output = done / "broken_seed0" / "train.out"
     assert f"broken_seed0 failed: exit code 2, {output} ends with\n" in shown.err
     assert output.read_text().splitlines()[-1] in shown.err
