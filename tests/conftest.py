@@ -18,17 +18,10 @@ gc.disable()  # until the first test: importing makes many objects and no garbag
 
 # Files that take minutes are begun first, so that the workers of launch/test end together.
 SLOW = (
-    *("test_launches.py", "test_training.py", "test_chaos.py", "test_guard.py", "test_tutorials.py"),
-    *("test_deaths.py", "test_nine_datasets.py", "test_status.py", "test_console.py"),
-    *(
-        "test_compiling.py",
-        "test_restart.py",
-        "test_plan.py",
-        "test_few_shot.py",
-        "test_finetuning.py",
-        "test_hub.py",
-        "test_transfer.py",
-    ),
+    *("test_launches.py", "test_deaths.py", "test_training.py", "test_chaos.py", "test_guard.py", "test_tutorials.py"),
+    *("test_nine_datasets.py", "test_status.py", "test_console.py", "test_compiling.py", "test_restart.py"),
+    *("test_plan.py", "test_sweep.py", "test_few_shot.py", "test_finetuning.py", "test_hub.py", "test_transfer.py"),
+    *("test_evaluate.py", "test_condition.py", "test_mixing.py", "test_streamed_training.py"),
 )
 
 

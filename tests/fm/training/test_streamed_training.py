@@ -6,40 +6,32 @@ from typing import Any
 
 import pytest
 from faulty_server import FaultyServer
-from whole_runs import finish, fork
+from whole_runs import finish, fork, log, small
 
 from data_pipeline.errors import UserError
-from fm.config import Recipe, resolve
+from fm.config import Recipe
 from fm.evaluation.evaluate import evaluate_run
 from fm.training.trainer import train
 
-DATASETS = ["acoustic_scattering_maze", "helmholtz_staircase"]
 
-
-def small(shards: object, directory: Path, shuffle: str, **data: Any) -> Recipe:
-    document = {
-        "run": {"name": "small", "dir": str(directory)},
-        "data": {"shards": str(shards), "datasets": DATASETS, **data},
-        "sampling": {"shuffle": shuffle, "shards_per_block": 1},
-        "model": {"width": 16, "depth": 1, "heads": 2, "wavelet": "haar"},
-        "train": {"steps": 6, "global_batch": 4, "warmup_steps": 2},
-        "validation": {"every": 3, "windows": 4, "protocol": "thirds"},
-        "tracking": {"progress": False},
-    }
-    return resolve(document, "the test")
-
-
-def log(directory: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+def from_place(shards: object, directory: Path, shuffle: str, **data: Any) -> Recipe:
+    return small(
+        Path("unused"),
+        directory,
+        data={"shards": str(shards), **data},
+        sampling={"shuffle": shuffle, "shards_per_block": 1},
+        train={"steps": 6},
+        validation={"every": 3, "windows": 4},
+    )
 
 
 @pytest.mark.parametrize(("shuffle", "workers"), [("global", 1), ("blocks", 0)])
 def test_a_run_from_a_url_is_the_local_run(tiny_shards: Path, tmp_path: Path, shuffle: str, workers: int) -> None:
-    assert train(small(tiny_shards, tmp_path / "local", shuffle)) == 0
+    assert train(from_place(tiny_shards, tmp_path / "local", shuffle)) == 0
     with FaultyServer(tiny_shards) as server:
         for number in range(1, 20):
             server.fail("*", "500", first=7 * number)
-        recipe = small(server.url, tmp_path / "far", shuffle, cache=str(tmp_path / "cache"), workers=workers)
+        recipe = from_place(server.url, tmp_path / "far", shuffle, cache=str(tmp_path / "cache"), workers=workers)
         assert train(recipe) == 0
         assert server.total_requests > 0
         report = evaluate_run(tmp_path / "far", out=tmp_path / "far_report")
@@ -52,7 +44,7 @@ def test_a_run_from_a_url_is_the_local_run(tiny_shards: Path, tmp_path: Path, sh
 def test_a_server_without_ranges_ends_the_run_with_the_setting_to_change(tiny_shards: Path, tmp_path: Path) -> None:
     with FaultyServer(tiny_shards) as server:
         server.fail("*", "no_range", times=float("inf"))
-        code, output = finish(fork(small(server.url, tmp_path / "run", "global", cache=str(tmp_path / "cache"))))
+        code, output = finish(fork(from_place(server.url, tmp_path / "run", "global", cache=str(tmp_path / "cache"))))
     assert code == 2, output
     assert "For shards set `sampling.shuffle: blocks`" in output
     assert "Traceback" not in output
@@ -68,4 +60,4 @@ def test_a_server_without_ranges_ends_the_run_with_the_setting_to_change(tiny_sh
 )
 def test_settings_of_the_cache_are_checked(tmp_path: Path, data: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        small("https://example.org/shards", tmp_path, "global", **data)
+        from_place("https://example.org/shards", tmp_path, "global", **data)
