@@ -50,6 +50,7 @@ from fm.lab.learning_curves import (
 
 DPI = 160
 TERA = 1e12
+WIDE = 20  # an axis from x to more than 20 x has no room for four labels a decade
 MIN_AGREEMENT = 3  # datasets that a rank correlation needs
 MEDIANS = (
     "Medians: of several bespoke runs of a seed, such as a short and a long one, the run counts whose comparison is "
@@ -268,7 +269,8 @@ def transfer_figure(joints: Sequence[TrainedRun], comparisons: Sequence[Comparis
                 _draw(axes, one.bespoke.curves[name], ORANGE, "alone")
         axes.set_xscale("log")
         axes.set_yscale("log")
-        log_ticks(axes.xaxis, (1, 2, 3, 5))
+        fewest, most = axes.get_xlim()
+        log_ticks(axes.xaxis, (1, 2, 3, 5) if most < WIDE * fewest else (1, 3))
         log_ticks(axes.yaxis, (1, 2, 3, 5))
         style_panel(axes)
         handles, labels = axes.get_legend_handles_labels()
